@@ -1,0 +1,21 @@
+"""Errors that end a run with an exit code of their own."""
+
+
+class UserError(ValueError):
+    """Something the user can mend: one sentence with the value, the limit and the fix."""
+
+    exit_code = 64
+
+
+class ConfigError(UserError):
+    """A setting that is unknown, impossible, or impossible together with another one."""
+
+
+class DataError(UserError):
+    """Shards, an index or samples that cannot be used as they are."""
+
+
+class NonFiniteError(RuntimeError):
+    """NaN or infinity in embeddings, loss or gradients; names the step and the ranks."""
+
+    exit_code = 70

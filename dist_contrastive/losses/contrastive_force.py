@@ -1,0 +1,231 @@
+"""The contrastive force (seed of this project; family of "Generative Modeling via Drifting",
+Deng et al., arXiv 2602.04770): every generated point is pulled by data and pushed by the others.
+
+Notation: p_i the N positives (data), n_j the M negatives (generated), x = [n; p], B = M + N,
+d the Euclidean distances of x, t a temperature. Per group and temperature::
+
+    A      = sqrt(softmax_rows(-d / t) * softmax_columns(-d / t))             [B, B]
+    F_j    = sum_i sum_{k != j} A[j, i] A[j, k] (p_i - n_k)                   [M, D]
+    F      = F / sqrt(mean((d * A)**2))                                       mean over B**2
+"""
+
+import math
+from typing import Any, Literal, Unpack
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dist_contrastive import collectives
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses.base import PairLoss, PairOptions
+from dist_contrastive.pairwise import choose, dense, distances
+from dist_contrastive.pairwise import force as passes
+
+Preset = Literal["seed", "drift"]
+PRESETS = ("seed", "drift")
+
+
+class ContrastiveForce(PairLoss):
+    """Loss whose gradient moves generated points along the contrastive force.
+
+    Equals, per group, on the rows of all ranks together::
+
+        scale = cdist(x, x).mean();  n, p = n / scale, p / scale
+        target = n + sum(contrastive_force(p, n, t) for t in temperatures)
+        loss = ((n - target.detach()) ** 2).mean()
+
+    Its value says little (the force is normalised, so it hardly changes); watch samples instead.
+
+    Presets:
+        ``seed``: literally the above. A point takes part in its own softmax (d = 0), which at small
+            temperatures leaves almost no weight to others; gradients also flow through scale.
+        ``drift``: a point is left out of its own softmax, and scale is a constant.
+
+    Args:
+        temperatures: one force each, added up; all above 0, in units of the mean distance.
+        options: see `PairLoss`. ``keys_from="local"`` gives every rank groups of its own.
+
+    Scope: scale and normaliser are per group, over the group's points on all ranks. With labels,
+    pairs of different labels take part in neither of them, nor in the softmaxes.
+
+    Collectives: gathers of the points of both kinds and of one number per point and temperature,
+    all-reduces of a few numbers per group; backward of ``seed`` one all-reduce of G numbers.
+    """
+
+    def __init__(
+        self,
+        temperatures: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2),
+        preset: Preset = "drift",
+        **options: Unpack[PairOptions],
+    ) -> None:
+        super().__init__(**options)
+        _check_settings(temperatures, preset)
+        self.temperatures = tuple(temperatures)
+        self.preset = preset
+
+    def forward(
+        self,
+        negative: Tensor,
+        positive: Tensor,
+        negative_labels: Tensor | None = None,
+        positive_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Scalar loss.
+
+        Args:
+            negative: [..., m, D] generated points. positive: [..., n, D] data; leading dimensions
+                are independent groups, equal on all ranks; m and n may differ between ranks.
+            negative_labels, positive_labels: [m], [n] int64: ragged groups, one per label; points
+                of different labels do not interact.
+        """
+        rows, m = _grouped(negative, positive)
+        labels = _joined_labels(negative_labels, positive_labels, rows.shape[1], m)
+        with torch.no_grad():
+            points = self._points(rows, m, labels)
+            mean, direction = self._mean_distance(points)
+            scale = torch.where(mean > 0, mean, 1.0)[:, None, None]
+            force = self._force(points.scaled(1 / scale), m)
+        if self.preset == "seed":
+            scale = _AttachGradient.apply(rows, scale, direction, self._sum)
+        scaled = rows[:, :m] / scale
+        error = (scaled - (scaled.detach() + force)).square()
+        return self.mean(error.sum(), error.numel())
+
+    @torch.no_grad()
+    def force(self, negative: Tensor, positive: Tensor) -> Tensor:
+        """Sum of the forces at all temperatures, without rescaling: the shape of negative."""
+        rows, m = _grouped(negative, positive)
+        return self._force(self._points(rows, m, None), m).reshape(negative.shape)
+
+    def _points(self, rows: Tensor, m: int, labels: Tensor | None) -> passes.Points:
+        """This rank's rows [G, R, D], of which m are negatives, and all keys; centred."""
+        keys, itself, num_negative = self._keys(rows.detach().transpose(0, 1), m)
+        num_positive = len(keys) - num_negative
+        if num_negative < 1 or num_positive < 1:
+            raise ConfigError(
+                f"the ranks together hold {num_negative} negative (generated) and {num_positive} "
+                f"positive (data) points; the force needs at least one of each"
+            )
+        centred = distances.centre(rows.detach(), keys.transpose(0, 1))
+        key_labels = None if labels is None else self._keys(labels, m)[0]
+        return passes.Points(*centred, num_negative, itself, labels, key_labels, self.chunk_size)
+
+    def _keys(self, rows: Tensor, m: int) -> tuple[Tensor, Tensor, int]:
+        """Rows [R, ...] of all ranks, all negatives before all positives; which of these keys each
+        of this rank's rows is [R]; and how many are negatives."""
+        negative, negative_offset = self.gather(rows[:m].contiguous())
+        positive, positive_offset = self.gather(rows[m:].contiguous())
+        itself = torch.arange(len(rows), device=rows.device)
+        itself[:m] += negative_offset
+        itself[m:] += len(negative) + positive_offset - m
+        return torch.cat([negative, positive]), itself, len(negative)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Over the ranks that share the groups."""
+        return x if self.keys_from == "local" else collectives.all_reduce_sum(x, self.group)
+
+    def _mean_distance(self, points: passes.Points) -> tuple[Tensor, Tensor | None]:
+        """Mean of d over interacting pairs [G], and for ``seed`` its derivative by the rows."""
+        total, direction = passes.sum_of_distances(points, self.preset == "seed")
+        mean = self._sum(total) / points.num_pairs()
+        if direction is not None:
+            direction = direction * (2 / points.num_pairs())
+        return mean.to(points.rows.dtype), direction
+
+    def _force(self, points: passes.Points, m: int) -> Tensor:
+        """Force on the first m rows, summed over temperatures: [G, m, D]."""
+        mask_diagonal = self.preset == "drift"
+        if choose(self.impl, points.num_scores()) == "dense":
+            settings = points.num_negative, self.temperatures, mask_diagonal, points.key_labels
+            return dense.force(points.keys, *settings)[:, points.self_key[:m]]
+        row_lse = passes.row_logsumexp(points, self.temperatures, mask_diagonal)
+        key_lse = self._keys(row_lse.movedim(-1, 0), m)[0].movedim(0, -1)
+        sums = passes.log_sums(points, self.temperatures, row_lse, key_lse)
+        log_square = sums.square.logsumexp(-1)
+        if self.keys_from == "gather":
+            log_square = collectives.logsumexp_over_ranks(log_square, self.group)
+        log_norm = (log_square - math.log(points.num_pairs())) / 2
+        lse = row_lse[..., :m], key_lse
+        return passes.accumulate(points.first(m), self.temperatures, *lse, sums.first(m), log_norm)
+
+
+def contrastive_force(
+    positive: Tensor,
+    negative: Tensor,
+    temperature: float,
+    preset: Preset = "seed",
+    **options: Unpack[PairOptions],
+) -> Tensor:
+    """Force at one temperature on every negative, in the coordinates as given (no rescaling).
+
+    With ``preset="seed"`` exactly the function of that name in the seed: the formula at the top of
+    this file. Memory is linear in the number of points; there is no gradient (the force is a
+    constant in the loss).
+
+    Args:
+        positive: [..., n, D] data. negative: [..., m, D] generated; rows of this rank.
+        temperature: in units of the coordinates; above 0.
+        preset, options: see `ContrastiveForce`.
+
+    Returns:
+        The shape of negative. 0 where the formula is 0/0: points that coincide all together.
+    """
+    return ContrastiveForce((temperature,), preset, **options).force(negative, positive)
+
+
+class _AttachGradient(torch.autograd.Function):
+    """scale as a function of the rows, with its derivative given; rows are spread over ranks."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, rows: Tensor, scale: Tensor, direction: Tensor, sum_over_ranks: Any
+    ) -> Tensor:
+        ctx.save_for_backward(direction)
+        ctx.sum_over_ranks = sum_over_ranks
+        return scale.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (direction,) = ctx.saved_tensors
+        return ctx.sum_over_ranks(grad) * direction, None, None, None
+
+
+def _check_settings(temperatures: tuple[float, ...], preset: str) -> None:
+    if preset not in PRESETS:
+        raise ConfigError(f"preset={preset!r} is not known; use one of {', '.join(PRESETS)}")
+    if not temperatures or not all(0 < t < math.inf for t in temperatures):
+        raise ConfigError(
+            f"temperatures={tuple(temperatures)} must be one or more positive numbers, "
+            f"for instance (0.02, 0.05, 0.2)"
+        )
+
+
+def _grouped(negative: Tensor, positive: Tensor) -> tuple[Tensor, int]:
+    """Both as one [G, m + n, D] in at least fp32, and m."""
+    shapes = tuple(negative.shape), tuple(positive.shape)
+    fits = negative.dim() == positive.dim() >= 2 and shapes[0][:-2] == shapes[1][:-2]
+    if not fits or shapes[0][-1] != shapes[1][-1]:
+        raise ConfigError(
+            f"negative and positive have shapes {shapes[0]} and {shapes[1]}; give [..., m, dim] "
+            f"and [..., n, dim] with equal leading dimensions and dim"
+        )
+    if not (negative.is_floating_point() and positive.is_floating_point()):
+        raise ConfigError(f"points must be floating, not {negative.dtype} and {positive.dtype}")
+    rows = torch.cat([negative, positive.to(negative.dtype)], dim=-2)
+    rows = rows.to(collectives.accumulation_dtype(rows.dtype))
+    return rows.reshape(math.prod(shapes[0][:-2]), *rows.shape[-2:]), shapes[0][-2]
+
+
+def _joined_labels(
+    negative: Tensor | None, positive: Tensor | None, num_rows: int, m: int
+) -> Tensor | None:
+    if negative is None and positive is None:
+        return None
+    if negative is None or positive is None or (len(negative), len(positive)) != (m, num_rows - m):
+        raise ConfigError(
+            f"labels must be given for both kinds of points: {m} negative_labels and "
+            f"{num_rows - m} positive_labels"
+        )
+    return torch.cat([negative, positive])

@@ -1,0 +1,64 @@
+"""The specification: every reduction on the whole matrix, in plain torch."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def logsumexp(rows: Tensor, keys: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `pairwise.logsumexp`. Memory: a few matrices of [b, B]."""
+    scores = rows @ keys.T
+    if exclude is not None:
+        number = torch.arange(keys.shape[0], device=keys.device)
+        scores = scores.masked_fill(exclude[:, None] == number, -torch.inf)
+    return scores.logsumexp(1), scores.logsumexp(0)
+
+
+def distances(points: Tensor) -> Tensor:
+    """Euclidean distances of all pairs, exactly 0 on the diagonal: [..., K, D] -> [..., K, K]."""
+    return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def force(
+    points: Tensor,
+    num_negative: int,
+    temperatures: tuple[float, ...],
+    mask_diagonal: bool,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Contrastive force on the first `num_negative` points, summed over temperatures.
+
+    Per temperature t: ``A = sqrt(softmax_rows(-d/t) * softmax_columns(-d/t))``,
+    ``F_j = sum_i sum_{k != j} A[j, i] A[j, k] (p_i - n_k) / sqrt(mean((d * A)**2))``.
+    Written with logarithms, because A underflows where the quotient does not.
+
+    Args:
+        points: [G, K, D], in each group the negatives (generated) before the positives (data).
+        mask_diagonal: whether a point leaves itself out of the softmaxes.
+        labels: [K] or None; points with different labels do not interact.
+
+    Returns:
+        [G, num_negative, D]; 0 where points have nothing to interact with. Memory: a few [G, K, K].
+    """
+    number = torch.arange(points.shape[-2], device=points.device)
+    is_self = number[:, None] == number
+    apart = labels[:, None] != labels if labels is not None else torch.zeros_like(is_self)
+    is_positive = number >= num_negative
+    d = distances(points)
+    total = torch.zeros_like(points[:, :num_negative])
+    for temperature in temperatures:
+        scores = (-d / temperature).masked_fill(apart | (is_self & mask_diagonal), -torch.inf)
+        log_a = (scores.log_softmax(-1) + scores.log_softmax(-2)) / 2
+        log_a = log_a.masked_fill(scores == -torch.inf, -torch.inf)
+        log_sum_square = (2 * (log_a + d.log())).flatten(1).logsumexp(-1)
+        log_norm = (log_sum_square - math.log(int((~apart).sum()))) / 2
+        log_a = log_a.masked_fill(is_self, -torch.inf)
+        log_pos = log_a.masked_fill(~is_positive, -torch.inf)
+        log_neg = log_a.masked_fill(is_positive, -torch.inf)
+        # F_j = S_neg[j] (A_pos p)_j - S_pos[j] (A_neg n)_j, with S the row sums of A.
+        pull = torch.exp(log_pos + (log_neg.logsumexp(-1) - log_norm[:, None])[..., None])
+        push = torch.exp(log_neg + (log_pos.logsumexp(-1) - log_norm[:, None])[..., None])
+        moved = (log_norm > -torch.inf)[:, None, None]
+        total += torch.where(moved, (pull - push) @ points, 0.0)[:, :num_negative]
+    return total

@@ -1,0 +1,9 @@
+"""The base of every group of settings: immutable, and strict about unknown names."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Settings(BaseModel):
+    """A group of settings, kept beside the code that it configures; `config` composes them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
