@@ -97,7 +97,9 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, tuple[float, str]] = {}
     while len(results) < len(ranks):
-        waiting = {ranks[number][1]: number for number in range(len(ranks)) if number not in results}
+        waiting = {
+            ranks[number][1]: number for number in range(len(ranks)) if number not in results
+        }
         waiting = {pipe: number for pipe, number in waiting.items() if number not in failures}
         ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         for pipe in ready:

@@ -89,7 +89,8 @@ class ContrastiveForce(PairLoss):
         if self.preset == "seed":
             scale = _AttachGradient.apply(rows, scale, direction, self._sum)
         scaled = rows[:, :m] / scale
-        error = (scaled - (scaled.detach() + force)).square()
+        # n - sg(n + F), bracketed so that a small F does not vanish beside n.
+        error = ((scaled - scaled.detach()) - force).square()
         return self.mean(error.sum(), error.numel())
 
     @torch.no_grad()

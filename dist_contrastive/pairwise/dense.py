@@ -56,9 +56,13 @@ def force(
         log_a = log_a.masked_fill(is_self, -torch.inf)
         log_pos = log_a.masked_fill(~is_positive, -torch.inf)
         log_neg = log_a.masked_fill(is_positive, -torch.inf)
-        # F_j = S_neg[j] (A_pos p)_j - S_pos[j] (A_neg n)_j, with S the row sums of A.
-        pull = torch.exp(log_pos + (log_neg.logsumexp(-1) - log_norm[:, None])[..., None])
-        push = torch.exp(log_neg + (log_pos.logsumexp(-1) - log_norm[:, None])[..., None])
-        moved = (log_norm > -torch.inf)[:, None, None]
-        total += torch.where(moved, (pull - push) @ points, 0.0)[:, :num_negative]
+        # F_j = S_neg[j] (A_pos (p - x_j))_j - S_pos[j] (A_neg (n - x_j))_j, S the row sums of A.
+        # Points that coincide with x_j add nothing to it; their weights could only overflow.
+        log_s_neg, log_s_pos = log_neg.logsumexp(-1), log_pos.logsumexp(-1)
+        log_pos, log_neg = (x.masked_fill(d == 0, -torch.inf) for x in (log_pos, log_neg))
+        pull = torch.exp(log_pos + (log_s_neg - log_norm[:, None])[..., None])
+        push = torch.exp(log_neg + (log_s_pos - log_norm[:, None])[..., None])
+        weight = torch.where((log_norm > -torch.inf)[:, None, None], pull - push, 0.0)
+        force = weight @ points - weight.sum(-1, keepdim=True) * points
+        total += force[:, :num_negative]
     return total

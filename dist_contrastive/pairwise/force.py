@@ -30,7 +30,7 @@ class Points:
     chunk_size: int | None = None
 
     def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Row slice, key slice and distances [G, r, k]; a tile has only negative or positive keys."""
+        """Row slice, key slice, distances [G, r, k]; keys of a tile are all negative or positive."""
         for r in chunks(self.rows.shape[1], self.chunk_size):
             for k in self._key_slices():
                 yield r, k, distances(self.rows[:, r], self.keys[:, k])
@@ -145,7 +145,9 @@ def accumulate(
 ) -> Tensor:
     """Force on every row, all temperatures folded into one matrix product a tile: [G, R, D].
 
-    ``F_j = S_neg[j] (A_pos p)_j - S_pos[j] (A_neg n)_j`` with S the row sums of A, over norm.
+    ``F_j = S_neg[j] (A_pos (p - x_j))_j - S_pos[j] (A_neg (n - x_j))_j``, S the row sums of A, over
+    norm. Seen from x_j, keys that coincide with it add nothing; left in, their weights (the largest
+    there are, and nothing in norm) would overflow before they cancel.
 
     Args:
         log_norm: [T, G], logarithm of sqrt(mean((d * A)**2)); -inf gives no force.
@@ -155,10 +157,12 @@ def accumulate(
     for r, k, d in points.tiles():
         is_negative = k.stop <= points.num_negative
         other = (sums.positive if is_negative else sums.negative) - log_norm
+        d = d.masked_fill(d == 0, torch.inf)
         weight = torch.zeros_like(d)
         for i, log_a in _log_affinities(points, temperatures, row_lse, key_lse, r, k, d):
             weight += log_a.add_(other[i, :, r, None]).exp_()
-        force[:, r] += (-weight if is_negative else weight) @ points.keys[:, k]
+        moved = weight @ points.keys[:, k] - weight.sum(-1, keepdim=True) * points.rows[:, r]
+        force[:, r] += -moved if is_negative else moved
     return force
 
 

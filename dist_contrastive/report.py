@@ -1,0 +1,156 @@
+"""Pictures of a run as PNG: loss curves, a map of the representations, a grid of samples.
+
+Drawn with matplotlib's objects rather than pyplot: no display, no global state.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+_DPI = 130
+_GREY = "#8a8f98"
+_BLUE = "#2563a8"
+
+
+def loss_curves(
+    rows: Sequence[Mapping[str, object]],
+    path: str | Path,
+    fields: Sequence[str] = ("loss", "lr"),
+    title: str = "",
+) -> None:
+    """One panel for each of `fields` over the training step.
+
+    Args:
+        rows: metric rows as in metrics.jsonl, each with `step`; rows without a field, and fields
+            that no row has, are left out.
+        path: PNG to write.
+        fields: names of numbers in the rows.
+        title: above the panels.
+    """
+    present = [name for name in fields if any(name in row for row in rows)]
+    figure = Figure(figsize=(6.4, 2.6 * max(1, len(present))), layout="constrained")
+    for i, name in enumerate(present):
+        axes = figure.add_subplot(len(present), 1, i + 1)
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        _curve(axes, np.array(points, dtype=float))
+        axes.set_ylabel({"lr": "learning rate"}.get(name, name.replace("_", " ")))
+        axes.set_xlabel("step")
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def embedding_map(
+    representations: Tensor,
+    labels: Tensor,
+    path: str | Path,
+    title: str = "",
+    max_points: int = 2000,
+) -> None:
+    """A 2-D t-SNE map of representations, coloured by class.
+
+    Distances between far groups mean nothing on such a map, neighbourhoods do. Deterministic.
+
+    Args:
+        representations: [n, D]; normalised first, as the loss and the kNN see them.
+        labels: integers [n].
+        path: PNG to write.
+        title: above the map.
+        max_points: the first so many are drawn.
+    """
+    points = representations[:max_points].detach().flatten(1).double().cpu().numpy()
+    points /= np.linalg.norm(points, axis=1, keepdims=True) + 1e-12
+    classes = labels[:max_points].cpu().numpy()
+    place = _tsne(points)
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = figure.add_subplot()
+    names = np.unique(classes)
+    for i, name in enumerate(names):
+        colour = colormaps["tab10" if len(names) <= 10 else "tab20"](i % 20)
+        x, y = place[classes == name].T
+        axes.scatter(x, y, s=16, color=colour, alpha=0.85, linewidths=0, label=str(name))
+    if len(names) <= 20:
+        axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[], aspect="equal")
+    axes.set_title(title, fontsize=11)
+    _save(figure, path)
+
+
+def sample_grid(
+    generated: Tensor,
+    generated_labels: Tensor,
+    real: Tensor,
+    real_labels: Tensor,
+    path: str | Path,
+    per_class: int = 8,
+    title: str = "",
+) -> None:
+    """Generated samples beside real ones, a class to each row.
+
+    Args:
+        generated, real: images [n, C, H, W] in [0, 1], C 1 or 3.
+        generated_labels, real_labels: integers [n].
+        path: PNG to write.
+        per_class: the first so many of each class are drawn.
+        title: above the grid.
+    """
+    classes = generated_labels.unique().tolist()
+    figure = Figure(figsize=(8.4, 0.45 * len(classes) + 0.9), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    sides = (("generated", generated, generated_labels), ("real", real, real_labels))
+    for column, (name, images, labels) in enumerate(sides):
+        axes = figure.add_subplot(1, 2, column + 1)
+        axes.imshow(
+            _mosaic(images, labels, classes, per_class),
+            cmap="gray", vmin=0, vmax=1, interpolation="nearest",
+        )  # fmt: skip
+        axes.set_title(name, fontsize=10)
+        side = images.shape[-2] + 1
+        axes.set(xticks=[], yticks=[side * (i + 0.5) - 0.5 for i in range(len(classes))])
+        axes.set_yticklabels([str(label) for label in classes])
+        axes.set_ylabel("class" if column == 0 else "")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def _curve(axes: Axes, points: np.ndarray) -> None:
+    """The values, faint where there are many, and their running mean."""
+    step, value = points.T
+    window = max(1, len(value) // 40)
+    if window > 1:
+        axes.plot(step, value, color=_GREY, alpha=0.45, linewidth=0.8)
+        value = np.convolve(value, np.ones(window) / window, mode="valid")
+        step = step[window - 1 :]
+    axes.plot(step, value, color=_BLUE, linewidth=1.6, marker="." if len(value) < 3 else "")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _tsne(points: np.ndarray) -> np.ndarray:
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, max(1.0, (len(points) - 1) / 3))
+    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(points)
+
+
+def _mosaic(images: Tensor, labels: Tensor, classes: list[int], per_class: int) -> np.ndarray:
+    """Rows of images with a line of one pixel between; [rows, columns] or [rows, columns, 3]."""
+    _, channels, height, width = images.shape
+    tile_height, tile_width = height + 1, width + 1
+    mosaic = np.ones((len(classes) * tile_height - 1, per_class * tile_width - 1, channels))
+    for row, label in enumerate(classes):
+        chosen = images[labels == label][:per_class].detach().float().clamp(0, 1).cpu()
+        for column, image in enumerate(chosen):
+            top, left = row * tile_height, column * tile_width
+            mosaic[top : top + height, left : left + width] = image.permute(1, 2, 0).numpy()
+    return mosaic[..., 0] if channels == 1 else mosaic
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)

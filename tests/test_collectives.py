@@ -1,0 +1,141 @@
+"""Gathers, reductions and `run_ranks`, each against what one process would do."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_contrastive import collectives
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.testing import RankError, run_ranks
+
+
+def rank_rows(rank: int, rows: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return (torch.arange(rows * 3).reshape(rows, 3) + 100 * rank).to(dtype)
+
+
+def gather_and_weight(sizes: list[int], dtype: torch.dtype):
+    """Every rank weighs all rows in its own way; each row's gradient is the sum of the weights."""
+    rank = dist.get_rank()
+    x = rank_rows(rank, sizes[rank], dtype).requires_grad_()
+    rows, offset = collectives.all_gather_rows(x)
+    weight = (rank + 1) * (1 + torch.arange(len(rows), dtype=dtype))[:, None]
+    (rows * weight).sum().backward()
+    return rows.detach(), offset, x.grad
+
+
+@pytest.mark.parametrize("sizes", [[2, 2], [3, 1, 2], [0, 4], [4, 0, 1, 0], [0, 0]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gather_rows_and_sum_of_gradients(sizes, dtype):
+    world_size = len(sizes)
+    expected = torch.cat([rank_rows(rank, size, dtype) for rank, size in enumerate(sizes)])
+    total_weight = sum(range(1, world_size + 1)) * (1 + torch.arange(sum(sizes), dtype=dtype))
+    for rank, (rows, offset, grad) in enumerate(
+        run_ranks(gather_and_weight, world_size, sizes, dtype)
+    ):
+        assert torch.equal(rows, expected)
+        assert offset == sum(sizes[:rank])
+        mine = total_weight[offset : offset + sizes[rank], None].expand(-1, 3)
+        assert torch.equal(grad, mine)
+        assert grad.dtype == dtype
+
+
+def gather_in_subgroup():
+    groups = [dist.new_group([0, 2]), dist.new_group([1])]
+    group = groups[dist.get_rank() % 2]
+    rows, offset = collectives.all_gather_rows(rank_rows(dist.get_rank(), 1), group)
+    return rows[:, 0].tolist(), offset, collectives.world_size(group)
+
+
+def test_explicit_group():
+    assert run_ranks(gather_in_subgroup, 3) == [([0, 200], 0, 2), ([100], 0, 1), ([0, 200], 1, 2)]
+
+
+def test_without_process_group():
+    x = torch.randn(3, 2)
+    rows, offset = collectives.all_gather_rows(x)
+    assert rows is x
+    assert offset == 0
+    assert collectives.global_mean(torch.tensor(6.0), 3) == 2
+
+
+def gather_misfit(kind: str) -> str:
+    rank = dist.get_rank()
+    x = {
+        "dtype": torch.zeros(2, 3, dtype=[torch.float32, torch.float64][rank]),
+        "dim": torch.zeros(2, 3 + rank),
+        "grad": torch.zeros(2, 3, requires_grad=rank == 1),
+    }[kind]
+    with pytest.raises(ConfigError) as caught:
+        collectives.all_gather_rows(x)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("dtype", "[rows, 3] torch.float32 without gradient on rank 0; [rows, 3] torch.float64"),
+        ("dim", "[rows, 3] torch.float32 without gradient on rank 0; [rows, 4]"),
+        ("grad", "[rows, 3] torch.float32 with gradient on rank 1"),
+    ],
+)
+def test_misfits_are_named_on_every_rank(kind, words):
+    messages = run_ranks(gather_misfit, 2, kind)
+    assert messages[0] == messages[1]
+    assert words in messages[0]
+
+
+def reductions(partials: list[list[float]]):
+    rank = dist.get_rank()
+    partial = torch.tensor(partials[rank], dtype=torch.float64, requires_grad=True)
+    total = collectives.logsumexp_over_ranks(partial)
+    slope = torch.zeros_like(total)
+    slope[rank] = 1.0  # every rank uses its own entry
+    (total * slope).nan_to_num(neginf=0.0).sum().backward()
+    mean = collectives.global_mean(torch.tensor(float(rank)), 2 * rank)
+    return total.detach(), partial.grad, mean.item()
+
+
+def test_logsumexp_over_ranks_and_global_mean():
+    partials = [[0.0, -1000.0, -torch.inf], [2.0, -torch.inf, -torch.inf], [800.0, 3.0, -torch.inf]]
+    stacked = torch.tensor(partials, dtype=torch.float64, requires_grad=True)
+    expected = stacked.logsumexp(0)
+    expected[:2].sum().backward()
+    for rank, (total, grad, mean) in enumerate(run_ranks(reductions, 3, partials)):
+        torch.testing.assert_close(total, expected.detach())
+        torch.testing.assert_close(grad[:2], stacked.grad[rank, :2])
+        assert grad.isfinite().all()
+        assert mean == (0 + 1 + 2) / (0 + 2 + 4)
+
+
+def fail_on_rank_one(how: str) -> None:
+    if dist.get_rank() == 1:
+        if how == "raise":
+            raise ValueError("the number 41 is too small")
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()  # the others wait for rank 1
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("raise", "ValueError: the number 41 is too small"), ("kill", "died with exit code -9")],
+)
+def test_a_failing_rank_ends_all_at_once(how, words):
+    start = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 1 failed") as caught:
+        run_ranks(fail_on_rank_one, 3, how)
+    assert words in str(caught.value)
+    assert time.monotonic() - start < 20
+
+
+def sleep_for(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def test_time_limit():
+    with pytest.raises(RankError, match=r"ranks \[0, 1\] did not end"):
+        run_ranks(sleep_for, 2, 60.0, timeout_s=3.0)

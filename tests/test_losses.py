@@ -1,0 +1,123 @@
+"""Losses in one process: published values, plain torch written out, invariances, bad input."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dist_contrastive import losses
+from dist_contrastive.errors import ConfigError
+
+IMPLS = [{"impl": "dense"}, {"impl": "chunked", "chunk_size": 3}]
+
+
+@pytest.fixture
+def views() -> tuple[torch.Tensor, torch.Tensor]:
+    """The fixture that lightly, pytorch-metric-learning, open_clip and others were measured on."""
+    random = np.random.RandomState(0)
+    return torch.tensor(random.randn(8, 16)), torch.tensor(random.randn(8, 16))
+
+
+@pytest.mark.parametrize("options", IMPLS)
+def test_published_values(views, options):
+    a, b = views
+    assert losses.NTXent(0.5, **options)(a, b).item() == pytest.approx(2.6814845240, abs=1e-9)
+    assert losses.NTXent(0.1, **options)(a, b).item() == pytest.approx(3.9455674819, abs=1e-9)
+    clip = losses.InfoNCE(0.1, symmetric=True, **options)
+    normalised = F.normalize(a), F.normalize(b)
+    assert clip(*normalised).item() == pytest.approx(3.1994522323, abs=1e-9)
+
+
+def naive_infonce(q, k, negatives, temperature):
+    q, k = F.normalize(q), F.normalize(torch.cat([k, negatives]))
+    return F.cross_entropy(q @ k.T / temperature, torch.arange(len(q)))
+
+
+@pytest.mark.parametrize("options", IMPLS)
+@pytest.mark.parametrize("num_negatives", [0, 5])
+def test_infonce_is_cross_entropy(views, options, num_negatives):
+    a, b = (x.requires_grad_() for x in views)
+    extra = torch.randn(num_negatives, 16, dtype=torch.float64, requires_grad=True)
+    expected = naive_infonce(a, b, extra, 0.2)
+    loss = losses.InfoNCE(0.2, **options)(a, b, extra)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for found, correct in zip(
+        torch.autograd.grad(loss, [a, b, extra]),
+        torch.autograd.grad(expected, [a, b, extra]),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, correct, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", IMPLS)
+def test_learnable_temperature(views, options):
+    loss = losses.InfoNCE(0.1, symmetric=True, learnable=True, **options).double()
+    loss(*views).backward()
+    shifted = [losses.InfoNCE(0.1 * np.exp(-h), symmetric=True)(*views) for h in (1e-5, -1e-5)]
+    slope = (shifted[0] - shifted[1]).item() / 2e-5
+    assert loss.scale.log_scale.grad.item() == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [losses.InfoNCE(0.1, symmetric=True), losses.NTXent(0.1)])
+def test_order_of_rows_does_not_matter(views, loss):
+    order = torch.randperm(8)
+    a, b = views
+    torch.testing.assert_close(loss(a[order], b[order]), loss(a, b), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("loss", [losses.InfoNCE, losses.NTXent])
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_limits_of_the_temperature(views, loss, temperature):
+    a, b = (x.float().requires_grad_() for x in views)
+    value = loss(temperature)(a, b)
+    value.backward()
+    assert value.isfinite()
+    assert a.grad.isfinite().all()
+    if temperature > 1:  # every key is equally likely
+        keys = 8 if loss is losses.InfoNCE else 15
+        assert value.item() == pytest.approx(np.log(keys), abs=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_give_fp32_losses(views, dtype):
+    a, b = (x.to(dtype).requires_grad_() for x in views)
+    loss = losses.NTXent(0.01)(a, b)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert a.grad.dtype == dtype
+    exact = losses.NTXent(0.01)(a.detach().double(), b.detach().double())
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: losses.InfoNCE(0.0), "temperature=0.0 must be positive"),
+        (lambda: losses.NTXent(impl="magic"), "impl='magic' is not known; use one of auto, dense"),
+        (lambda: losses.NTXent(keys_from="moon"), "keys_from='moon' is not known; use one of"),
+        (lambda: losses.NTXent(chunk_size=0), "chunk_size=0 must be at least 1"),
+        (lambda: losses.NTXent()(torch.zeros(1, 3), torch.zeros(1, 3)), "has 1 row"),
+        (lambda: losses.InfoNCE()(torch.zeros(3, 3), torch.zeros(2, 3)), "(3, 3), 'keys': (2, 3)"),
+        (lambda: losses.InfoNCE()(torch.zeros(3), torch.zeros(3)), "floating embeddings"),
+        (lambda: losses.ContrastiveForce(()), "temperatures=() must be one or more"),
+        (lambda: losses.ContrastiveForce((0.1, -1)), "positive numbers, for instance"),
+        (lambda: losses.ContrastiveForce(preset="x"), "preset='x' is not known; use one of seed"),
+        (
+            lambda: losses.ContrastiveForce()(torch.zeros(0, 3), torch.zeros(4, 3)),
+            "hold 0 negative",
+        ),
+        (
+            lambda: losses.ContrastiveForce()(torch.zeros(2, 3), torch.zeros(2, 4)),
+            "(2, 3) and (2, 4)",
+        ),
+        (
+            lambda: losses.ContrastiveForce()(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2)),
+            "2 negative_labels and 2 positive_labels",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(make, words):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
