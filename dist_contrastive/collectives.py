@@ -7,6 +7,8 @@ the gradient of a row over all ranks and brings it home; `global_mean` makes eve
 leave W times its share, so that the mean over ranks that DDP and ZeRO take is the exact gradient.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import ConfigError, UserError
 
 Group = Any  # torch.distributed.ProcessGroup, or None for all ranks
 GradReduction = Literal["mean", "sum"]
@@ -105,7 +107,7 @@ def _describe(table: list[list[int]]) -> str:
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
         ctx.sizes, ctx.group, ctx.dtype = sizes, group, x.dtype
         padded = _pad_rows(x.contiguous(), max(sizes))
         out = padded.new_empty(len(sizes) * max(sizes), *x.shape[1:])
@@ -117,7 +119,7 @@ class _AllGatherRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         most = max(ctx.sizes)
         grad = grad.to(accumulation_dtype(grad.dtype))
         padded = torch.cat([_pad_rows(block, most) for block in grad.split(ctx.sizes)])
@@ -172,7 +174,7 @@ def global_mean(
 
 class _GlobalMean(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, local_sum: Tensor, count: int, group: Group, grad_reduction: GradReduction
     ) -> Tensor:
         pair = local_sum.new_tensor([0.0, count], dtype=torch.float64)
@@ -183,7 +185,7 @@ class _GlobalMean(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad * ctx.slope, None, None, None
 
 
@@ -200,7 +202,7 @@ def logsumexp_over_ranks(partial: Tensor, group: Group = None) -> Tensor:
 
 class _LogSumExpOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, partial: Tensor, group: Group) -> Tensor:
         shift = all_reduce_max(partial, group)
         shift = torch.where(shift.isfinite(), shift, 0.0)
         total = shift + all_reduce_sum((partial - shift).exp(), group).log()
@@ -210,7 +212,44 @@ class _LogSumExpOverRanks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         partial, total = ctx.saved_tensors
         share = torch.where(partial == -torch.inf, 0.0, (partial - total).exp())
         return all_reduce_sum(grad, ctx.group) * share, None
+
+
+def gather_objects(value: Any, group: Group = None) -> list[Any]:
+    """A small picklable value of every rank, in the order of ranks. Costs two all-gathers."""
+    values = [value] * world_size(group)
+    if is_distributed(group):
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device, group: Group = None) -> bool:
+    """Whether the flag is set on any rank. Collectives: one all-reduce of one number."""
+    return bool(all_reduce_max(torch.tensor(int(flag), device=device), group))
+
+
+@contextmanager
+def raised_together(group: Group = None) -> Iterator[None]:
+    """An error that one rank raises inside is raised on all ranks, at the end of the block.
+
+    For work that ranks do by themselves (open files, write a checkpoint), without collectives
+    inside: a rank that failed alone would leave the others waiting in their next one. A rank's own
+    error is raised again as it is; the others raise its class with "rank N: " before the message.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    if is_distributed(group):
+        told = None if own is None else (type(own), str(own))
+        for number, failure in enumerate(gather_objects(told, group)):
+            if failure is not None and own is None:
+                kind, message = failure
+                kind = kind if issubclass(kind, UserError) else RuntimeError
+                raise kind(f"rank {number}: {message}")
+    if own is not None:
+        raise own

@@ -37,7 +37,7 @@ def loss_curves(
     for i, name in enumerate(present):
         axes = figure.add_subplot(len(present), 1, i + 1)
         points = [(row["step"], row[name]) for row in rows if name in row]
-        _curve(axes, np.array(points, dtype=float))
+        _curve(axes, np.array(points, dtype=float), smooth=name != "lr")
         axes.set_ylabel({"lr": "learning rate"}.get(name, name.replace("_", " ")))
         axes.set_xlabel("step")
     figure.suptitle(title, fontsize=11)
@@ -99,7 +99,8 @@ def sample_grid(
         title: above the grid.
     """
     classes = generated_labels.unique().tolist()
-    figure = Figure(figsize=(8.4, 0.45 * len(classes) + 0.9), layout="constrained")
+    shape = (generated.shape[-2] + 1) * len(classes) / ((generated.shape[-1] + 1) * per_class)
+    figure = Figure(figsize=(8.4, 3.9 * shape + 0.7), layout="constrained")  # panels 3.9 wide
     figure.suptitle(title, fontsize=11)
     sides = (("generated", generated, generated_labels), ("real", real, real_labels))
     for column, (name, images, labels) in enumerate(sides):
@@ -118,14 +119,14 @@ def sample_grid(
     _save(figure, path)
 
 
-def _curve(axes: Axes, points: np.ndarray) -> None:
-    """The values, faint where there are many, and their running mean."""
+def _curve(axes: Axes, points: np.ndarray, smooth: bool) -> None:
+    """The values; with `smooth` they are faint where there are many, under their running mean."""
     step, value = points.T
-    window = max(1, len(value) // 40)
+    window = 2 * (len(value) // 80) + 1 if smooth else 1  # odd, so that it has a centre
     if window > 1:
         axes.plot(step, value, color=_GREY, alpha=0.45, linewidth=0.8)
         value = np.convolve(value, np.ones(window) / window, mode="valid")
-        step = step[window - 1 :]
+        step = step[window // 2 : -(window // 2)]
     axes.plot(step, value, color=_BLUE, linewidth=1.6, marker="." if len(value) < 3 else "")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

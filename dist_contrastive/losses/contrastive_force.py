@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from dist_contrastive import collectives
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss, PairOptions
-from dist_contrastive.pairwise import choose, dense, distances
+from dist_contrastive.losses.force_layout import Layout, sort_rows
+from dist_contrastive.pairwise import dense, distances
 from dist_contrastive.pairwise import force as passes
 
 Preset = Literal["seed", "drift"]
@@ -44,7 +45,8 @@ class ContrastiveForce(PairLoss):
 
     Args:
         temperatures: one force each, added up; all above 0, in units of the mean distance.
-        options: see `PairLoss`. ``keys_from="local"`` gives every rank groups of its own.
+        options: see `PairLoss`. ``keys_from="local"`` gives every rank groups of its own;
+            ``impl="auto"`` is ``chunked``.
 
     Scope: scale and normaliser are per group, over the group's points on all ranks. With labels,
     pairs of different labels take part in neither of them, nor in the softmaxes.
@@ -80,12 +82,15 @@ class ContrastiveForce(PairLoss):
                 of different labels do not interact.
         """
         rows, m = _grouped(negative, positive)
-        labels = _joined_labels(negative_labels, positive_labels, rows.shape[1], m)
+        labels = _joined_labels(negative_labels, positive_labels, rows, m)
+        order = sort_rows(labels, m)  # the mean does not mind the order of rows
+        rows = rows[:, order]
         with torch.no_grad():
-            points = self._points(rows, m, labels)
+            layout = Layout(self.gather, labels[order], m)
+            points = self._points(rows, layout)
             mean, direction = self._mean_distance(points)
             scale = torch.where(mean > 0, mean, 1.0)[:, None, None]
-            force = self._force(points.scaled(1 / scale), m)
+            force = self._force(points.scaled(1 / scale), m, layout)
         if self.preset == "seed":
             scale = _AttachGradient.apply(rows, scale, direction, self._sum)
         scaled = rows[:, :m] / scale
@@ -97,30 +102,26 @@ class ContrastiveForce(PairLoss):
     def force(self, negative: Tensor, positive: Tensor) -> Tensor:
         """Sum of the forces at all temperatures, without rescaling: the shape of negative."""
         rows, m = _grouped(negative, positive)
-        return self._force(self._points(rows, m, None), m).reshape(negative.shape)
+        layout = Layout(self.gather, _joined_labels(None, None, rows, m), m)
+        return self._force(self._points(rows, layout), m, layout).reshape(negative.shape)
 
-    def _points(self, rows: Tensor, m: int, labels: Tensor | None) -> passes.Points:
-        """This rank's rows [G, R, D], of which m are negatives, and all keys; centred."""
-        keys, itself, num_negative = self._keys(rows.detach().transpose(0, 1), m)
-        num_positive = len(keys) - num_negative
-        if num_negative < 1 or num_positive < 1:
+    def _points(self, rows: Tensor, layout: Layout) -> passes.Points:
+        """This rank's rows [G, R, D] and all keys, centred."""
+        if layout.num_negative < 1 or layout.num_positive < 1:
             raise ConfigError(
-                f"the ranks together hold {num_negative} negative (generated) and {num_positive} "
-                f"positive (data) points; the force needs at least one of each"
+                f"the ranks together hold {layout.num_negative} negative (generated) and "
+                f"{layout.num_positive} positive (data) points; the force needs one of each"
             )
-        centred = distances.centre(rows.detach(), keys.transpose(0, 1))
-        key_labels = None if labels is None else self._keys(labels, m)[0]
-        return passes.Points(*centred, num_negative, itself, labels, key_labels, self.chunk_size)
-
-    def _keys(self, rows: Tensor, m: int) -> tuple[Tensor, Tensor, int]:
-        """Rows [R, ...] of all ranks, all negatives before all positives; which of these keys each
-        of this rank's rows is [R]; and how many are negatives."""
-        negative, negative_offset = self.gather(rows[:m].contiguous())
-        positive, positive_offset = self.gather(rows[m:].contiguous())
-        itself = torch.arange(len(rows), device=rows.device)
-        itself[:m] += negative_offset
-        itself[m:] += len(negative) + positive_offset - m
-        return torch.cat([negative, positive]), itself, len(negative)
+        rows = rows.detach()
+        keys = layout.keys(rows.transpose(0, 1)).transpose(0, 1)
+        return passes.Points(
+            *distances.centre(rows, keys),
+            num_negative=layout.num_negative,
+            self_key=layout.self_key,
+            blocks=layout.blocks(),
+            num_pairs=layout.num_pairs(),
+            chunk_size=self.chunk_size,
+        )
 
     def _sum(self, x: Tensor) -> Tensor:
         """Over the ranks that share the groups."""
@@ -129,24 +130,24 @@ class ContrastiveForce(PairLoss):
     def _mean_distance(self, points: passes.Points) -> tuple[Tensor, Tensor | None]:
         """Mean of d over interacting pairs [G], and for ``seed`` its derivative by the rows."""
         total, direction = passes.sum_of_distances(points, self.preset == "seed")
-        mean = self._sum(total) / points.num_pairs()
+        mean = self._sum(total) / points.num_pairs
         if direction is not None:
-            direction = direction * (2 / points.num_pairs())
+            direction = direction * (2 / points.num_pairs)
         return mean.to(points.rows.dtype), direction
 
-    def _force(self, points: passes.Points, m: int) -> Tensor:
+    def _force(self, points: passes.Points, m: int, layout: Layout) -> Tensor:
         """Force on the first m rows, summed over temperatures: [G, m, D]."""
         mask_diagonal = self.preset == "drift"
-        if choose(self.impl, points.num_scores()) == "dense":
-            settings = points.num_negative, self.temperatures, mask_diagonal, points.key_labels
+        if self.impl == "dense":  # which repeats on every rank what the others compute
+            settings = points.num_negative, self.temperatures, mask_diagonal, layout.labels
             return dense.force(points.keys, *settings)[:, points.self_key[:m]]
         row_lse = passes.row_logsumexp(points, self.temperatures, mask_diagonal)
-        key_lse = self._keys(row_lse.movedim(-1, 0), m)[0].movedim(0, -1)
+        key_lse = layout.keys(row_lse.movedim(-1, 0)).movedim(0, -1)
         sums = passes.log_sums(points, self.temperatures, row_lse, key_lse)
         log_square = sums.square.logsumexp(-1)
         if self.keys_from == "gather":
             log_square = collectives.logsumexp_over_ranks(log_square, self.group)
-        log_norm = (log_square - math.log(points.num_pairs())) / 2
+        log_norm = (log_square - math.log(points.num_pairs)) / 2
         lse = row_lse[..., :m], key_lse
         return passes.accumulate(points.first(m), self.temperatures, *lse, sums.first(m), log_norm)
 
@@ -179,7 +180,7 @@ class _AttachGradient(torch.autograd.Function):
     """scale as a function of the rows, with its derivative given; rows are spread over ranks."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, rows: Tensor, scale: Tensor, direction: Tensor, sum_over_ranks: Any
     ) -> Tensor:
         ctx.save_for_backward(direction)
@@ -188,7 +189,7 @@ class _AttachGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (direction,) = ctx.saved_tensors
         return ctx.sum_over_ranks(grad) * direction, None, None, None
 
@@ -220,13 +221,15 @@ def _grouped(negative: Tensor, positive: Tensor) -> tuple[Tensor, int]:
 
 
 def _joined_labels(
-    negative: Tensor | None, positive: Tensor | None, num_rows: int, m: int
-) -> Tensor | None:
+    negative: Tensor | None, positive: Tensor | None, rows: Tensor, m: int
+) -> Tensor:
+    """Labels of all rows; 0 for all where none are given."""
     if negative is None and positive is None:
-        return None
-    if negative is None or positive is None or (len(negative), len(positive)) != (m, num_rows - m):
+        return torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
+    n = rows.shape[1] - m
+    if negative is None or positive is None or (len(negative), len(positive)) != (m, n):
         raise ConfigError(
-            f"labels must be given for both kinds of points: {m} negative_labels and "
-            f"{num_rows - m} positive_labels"
+            f"labels must be given for both kinds of points: {m} negative_labels and {n} "
+            f"positive_labels"
         )
-    return torch.cat([negative, positive])
+    return torch.cat([negative, positive]).to(torch.int64)

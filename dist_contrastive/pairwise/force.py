@@ -17,6 +17,9 @@ from dist_contrastive.pairwise.distances import distances
 _TINY = torch.finfo(torch.float32).tiny
 
 
+Block = tuple[slice, slice]
+
+
 @dataclass(frozen=True)
 class Points:
     """Rows of this rank and the keys of all ranks, in G independent groups."""
@@ -25,25 +28,16 @@ class Points:
     keys: Tensor  # [G, K, D]: first the negatives (generated) of all ranks, then the positives
     num_negative: int  # how many of the keys are negatives
     self_key: Tensor  # [R] int64: which key each row is
-    row_labels: Tensor | None = None  # [R]; points with different labels do not interact
-    key_labels: Tensor | None = None  # [K]
+    blocks: tuple[Block, ...]  # row slices and key slices that interact, keys all of one kind
+    num_pairs: int  # pairs of keys that interact, in each group; a key with itself counts
     chunk_size: int | None = None
 
     def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Row slice, key slice, distances [G, r, k]; keys of a tile are all negative or positive."""
-        for r in chunks(self.rows.shape[1], self.chunk_size):
-            for k in self._key_slices():
-                yield r, k, distances(self.rows[:, r], self.keys[:, k])
-
-    def num_pairs(self) -> int:
-        """Pairs of keys that interact, in each group; a key with itself counts."""
-        if self.key_labels is None:
-            return self.keys.shape[1] ** 2
-        return int(self.key_labels.unique(return_counts=True)[1].square().sum())
-
-    def num_scores(self) -> int:
-        """Scores of this rank's rows in all groups."""
-        return self.rows.shape[0] * self.rows.shape[1] * self.keys.shape[1]
+        """Row slice, key slice, distances [G, r, k] of all pairs that interact."""
+        for rows, keys in self.blocks:
+            for r in chunks(rows, self.chunk_size):
+                for k in chunks(keys, self.chunk_size):
+                    yield r, k, distances(self.rows[:, r], self.keys[:, k])
 
     def scaled(self, factor: Tensor) -> "Points":
         """The same points in other units; factor [G, 1, 1]."""
@@ -51,24 +45,16 @@ class Points:
 
     def first(self, num_rows: int) -> "Points":
         """Only the first rows, against all keys."""
-        labels = None if self.row_labels is None else self.row_labels[:num_rows]
+        blocks = tuple(
+            (slice(r.start, min(r.stop, num_rows)), k) for r, k in self.blocks if r.start < num_rows
+        )
         rows, self_key = self.rows[:, :num_rows], self.self_key[:num_rows]
-        return replace(self, rows=rows, self_key=self_key, row_labels=labels)
-
-    def _key_slices(self) -> Iterator[slice]:
-        yield from chunks(self.num_negative, self.chunk_size)
-        yield from chunks(self.keys.shape[1], self.chunk_size, start=self.num_negative)
+        return replace(self, rows=rows, self_key=self_key, blocks=blocks)
 
     def is_self(self, r: slice, k: slice) -> Tensor:
         """[r, k], true where row and key are the same point."""
         number = torch.arange(k.start, k.stop, device=self.keys.device)
         return self.self_key[r, None] == number
-
-    def is_apart(self, r: slice, k: slice) -> Tensor | None:
-        """[r, k], true where labels differ; None without labels."""
-        if self.row_labels is None or self.key_labels is None:
-            return None
-        return self.row_labels[r, None] != self.key_labels[k]
 
 
 def sum_of_distances(points: Points, with_direction: bool) -> tuple[Tensor, Tensor | None]:
@@ -77,9 +63,6 @@ def sum_of_distances(points: Points, with_direction: bool) -> tuple[Tensor, Tens
     total = points.rows.new_zeros(points.rows.shape[0], dtype=torch.float64)
     direction = torch.zeros_like(points.rows) if with_direction else None
     for r, k, d in points.tiles():
-        apart = points.is_apart(r, k)
-        if apart is not None:
-            d = d.masked_fill(apart, 0.0)
         total += d.sum((1, 2)).double()
         if direction is not None:
             weight = torch.where(d > 0, d.clamp(min=_TINY).reciprocal(), 0.0)
@@ -93,12 +76,8 @@ def row_logsumexp(points: Points, temperatures: tuple[float, ...], mask_diagonal
     num_groups, num_rows, _ = points.rows.shape
     lse = points.rows.new_full((len(temperatures), num_groups, num_rows), -torch.inf)
     for r, k, d in points.tiles():
-        left_out = points.is_apart(r, k)
         if mask_diagonal:
-            is_self = points.is_self(r, k)
-            left_out = is_self if left_out is None else left_out | is_self
-        if left_out is not None:
-            d = d.masked_fill(left_out, torch.inf)
+            d = d.masked_fill(points.is_self(r, k), torch.inf)
         for i, temperature in enumerate(temperatures):
             lse[i, :, r] = torch.logaddexp(lse[i, :, r], (d / -temperature).logsumexp(-1))
     return lse
@@ -175,13 +154,10 @@ def _log_affinities(
     k: slice,
     d: Tensor,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(temperature number, log A of the tile), -inf for a point with itself and across labels."""
-    left_out = points.is_self(r, k)
-    apart = points.is_apart(r, k)
-    if apart is not None:
-        left_out = left_out | apart
+    """(temperature number, log A of the tile), -inf for a point with itself."""
+    is_self = points.is_self(r, k)
     for i, temperature in enumerate(temperatures):
         log_a = d / -temperature
         log_a -= row_lse[i, :, r, None] / 2
         log_a -= key_lse[i, :, None, k] / 2
-        yield i, log_a.masked_fill_(left_out, -torch.inf)
+        yield i, log_a.masked_fill_(is_self, -torch.inf)

@@ -1,0 +1,39 @@
+# make demo    train an encoder and a generator on real digits over two ranks, and evaluate them
+# make test    prove the contracts          make check   format, lint, types
+# make bench   measure memory               make clean   remove what these made
+#
+# Each builds .venv by itself when it is missing or older than what it is made from.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check format bench clean
+
+demo: .venv/stamp
+	$(BIN)/dist-contrastive shards pack digits data/digits
+	$(BIN)/python -m launch.local configs/digits_encoder.yaml --ranks 2
+	$(BIN)/python -m launch.local configs/digits_generator.yaml --ranks 2
+	$(BIN)/dist-contrastive eval runs/digits_encoder runs/digits_generator
+
+test: .venv/stamp
+	$(BIN)/python -m pytest
+
+check: .venv/stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/stamp
+	$(BIN)/python benchmarks/memory.py
+
+.venv/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist runs data *.egg-info

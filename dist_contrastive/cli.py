@@ -1,0 +1,106 @@
+"""The command ``dist-contrastive``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_contrastive import __version__
+from dist_contrastive.errors import NonFiniteError, UserError
+
+# torch and the rest are imported by the commands that need them: --help answers at once.
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    with reporting_errors() as outcome:
+        outcome.code = args.run(args)
+    return outcome.code
+
+
+@dataclass
+class Outcome:
+    """The exit code of what ran inside `reporting_errors`."""
+
+    code: int = 0
+
+
+@contextmanager
+def reporting_errors() -> Iterator[Outcome]:
+    """Turns the errors that have an exit code into one sentence on stderr and that code."""
+    outcome = Outcome()
+    try:
+        yield outcome
+    except (UserError, NonFiniteError) as error:
+        rank = os.environ.get("RANK")
+        who = "dist-contrastive" if rank is None else f"dist-contrastive, rank {rank}"
+        print(f"{who}: {error}", file=sys.stderr, flush=True)
+        outcome.code = error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dist-contrastive",
+        description="Train encoders and one-step generators by comparing every sample of a very "
+        "large batch with every other.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, or go on with the run in run_dir")
+    train.add_argument("config", help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="measure trained runs, print one table")
+    evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    evaluate.set_defaults(run=_evaluate)
+
+    shards = commands.add_parser("shards", help="make and index shards of samples")
+    _add_shards(shards.add_subparsers(required=True, metavar="COMMAND"))
+    return parser
+
+
+def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    pack = commands.add_parser("pack", help="write a data set as shards, and index them")
+    pack.add_argument("source", choices=["digits"], help="scikit-learn's 1,797 handwritten digits")
+    pack.add_argument("folder", type=Path, help="gets one folder of shards per split")
+    pack.set_defaults(run=_pack)
+
+    index = commands.add_parser("index", help="write the index that the stream reads by")
+    index.add_argument("folder", type=Path, help="folder of .tar shards")
+    index.set_defaults(run=_index)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from dist_contrastive import trainer
+    from dist_contrastive.config import load
+
+    return trainer.train(load(args.config, args.overrides))
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from dist_contrastive.tasks.evaluate import evaluate_runs, print_table
+
+    print_table(evaluate_runs(args.runs))
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from dist_contrastive.data import pack_digits
+
+    for split, index in pack_digits(args.folder).items():
+        print(f"{args.folder / split}: {len(index)} samples in {len(index.shard_samples)} shards")
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from dist_contrastive.data import index_folder
+
+    index = index_folder(args.folder)
+    print(f"{args.folder}: {len(index)} samples in {len(index.shard_samples)} shards")
+    return 0

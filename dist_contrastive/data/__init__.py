@@ -1,0 +1,7 @@
+"""Shards, their index, and the stream that reads them in an order fixed by the config."""
+
+from dist_contrastive.data.index import ShardIndex
+from dist_contrastive.data.shards import index_folder, pack_digits
+from dist_contrastive.data.stream import ShardStream
+
+__all__ = ["ShardIndex", "ShardStream", "index_folder", "pack_digits"]

@@ -1,0 +1,103 @@
+"""Batches of decoded samples: rows to columns, and parts of a batch to one.
+
+`join_batches([collate(a), collate(b)])` equals `collate(a + b)`, so a batch does not depend on
+how many workers built it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_contrastive.errors import DataError
+
+Batch = dict[str, Any]
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> Batch:
+    """Columns of one or more samples.
+
+    Tensors and numeric arrays of one shape are stacked to [b, ...]; whole numbers become int64,
+    other numbers float64, truth values bool, each [b]; all else stays a list of b values.
+
+    Raises:
+        DataError: a field that some of the samples lack.
+    """
+    first = samples[0]
+    for sample in samples:
+        if sample.keys() != first.keys():
+            raise DataError(_missing_field(first, sample))
+    return {name: _column([sample[name] for sample in samples]) for name in first}
+
+
+def join_batches(parts: Sequence[Batch]) -> Batch:
+    """One batch from consecutive parts of it, rows in the order of the parts.
+
+    Parts without rows only tell the shapes, and only if no part has rows.
+
+    Raises:
+        DataError: a field that some of the parts lack.
+    """
+    full = [part for part in parts if part["__key__"]] or [parts[0]]
+    for part in full:
+        if part.keys() != full[0].keys():
+            rows = [{**p, "__key__": p["__key__"][0]} for p in (full[0], part)]
+            raise DataError(_missing_field(*rows))
+    return {name: _join_columns([part[name] for part in full]) for name in full[0]}
+
+
+def without_rows(batch: Batch) -> Batch:
+    """The batch cut to 0 rows: tensors keep their type and the shape of a row."""
+    return {name: column[:0] for name, column in batch.items()}
+
+
+def _column(values: list[Any]) -> Any:
+    if isinstance(values[0], str | bytes | dict | list) or values[0] is None:
+        return values
+    rows = [_as_tensor(value) for value in values]
+    tensors = [row for row in rows if row is not None]
+    if len(tensors) < len(values) or len({row.shape for row in tensors}) > 1:
+        return values
+    return torch.stack(tensors)  # in a type that holds all: a number may be 1 here and 1.5 there
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    match value:
+        case Tensor():
+            return value
+        case bool() | int():
+            return torch.tensor(value)
+        case float():
+            return torch.tensor(value, dtype=torch.float64)
+        case np.ndarray() if value.dtype.kind in "biuf":
+            return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))
+    return None
+
+
+def _join_columns(columns: list[Any]) -> Any:
+    if len(columns) == 1:
+        return columns[0]
+    if all(isinstance(column, Tensor) for column in columns) and (
+        len({column.shape[1:] for column in columns}) == 1
+    ):
+        return torch.cat(columns)
+    return [row for column in columns for row in _rows(column)]
+
+
+def _rows(column: Any) -> list[Any]:
+    if not isinstance(column, Tensor):
+        return column
+    return column.tolist() if column.ndim == 1 else list(column.unbind(0))
+
+
+def _missing_field(first: dict[str, Any], second: dict[str, Any]) -> str:
+    if first.keys() >= second.keys():
+        first, second = second, first
+    missing = sorted(second.keys() - first.keys())[0]
+    return (
+        f"sample {first['__key__']!r} has no field {missing!r}, which sample "
+        f"{second['__key__']!r} of the same batch has; pack the shards again with the same "
+        "fields in every sample"
+    )

@@ -1,0 +1,83 @@
+"""Linear probe with few labels: how much of the class a representation shows linearly."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from dist_contrastive.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Accuracy on the test set, as fractions, over several draws of the labelled samples."""
+
+    mean: float
+    std: float
+    accuracies: tuple[float, ...]
+
+
+def few_label_probe(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    per_class: int = 10,
+    draws: int = 10,
+    seed: int = 0,
+) -> ProbeResult:
+    """Logistic regression fitted on `per_class` labelled samples of each class.
+
+    Features are centred and divided by their overall standard deviation over all training
+    samples (without labels), so that representations of any scale get the same
+    regularisation. Draws depend on labels and seed only: every feature matrix meets the same ones.
+
+    Args:
+        train_features, test_features: [n, D] and [m, D], or images, which are flattened.
+        train_labels, test_labels: integers [n] and [m].
+        per_class: labelled samples of each class.
+        draws: how often samples are drawn anew.
+        seed: of the draws.
+    Returns:
+        Mean and standard deviation (over draws, n - 1) of the accuracy.
+    Raises:
+        ConfigError: a class has fewer than `per_class` samples, or fewer than two draws.
+    """
+    labels = train_labels.cpu().numpy()
+    _check(labels, per_class, draws)
+    train = train_features.detach().flatten(1).double().cpu().numpy()
+    test = test_features.detach().flatten(1).double().cpu().numpy()
+    mean = train.mean(axis=0)
+    scale = (train - mean).std() or 1.0
+    train, test = (train - mean) / scale, (test - mean) / scale
+    accuracies = []
+    for draw in range(draws):
+        chosen = _draw(labels, per_class, np.random.default_rng([seed, draw]))
+        model = LogisticRegression(max_iter=5000).fit(train[chosen], labels[chosen])
+        accuracies.append(float(model.score(test, test_labels.cpu().numpy())))
+    return ProbeResult(
+        float(np.mean(accuracies)), float(np.std(accuracies, ddof=1)), tuple(accuracies)
+    )
+
+
+def _draw(labels: np.ndarray, per_class: int, random: np.random.Generator) -> np.ndarray:
+    """Indices of `per_class` samples of each class."""
+    return np.concatenate(
+        [
+            random.choice(np.flatnonzero(labels == label), per_class, replace=False)
+            for label in np.unique(labels)
+        ]
+    )
+
+
+def _check(labels: np.ndarray, per_class: int, draws: int) -> None:
+    values, counts = np.unique(labels, return_counts=True)
+    if counts.min() < per_class:
+        raise ConfigError(
+            f"the probe takes {per_class} labelled samples of each class, but class "
+            f"{values[counts.argmin()]} has {counts.min()}: set per_class to at most "
+            f"{counts.min()}."
+        )
+    if draws < 2:
+        raise ConfigError(f"the probe's spread needs 2 draws or more, but draws is {draws}.")

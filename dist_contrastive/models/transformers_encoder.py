@@ -1,0 +1,173 @@
+"""Any vision model of `transformers` as an encoder, from scratch or from a checkpoint.
+
+`transformers` is imported when a model is built, not before: the import costs seconds.
+"""
+
+import difflib
+import inspect
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.settings import Settings
+
+
+class TransformersEncoderSettings(Settings):
+    """A vision model of `transformers`: `model_type` (random weights) or `pretrained`."""
+
+    name: Literal["transformers"] = "transformers"
+    model_type: str | None = None
+    """Architecture by its `transformers` name, as `vit`, `dinov2`, `convnext`, `swin`."""
+    pretrained: str | None = None
+    """Folder or hub name of a checkpoint; its weights must be safetensors."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the model's configuration to override, as `{hidden_size: 192}`. Image size and
+    channels are set from the data for `model_type` models that have these fields."""
+    pool: Literal["auto", "pooler", "mean"] = "auto"
+    """`pooler`: the model's own pooled output; `mean`: the mean of the last hidden state over
+    positions; `auto`: the pooled output where the model has one."""
+    normalise: tuple[float, float] = (0.5, 0.5)
+    """Mean and standard deviation subtracted from and divided into pixels in [0, 1]."""
+    row_independent: bool = True
+    """Keep the model in eval mode while training: no dropout or stochastic depth, stored batch
+    statistics. A row's output then depends on that row alone, which every promise about ranks
+    needs; turn it off only to train a model that cannot do without."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.model_type is None) == (self.pretrained is None):
+            raise ValueError(
+                f"a transformers encoder needs either model_type or pretrained, but model_type is "
+                f"{self.model_type!r} and pretrained is {self.pretrained!r}: set exactly one."
+            )
+        return self
+
+
+class TransformersEncoder(nn.Module):
+    """A `transformers` vision model: images [b, C, H, W] in [0, 1] to representations [b, D].
+
+    Parameters that the output does not depend on (mask tokens, an unused pooler) are frozen,
+    because DDP would wait for their gradients.
+
+    Args:
+        settings: which model.
+        channels: C of the images.
+        image_size: height and width of the images.
+    Raises:
+        ConfigError: unknown model, not a vision model, wrong fields, images it cannot read.
+    """
+
+    def __init__(
+        self, settings: TransformersEncoderSettings, channels: int, image_size: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.image_shape = (channels, *image_size)
+        self.model = _load(settings, channels, image_size)
+        self.dim = self._probe()
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.model.train(mode and not self.settings.row_independent)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) == 0:  # many models cannot reshape 0 rows; one blank row keeps the graph
+            return self._representations(images.new_zeros(1, *images.shape[1:]))[:0]
+        return self._representations(images)
+
+    def _representations(self, images: Tensor) -> Tensor:
+        mean, std = self.settings.normalise
+        output = self.model(pixel_values=(images - mean) / std)
+        pooled = getattr(output, "pooler_output", None)
+        if self.settings.pool == "pooler" and pooled is None:
+            raise ConfigError(
+                f"pool: pooler needs a model with a pooled output, and {_title(self.settings)} "
+                "has none: use pool: mean."
+            )
+        if pooled is not None and self.settings.pool != "mean":
+            return pooled.flatten(1)
+        hidden = output.last_hidden_state  # [b, positions, D] or [b, D, h, w]
+        return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
+
+    def _probe(self) -> int:
+        """The representation's dimension, from one grey image; freezes unused parameters."""
+        self.eval()
+        try:
+            with torch.enable_grad():
+                output = self._representations(torch.full((1, *self.image_shape), 0.5))
+        except ConfigError:
+            raise
+        except (ValueError, RuntimeError, TypeError) as error:
+            shape = "x".join(map(str, self.image_shape))
+            raise ConfigError(
+                f"{_title(self.settings)} cannot read images of {shape} (channels x height x "
+                f"width): set image size, patch size and channels in config ({_first(error)})."
+            ) from error
+        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        grads = torch.autograd.grad(output.sum(), list(trainable.values()), allow_unused=True)
+        for parameter, grad in zip(trainable.values(), grads, strict=True):
+            parameter.requires_grad_(grad is not None)
+        return output.shape[1]
+
+
+def _load(
+    settings: TransformersEncoderSettings, channels: int, image_size: tuple[int, int]
+) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        if settings.pretrained is not None:
+            model = AutoModel.from_pretrained(
+                settings.pretrained, use_safetensors=True, **settings.config
+            )
+        else:
+            assert settings.model_type is not None  # the settings have exactly one source
+            fields = _config_fields(settings, channels, image_size)
+            model = AutoModel.from_config(AutoConfig.for_model(settings.model_type, **fields))
+    except ConfigError:
+        raise
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"cannot build {_title(settings)}: {_first(error)}; give model_type a vision model's "
+            "name such as vit, dinov2, convnext or swin, or pretrained a folder with safetensors."
+        ) from error
+    if "pixel_values" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"{_title(settings)} does not take images: use a vision model such as vit, dinov2, "
+            "convnext or swin."
+        )
+    return model
+
+
+def _config_fields(
+    settings: TransformersEncoderSettings, channels: int, image_size: tuple[int, int]
+) -> dict[str, Any]:
+    """The configuration overrides, with what the data fixes, and unknown names refused."""
+    from transformers import AutoConfig
+
+    assert settings.model_type is not None  # the settings have exactly one source
+    known = AutoConfig.for_model(settings.model_type).to_dict()
+    for name in settings.config:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"{_title(settings)} has no configuration field {name!r}: "
+                + (f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}.")
+            )
+    size: int | tuple[int, int] = image_size if len(set(image_size)) == 2 else image_size[0]
+    from_data = {"image_size": size, "num_channels": channels}
+    return {k: v for k, v in from_data.items() if k in known} | settings.config
+
+
+def _title(settings: TransformersEncoderSettings) -> str:
+    return f"transformers model {(settings.model_type or settings.pretrained)!r}"
+
+
+def _first(error: Exception) -> str:
+    """The first sentence of an error, short enough to quote."""
+    return str(error).strip().split("\n")[0].split(". ")[0][:160]

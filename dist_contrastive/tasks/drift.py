@@ -1,0 +1,88 @@
+"""One-step generation by the contrastive force ("drifting"): noise and a class in, an image out."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dist_contrastive.config import DriftSettings, PixelFeatures, RunFeatures
+from dist_contrastive.data import keyed_random
+from dist_contrastive.data.fields import Samples
+from dist_contrastive.losses.settings import build_loss
+from dist_contrastive.models import build_generator, frozen
+from dist_contrastive.tasks.base import Embeddings, Task
+from dist_contrastive.tasks.runs import load_encoder
+
+NOISE_STREAM = 0x6E6F697365  # "noise": keeps these keys apart from other uses of the same seed
+
+Features = Callable[[Tensor], Tensor]
+
+
+class Drift(Task):
+    """A generator whose samples are moved by data and by each other, in one or more feature spaces.
+
+    Each row of data is met by one generated row of the same class. Rows of different classes do
+    not interact.
+    """
+
+    def __init__(
+        self,
+        settings: DriftSettings,
+        image_shape: tuple[int, int, int],
+        num_classes: int | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.generator = build_generator(settings.generator, image_shape, num_classes)
+        self.loss = build_loss(settings.loss)
+        self.seed = seed
+        # In a plain list, so that frozen networks are neither trained nor part of checkpoints.
+        self._features = [_build_features(f, image_shape) for f in settings.features]
+
+    def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
+        """Noise [b, noise_dim], keyed by the data row that it will meet, and its label [b]."""
+        keys = keyed_random.combine(self.seed, NOISE_STREAM, samples.epoch, samples.index)
+        noise = keyed_random.normal(keys, self.generator.noise_dim)
+        return (noise,) if samples.labels is None else (noise, samples.labels)
+
+    def embed(self, *inputs: Tensor) -> Embeddings:
+        """Features of generated images: [b, D] for each feature space."""
+        return self._in_features(self.generator(*inputs))
+
+    def compare(self, embeddings: Embeddings, samples: Samples) -> Tensor:
+        """Sum over feature spaces of the force's loss against this batch's data."""
+        with torch.no_grad():
+            data = self._in_features(samples.images)
+        labels = samples.labels
+        pairs = zip(embeddings, data, strict=True)
+        return torch.stack([self.loss(n, p, labels, labels) for n, p in pairs]).sum()
+
+    def _in_features(self, images: Tensor) -> Embeddings:
+        return tuple(features(images) for features in self._features)
+
+    @torch.no_grad()
+    def generate(self, labels: Tensor | None, count: int, seed: int) -> Tensor:
+        """`count` images; for the same seed always the same."""
+        device = next(self.parameters()).device
+        keys = keyed_random.combine(seed, NOISE_STREAM, torch.arange(count, device=device))
+        noise = keyed_random.normal(keys, self.generator.noise_dim)
+        return self.generator(noise, labels)
+
+    def _apply(self, fn, recurse=True):
+        """Frozen features follow the task to another device."""
+        for features in self._features:
+            if isinstance(features, torch.nn.Module):
+                features._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+def _build_features(
+    settings: PixelFeatures | RunFeatures, image_shape: tuple[int, int, int]
+) -> Features:
+    if isinstance(settings, PixelFeatures):
+        return _pixels
+    return frozen(load_encoder(settings.run_dir, image_shape))
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.flatten(1)

@@ -1,0 +1,1 @@
+"""Starting runs: `launch.local` on one machine with torchrun."""

@@ -1,0 +1,62 @@
+"""Start a config on several ranks of this machine, or of several machines, with torchrun.
+
+    python -m launch.local CONFIG --ranks 2 [key=value ...]
+
+The config is checked before any rank starts. The exit code is that of the first rank that failed,
+not torchrun's own: 0 done, 64 bad config or data, 70 not finite, 75 stopped early and saved.
+"""
+
+import argparse
+import os
+import sys
+
+from dist_contrastive.cli import reporting_errors
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse arguments, check the config, run; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.local", description=__doc__)
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument("--ranks", type=_positive, default=1, help="processes on this machine")
+    args = parser.parse_intermixed_args(argv)
+    with reporting_errors() as outcome:
+        _check(args.config, args.overrides, args.ranks)
+        outcome.code = _run(args.config, args.overrides, args.ranks)
+    return outcome.code
+
+
+def _check(config: str, overrides: list[str], ranks: int) -> None:
+    from dist_contrastive import trainer
+    from dist_contrastive.config import load
+
+    trainer.check(load(config, overrides), ranks)
+
+
+def _run(config: str, overrides: list[str], ranks: int) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    # Fewer threads than cores / ranks would idle, more would fight: torchrun's own default is 1.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    command = ["--standalone", f"--nproc-per-node={ranks}", "--module", "dist_contrastive"]
+    try:
+        run(get_args_parser().parse_args([*command, "train", config, *overrides]))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code >= 0 else 128 - code
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1; use 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

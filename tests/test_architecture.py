@@ -1,0 +1,115 @@
+"""The walls: imports go one way, big dependencies have one door, files and functions stay small,
+and the README's map is the territory."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dist_contrastive"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
+
+# From the bottom up; parts on one line do not import each other, except as listed in WITHIN.
+LAYERS = [
+    {"errors", "settings"},
+    {"collectives", "pairwise"},
+    {"losses", "testing"},
+    {"models", "data", "optim", "signals"},
+    {"evaluation", "backend", "checkpoint", "metrics", "report"},
+    {"config"},
+    {"tasks", "trainer"},
+    {"cli"},
+    {"__main__", "launch"},
+]
+WITHIN = {("trainer", "tasks"), ("losses", "testing")}
+DOORS = {
+    "accelerate": {"backend.py"},
+    "deepspeed": {"backend.py"},
+    "webdataset": {"samples.py"},
+    "transformers": {"transformers_encoder.py"},
+    "kornia": {"views.py"},
+    "submitit": {"slurm.py"},
+    "triton": {"triton_kernels.py"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full"
+            found.add(str(node.module))
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part_of(path: Path) -> str:
+    if "launch" in path.parts:
+        return "launch"
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def level(part: str) -> int:
+    return next(i for i, layer in enumerate(LAYERS) if part in layer)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    if path == PACKAGE / "__init__.py":
+        assert not {name for name in imports(path) if name.startswith("dist_contrastive")}
+        return
+    mine = part_of(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "dist_contrastive" or len(parts) < 2 or parts[1] == "__version__":
+            continue
+        other = parts[1]
+        fine = other == mine or level(other) < level(mine) or (mine, other) in WITHIN
+        assert fine, f"{path.name} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize(("package", "files"), DOORS.items())
+def test_big_dependencies_have_one_door(package, files):
+    users = {
+        path.name for path in SOURCES for name in imports(path) if name.split(".")[0] == package
+    }
+    assert users <= files
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 310, "is it two things?"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            docstring = len((ast.get_docstring(node) or "").splitlines())
+            assert lines - docstring <= 60, f"{node.name} has {lines} lines"
+
+
+def test_readme_tree_is_the_tree():
+    readme = (ROOT / "README.md").read_text()
+    tree = re.search(r"```text\n(.*?)```", readme, re.DOTALL)
+    assert tree, "the README has no ```text block with the tree"
+    named = set(re.findall(r"^\s*([\w./-]+\.py)\b", tree[1], re.MULTILINE))
+    actual = {path.name for path in SOURCES if path.name != "__init__.py"}
+    actual |= {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert named == actual
+
+
+def test_readme_links_exist():
+    for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / link).exists(), link
+
+
+def test_public_names_have_docstrings():
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), f"{path} does not say what it is for"
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"

@@ -1,0 +1,158 @@
+"""Metrics against values worked out by hand, and the pictures of a run."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_contrastive import report
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.evaluation.generative import (
+    class_agreement,
+    energy_distance,
+    precision_recall,
+)
+from dist_contrastive.evaluation.neighbours import knn_accuracy, knn_predict
+from dist_contrastive.evaluation.probe import few_label_probe
+
+
+def line(*values: float) -> Tensor:
+    return torch.tensor(values)[:, None]
+
+
+def angles(*degrees: float, length: float = 1.0) -> Tensor:
+    radians = torch.tensor(degrees) * math.pi / 180
+    return length * torch.stack([radians.cos(), radians.sin()], dim=1)
+
+
+def test_knn_votes_by_cosine() -> None:
+    keys, labels = angles(0, 10, 20, 90, 100), torch.tensor([0, 0, 1, 1, 1])
+    keys = keys * torch.tensor([1, 50, 1, 0.1, 1])[:, None]  # lengths must not matter
+    queries = angles(2, 17, 80, length=7)
+    assert knn_predict(keys, labels, queries, k=1).tolist() == [0, 1, 1]
+    assert knn_predict(keys, labels, queries, k=3).tolist() == [0, 0, 1]
+    assert knn_accuracy(keys, labels, queries, torch.tensor([0, 1, 1]), k=3) == pytest.approx(2 / 3)
+
+
+def test_knn_tie_goes_to_the_nearer_class() -> None:
+    keys, labels = line(0.0, 1.0, 3.0, 4.0), torch.tensor([2, 0, 0, 2])
+    predicted = knn_predict(keys, labels, line(0.4, 0.6), k=2, metric="euclidean")
+    assert predicted.tolist() == [2, 0]
+    predicted = knn_predict(keys, labels, line(1.4, 3.8), k=4, metric="euclidean")
+    assert predicted.tolist() == [0, 2]
+
+
+def test_knn_chunks_and_bounds() -> None:
+    torch.manual_seed(0)
+    keys, labels, queries = torch.randn(50, 4), torch.randint(0, 3, (50,)), torch.randn(23, 4)
+    whole = knn_predict(keys, labels, queries)
+    assert torch.equal(whole, knn_predict(keys, labels, queries, chunk=7))
+    assert knn_predict(keys, labels, queries[:0]).shape == (0,)
+    with pytest.raises(ConfigError, match=r"k is 51, but there are 50 .*set k from 1 to 50"):
+        knn_predict(keys, labels, queries, k=51)
+
+
+def test_energy_distance_by_hand() -> None:
+    # 2 * mean(|0-1|, |0-5|, |2-1|, |2-5|) - |0-2| - |1-5| = 2 * 2.5 - 2 - 4
+    assert energy_distance(line(0.0, 2.0), line(1.0, 5.0)) == pytest.approx(-1.0, abs=1e-6)
+    # 2 * 10 - 1 - 2: every pair across is 10 apart on average
+    assert energy_distance(line(0.0, 1.0), line(9.5, 11.5)) == pytest.approx(17.0, abs=1e-6)
+
+
+def test_energy_distance_is_unbiased_and_chunked() -> None:
+    torch.manual_seed(0)
+    values = [energy_distance(torch.randn(20, 3), torch.randn(30, 3)) for _ in range(200)]
+    mean, error = torch.tensor(values).mean(), torch.tensor(values).std() / math.sqrt(200)
+    assert abs(mean) < 4 * error
+    x, y = torch.randn(40, 3) + 100, torch.randn(25, 3) + 101
+    whole = energy_distance(x, y)
+    assert whole == pytest.approx(energy_distance(x, y, chunk=7), abs=1e-9)
+    assert whole > 0.3
+    with pytest.raises(ConfigError, match="2 samples or more on both sides, but got 1 and 25"):
+        energy_distance(x[:1], y)
+
+
+def test_precision_recall_by_hand() -> None:
+    # k = 1. Real radii: 1, 1, 2 (balls [-1, 1], [0, 2], [1, 5]); generated radii: 0.5, 0.5, 96.
+    real, generated = line(0.0, 1.0, 3.0), line(3.5, 4.0, 100.0)
+    zeros = torch.zeros(3, dtype=torch.int64)
+    result = precision_recall(real, zeros, generated, zeros, k=1)
+    assert result.precision == pytest.approx(2 / 3)
+    assert result.recall == pytest.approx(1 / 3)  # 3.0 only: [3, 4], [3.5, 4.5], [4, 196]
+
+
+def test_precision_recall_stays_within_classes() -> None:
+    points = line(0.0, 1.0, 10.0, 11.0)
+    labels = torch.tensor([0, 0, 1, 1])
+    right = precision_recall(points, labels, points, labels, k=1)
+    wrong = precision_recall(points, labels, points, labels.flip(0), k=1)
+    assert (right.precision, right.recall) == (1.0, 1.0)
+    assert (wrong.precision, wrong.recall) == (0.0, 0.0)
+    with pytest.raises(ConfigError, match=r"k = 3 need 4 .* class 0 has 2 real and 2 generated"):
+        precision_recall(points, labels, points, labels, k=3)
+
+
+def test_class_agreement() -> None:
+    real, labels = line(0.0, 1.0, 10.0, 11.0), torch.tensor([0, 0, 1, 1])
+    generated, asked = line(0.4, 9.0, 12.0, 2.0), torch.tensor([0, 1, 0, 0])
+    assert class_agreement(real, labels, generated, asked, k=1) == 0.75
+
+
+def blobs(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    centres = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
+    return centres[labels] + 0.7 * torch.randn(n, 2, generator=generator), labels
+
+
+def test_probe_separates_blobs_whatever_their_scale() -> None:
+    train, train_labels = blobs(90, 0)
+    test, test_labels = blobs(300, 1)
+    result = few_label_probe(train, train_labels, test, test_labels, per_class=5, draws=6)
+    assert len(result.accuracies) == 6
+    assert 0.85 < result.mean < 1
+    values = torch.tensor(result.accuracies, dtype=torch.float64)
+    assert result.mean == pytest.approx(values.mean().item())
+    assert result.std == pytest.approx(values.std().item())
+    scaled = few_label_probe(
+        1000 * train + 5, train_labels, 1000 * test + 5, test_labels, per_class=5, draws=6
+    )
+    assert scaled.mean == pytest.approx(result.mean, abs=0.005)
+    noise = torch.randn(90, 2, generator=torch.Generator().manual_seed(2))
+    chance = few_label_probe(noise, train_labels, test, test_labels, per_class=5)
+    assert chance.mean < 0.7
+
+
+def test_probe_errors() -> None:
+    features, labels = blobs(10, 0)
+    with pytest.raises(ConfigError, match="class 1 has 3: set per_class to at most 3"):
+        few_label_probe(features, labels, features, labels, per_class=4)
+    with pytest.raises(ConfigError, match="needs 2 draws or more, but draws is 1"):
+        few_label_probe(features, labels, features, labels, per_class=2, draws=1)
+
+
+def check_png(path: Path) -> None:
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert path.stat().st_size > 2000
+
+
+def test_pictures(tmp_path: Path) -> None:
+    rows = [{"step": i, "loss": 1 / (i + 1), "lr": 0.1} for i in range(100)]
+    report.loss_curves([*rows, {"step": 100, "eval": 1.0}], tmp_path / "new" / "loss.png")
+    check_png(tmp_path / "new" / "loss.png")
+    features, labels = blobs(40, 0)
+    report.embedding_map(features, labels, tmp_path / "map.png", title="map")
+    check_png(tmp_path / "map.png")
+    for channels in (1, 3):
+        images = torch.rand(40, channels, 8, 8)
+        path = tmp_path / f"grid{channels}.png"
+        report.sample_grid(images, labels, images[:20], labels[:20], path, title="samples")
+        check_png(path)
+
+
+def test_picture_of_one_row_or_none(tmp_path: Path) -> None:
+    report.loss_curves([{"step": 0, "loss": 1.0}], tmp_path / "one.png")
+    report.loss_curves([], tmp_path / "none.png")
+    check_png(tmp_path / "one.png")

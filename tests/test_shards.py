@@ -1,0 +1,383 @@
+"""Shards: what is written, how tars are indexed, and that damage is found and named."""
+
+import gc
+import io
+import json
+import os
+import pickle
+import subprocess
+import tarfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from dist_contrastive.data import ShardIndex, index_folder, pack_digits
+from dist_contrastive.data.samples import decode_field, scan_samples, write_samples
+from dist_contrastive.errors import ConfigError, DataError
+
+
+def image_bytes(mode: str, image_format: str, size: tuple[int, int] = (5, 3)) -> bytes:
+    stream = io.BytesIO()
+    Image.new(mode, size, 1).save(stream, format=image_format)
+    return stream.getvalue()
+
+
+def numbered(start: int, count: int) -> list[dict]:
+    return [
+        {"__key__": f"s{n:03d}", "cls": n, "txt": f"café {n}"} for n in range(start, start + count)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three indexed shards of 4, 0 and 3 samples."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name, start, count in (("a.tar", 0, 4), ("b.tar", 4, 0), ("c.tar", 4, 3)):
+        write_samples(folder / name, numbered(start, count))
+    index_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "digits"
+    pack_digits(folder)
+    return folder
+
+
+def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def read_by_webdataset(paths: list[str]) -> list[dict]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves the files to the collector
+        samples = list(webdataset.WebDataset(paths, shardshuffle=False))
+        gc.collect()
+    return samples
+
+
+# ---------------------------------------------------------------------------- digits
+
+
+def test_digits_are_whole_and_invertible(digits: Path):
+    from sklearn.datasets import load_digits
+
+    original = load_digits()
+    seen = set()
+    for split, size, shards in (("train", 1437, 8), ("test", 360, 2)):
+        index = ShardIndex.load(digits / split)
+        assert (len(index), len(index.shard_names)) == (size, shards)
+        for number in range(len(index)):
+            sample = index.read(number)
+            place = sample["json"]["index"]
+            assert sample["__key__"] == f"digit-{place:04d}"
+            assert sample["json"]["label"] == original.target[place]
+            assert sample["png"].shape == (1, 8, 8)
+            values = torch.round(sample["png"][0].double() * 16 / 255)
+            assert np.array_equal(values.numpy(), original.images[place])
+            seen.add(place)
+    assert seen == set(range(1797))
+
+
+def test_digits_split_keeps_class_proportions_and_mixes_shards(digits: Path):
+    labels = {}
+    for split in ("train", "test"):
+        index = ShardIndex.load(digits / split)
+        labels[split] = np.array([index.read(n)["json"]["label"] for n in range(len(index))])
+        for shard in range(len(index.shard_names)):
+            assert len(set(labels[split][index.sample_shard == shard])) == 10
+    train, test = (np.bincount(labels[split]) for split in ("train", "test"))
+    assert np.all(np.abs(test - (train + test) * (360 / 1797)) <= 1)
+
+
+def test_packing_again_gives_the_same_bytes(digits: Path):
+    before = {path: path.read_bytes() for path in digits.rglob("*.*")}
+    pack_digits(digits)
+    assert {path: path.read_bytes() for path in digits.rglob("*.*")} == before
+    assert os.listdir(digits.parent) == ["digits"]
+
+
+def test_packing_refuses_a_folder_of_others(tmp_path: Path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"already holds 'train/notes\.txt'.*new or empty folder"):
+        pack_digits(tmp_path)
+    assert (tmp_path / "train" / "notes.txt").read_text() == "mine"
+    with pytest.raises(ConfigError, match="samples_per_shard=0 is below 1; set 1 or more"):
+        pack_digits(tmp_path, samples_per_shard=0)
+
+
+def test_packing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(_: Path):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("dist_contrastive.data.shards.index_folder", fail)
+    with pytest.raises(OSError, match="disk full"):
+        pack_digits(tmp_path / "digits")
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_tools_read_the_shards(digits: Path):
+    index = ShardIndex.load(digits / "test")
+    paths = [str(index.folder / name) for name in index.shard_names]
+    theirs = read_by_webdataset(paths)
+    assert [sample["__key__"] for sample in theirs] == [
+        index.read(n)["__key__"] for n in range(len(index))
+    ]
+    assert json.loads(theirs[0]["json"]) == index.read(0)["json"]
+    with tarfile.open(paths[0]) as archive:
+        assert archive.getnames()[:2] == [f"{theirs[0]['__key__']}.{e}" for e in ("json", "png")]
+
+
+# ---------------------------------------------------------------------------- tars of others
+
+
+def test_index_agrees_with_webdataset_on_tars_of_others(tmp_path: Path):
+    long = "deep/" * 30
+    with tarfile.open(tmp_path / "pax.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        add_member(archive, "__meta__/info.json", b"{}")
+        for key in ("x/ä", long + "b", "c"):
+            add_member(archive, f"{key}.TXT", key.encode())
+            add_member(archive, "no-extension", b"skipped")
+            add_member(archive, f"{key}.seg.cls", b"7")
+    source = tmp_path / "source"
+    (source / long).mkdir(parents=True)
+    for name in ("k1.txt", "k1.cls", f"{long}k2.txt", f"{long}k2.cls"):
+        (source / name).write_text("3")
+    subprocess.run(
+        ["tar", "--sort=name", "-cf", tmp_path / "gnu.tar", "-C", source, "."], check=True
+    )
+    index = ShardIndex.build(tmp_path)
+    paths = [str(tmp_path / name) for name in ("gnu.tar", "pax.tar")]
+    theirs = read_by_webdataset(paths)
+    ours = [index.read(n) for n in range(len(index))]
+    assert len(ours) == 5
+    assert [s["__key__"] for s in ours] == [s["__key__"] for s in theirs]
+    assert [sorted(s) for s in ours] == [
+        sorted(k for k in s if k not in ("__url__", "__local_path__")) for s in theirs
+    ]
+    assert ours[2] == {"__key__": "x/ä", "txt": "x/ä", "seg.cls": 7}
+
+
+def test_decoded_fields(tmp_path: Path):
+    array = np.arange(6, dtype=">f4").reshape(2, 3)
+    write_samples(
+        tmp_path / "s.tar",
+        [
+            {
+                "__key__": "k",
+                "gray.png": image_bytes("L", "PNG"),
+                "bits.png": image_bytes("1", "PNG"),
+                "jpg": image_bytes("RGB", "JPEG"),
+                "webp": image_bytes("RGBA", "WEBP"),
+                "gif": image_bytes("P", "GIF"),
+                "png": np.arange(12, dtype=np.uint8).reshape(3, 2, 2),
+                "json": None,
+                "npy": array,
+                "cls": 4,
+                "txt": "é",
+                "bin": b"\x00",
+            }
+        ],
+    )
+    sample = ShardIndex.build(tmp_path).read(0)
+    shapes = {name: tuple(v.shape) for name, v in sample.items() if isinstance(v, torch.Tensor)}
+    assert shapes == {
+        "gray.png": (1, 3, 5),
+        "bits.png": (1, 3, 5),
+        "jpg": (3, 3, 5),
+        "webp": (3, 3, 5),
+        "gif": (3, 3, 5),
+        "png": (3, 2, 2),
+    }
+    assert sample["png"].dtype == torch.uint8
+    assert sample["png"].flatten().tolist() == list(range(12))
+    assert np.array_equal(sample["npy"], array)
+    assert [sample[name] for name in ("json", "cls", "txt", "bin")] == [None, 4, "é", b"\x00"]
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("extension", ["pyd", "pickle", "pkl", "pth", "pt", "npz", "x.pyd"])
+def test_nothing_is_unpickled(tmp_path: Path, extension: str):
+    trap = tmp_path / "executed"
+    payload = pickle.dumps(Bomb(trap))
+    write_samples(tmp_path / "s.tar", [{"__key__": "k", extension: payload}])
+    sample = ShardIndex.build(tmp_path).read(0)
+    assert sample[extension] == payload
+    assert not trap.exists()
+    pickle.loads(payload)
+    assert trap.exists()  # the trap works
+
+
+def test_arrays_of_objects_and_disguised_postscript_are_refused(tmp_path: Path):
+    stream = io.BytesIO()
+    np.save(stream, np.array([Bomb(tmp_path / "executed")]), allow_pickle=True)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n"
+    for name, data, reason in (
+        ("npy", stream.getvalue(), "allow_pickle"),
+        ("png", eps, "UnidentifiedImageError"),
+    ):
+        write_samples(tmp_path / "s.tar", [{"__key__": "k", name: data}])
+        message = rf"field '{name}' of sample 'k' in shard .*s\.tar cannot be decoded \(.*{reason}"
+        with pytest.raises(DataError, match=message):
+            ShardIndex.build(tmp_path).read(0)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_sixteen_bit_images_are_refused_with_the_fix():
+    with pytest.raises(ValueError, match="more than 8 bits a channel; store it as npy"):
+        decode_field("png", image_bytes("I;16", "PNG"))
+
+
+def test_writing_what_cannot_be_written(tmp_path: Path):
+    with pytest.raises(DataError, match="a int cannot be written as field 'jpg'; give bytes"):
+        write_samples(tmp_path / "s.tar", [{"__key__": "k", "jpg": 3}])
+    with pytest.raises(DataError, match=r"shape \[2, 2\] and type float64.*give uint8 \[C, H, W\]"):
+        write_samples(tmp_path / "s.tar", [{"__key__": "k", "png": np.zeros((2, 2))}])
+
+
+# ---------------------------------------------------------------------------- the index
+
+
+def test_index_survives_saving(folder: Path):
+    built = ShardIndex.build(folder)
+    for path in (folder, folder / "index.npz", str(folder)):
+        loaded = ShardIndex.load(path)
+        assert loaded.shard_names == ("a.tar", "b.tar", "c.tar")
+        assert loaded.shard_samples.tolist() == [4, 0, 3]
+        assert loaded.shard_sha256 == built.shard_sha256
+        assert np.array_equal(loaded.sample_offset, built.sample_offset)
+        assert loaded.read(5) == {"__key__": "s005", "cls": 5, "txt": "café 5"}
+    sums = subprocess.run(["sha256sum", folder / "c.tar"], capture_output=True, check=True)
+    assert sums.stdout.decode().split()[0] == built.shard_sha256[2]
+    before = (folder / "index.npz").read_bytes()
+    built.save()
+    assert (folder / "index.npz").read_bytes() == before
+    assert sorted(os.listdir(folder)) == ["a.tar", "b.tar", "c.tar", "index.npz"]
+
+
+def test_index_can_be_sent_to_a_process(folder: Path):
+    index = ShardIndex.load(folder)
+    index.read(0)
+    copy = pickle.loads(pickle.dumps(index))
+    assert copy.read(6) == index.read(6)
+    with pytest.raises(IndexError, match=r"sample 7 is outside 0\.\.6"):
+        index.read(7)
+
+
+def test_more_shards_than_open_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dist_contrastive.data.index._MAX_OPEN_SHARDS", 1)
+    index = ShardIndex.load(folder)
+    assert [index.read(n)["cls"] for n in (0, 4, 1, 5)] == [0, 4, 1, 5]
+
+
+def test_missing_things_are_named(folder: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="nowhere does not exist; give a folder that holds tars"):
+        ShardIndex.load(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=rf"holds 0 files that end in .tar; give one.*{folder}"):
+        ShardIndex.load(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds 0 files that end in \.tar; pack some"):
+        ShardIndex.build(tmp_path / "empty")
+    (folder / "index.npz").unlink()
+    command = f"run `dist-contrastive shards index {folder}`"
+    with pytest.raises(DataError, match=f"has 3 shards but no index.npz; {command}"):
+        ShardIndex.load(folder)
+    (folder / "index.npz").write_bytes(b"PK not a zip")
+    with pytest.raises(DataError, match=f"index.npz cannot be read .*{command}"):
+        ShardIndex.load(folder)
+    np.savez(folder / "index.npz", version=99)
+    with pytest.raises(DataError, match=f"has format 99, this version reads 1.*{command}"):
+        ShardIndex.load(folder)
+
+
+def test_index_that_does_not_fit_its_tars(folder: Path):
+    command = f"run `dist-contrastive shards index {folder}`"
+    (folder / "d.tar").write_bytes((folder / "a.tar").read_bytes())
+    with pytest.raises(DataError, match=r"d\.tar is in the folder but not in the index.*4.*3") as e:
+        ShardIndex.load(folder)
+    assert command in str(e.value)
+    (folder / "d.tar").unlink()
+    size = (folder / "c.tar").stat().st_size
+    with (folder / "c.tar").open("ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(DataError, match=rf"c\.tar has {size + 512} bytes but {size} were indexed"):
+        ShardIndex.load(folder)
+    (folder / "c.tar").unlink()
+    with pytest.raises(DataError, match=r"c\.tar is in the index but not in the folder.*3.*2") as e:
+        ShardIndex.load(folder)
+    assert command in str(e.value)
+
+
+def test_tars_without_samples(tmp_path: Path):
+    write_samples(tmp_path / "a.tar", [])
+    with pytest.raises(DataError, match=r"the 1 shards in .* hold 0 samples; .*KEY\.EXTENSION"):
+        ShardIndex.build(tmp_path)
+
+
+def test_keys_held_twice(tmp_path: Path):
+    write_samples(tmp_path / "a.tar", [*numbered(0, 2), *numbered(0, 1)])
+    with pytest.raises(DataError, match=r"a\.tar holds the key 's000' twice.*--sort=name"):
+        ShardIndex.build(tmp_path)
+    write_samples(tmp_path / "a.tar", [*numbered(0, 1), *numbered(0, 1)])
+    with pytest.raises(DataError, match=r"a\.tar gives the field 'cls' of sample 's000' twice"):
+        ShardIndex.build(tmp_path)
+
+
+def test_truncated_and_damaged_tars(folder: Path):
+    path = folder / "a.tar"
+    whole = path.read_bytes()
+    slices = list(scan_samples(path))
+    boundary = slices[2].offset  # here `tarfile` and webdataset see an ordinary end
+    for size in (0, 100, boundary + 100, boundary + 700, slices[0].length):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=r"a\.tar .*truncated.*; write or copy it again"):
+            ShardIndex.build(folder)
+    path.write_bytes(whole[:boundary] + b"x" * 512 + whole[boundary + 512 :])
+    with pytest.raises(DataError, match=rf"a\.tar is damaged: no tar header at byte {boundary}"):
+        ShardIndex.build(folder)
+
+
+def test_every_changed_byte_of_a_sample_is_found(folder: Path):
+    index = ShardIndex.load(folder)
+    path, offset, length = (
+        folder / "a.tar",
+        int(index.sample_offset[1]),
+        int(index.sample_length[1]),
+    )
+    whole = path.read_bytes()
+    for place in range(offset, offset + length, 97):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(DataError, match=rf"a\.tar is damaged.*sample 1 at byte {offset}"):
+            ShardIndex.load(folder).read(1)
+        assert ShardIndex.load(folder).read(2)["cls"] == 2
+    path.write_bytes(whole[: offset + 10])
+    with pytest.raises(DataError, match=f"has 10 bytes .* but {length} bytes .* were indexed"):
+        index.read(1)
+
+
+def test_shard_removed_while_in_use(folder: Path):
+    index = ShardIndex.load(folder)
+    (folder / "a.tar").unlink()
+    with pytest.raises(DataError, match=r"a\.tar cannot be read \(No such file.*restore it"):
+        index.read(0)

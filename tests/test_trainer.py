@@ -1,0 +1,221 @@
+"""Whole runs of the demo's configs, shortened: any number of ranks, stopped anywhere."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGS, command, environment, run
+from safetensors.torch import load_file
+
+from dist_contrastive import checkpoint, trainer
+from dist_contrastive import config as configs
+from dist_contrastive.errors import ConfigError, DataError, NonFiniteError
+from dist_contrastive.metrics import read_rows
+
+ENCODER = CONFIGS / "digits_encoder.yaml"
+GENERATOR = CONFIGS / "digits_generator.yaml"
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    found = checkpoint.newest(run_dir / "checkpoints")
+    assert found is not None
+    return found.weights()
+
+
+def assert_bitwise_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def global_batches(run_dir: Path) -> list[list[str]]:
+    """The keys of every step, joined over ranks in their order; later lines count."""
+    ranks = []
+    for number in range(len(list((run_dir / "ledger").iterdir()))):
+        text = (run_dir / "ledger" / f"rank-{number}.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        ranks.append({line["step"]: line["keys"] for line in lines})
+    return [[key for rank in ranks for key in rank[step]] for step in sorted(ranks[0])]
+
+
+@pytest.fixture(scope="module")
+def encoder_run(tmp_path_factory, overrides) -> Path:
+    """A short encoder run on one rank."""
+    run_dir = tmp_path_factory.mktemp("runs") / "encoder"
+    assert trainer.train(configs.load(ENCODER, overrides(run_dir))) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def generator_features(encoder_run) -> str:
+    return f"task.features=[{{name: pixels}}, {{name: run, run_dir: {encoder_run}}}]"
+
+
+@pytest.mark.parametrize("path", [ENCODER, GENERATOR], ids=lambda path: path.stem)
+def test_world_size_does_not_change_the_run(path, tmp_path, overrides, generator_features):
+    more = [] if path == ENCODER else [generator_features]
+    curves, batches = {}, {}
+    for ranks in (1, 2, 4):
+        run_dir = tmp_path / str(ranks)
+        # Workers differ too: 0, 1 and 2 of them on each rank.
+        options = overrides(run_dir, "train.steps=20", f"data.num_workers={ranks // 2}", *more)
+        done = run(command(path, *options, ranks=ranks))
+        assert done.returncode == 0, done.stderr
+        curves[ranks] = [row["loss"] for row in read_rows(run_dir)]
+        batches[ranks] = global_batches(run_dir)
+    assert len(curves[1]) == 20
+    for ranks in (2, 4):
+        assert batches[ranks] == batches[1]
+        assert curves[ranks] == pytest.approx(curves[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("path", [ENCODER, GENERATOR], ids=lambda path: path.stem)
+def test_stopped_and_resumed_bitwise(path, tmp_path, overrides, generator_features):
+    """Three legs, stopped between and at checkpoints, end with the weights of one."""
+    more = [] if path == ENCODER else [generator_features]
+    whole = configs.load(path, overrides(tmp_path / "whole", *more))
+    assert trainer.train(whole) == trainer.EXIT_DONE
+    legs = configs.load(path, overrides(tmp_path / "legs", *more))
+    assert trainer.train(legs, stop_after=3) == trainer.EXIT_REQUEUE
+    assert trainer.train(legs, stop_after=2) == trainer.EXIT_REQUEUE
+    assert trainer.train(legs) == trainer.EXIT_DONE
+    assert_bitwise_equal(weights(whole.run_dir), weights(legs.run_dir))
+    assert global_batches(whole.run_dir) == global_batches(legs.run_dir)
+    drop = ("samples_per_s", "data_wait")
+    rows = [
+        [{k: v for k, v in row.items() if k not in drop} for row in read_rows(c.run_dir)]
+        for c in (whole, legs)
+    ]
+    assert rows[0] == rows[1]
+    assert trainer.train(legs) == trainer.EXIT_DONE  # a full re-run has nothing to do
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_signals_over_two_ranks(kill, tmp_path, overrides):
+    """SIGTERM saves and asks to be started again (75); SIGKILL loses only unsaved steps."""
+    options = ["train.steps=60", "train.save_every=20", "data.num_workers=1"]
+    whole = run(command(ENCODER, *overrides(tmp_path / "whole", *options), ranks=2))
+    assert whole.returncode == 0, whole.stderr
+    argv = command(ENCODER, *overrides(tmp_path / "legs", *options), ranks=2)
+    process = subprocess.Popen(argv, env=environment(), start_new_session=True)
+    wait_for_step(tmp_path / "legs", 23, process)
+    if kill == signal.SIGTERM:
+        process.send_signal(kill)
+        assert process.wait(60) == trainer.EXIT_REQUEUE
+    else:
+        kill_group(process)
+        assert checkpoint.newest(tmp_path / "legs" / "checkpoints").progress.step == 20
+    again = run(argv)
+    assert again.returncode == 0, again.stderr
+    assert "going on from step" in again.stderr
+    assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "legs"))
+    assert global_batches(tmp_path / "legs") == global_batches(tmp_path / "whole")
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(row["step"] >= step for row in read_rows(run_dir)):
+            return
+        assert process.poll() is None, "ended too early to be stopped"
+        time.sleep(0.01)
+    raise AssertionError(f"{run_dir} did not reach step {step}")
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """SIGKILL for torchrun and all that it started (ranks have sessions of their own)."""
+    import psutil
+
+    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in tree:
+        member.kill()
+    process.wait(30)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_not_finite_ends_with_70(ranks, tmp_path, overrides):
+    options = overrides(tmp_path / "run", "optim.lr=1e25", "optim.warmup_steps=0")
+    done = run(command(ENCODER, *options, ranks=ranks))
+    assert done.returncode == 70, done.stderr
+    assert "step 2: the loss is nan" in done.stderr
+    assert "rank 0 (64 rows)" in done.stderr if ranks == 1 else "rank 1 (32 rows)" in done.stderr
+
+
+def test_bad_data_ends_all_ranks_with_64(tmp_path, overrides):
+    """Plain torchrun, so that the ranks themselves find out: all say so, none hangs."""
+    argv = command("train", ENCODER, *overrides(tmp_path / "run", "data.label=json.colour"))
+    torchrun = [argv[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run([*torchrun, *argv[1:]])
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert f"rank {rank}: sample digit-" in done.stderr
+    assert "has no 'colour' in its field 'json'" in done.stderr
+    assert done.stderr.count("exitcode  : 64") >= 1
+
+
+def test_changed_settings_are_refused(encoder_run, overrides):
+    changed = configs.load(ENCODER, overrides(encoder_run, "task.loss.temperature=0.5"))
+    with pytest.raises(ConfigError, match=r"task.loss.temperature: 0.2 -> 0.5.*another run_dir"):
+        trainer.train(changed)
+
+
+def test_damaged_checkpoint_is_passed_over(tmp_path, overrides):
+    config = configs.load(ENCODER, overrides(tmp_path / "run"))
+    trainer.train(config, stop_after=7)  # checkpoints at 5 and 7
+    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert newest.progress.step == 7
+    with (newest.folder / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").progress.step == 5
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        (folder / "state.json").unlink()
+    with pytest.raises(DataError, match="every checkpoint .* is damaged"):
+        trainer.train(config)
+
+
+def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    progress = checkpoint.Progress(1, 64)
+    checkpoint.save(tmp_path, progress, {"w": torch.ones(2)}, {}, keep_last=2)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, checkpoint.Progress(2, 128), {"w": torch.zeros(2)}, {}, 2)
+    assert checkpoint.newest(tmp_path).progress == progress
+
+
+def test_keeps_the_last_checkpoints(tmp_path):
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, checkpoint.Progress(step, step), {"w": torch.ones(1)}, {}, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
+    assert load_file(tmp_path / "step-00000005" / "model.safetensors")["w"] == 1
+
+
+def test_gradient_that_is_not_finite(tmp_path, overrides, monkeypatch):
+    """The loss may be finite while the gradient is not."""
+    config = configs.load(ENCODER, overrides(tmp_path / "run"))
+    from dist_contrastive.backend import Backend
+
+    monkeypatch.setattr(Backend, "gradient_norm", lambda *_: float("inf"))
+    with pytest.raises(NonFiniteError, match="step 1: the gradient averaged over all 1 ranks"):
+        trainer.train(config)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") is None
+
+
+def test_run_directory_describes_itself(encoder_run):
+    assert configs.load_run(encoder_run).train.steps == 12
+    environment = json.loads((encoder_run / "environment.json").read_text())
+    assert environment["world_size"] == 1
+    rows = read_rows(encoder_run)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["consumed"] == 12 * 64
+    assert {"loss", "lr", "grad_norm", "temperature", "samples_per_s", "data_wait"} <= rows[
+        0
+    ].keys()
+    assert list((encoder_run / "tensorboard").glob("events*"))
