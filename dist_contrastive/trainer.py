@@ -209,7 +209,9 @@ def _check_loss(run: Run, loss: Tensor, embeddings: tuple[Tensor, ...]) -> None:
         return
     bad = sum(int((~x.isfinite()).any(-1).sum()) for x in embeddings)
     counts = dict(enumerate(collectives.gather_objects(bad)))
-    ranks = ", ".join(f"rank {rank} ({n} rows)" for rank, n in counts.items() if n) or "no rank"
+    ranks = (
+        ", ".join(f"rank {rank} ({n} embeddings)" for rank, n in counts.items() if n) or "no rank"
+    )
     raise NonFiniteError(
         f"step {run.progress.step + 1}: the loss is {loss.item()}; embeddings that are not finite: "
         f"{ranks}; lower optim.lr or set optim.clip_norm"

@@ -8,9 +8,15 @@ not torchrun's own: 0 done, 64 bad config or data, 70 not finite, 75 stopped ear
 
 import argparse
 import os
+import signal
 import sys
+from typing import Any
+
+import psutil
 
 from dist_contrastive.cli import reporting_errors
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,21 +40,31 @@ def _check(config: str, overrides: list[str], ranks: int) -> None:
 
 
 def _run(config: str, overrides: list[str], ranks: int) -> int:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    # Fewer threads than cores / ranks would idle, more would fight: torchrun's own default is 1.
+    # More threads than cores would fight; torchrun's own default is 1 however many cores there are.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    command = ["--standalone", f"--nproc-per-node={ranks}", "--module", "dist_contrastive"]
+    # torchrun would end ranks 30 s after a signal, saved or not: only Ctrl-\\ is left to it.
+    options = ["--standalone", f"--nproc-per-node={ranks}", "--signals-to-handle=SIGQUIT"]
+    command = [*options, "--module", "dist_contrastive", "train", config, *overrides]
+    for number in FORWARDED:
+        signal.signal(number, _forward)
     try:
-        run(get_args_parser().parse_args([*command, "train", config, *overrides]))
+        run(get_args_parser().parse_args(command))
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code >= 0 else 128 - code
-    except SignalException as error:
-        return 128 + error.sigval
     return 0
+
+
+def _forward(number: int, _: Any) -> None:
+    """Pass a signal on to the ranks, which save and end; torchrun then ends by itself."""
+    ranks = psutil.Process().children()
+    for process in ranks:
+        process.send_signal(number)
+    if not ranks:
+        sys.exit(128 + number)
 
 
 def _positive(text: str) -> int:

@@ -70,7 +70,7 @@ def test_missing_settings_and_files(tmp_path):
     path.write_text("a: [1\n")
     with pytest.raises(ConfigError, match="is not YAML"):
         configs.load(path)
-    with pytest.raises(ConfigError, match="cannot read the config .*No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read the config .*No such file"):
         configs.load(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="is no run directory"):
         configs.load_run(tmp_path)

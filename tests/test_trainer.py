@@ -94,13 +94,22 @@ def test_stopped_and_resumed_bitwise(path, tmp_path, overrides, generator_featur
     assert trainer.train(legs) == trainer.EXIT_DONE  # a full re-run has nothing to do
 
 
+LONGER = ("train.steps=60", "train.save_every=20", "data.num_workers=1")
+
+
+@pytest.fixture(scope="module")
+def longer_run(tmp_path_factory, overrides) -> Path:
+    """An uninterrupted run on two ranks."""
+    run_dir = tmp_path_factory.mktemp("runs") / "longer"
+    done = run(command(ENCODER, *overrides(run_dir, *LONGER), ranks=2))
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
-def test_signals_over_two_ranks(kill, tmp_path, overrides):
+def test_signals_over_two_ranks(kill, tmp_path, overrides, longer_run):
     """SIGTERM saves and asks to be started again (75); SIGKILL loses only unsaved steps."""
-    options = ["train.steps=60", "train.save_every=20", "data.num_workers=1"]
-    whole = run(command(ENCODER, *overrides(tmp_path / "whole", *options), ranks=2))
-    assert whole.returncode == 0, whole.stderr
-    argv = command(ENCODER, *overrides(tmp_path / "legs", *options), ranks=2)
+    argv = command(ENCODER, *overrides(tmp_path / "legs", *LONGER), ranks=2)
     process = subprocess.Popen(argv, env=environment(), start_new_session=True)
     wait_for_step(tmp_path / "legs", 23, process)
     if kill == signal.SIGTERM:
@@ -112,8 +121,8 @@ def test_signals_over_two_ranks(kill, tmp_path, overrides):
     again = run(argv)
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stderr
-    assert_bitwise_equal(weights(tmp_path / "whole"), weights(tmp_path / "legs"))
-    assert global_batches(tmp_path / "legs") == global_batches(tmp_path / "whole")
+    assert_bitwise_equal(weights(longer_run), weights(tmp_path / "legs"))
+    assert global_batches(tmp_path / "legs") == global_batches(longer_run)
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
@@ -142,7 +151,8 @@ def test_not_finite_ends_with_70(ranks, tmp_path, overrides):
     done = run(command(ENCODER, *options, ranks=ranks))
     assert done.returncode == 70, done.stderr
     assert "step 2: the loss is nan" in done.stderr
-    assert "rank 0 (64 rows)" in done.stderr if ranks == 1 else "rank 1 (32 rows)" in done.stderr
+    both = "rank 0 (64 embeddings), rank 1 (64 embeddings)"
+    assert (both if ranks == 2 else "rank 0 (128 embeddings)") in done.stderr
 
 
 def test_bad_data_ends_all_ranks_with_64(tmp_path, overrides):
@@ -173,7 +183,7 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, overrides):
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").progress.step == 5
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         (folder / "state.json").unlink()
-    with pytest.raises(DataError, match="every checkpoint .* is damaged"):
+    with pytest.raises(DataError, match=r"every checkpoint .* is damaged"):
         trainer.train(config)
 
 

@@ -202,8 +202,35 @@ def decode_sample(data: bytes, shard: str) -> dict[str, Any]:
     return sample
 
 
-def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
+def _members(data: bytes) -> Iterable[tuple[str, bytes]]:
     """Names and contents of the members of a slice that webdataset would read."""
+    return _plain_members(data) or _any_members(data)
+
+
+def _plain_members(data: bytes) -> list[tuple[str, bytes]] | None:
+    """Those of a slice in which every member is a file behind one plain header; else None.
+
+    The usual case, read several times faster than by `tarfile`, whose checks the checksum of the
+    slice has made.
+    """
+    found, at = [], 0
+    while at < len(data):
+        header = data[at : at + _BLOCK]
+        name = header[:100].partition(b"\0")[0]
+        is_plain = header[156:157] in (b"0", b"\0") and header[345:346] == b"\0"
+        if not is_plain or header[124] & 0x80 or name.endswith(b"/"):
+            return None
+        size = int(header[124:136].strip(b" \0") or b"0", 8)
+        at += _BLOCK
+        text = name.decode("utf-8", "surrogateescape")
+        if not _META_NAME.match(text):
+            found.append((text, data[at : at + size]))
+        at += -(-size // _BLOCK) * _BLOCK
+    return found
+
+
+def _any_members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Those of any slice."""
     # Opened for seeking: webdataset's own iterator opens a stream, which costs as much again.
     with tarfile.TarFile(fileobj=io.BytesIO(data)) as archive:
         while (member := archive.next()) is not None:

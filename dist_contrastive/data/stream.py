@@ -222,10 +222,11 @@ def _unchanged(item: Any) -> Any:
 def _ignore_signals(worker: int) -> None:
     """Leave signals to the main process: a forked worker inherits its handlers.
 
-    Ctrl-C and a scheduler's warning reach every process of the group. SIGTERM keeps the loader's
-    own handler, by which it ends its workers.
+    Ctrl-C, a scheduler's warning and torchrun's SIGTERM reach every process of the group; a worker
+    that died of one would take the rank along before it has saved. Workers still end with their
+    rank: the loader tells them, and each looks every few seconds whether its parent lives.
     """
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from dist_contrastive.pairwise.chunked import chunks
 from dist_contrastive.pairwise.distances import distances
 
+# Tiles hold all temperatures at once: 5 x 512 x 512 in fp32 are 5 MiB.
+_DEFAULT_CHUNK = 512
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -34,9 +36,10 @@ class Points:
 
     def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Row slice, key slice, distances [G, r, k] of all pairs that interact."""
+        size = self.chunk_size or _DEFAULT_CHUNK
         for rows, keys in self.blocks:
-            for r in chunks(rows, self.chunk_size):
-                for k in chunks(keys, self.chunk_size):
+            for r in chunks(rows, size):
+                for k in chunks(keys, size):
                     yield r, k, distances(self.rows[:, r], self.keys[:, k])
 
     def scaled(self, factor: Tensor) -> "Points":
@@ -73,13 +76,12 @@ def sum_of_distances(points: Points, with_direction: bool) -> tuple[Tensor, Tens
 
 def row_logsumexp(points: Points, temperatures: tuple[float, ...], mask_diagonal: bool) -> Tensor:
     """lse over keys of -d/t: [T, G, R]."""
-    num_groups, num_rows, _ = points.rows.shape
-    lse = points.rows.new_full((len(temperatures), num_groups, num_rows), -torch.inf)
+    slope = _slopes(temperatures, points)
+    lse = points.rows.new_full((len(slope), *points.rows.shape[:2]), -torch.inf)
     for r, k, d in points.tiles():
         if mask_diagonal:
             d = d.masked_fill(points.is_self(r, k), torch.inf)
-        for i, temperature in enumerate(temperatures):
-            lse[i, :, r] = torch.logaddexp(lse[i, :, r], (d / -temperature).logsumexp(-1))
+        lse[..., r] = torch.logaddexp(lse[..., r], (slope * d).logsumexp(-1))
     return lse
 
 
@@ -101,16 +103,14 @@ def log_sums(
     points: Points, temperatures: tuple[float, ...], row_lse: Tensor, key_lse: Tensor
 ) -> LogSums:
     """The sums that the force needs, from the lse of rows [T, G, R] and keys [T, G, K]."""
-    negative = torch.full_like(row_lse, -torch.inf)
-    positive = torch.full_like(row_lse, -torch.inf)
-    square = torch.full_like(row_lse, -torch.inf)
+    slope = _slopes(temperatures, points)
+    negative, positive, square = (torch.full_like(row_lse, -torch.inf) for _ in range(3))
     for r, k, d in points.tiles():
+        log_a = _log_affinity(points, slope, row_lse, key_lse, r, k, d)
         side = negative if k.stop <= points.num_negative else positive
-        log_d = d.log()
-        for i, log_a in _log_affinities(points, temperatures, row_lse, key_lse, r, k, d):
-            side[i, :, r] = torch.logaddexp(side[i, :, r], log_a.logsumexp(-1))
-            term = log_a.add_(log_d).mul_(2).logsumexp(-1)
-            square[i, :, r] = torch.logaddexp(square[i, :, r], term)
+        side[..., r] = torch.logaddexp(side[..., r], log_a.logsumexp(-1))
+        terms = log_a.add_(d.log()).mul_(2).logsumexp(-1)
+        square[..., r] = torch.logaddexp(square[..., r], terms)
     return LogSums(negative, positive, square)
 
 
@@ -131,33 +131,30 @@ def accumulate(
     Args:
         log_norm: [T, G], logarithm of sqrt(mean((d * A)**2)); -inf gives no force.
     """
+    slope = _slopes(temperatures, points)
     log_norm = torch.where(log_norm == -torch.inf, torch.inf, log_norm)[..., None]
     force = torch.zeros_like(points.rows)
     for r, k, d in points.tiles():
         is_negative = k.stop <= points.num_negative
-        other = (sums.positive if is_negative else sums.negative) - log_norm
+        other = (sums.positive if is_negative else sums.negative)[..., r] - log_norm
         d = d.masked_fill(d == 0, torch.inf)
-        weight = torch.zeros_like(d)
-        for i, log_a in _log_affinities(points, temperatures, row_lse, key_lse, r, k, d):
-            weight += log_a.add_(other[i, :, r, None]).exp_()
+        log_a = _log_affinity(points, slope, row_lse, key_lse, r, k, d)
+        weight = log_a.add_(other[..., None]).exp_().sum(0)
         moved = weight @ points.keys[:, k] - weight.sum(-1, keepdim=True) * points.rows[:, r]
         force[:, r] += -moved if is_negative else moved
     return force
 
 
-def _log_affinities(
-    points: Points,
-    temperatures: tuple[float, ...],
-    row_lse: Tensor,
-    key_lse: Tensor,
-    r: slice,
-    k: slice,
-    d: Tensor,
-) -> Iterator[tuple[int, Tensor]]:
-    """(temperature number, log A of the tile), -inf for a point with itself."""
-    is_self = points.is_self(r, k)
-    for i, temperature in enumerate(temperatures):
-        log_a = d / -temperature
-        log_a -= row_lse[i, :, r, None] / 2
-        log_a -= key_lse[i, :, None, k] / 2
-        yield i, log_a.masked_fill_(is_self, -torch.inf)
+def _slopes(temperatures: tuple[float, ...], points: Points) -> Tensor:
+    """-1/t for every temperature: [T, 1, 1, 1]."""
+    return -1 / points.rows.new_tensor(temperatures)[:, None, None, None]
+
+
+def _log_affinity(
+    points: Points, slope: Tensor, row_lse: Tensor, key_lse: Tensor, r: slice, k: slice, d: Tensor
+) -> Tensor:
+    """log A of a tile for every temperature [T, G, r, k]; -inf for a point with itself."""
+    log_a = slope * d
+    log_a -= row_lse[..., r, None] / 2
+    log_a -= key_lse[..., None, k] / 2
+    return log_a.masked_fill_(points.is_self(r, k), -torch.inf)
