@@ -1,0 +1,146 @@
+"""Commands as a newcomer types them, also wrongly: exit codes and one sentence each."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGS, command, environment, run
+
+from dist_contrastive.cli import main
+from launch import local
+
+ENCODER = CONFIGS / "digits_encoder.yaml"
+README = Path(__file__).parents[1] / "README.md"
+
+
+def starts(arguments: list[str], capsys: pytest.CaptureFixture[str], ranks: int) -> tuple[int, str]:
+    """Exit code and stderr of `train` (0 ranks) or of `launch.local`, neither getting far."""
+    argv = [*arguments, "--ranks", str(ranks)]
+    code = local.main(argv) if ranks else main(["train", *arguments])
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ranks", [0, 4])
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.train={tmp}/nowhere", "{tmp}/nowhere"),
+        ("data.train={tmp}", "{tmp} holds 0 files that end in .tar"),
+        ("data.global_batch_size=100", "global_batch_size=100"),
+        ("data.global_batch_size=1", "greater than or equal to 2"),
+        ("data.global_batch_size=4096", "1437"),
+        ("data.num_workers=3", "lanes=8 is not divisible by world_size="),
+        ("task.loss.name=magic", "task.loss.name=magic is not known"),
+        ("data.imaeg=png", "did you mean image?"),
+    ],
+)
+def test_bad_settings_end_with_64(ranks, override, words, tmp_path, overrides, capsys):
+    override, words = (text.replace("{tmp}", str(tmp_path)) for text in (override, words))
+    arguments = [str(ENCODER), *overrides(tmp_path / "run"), override]
+    code, message = starts(arguments, capsys, ranks)
+    assert code == 64
+    assert words in message
+    assert len(message.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_index_that_does_not_match(tmp_path, digits, overrides, capsys):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for file in (digits / "train").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    shard = sorted(folder.glob("*.tar"))[0]
+    with shard.open("ab") as file:
+        file.write(b"\0" * 512)
+    arguments = [str(ENCODER), *overrides(tmp_path / "run"), f"data.train={folder}"]
+    code, message = starts(arguments, capsys, 2)
+    assert code == 64
+    assert shard.name in message
+    assert "dist-contrastive shards index" in message
+    assert main(["shards", "index", str(folder)]) == 0  # the fix that it names
+    assert main(["train", *arguments, "train.steps=1"]) == 0
+
+
+def test_missing_index_names_the_command(tmp_path, digits, capsys):
+    (tmp_path / "a.tar").write_bytes(next((digits / "test").glob("*.tar")).read_bytes())
+    arguments = [str(ENCODER), f"data.train={tmp_path}", f"run_dir={tmp_path}/run"]
+    code, message = starts(arguments, capsys, 0)
+    assert code == 64
+    assert f"dist-contrastive shards index {tmp_path}" in message
+
+
+def test_pack_train_evaluate(tmp_path, overrides, capsys):
+    """The demo in small, and what it leaves behind."""
+    assert main(["shards", "pack", "digits", str(tmp_path / "digits")]) == 0
+    assert "1437 samples in 8 shards" in capsys.readouterr().out
+    encoder, generator = tmp_path / "encoder", tmp_path / "generator"
+    assert main(["train", str(ENCODER), *overrides(encoder)]) == 0
+    features = f"task.features=[{{name: pixels}}, {{name: run, run_dir: {encoder}}}]"
+    config = str(CONFIGS / "digits_generator.yaml")
+    assert main(["train", config, *overrides(generator, features)]) == 0
+    assert main(["eval", str(encoder), str(generator)]) == 0
+    table = capsys.readouterr().out
+    for words in ("kNN accuracy", "raw pixels", "energy distance", "train data", "precision"):
+        assert words in table
+    for picture in ("encoder/plots/embedding", "encoder/plots/loss", "generator/plots/samples"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 5000
+    measures = {m["name"]: m["value"] for m in json.loads((encoder / "eval.json").read_text())}
+    assert 0.5 < measures["kNN accuracy, k = 5"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "nowhere"], "nowhere is no run directory"),
+        (["shards", "index", "nowhere"], "nowhere"),
+        (["train", "nowhere.yaml"], "cannot read the config nowhere.yaml"),
+    ],
+)
+def test_wrong_paths(arguments, words, capsys):
+    assert main(arguments) == 64
+    assert words in capsys.readouterr().err
+
+
+def test_works_outside_the_checkout(tmp_path):
+    """Help answers at once, without importing torch, from any folder."""
+    for argv in (["dist_contrastive", "--help"], ["launch.local", "--help"]):
+        done = run([sys.executable, "-X", "importtime", "-m", *argv], cwd=tmp_path)
+        assert done.returncode == 0
+        assert "CONFIG" in done.stdout or "COMMAND" in done.stdout
+        assert "torch.nn" not in done.stderr
+
+
+def test_plain_torchrun_equals_launch_local(tmp_path, overrides):
+    from dist_contrastive.metrics import read_rows
+
+    argv = command("train", ENCODER, *overrides(tmp_path / "torchrun", "train.steps=3"))
+    torchrun = [argv[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert run([*torchrun, *argv[1:]]).returncode == 0
+    local_argv = command(ENCODER, *overrides(tmp_path / "local", "train.steps=3"), ranks=2)
+    assert run(local_argv).returncode == 0
+    losses = [[row["loss"] for row in read_rows(tmp_path / n)] for n in ("torchrun", "local")]
+    assert losses[0] == losses[1]
+
+
+def test_readme_example_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    assert "assert" in code.strip().splitlines()[-1]
+    (tmp_path / "example.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "example.py"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    broken = code.replace("temperature=0.1", 'temperature=0.1, keys_from="local"')
+    (tmp_path / "example.py").write_text(broken)
+    assert subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, env=os.environ, capture_output=True
+    ).returncode
