@@ -180,8 +180,6 @@ def _open_stream(config: RunConfig, progress: Progress, rank: int, world_size: i
 
 def _describe(config: RunConfig, backend: Backend) -> None:
     """What the run is, written into its directory."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    configs.save(config, config.run_dir)
     environment = {
         "dist_contrastive": dist_contrastive.__version__,
         "torch": torch.__version__,
@@ -192,7 +190,14 @@ def _describe(config: RunConfig, backend: Backend) -> None:
         "threads": torch.get_num_threads(),
     }
     text = json.dumps(environment, indent=1) + "\n"
-    (config.run_dir / "environment.json").write_text(text)
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        configs.save(config, config.run_dir)
+        (config.run_dir / "environment.json").write_text(text)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={config.run_dir} cannot be written ({error.strerror}); choose another folder"
+        ) from error
 
 
 def _save(run: Run) -> None:
@@ -208,13 +213,11 @@ def _check_loss(run: Run, loss: Tensor, embeddings: tuple[Tensor, ...]) -> None:
     if loss.isfinite():
         return
     bad = sum(int((~x.isfinite()).any(-1).sum()) for x in embeddings)
-    counts = dict(enumerate(collectives.gather_objects(bad)))
-    ranks = (
-        ", ".join(f"rank {rank} ({n} embeddings)" for rank, n in counts.items() if n) or "no rank"
-    )
+    counts = enumerate(collectives.gather_objects(bad))
+    where = ", ".join(f"rank {rank} ({count} embeddings)" for rank, count in counts if count)
     raise NonFiniteError(
-        f"step {run.progress.step + 1}: the loss is {loss.item()}; embeddings that are not finite: "
-        f"{ranks}; lower optim.lr or set optim.clip_norm"
+        f"step {run.progress.step + 1}: the loss is {loss.item()}; not finite are the embeddings "
+        f"of {where or 'no rank'}; lower optim.lr or set optim.clip_norm"
     )
 
 

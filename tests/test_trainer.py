@@ -5,16 +5,20 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import CONFIGS, command, environment, run
 from safetensors.torch import load_file
 
-from dist_contrastive import checkpoint, trainer
+from dist_contrastive import checkpoint, losses, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.errors import ConfigError, DataError, NonFiniteError
 from dist_contrastive.metrics import read_rows
+from dist_contrastive.testing import run_ranks
 
 ENCODER = CONFIGS / "digits_encoder.yaml"
 GENERATOR = CONFIGS / "digits_generator.yaml"
@@ -137,8 +141,6 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
 
 def kill_group(process: subprocess.Popen) -> None:
     """SIGKILL for torchrun and all that it started (ranks have sessions of their own)."""
-    import psutil
-
     tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in tree:
         member.kill()
@@ -153,6 +155,44 @@ def test_not_finite_ends_with_70(ranks, tmp_path, overrides):
     assert "step 2: the loss is nan" in done.stderr
     both = "rank 0 (64 embeddings), rank 1 (64 embeddings)"
     assert (both if ranks == 2 else "rank 0 (128 embeddings)") in done.stderr
+
+
+def nan_on_rank_one() -> str:
+    views = [torch.randn(4, 3), torch.randn(4, 3)]
+    if dist.get_rank() == 1:
+        views[0][2] = torch.nan
+    loss = losses.NTXent()(*views)
+    run = SimpleNamespace(progress=checkpoint.Progress(step=6))
+    with pytest.raises(NonFiniteError) as caught:
+        trainer._check_loss(run, loss, tuple(views))
+    return str(caught.value)
+
+
+def test_the_rank_with_nan_is_named_on_all():
+    messages = run_ranks(nan_on_rank_one, 3)
+    assert len(set(messages)) == 1
+    assert "step 7: the loss is nan" in messages[0]
+    assert "embeddings of rank 1 (1 embeddings);" in messages[0]
+
+
+def test_a_killed_rank_ends_the_others(tmp_path, overrides):
+    argv = command(ENCODER, *overrides(tmp_path / "run", "train.steps=5000"), ranks=2)
+    process = subprocess.Popen(argv, env=environment(), start_new_session=True)
+    wait_for_step(tmp_path / "run", 2, process)
+    ranks = psutil.Process(process.pid).children()
+    rank = next(p for p in ranks if p.environ().get("RANK") == "1")
+    rank.kill()
+    start = time.monotonic()
+    assert process.wait(60) == 128 + signal.SIGKILL
+    assert time.monotonic() - start < 30
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
+
+
+def test_run_dir_that_cannot_be_written(tmp_path, overrides):
+    (tmp_path / "file").touch()
+    config = configs.load(ENCODER, overrides(tmp_path / "file" / "run"))
+    with pytest.raises(ConfigError, match=r"run_dir=.*cannot be written \(Not a directory\)"):
+        trainer.train(config)
 
 
 def test_bad_data_ends_all_ranks_with_64(tmp_path, overrides):
