@@ -121,7 +121,7 @@ class ContrastiveForce(PairLoss):
             blocks=layout.blocks(),
             num_pairs=layout.num_pairs(),
             chunk_size=self.chunk_size,
-        )
+        ).keeping_tiles()
 
     def _sum(self, x: Tensor) -> Tensor:
         """Over the ranks that share the groups."""

@@ -16,10 +16,12 @@ from dist_contrastive.pairwise.distances import distances
 
 # Tiles hold all temperatures at once: 5 x 512 x 512 in fp32 are 5 MiB.
 _DEFAULT_CHUNK = 512
+_KEEP_BYTES = 64 * 2**20
 _TINY = torch.finfo(torch.float32).tiny
 
 
 Block = tuple[slice, slice]
+Tile = tuple[slice, slice, Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,20 @@ class Points:
     blocks: tuple[Block, ...]  # row slices and key slices that interact, keys all of one kind
     num_pairs: int  # pairs of keys that interact, in each group; a key with itself counts
     chunk_size: int | None = None
+    kept: tuple[Tile, ...] | None = None  # all tiles, where they take little memory
 
-    def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
+    def keeping_tiles(self) -> "Points":
+        """The same points, which compute their distances once if these take up to 64 MiB."""
+        num_groups, size = self.rows.shape[0], self.rows.element_size()
+        pairs = sum((r.stop - r.start) * (k.stop - k.start) for r, k in self.blocks)
+        fits = pairs * num_groups * size <= _KEEP_BYTES
+        return replace(self, kept=tuple(self.tiles())) if fits else self
+
+    def tiles(self) -> Iterator[Tile]:
         """Row slice, key slice, distances [G, r, k] of all pairs that interact."""
+        if self.kept is not None:
+            yield from self.kept
+            return
         size = self.chunk_size or _DEFAULT_CHUNK
         for rows, keys in self.blocks:
             for r in chunks(rows, size):
@@ -44,15 +57,15 @@ class Points:
 
     def scaled(self, factor: Tensor) -> "Points":
         """The same points in other units; factor [G, 1, 1]."""
-        return replace(self, rows=self.rows * factor, keys=self.keys * factor)
+        kept = None if self.kept is None else tuple((r, k, d * factor) for r, k, d in self.kept)
+        return replace(self, rows=self.rows * factor, keys=self.keys * factor, kept=kept)
 
     def first(self, num_rows: int) -> "Points":
-        """Only the first rows, against all keys."""
-        blocks = tuple(
-            (slice(r.start, min(r.stop, num_rows)), k) for r, k in self.blocks if r.start < num_rows
-        )
+        """Only the first rows, against all keys; no block may hold some of them and others."""
+        blocks = tuple(block for block in self.blocks if block[0].stop <= num_rows)
+        kept = self.kept and tuple(tile for tile in self.kept if tile[0].stop <= num_rows)
         rows, self_key = self.rows[:, :num_rows], self.self_key[:num_rows]
-        return replace(self, rows=rows, self_key=self_key, blocks=blocks)
+        return replace(self, rows=rows, self_key=self_key, blocks=blocks, kept=kept)
 
     def is_self(self, r: slice, k: slice) -> Tensor:
         """[r, k], true where row and key are the same point."""
