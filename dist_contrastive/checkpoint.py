@@ -4,7 +4,7 @@
                               training.pt          state of the optimiser (loaded weights-only)
                               state.json           step, samples consumed, checksums; written last
 
-A folder named step-* is complete: a crash leaves only a folder with another name, swept later.
+A folder named step-* is complete: a crash leaves one with another name, which the next save sweeps.
 """
 
 import json
@@ -27,7 +27,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is; with the config this determines everything that follows."""
+    """How far a run is; with config and data this determines everything that follows."""
 
     step: int = 0
     consumed: int = 0  # samples of the stream, over all ranks
@@ -56,10 +56,15 @@ def save(
     optimizer_state: dict[str, Any],
     keep_last: int,
 ) -> Path:
-    """Write a checkpoint and delete all but the newest `keep_last`; called by one rank."""
+    """Write a checkpoint and delete all but the newest `keep_last`; called by one rank.
+
+    Later steps, left where the run was resumed from an earlier one, are deleted too: they are
+    being done again.
+    """
     final = root / f"step-{progress.step:08d}"
     aside = root / f".writing-{final.name}"
-    shutil.rmtree(aside, ignore_errors=True)
+    for unfinished in root.glob(".writing-*"):
+        shutil.rmtree(unfinished)
     aside.mkdir(parents=True)
     # Tensors may share memory (tied weights); safetensors wants each alone and contiguous.
     save_file(
@@ -76,8 +81,10 @@ def save(
         shutil.rmtree(final)
     aside.rename(final)
     _flush(root)
-    for old in _folders(root)[:-keep_last]:
-        shutil.rmtree(old)
+    folders = _folders(root)
+    here = folders.index(final)
+    for other in folders[: max(0, here + 1 - keep_last)] + folders[here + 1 :]:
+        shutil.rmtree(other)
     return final
 
 

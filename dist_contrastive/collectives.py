@@ -27,7 +27,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 _MAX_DIMS = 6
 _DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32]
-_DTYPES += [torch.uint8, torch.int8, torch.int16, torch.bool]
+_DTYPES += [torch.uint8, torch.int8, torch.bool]
 
 
 def is_distributed(group: Group = None) -> bool:
@@ -226,9 +226,9 @@ def gather_objects(value: Any, group: Group = None) -> list[Any]:
     return values
 
 
-def any_rank(flag: bool, device: torch.device, group: Group = None) -> bool:
-    """Whether the flag is set on any rank. Collectives: one all-reduce of one number."""
-    return bool(all_reduce_max(torch.tensor(int(flag), device=device), group))
+def max_over_ranks(value: int, device: torch.device, group: Group = None) -> int:
+    """The largest of the ranks' values. Collectives: one all-reduce of one number."""
+    return int(all_reduce_max(torch.tensor(value, device=device), group))
 
 
 @contextmanager

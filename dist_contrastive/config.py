@@ -189,8 +189,9 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"cannot read the config {path}: {reason}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -215,6 +216,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
 
 
+_LIMITS = {"ge": "{} or more", "gt": "more than {}", "le": "{} or less", "lt": "less than {}"}
+
+
 def _sentence(detail: ErrorDetails) -> str:
     """One validation error as a sentence with the setting, its value, the limit and the fix."""
     classes, names = _walk(detail["loc"])
@@ -232,7 +236,9 @@ def _sentence(detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if isinstance(detail["input"], dict):
         return f"{path}: {message}"
-    return f"{path}={detail['input']}: {message}"
+    limits = {name: context[name] for name in _LIMITS if name in context}
+    fix = "".join(f"; set {_LIMITS[name].format(limit)}" for name, limit in limits.items())
+    return f"{path}={detail['input']}: {message}{fix}"
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -3,14 +3,14 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TextIO, TypeVar
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-T = TypeVar("T")
 _SHOWN = ("loss", "lr", "samples_per_s")
 
 
@@ -32,7 +32,7 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         _keep_rows_until(path, resumed_at)
         self._file: TextIO = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
         self._display = _Bar(num_steps, resumed_at) if _is_terminal() else _Lines(num_steps)
 
     def __enter__(self) -> Self:
@@ -70,16 +70,12 @@ class Clock:
         self._waited_s = 0.0
         self._consumed = consumed
 
-    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches, with the time until each one measured."""
-        source = iter(batches)
-        while True:
-            begin = time.perf_counter()
-            batch = next(source, None)
-            self._waited_s += time.perf_counter() - begin
-            if batch is None:
-                return
-            yield batch
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        begin = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - begin
 
     def rates(self, consumed: int) -> dict[str, Any]:
         """Rates since the last call."""

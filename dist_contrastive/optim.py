@@ -1,13 +1,15 @@
 """Optimisers, and the learning rate as a function of the step."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import nn
 
 from dist_contrastive.settings import Settings
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimSettings(Settings):
@@ -22,7 +24,7 @@ class OptimSettings(Settings):
     """Learning rate at the last step as a fraction of lr; cosine decay in between."""
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled; not applied to biases, norms and temperatures."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's; SGD uses the first as its momentum."""
     clip_norm: PositiveFloat | None = None
     """Gradients are scaled down to at most this norm; null leaves them."""
@@ -50,5 +52,6 @@ def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.O
     ]
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.betas[0], nesterov=True)
+        momentum = settings.betas[0]
+        return torch.optim.SGD(groups, settings.lr, momentum, nesterov=momentum > 0)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)

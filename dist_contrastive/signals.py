@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
 
 @contextmanager
 def stop_flag() -> Iterator[list[int]]:
@@ -17,8 +19,7 @@ def stop_flag() -> Iterator[list[int]]:
         if os.getpid() == process:  # a forked data worker inherits this handler
             received.append(number)
 
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2
-    before = {number: signal.signal(number, note) for number in numbers}
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
         yield received
     finally:

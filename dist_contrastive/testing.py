@@ -6,6 +6,7 @@ Used by this project's own tests; made public so that others can prove their los
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -37,6 +38,8 @@ def run_ranks(
     Raises:
         RankError: a rank raised, died or did not end in time. The other ranks are ended at once.
     """
+    if world_size < 1:
+        raise ValueError(f"world_size={world_size} is below 1; use 1 or more")
     context = multiprocessing.get_context("forkserver")
     # Forked from a server that has imported torch already, a rank starts in milliseconds.
     context.set_forkserver_preload(["torch._dynamo", "dist_contrastive.losses"])
@@ -73,7 +76,8 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":  # no look-up of the machine's name, which may be slow or wrong
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     try:
         dist.init_process_group(

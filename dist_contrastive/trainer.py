@@ -7,6 +7,8 @@ its config and how far it is. Stopped anywhere and started again, it ends with t
 import json
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ from dist_contrastive.backend import Backend, seed_everything
 from dist_contrastive.checkpoint import Checkpoint, Progress
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.collate import Batch
-from dist_contrastive.data.fields import Fields, image_shape
+from dist_contrastive.data.fields import Fields, Samples, image_shape
 from dist_contrastive.data.stream import ShardStream
 from dist_contrastive.errors import ConfigError, NonFiniteError
 from dist_contrastive.metrics import Clock, Ledger, MetricsLog
@@ -29,6 +31,7 @@ from dist_contrastive.tasks import Task, build_task
 
 EXIT_DONE = 0
 EXIT_REQUEUE = 75  # stopped early with everything saved: start it again
+_GO, _STOP, _FAILED = 0, 1, 2  # what a rank votes before a step; the largest vote counts
 
 
 @dataclass
@@ -81,31 +84,58 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
     if first:
         _say(backend, f"going on from step {first} of {steps}")
     log = MetricsLog(config.run_dir, steps, first, enabled=backend.is_main)
+    clock = Clock(run.progress.consumed)
     with (
         log,
         stop_flag() as signalled,
         Ledger(config.run_dir, backend.rank, config.train.ledger) as ledger,
+        closing(iter(run.stream)) as batches,
     ):
-        clock = Clock(run.progress.consumed)
-        for batch in clock.waiting(run.stream):
-            ledger.write(run.progress.step, batch["__key__"])
-            row = train_step(run, batch)
+        while run.progress.step < stop_at:
+            found = _next_samples(run, batches, clock, bool(signalled))
+            if found is None:
+                break
+            keys, samples = found
+            ledger.write(run.progress.step, keys)
+            row = train_step(run, samples)
             step = run.progress.step
             if step % config.train.log_every == 0 or step == steps:
                 log.write({**row, **clock.rates(run.progress.consumed)})
-            stop = collectives.any_rank(bool(signalled), backend.device) or step >= stop_at
-            if stop or step % config.train.save_every == 0:
+            if step % config.train.save_every == 0:
                 _save(run)
-            if stop:
-                break
+        if run.progress.step > first and run.progress.step % config.train.save_every:
+            _save(run)
     return EXIT_DONE if run.progress.step >= steps else EXIT_REQUEUE
 
 
-def train_step(run: Run, batch: Batch) -> dict[str, Any]:
+def _next_samples(
+    run: Run, batches: Iterator[Batch], clock: Clock, stop: bool
+) -> tuple[list[str], Samples] | None:
+    """Keys and samples of the next batch; None on all ranks when one of them was asked to stop.
+
+    A rank that cannot read its part tells the others before any of them enters the step.
+    """
+    found: tuple[list[str], Samples] | None = None
+    error: Exception | None = None
+    try:
+        with clock.waiting():
+            batch = next(batches)
+        found = batch["__key__"], run.fields.samples(batch).to(run.backend.device)
+    except Exception as caught:
+        error = caught
+    vote = _FAILED if error else _STOP if stop else _GO
+    verdict = collectives.max_over_ranks(vote, run.backend.device)
+    if verdict == _FAILED:
+        with collectives.raised_together():
+            if error:
+                raise error
+    return found if verdict == _GO else None
+
+
+def train_step(run: Run, samples: Samples) -> dict[str, Any]:
     """One step on this rank's rows of a global batch; returns what is worth logging."""
     config, step = run.config, run.progress.step
     seed_everything(config.seed * 1_000_003 + step * 1009 + run.backend.rank)
-    samples = run.fields.samples(batch).to(run.backend.device)
     embeddings = run.module(*run.task.inputs(samples))
     loss = run.task.compare(embeddings, samples)
     _check_loss(run, loss, embeddings)

@@ -1,4 +1,4 @@
-"""Start a config on several ranks of this machine, or of several machines, with torchrun.
+"""Start a config on several ranks of this machine, with torchrun.
 
     python -m launch.local CONFIG --ranks 2 [key=value ...]
 
@@ -15,8 +15,7 @@ from typing import Any
 import psutil
 
 from dist_contrastive.cli import reporting_errors
-
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+from dist_contrastive.signals import STOP_SIGNALS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +47,7 @@ def _run(config: str, overrides: list[str], ranks: int) -> int:
     # torchrun would end ranks 30 s after a signal, saved or not: only Ctrl-\\ is left to it.
     options = ["--standalone", f"--nproc-per-node={ranks}", "--signals-to-handle=SIGQUIT"]
     command = [*options, "--module", "dist_contrastive", "train", config, *overrides]
-    for number in FORWARDED:
+    for number in STOP_SIGNALS:
         signal.signal(number, _forward)
     try:
         run(get_args_parser().parse_args(command))

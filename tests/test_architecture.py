@@ -13,10 +13,10 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 
 # From the bottom up; parts on one line do not import each other, except as listed in WITHIN.
 LAYERS = [
-    {"errors", "settings"},
+    {"errors", "settings", "signals"},
     {"collectives", "pairwise"},
     {"losses", "testing"},
-    {"models", "data", "optim", "signals"},
+    {"models", "data", "optim"},
     {"evaluation", "backend", "checkpoint", "metrics", "report"},
     {"config"},
     {"tasks", "trainer"},

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,9 +51,7 @@ def test_bad_settings_end_with_64(ranks, override, words, tmp_path, overrides, c
 
 def test_index_that_does_not_match(tmp_path, digits, overrides, capsys):
     folder = tmp_path / "train"
-    folder.mkdir()
-    for file in (digits / "train").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(digits / "train", folder)
     shard = sorted(folder.glob("*.tar"))[0]
     with shard.open("ab") as file:
         file.write(b"\0" * 512)
@@ -63,6 +62,26 @@ def test_index_that_does_not_match(tmp_path, digits, overrides, capsys):
     assert "dist-contrastive shards index" in message
     assert main(["shards", "index", str(folder)]) == 0  # the fix that it names
     assert main(["train", *arguments, "train.steps=1"]) == 0
+
+
+def test_shard_replaced_by_another_of_its_size(tmp_path, digits, overrides, capsys):
+    folder = tmp_path / "train"
+    shutil.copytree(digits / "train", folder)
+    shards = sorted(folder.glob("*.tar"))
+    assert shards[1].stat().st_size == shards[3].stat().st_size
+    shutil.copy(shards[3], shards[1])
+    arguments = [str(ENCODER), *overrides(tmp_path / "run"), f"data.train={folder}"]
+    code, message = starts(arguments, capsys, 2)
+    assert code == 64
+    assert f"{shards[1].name} is damaged or was changed" in message
+
+
+@pytest.mark.parametrize(("label", "words"), [("json", "has label {"), ("json.index", "0..9")])
+def test_labels_that_are_no_classes(label, words, tmp_path, overrides, capsys):
+    arguments = [str(ENCODER), *overrides(tmp_path / "run"), f"data.label={label}"]
+    code, message = starts(arguments, capsys, 0)
+    assert code == 64
+    assert words in message
 
 
 def test_missing_index_names_the_command(tmp_path, digits, capsys):

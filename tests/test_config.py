@@ -40,10 +40,12 @@ def test_defaults_then_file_then_overrides():
         ("task.loss={temperature: 1}", "task.loss.name is missing; it says which kind of loss"),
         ("optim.lr=fast", "optim.lr=fast: should be a valid number"),
         ("optim.lr=-1", "optim.lr=-1: should be greater than 0"),
+        ("optim.betas=[0.9,1.5]", "optim.betas.1=1.5: should be less than 1; set less than 1"),
+        ("optim.lr=.inf", "optim.lr=inf: should be a finite number"),
         ("train.steps=0", "train.steps=0: should be greater than 0"),
         (
             "data.global_batch_size=1",
-            "data.global_batch_size=1: should be greater than or equal to 2",
+            "data.global_batch_size=1: should be greater than or equal to 2; set 2 or more",
         ),
         ("data.num_classes=null", "data: set both label and num_classes, or neither"),
         ("seed=4294967296", "seed=4294967296: must be below 2**31"),

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_contrastive import losses
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.testing import run_ranks
 
 DIM_IN, DIM = 6, 5
@@ -135,6 +136,19 @@ def test_sum_reduction_leaves_plain_gradient():
     a, b = (x.requires_grad_() for x in global_inputs("ntxent"))
     losses.NTXent(0.2)(a, b).backward()
     torch.testing.assert_close(torch.cat(run_ranks(summed, 2)), a.grad, rtol=1e-9, atol=1e-12)
+
+
+def gradient_on_one_rank() -> str:
+    n, p = (torch.randn(3, 2) for _ in range(2))
+    n.requires_grad_(dist.get_rank() == 0)
+    with pytest.raises(ConfigError) as caught:
+        losses.ContrastiveForce(preset="seed")(n, p)
+    return str(caught.value)
+
+
+def test_gradient_on_some_ranks_is_refused_rather_than_awaited():
+    for message in run_ranks(gradient_on_one_rank, 2):
+        assert "with gradient on rank 0" in message
 
 
 def groups_across_ranks(keys_from: str) -> tuple[Tensor, Tensor]:

@@ -185,6 +185,20 @@ def test_never_nan(options, preset, temperature, case):
         assert loss == 0
 
 
+@pytest.mark.parametrize("options", IMPLS)
+@pytest.mark.parametrize("preset", ["seed", "drift"])
+def test_autocast_and_mixed_dtypes_keep_fp32(points, options, preset):
+    positive, negative = points[0].float(), points[1].bfloat16()
+    loss = losses.ContrastiveForce(preset=preset, **options)
+    expected = loss(negative.float(), positive)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(negative, positive), expected)
+        force = losses.contrastive_force(positive, negative, 0.3, preset, **options)
+    assert torch.equal(
+        force, losses.contrastive_force(positive, negative.float(), 0.3, preset, **options)
+    )
+
+
 def test_points_move_towards_the_data():
     """A gradient step on the loss itself, no network: a misplaced cloud ends on the data."""
     data = torch.randn(64, 2) + 4

@@ -78,6 +78,12 @@ def test_limits_of_the_temperature(views, loss, temperature):
         assert value.item() == pytest.approx(np.log(keys), abs=1e-2)
 
 
+def test_constant_temperature_survives_a_change_of_dtype(views):
+    a, b = (x.float() for x in views)
+    loss = losses.NTXent(0.07)
+    assert loss.bfloat16()(a, b) == losses.NTXent(0.07)(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_give_fp32_losses(views, dtype):
     a, b = (x.to(dtype).requires_grad_() for x in views)

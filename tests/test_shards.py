@@ -284,7 +284,7 @@ def test_index_can_be_sent_to_a_process(folder: Path):
 
 
 def test_more_shards_than_open_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dist_contrastive.data.index._MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("dist_contrastive.data.shard_files._MAX_OPEN", 1)
     index = ShardIndex.load(folder)
     assert [index.read(n)["cls"] for n in (0, 4, 1, 5)] == [0, 4, 1, 5]
 

@@ -1,6 +1,7 @@
 """Whole runs of the demo's configs, shortened: any number of ranks, stopped anywhere."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -195,6 +196,20 @@ def test_run_dir_that_cannot_be_written(tmp_path, overrides):
         trainer.train(config)
 
 
+def test_damaged_sample_ends_all_ranks_with_64(tmp_path, digits, overrides):
+    """Only one rank reads it; the other hears of it instead of losing its peer."""
+    folder = tmp_path / "train"
+    shutil.copytree(digits / "train", folder)
+    shard = sorted(folder.glob("*.tar"))[4]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    done = run(command(ENCODER, *overrides(tmp_path / "run"), f"data.train={folder}", ranks=2))
+    assert done.returncode == 64
+    assert done.stderr.count(f"shard {shard} is damaged or was changed") == 2
+    assert "Traceback" not in done.stderr
+
+
 def test_bad_data_ends_all_ranks_with_64(tmp_path, overrides):
     """Plain torchrun, so that the ranks themselves find out: all say so, none hangs."""
     argv = command("train", ENCODER, *overrides(tmp_path / "run", "data.label=json.colour"))
@@ -225,6 +240,17 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, overrides):
         (folder / "state.json").unlink()
     with pytest.raises(DataError, match=r"every checkpoint .* is damaged"):
         trainer.train(config)
+
+
+def test_steps_done_again_replace_damaged_ones(tmp_path):
+    """Resumed before a damaged checkpoint, the new ones are kept although their step is smaller."""
+    for step in (100, 200):
+        checkpoint.save(tmp_path, checkpoint.Progress(step, step), {"w": torch.ones(9)}, {}, 2)
+    (tmp_path / "step-00000200" / "state.json").unlink()
+    (tmp_path / ".writing-step-00000170").mkdir()
+    checkpoint.save(tmp_path, checkpoint.Progress(150, 150), {"w": torch.ones(9)}, {}, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000150"]
+    assert checkpoint.newest(tmp_path).progress.step == 150
 
 
 def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):

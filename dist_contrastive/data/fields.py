@@ -61,9 +61,19 @@ class Fields:
         if inner:
             without = [k for k, v in zip(batch["__key__"], values, strict=True) if inner not in v]
             if without:
-                raise DataError(f"sample {without[0]} has no {inner!r} in its field {field!r}")
+                raise DataError(
+                    f"sample {without[0]} has no {inner!r} in its field {field!r}; set data.label "
+                    f"to FIELD.NAME with a name that it has"
+                )
             values = [value[inner] for value in values]
-        labels = torch.as_tensor(values, dtype=torch.int64).reshape(-1)
+        listed = values.tolist() if isinstance(values, Tensor) else values
+        for key, value in zip(batch["__key__"], listed, strict=True):
+            if not isinstance(value, int):
+                raise DataError(
+                    f"sample {key} has label {value!r} in {path!r}; classes are whole numbers "
+                    f"0..{self.num_classes - 1}: pack such labels, or name another field"
+                )
+        labels = torch.tensor(listed, dtype=torch.int64)
         outside = ((labels < 0) | (labels >= self.num_classes)).nonzero()
         if len(outside):
             row = int(outside[0])
@@ -87,5 +97,8 @@ def image_shape(index: ShardIndex, image: str) -> tuple[int, int, int]:
 def _field(batch: Batch, name: str) -> Any:
     if name not in batch:
         known = [key for key in batch if not key.startswith("__")]
-        raise DataError(f"samples have no field {name!r}; they have {', '.join(known) or 'none'}")
+        raise DataError(
+            f"samples have no field {name!r}; set data.image and data.label to fields that they "
+            f"have: {', '.join(known) or 'none'}"
+        )
     return batch[name]

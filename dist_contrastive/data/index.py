@@ -7,7 +7,6 @@ import hashlib
 import os
 import zipfile
 import zlib
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_contrastive.data.samples import decode_sample, scan_samples
+from dist_contrastive.data.shard_files import ShardFiles
 from dist_contrastive.errors import DataError
 
 INDEX_NAME = "index.npz"
 _VERSION = 1
-_MAX_OPEN_SHARDS = 128  # file handles a process keeps open
 
 _SAMPLE_FIELDS = {
     "sample_shard": np.int32,
@@ -58,10 +57,10 @@ class ShardIndex:
     sample_offset: NDArray[np.int64]
     sample_length: NDArray[np.int64]
     sample_crc32: NDArray[np.uint32]
-    _open_shards: "_OpenShards" = field(init=False, repr=False)
+    _files: ShardFiles = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_open_shards", _OpenShards())
+        object.__setattr__(self, "_files", ShardFiles())
 
     def __len__(self) -> int:
         return len(self.sample_shard)
@@ -129,7 +128,8 @@ class ShardIndex:
 
         Raises:
             DataError: no folder, no tars, no index, an index that cannot be read, or one that
-                does not fit the tars (missing, new, or of another size).
+                does not fit the tars (missing, new, of another size or with other samples at
+                their ends).
         """
         file = Path(path) if Path(path).suffix == ".npz" else Path(path) / INDEX_NAME
         folder = file.parent
@@ -153,9 +153,24 @@ class ShardIndex:
         if not 0 <= sample_number < len(self):
             raise IndexError(f"sample {sample_number} is outside 0..{len(self) - 1}")
         shard = self.shard_names[self.sample_shard[sample_number]]
+        return decode_sample(self.read_bytes(sample_number), str(self.folder / shard))
+
+    def read_bytes(self, sample_number: int) -> bytes:
+        """The part of the tar that holds a sample.
+
+        Raises:
+            DataError: the bytes are not those that were indexed.
+        """
+        shard = self.shard_names[self.sample_shard[sample_number]]
         offset = int(self.sample_offset[sample_number])
         length = int(self.sample_length[sample_number])
-        data = self._read_range(shard, offset, length)
+        try:
+            data = self._files.read(self.folder / shard, offset, length)
+        except OSError as error:
+            raise DataError(
+                f"shard {self.folder / shard} cannot be read ({error.strerror}); restore it, or "
+                f"run `{index_command(self.folder)}` without it"
+            ) from error
         expected = int(self.sample_crc32[sample_number])
         if len(data) != length or zlib.crc32(data) != expected:
             raise DataError(
@@ -164,46 +179,7 @@ class ShardIndex:
                 f"{length} bytes with {expected:08x} were indexed; restore the shard, or run "
                 f"`{index_command(self.folder)}` if it was changed on purpose"
             )
-        return decode_sample(data, str(self.folder / shard))
-
-    def _read_range(self, shard: str, offset: int, length: int) -> bytes:
-        """Up to `length` bytes of a shard; fewer only where it ends."""
-        path = self.folder / shard
-        try:
-            handle = self._open_shards.handle(path)
-            data = os.pread(handle, length, offset)
-            while len(data) < length and (
-                more := os.pread(handle, length - len(data), offset + len(data))
-            ):
-                data += more
-        except OSError as error:
-            raise DataError(
-                f"shard {path} cannot be read ({error.strerror}); restore it, or run "
-                f"`{index_command(self.folder)}` without it"
-            ) from error
         return data
-
-
-class _OpenShards:
-    """File handles of the shards read last. They survive a fork: `pread` shares no position."""
-
-    def __init__(self) -> None:
-        self._handles: OrderedDict[Path, int] = OrderedDict()
-
-    def handle(self, path: Path) -> int:
-        if path not in self._handles:
-            if len(self._handles) >= _MAX_OPEN_SHARDS:
-                os.close(self._handles.popitem(last=False)[1])
-            self._handles[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._handles.move_to_end(path)
-        return self._handles[path]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_handles": OrderedDict()}  # a spawned worker opens its own
-
-    def __del__(self) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
 
 
 @dataclass
@@ -258,6 +234,8 @@ def _tar_names(folder: Path) -> list[str]:
 
 def _read_index(file: Path) -> ShardIndex:
     try:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is not an npz file")
         with np.load(file, allow_pickle=False) as stored:
             version = int(stored["version"])
             if version != _VERSION:
@@ -297,3 +275,13 @@ def _check_shards(index: ShardIndex, names: list[str]) -> None:
                 f"shard {folder / name} has {actual} bytes but {size} were indexed; restore it, "
                 f"or run `{command}` if it was changed on purpose"
             )
+    _check_ends(index)
+
+
+def _check_ends(index: ShardIndex) -> None:
+    """A shard replaced by another of its size shows in its first or its last sample."""
+    last = np.cumsum(index.shard_samples) - 1
+    first = last - index.shard_samples + 1
+    for number in np.unique(np.concatenate([first, last])[np.tile(index.shard_samples > 0, 2)]):
+        index.read_bytes(int(number))
+    index._files.close()

@@ -4,8 +4,9 @@ The order of samples is `data.order`'s. Here ranks and workers divide the lanes 
 among themselves, in lane order, and read. They never change what a global batch is.
 """
 
+import atexit
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dist_contrastive.data.collate import Batch, collate, join_batches, without_
 from dist_contrastive.data.index import ShardIndex
 from dist_contrastive.data.order import SampleOrder, Tail, nearest_multiples
 from dist_contrastive.errors import ConfigError, DataError
+from dist_contrastive.signals import STOP_SIGNALS
 
 
 class ShardStream:
@@ -106,7 +108,7 @@ class ShardStream:
     def _total(self) -> int | None:
         return None if self.epochs is None else self.epochs * self.order.samples_per_epoch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         reader = _LaneReader(self.index, self.order, self.lanes, self._consumed, self._total)
         batches = _read_here(reader) if self.num_workers == 0 else self._read_by_workers(reader)
         for stop, batch in batches:
@@ -125,7 +127,9 @@ class ShardStream:
             # model's own random numbers depend on the number of workers.
             generator=torch.Generator(),
         )
-        parts = iter(loader)
+        parts: Any = iter(loader)
+        # Workers ignore signals, so an exit that only signals and then awaits them would hang.
+        atexit.register(parts._shutdown_workers)
         try:
             while (first := next(parts, None)) is not None:
                 received = [first, *(next(parts) for _ in range(1, self.num_workers))]
@@ -134,7 +138,8 @@ class ShardStream:
                         raise DataError(part.message)
                 yield received[0][0], join_batches([part for _, part in received])
         finally:
-            del parts  # ends the workers now, even while an exception holds this frame
+            parts._shutdown_workers()  # now, even while an exception holds this frame
+            atexit.unregister(parts._shutdown_workers)
 
 
 class _Failure:
@@ -226,7 +231,7 @@ def _ignore_signals(worker: int) -> None:
     that died of one would take the rank along before it has saved. Workers still end with their
     rank: the loader tells them, and each looks every few seconds whether its parent lives.
     """
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for name in STOP_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
 
 

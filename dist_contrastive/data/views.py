@@ -144,7 +144,16 @@ def _warp(images: Tensor, draws: _Draws, s: ViewSettings) -> Tensor:
     out = _out_size(images, s)
     same_size = out == tuple(images.shape[-2:])
     neutral = ViewSettings()
-    fields = ("crop_area", "flip", "rotation_deg", "translate", "scale", "aspect", "shear_deg")
+    fields = (
+        "crop_area",
+        "crop_aspect",
+        "flip",
+        "rotation_deg",
+        "translate",
+        "scale",
+        "aspect",
+        "shear_deg",
+    )
     if same_size and all(getattr(s, name) == getattr(neutral, name) for name in fields):
         return images
     from kornia.geometry import warp_affine

@@ -1,5 +1,6 @@
 """What all losses over the global batch share: where keys come from, and the mean over ranks."""
 
+import math
 from typing import Literal, TypedDict
 
 import torch
@@ -109,12 +110,11 @@ class Scale(nn.Module):
         super().__init__()
         if not 0 < temperature < float("inf"):
             raise ConfigError(f"temperature={temperature} must be positive, for instance 0.1")
-        log_scale = -torch.tensor(float(temperature), dtype=torch.float64).log()
-        if learnable:
-            self.log_scale: Tensor = nn.Parameter(log_scale.to(torch.get_default_dtype()))
-        else:
-            self.register_buffer("log_scale", log_scale, persistent=False)
+        log_scale = -math.log(temperature)
+        self.log_scale = nn.Parameter(torch.tensor(log_scale)) if learnable else log_scale
 
     def forward(self) -> Tensor:
-        """Scalar, differentiable."""
-        return self.log_scale.exp()
+        """Scalar, differentiable; a constant keeps its fp64 digits whatever the module's dtype."""
+        if isinstance(self.log_scale, Tensor):
+            return self.log_scale.exp()
+        return torch.tensor(self.log_scale, dtype=torch.float64).exp()

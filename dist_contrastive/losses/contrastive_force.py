@@ -48,8 +48,9 @@ class ContrastiveForce(PairLoss):
         options: see `PairLoss`. ``keys_from="local"`` gives every rank groups of its own;
             ``impl="auto"`` is ``chunked``.
 
-    Scope: scale and normaliser are per group, over the group's points on all ranks. With labels,
-    pairs of different labels take part in neither of them, nor in the softmaxes.
+    Scope: scale and normaliser are per group (leading dimensions), over the group's points on all
+    ranks. Labels divide a group further: pairs of different labels do not interact, but scale and
+    normaliser are one for all labels, means over the pairs that do.
 
     Collectives: gathers of the points of both kinds and of one number per point and temperature,
     all-reduces of a few numbers per group; backward of ``seed`` one all-reduce of G numbers.
@@ -78,16 +79,21 @@ class ContrastiveForce(PairLoss):
         Args:
             negative: [..., m, D] generated points. positive: [..., n, D] data; leading dimensions
                 are independent groups, equal on all ranks; m and n may differ between ranks.
-            negative_labels, positive_labels: [m], [n] int64: ragged groups, one per label; points
-                of different labels do not interact.
+            negative_labels, positive_labels: [m], [n] int64: points of different labels do not
+                interact; each label may have any number of points on any rank.
         """
-        rows, m = _grouped(negative, positive)
-        labels = _joined_labels(negative_labels, positive_labels, rows, m)
+        # Mixed precision would compute distances in bf16, which t = 0.01 makes errors of A.
+        with torch.autocast(negative.device.type, enabled=False):
+            rows, m = _grouped(negative, positive)
+            labels = _joined_labels(negative_labels, positive_labels, rows, m)
+            return self._loss(rows, m, labels)
+
+    def _loss(self, rows: Tensor, m: int, labels: Tensor) -> Tensor:
         order = sort_rows(labels, m)  # the mean does not mind the order of rows
         rows = rows[:, order]
+        layout = Layout(self.gather, labels[order], m)
+        points = self._points(rows, layout)
         with torch.no_grad():
-            layout = Layout(self.gather, labels[order], m)
-            points = self._points(rows, layout)
             mean, direction = self._mean_distance(points)
             scale = torch.where(mean > 0, mean, 1.0)[:, None, None]
             force = self._force(points.scaled(1 / scale), m, layout)
@@ -101,21 +107,25 @@ class ContrastiveForce(PairLoss):
     @torch.no_grad()
     def force(self, negative: Tensor, positive: Tensor) -> Tensor:
         """Sum of the forces at all temperatures, without rescaling: the shape of negative."""
-        rows, m = _grouped(negative, positive)
-        layout = Layout(self.gather, _joined_labels(None, None, rows, m), m)
-        return self._force(self._points(rows, layout), m, layout).reshape(negative.shape)
+        with torch.autocast(negative.device.type, enabled=False):
+            rows, m = _grouped(negative, positive)
+            layout = Layout(self.gather, _joined_labels(None, None, rows, m), m)
+            return self._force(self._points(rows, layout), m, layout).reshape(negative.shape)
 
     def _points(self, rows: Tensor, layout: Layout) -> passes.Points:
-        """This rank's rows [G, R, D] and all keys, centred."""
+        """This rank's rows [G, R, D] and all keys, centred, without gradient.
+
+        Gathered with their gradient all the same, so that a rank whose points need none is refused
+        here rather than awaited for ever in backward.
+        """
         if layout.num_negative < 1 or layout.num_positive < 1:
             raise ConfigError(
                 f"the ranks together hold {layout.num_negative} negative (generated) and "
                 f"{layout.num_positive} positive (data) points; the force needs one of each"
             )
-        rows = rows.detach()
-        keys = layout.keys(rows.transpose(0, 1)).transpose(0, 1)
+        keys = layout.keys(rows.transpose(0, 1)).transpose(0, 1).detach()
         return passes.Points(
-            *distances.centre(rows, keys),
+            *distances.centre(rows.detach(), keys),
             num_negative=layout.num_negative,
             self_key=layout.self_key,
             blocks=layout.blocks(),
@@ -215,8 +225,10 @@ def _grouped(negative: Tensor, positive: Tensor) -> tuple[Tensor, int]:
         )
     if not (negative.is_floating_point() and positive.is_floating_point()):
         raise ConfigError(f"points must be floating, not {negative.dtype} and {positive.dtype}")
-    rows = torch.cat([negative, positive.to(negative.dtype)], dim=-2)
-    rows = rows.to(collectives.accumulation_dtype(rows.dtype))
+    if 0 in (*shapes[0][:-2], shapes[0][-1]):
+        raise ConfigError(f"points of shape {shapes[0]} hold no group or no dimension; give some")
+    dtype = collectives.accumulation_dtype(torch.promote_types(negative.dtype, positive.dtype))
+    rows = torch.cat([negative.to(dtype), positive.to(dtype)], dim=-2)
     return rows.reshape(math.prod(shapes[0][:-2]), *rows.shape[-2:]), shapes[0][-2]
 
 

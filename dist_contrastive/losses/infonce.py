@@ -53,11 +53,14 @@ class InfoNCE(PairLoss):
 
         Args:
             queries: [b, D]. keys: [b, D], row i belongs to query i; any floating dtype.
-            negatives: [n, D] further keys that are no one's positive; n may differ between ranks.
+            negatives: [n, D] further keys that are no one's positive; given on all ranks or none,
+                n may differ between ranks.
         """
         check_rows(queries=queries, keys=keys)
+        if negatives is not None:
+            check_rows(negatives=negatives)
         q, k = normalised(queries), normalised(keys)
-        scaled = q * self.scale().to(q)
+        scaled = q * self.scale()
         all_keys, offset = self.gather(k)
         num_keys = all_keys.shape[0]
         check_batch(num_keys)

@@ -45,7 +45,7 @@ class NTXent(PairLoss):
         z = normalised(torch.cat([view_a, view_b]))
         keys, offset = self.gather(z)
         check_batch(len(keys) // 2)
-        scaled = z * self.scale().to(z)
+        scaled = z * self.scale()
         itself = offset + torch.arange(len(z), device=z.device)
         row_lse, _ = pairwise.logsumexp(scaled, keys, itself, self.impl, self.chunk_size)
         positive = (scaled * z.roll(len(view_a), 0)).sum(-1)

@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.losses.contrastive_force import ContrastiveForce, Preset
 from dist_contrastive.losses.infonce import InfoNCE
@@ -61,7 +60,4 @@ ViewLossSettings = Annotated[InfoNCESettings | NTXentSettings, Field(discriminat
 def build_loss(settings: _LossSettings) -> PairLoss:
     """The loss that the settings describe."""
     options = settings.model_dump()
-    name = options.pop("name", None)
-    if name not in LOSSES:
-        raise ConfigError(f"loss name={name!r} is not known; use one of {', '.join(LOSSES)}")
-    return LOSSES[name](**options)
+    return LOSSES[options.pop("name")](**options)

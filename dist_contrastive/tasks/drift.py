@@ -58,7 +58,9 @@ class Drift(Task):
         return torch.stack([self.loss(n, p, labels, labels) for n, p in pairs]).sum()
 
     def _in_features(self, images: Tensor) -> Embeddings:
-        return tuple(features(images) for features in self._features)
+        # In fp32 for generated images and data alike: mixed precision would set them apart.
+        with torch.autocast(images.device.type, enabled=False):
+            return tuple(features(images.float()) for features in self._features)
 
     @torch.no_grad()
     def generate(self, labels: Tensor | None, count: int, seed: int) -> Tensor:

@@ -5,6 +5,7 @@ training data in the place of generated samples.
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,11 +60,12 @@ def evaluate_runs(runs: list[Path]) -> list[Measure]:
 
 def print_table(measures: list[Measure]) -> None:
     """All measures in one table on stdout, and where the pictures are."""
+    # A file or a pipe has no width of its own; rich would take 80 columns and cut names off.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table("run", "measure", "value", "to compare with")
     for m in measures:
         beside = ", ".join(f"{name} {value:.4f}" for name, value in m.beside.items())
         table.add_row(m.run, m.name, f"{m.value:.4f}", beside)
-    console = Console()
     console.print(table)
     for run in dict.fromkeys(m.run for m in measures):
         console.print(f"pictures: {run}/plots", soft_wrap=True)
