@@ -52,9 +52,15 @@ def _run(config: str, overrides: list[str], ranks: int) -> int:
     try:
         run(get_args_parser().parse_args(command))
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code >= 0 else 128 - code
+        return _cause([failure.exitcode for failure in error.failures.values()])
     return 0
+
+
+def _cause(codes: list[int]) -> int:
+    """The exit code that explains the others: ranks that lose a peer fail too, at the same time."""
+    killed = [128 - code for code in codes if code < 0 and code != -signal.SIGTERM]
+    known = [code for code in codes if code in (64, 70, 75)]
+    return (killed or known or [abs(code) for code in codes])[0]
 
 
 def _forward(number: int, _: Any) -> None:
