@@ -2,16 +2,16 @@
 
     python benchmarks/memory.py [--sizes 2048 4096 8192 16384] [--dim 64]
 
-One process, fp32. Every measurement is a process of its own: the peak of its resident memory
-during forward and backward minus what it held before. The slope is that of a line through
+One process, fp32, on Linux. Every measurement is a process of its own: the peak of its resident
+memory during forward and backward minus what it held before. The slope is that of a line through
 log(memory) over log(batch): 1 is linear, 2 quadratic.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -59,9 +59,17 @@ def peak_mib(name: str, impl: str, size: int, dim: int) -> float:
     loss = build(name, impl)
     for rows in (64, size):  # the small call first, for what is allocated once and for all
         a, b = (torch.randn(rows, dim, requires_grad=True) for _ in range(2))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Not getrusage: its maximum is inherited from the process that started this one.
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = own_memory_kib("VmRSS")
         loss(a, b).backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (own_memory_kib("VmHWM") - before) / 1024
+
+
+def own_memory_kib(name: str) -> int:
+    """A line of this process's status: VmRSS is the memory it holds, VmHWM the peak of that."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def build(name: str, impl: str):

@@ -12,7 +12,7 @@ import memory
 
 @pytest.mark.parametrize("name", memory.LOSSES)
 def test_memory_is_linear(name):
-    sizes = (4096, 8192)
+    sizes = (2048, 4096)
     peaks = [memory.in_own_process(name, "chunked", size, 32) for size in sizes]
     assert np.log2(peaks[1] / peaks[0]) <= 1.15
 

@@ -5,6 +5,7 @@ underflows for small temperatures where the force, a quotient, does not. d is sy
 column softmax is the transpose of the row softmax and one vector lse per temperature tells all.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from dist_contrastive.pairwise.chunked import chunks
 from dist_contrastive.pairwise.distances import distances
 
-# Tiles hold all temperatures at once: 5 x 512 x 512 in fp32 are 5 MiB.
+# Tiles hold all groups and temperatures at once: 5 temperatures of 512 x 512 in fp32 are 5 MiB.
 _DEFAULT_CHUNK = 512
-_KEEP_BYTES = 64 * 2**20
+_SMALLEST_CHUNK = 32
+_KEEP_BYTES = 4 * 2**20  # less than the tiles, so that memory stays linear
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -38,7 +40,7 @@ class Points:
     kept: tuple[Tile, ...] | None = None  # all tiles, where they take little memory
 
     def keeping_tiles(self) -> "Points":
-        """The same points, which compute their distances once if these take up to 64 MiB."""
+        """The same points, which compute their distances once if these take up to 4 MiB."""
         num_groups, size = self.rows.shape[0], self.rows.element_size()
         pairs = sum((r.stop - r.start) * (k.stop - k.start) for r, k in self.blocks)
         fits = pairs * num_groups * size <= _KEEP_BYTES
@@ -49,7 +51,8 @@ class Points:
         if self.kept is not None:
             yield from self.kept
             return
-        size = self.chunk_size or _DEFAULT_CHUNK
+        default = max(_SMALLEST_CHUNK, _DEFAULT_CHUNK // math.isqrt(self.rows.shape[0]))
+        size = self.chunk_size or default
         for rows, keys in self.blocks:
             for r in chunks(rows, size):
                 for k in chunks(keys, size):
