@@ -3,12 +3,14 @@
     python benchmarks/memory.py [--sizes 2048 4096 8192 16384] [--dim 64]
 
 One process, fp32, on Linux. Every measurement is a process of its own: the peak of its resident
-memory during forward and backward minus what it held before. The slope is that of a line through
-log(memory) over log(batch): 1 is linear, 2 quadratic.
+memory during forward and backward minus what it held before. Freed blocks go back to the system at
+once (MALLOC_MMAP_THRESHOLD_), so that the peak is what was in use, not what the heap had kept. The
+slope is that of a line through log(memory) over log(batch): 1 is linear, 2 quadratic.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +50,9 @@ def report(name: str, impl: str, sizes: list[int], dim: int) -> None:
 def in_own_process(name: str, impl: str, size: int, dim: int) -> float:
     """Peak in MiB, measured in a fresh process."""
     argv = [sys.executable, __file__, "--dim", str(dim), "--one", name, impl, str(size)]
-    return float(json.loads(subprocess.run(argv, check=True, capture_output=True).stdout))
+    give_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
+    done = subprocess.run(argv, check=True, capture_output=True, env=give_back)
+    return float(json.loads(done.stdout))
 
 
 def peak_mib(name: str, impl: str, size: int, dim: int) -> float:
