@@ -44,7 +44,7 @@ def _run(config: str, overrides: list[str], ranks: int) -> int:
 
     # More threads than cores would fight; torchrun's own default is 1 however many cores there are.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    # torchrun would end ranks 30 s after a signal, saved or not: only Ctrl-\\ is left to it.
+    # torchrun would end ranks 30 s after a signal, saved or not: only SIGQUIT is left to it.
     options = ["--standalone", f"--nproc-per-node={ranks}", "--signals-to-handle=SIGQUIT"]
     command = [*options, "--module", "dist_contrastive", "train", config, *overrides]
     for number in STOP_SIGNALS:
