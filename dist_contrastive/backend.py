@@ -3,7 +3,7 @@
 import datetime
 import os
 import random
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -62,10 +62,6 @@ class Backend:
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Both for use across ranks: gradients are averaged in backward. Never give it a loader."""
         return self._accelerator.prepare(module, optimizer)
-
-    def unwrap(self, module: nn.Module) -> Any:
-        """The module as it was before `prepare`."""
-        return self._accelerator.unwrap_model(module)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, averaged over ranks."""

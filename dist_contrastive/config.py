@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator, model
 from pydantic_core import ErrorDetails
 
 from dist_contrastive.backend import BackendSettings
+from dist_contrastive.data.fields import Fields
 from dist_contrastive.data.views import ViewSettings
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.settings import ContrastiveForceSettings, ViewLossSettings
@@ -43,6 +44,11 @@ class DataSettings(Settings):
     """What becomes of an epoch's rest that fills no batch."""
     num_workers: int = Field(default=0, ge=0)
     """Processes per rank that read ahead; 0 reads in the training process."""
+
+    @property
+    def fields(self) -> Fields:
+        """Where a sample holds its image and its label."""
+        return Fields(self.image, self.label, self.num_classes or 0)
 
     @model_validator(mode="after")
     def _labels_have_classes(self) -> Self:

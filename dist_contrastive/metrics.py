@@ -24,7 +24,6 @@ class MetricsLog:
 
     def __init__(self, folder: Path, num_steps: int, resumed_at: int, enabled: bool) -> None:
         self._enabled = enabled
-        self._num_steps = num_steps
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -116,7 +115,9 @@ def _keep_rows_until(path: Path, step: int) -> None:
     """A run killed after its last checkpoint did steps that are now done again."""
     if path.exists():
         rows = [row for row in read_rows(path.parent) if row["step"] <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.replace(path)  # a crash here must not lose the rows that are kept
 
 
 def _is_terminal() -> bool:

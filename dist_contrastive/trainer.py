@@ -5,6 +5,7 @@ its config and how far it is. Stopped anywhere and started again, it ends with t
 """
 
 import json
+import math
 import platform
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from dist_contrastive.backend import Backend, seed_everything
 from dist_contrastive.checkpoint import Checkpoint, Progress
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.collate import Batch
-from dist_contrastive.data.fields import Fields, Samples, image_shape
+from dist_contrastive.data.fields import Samples, image_shape
 from dist_contrastive.data.stream import ShardStream
 from dist_contrastive.errors import ConfigError, NonFiniteError
 from dist_contrastive.metrics import Clock, Ledger, MetricsLog
@@ -44,7 +45,6 @@ class Run:
     module: nn.Module  # the task as the engine wrapped it
     optimizer: torch.optim.Optimizer
     stream: ShardStream
-    fields: Fields
     progress: Progress
 
 
@@ -58,7 +58,8 @@ def train(config: RunConfig, stop_after: int | None = None) -> int:
         Exit code: 0 when all steps are done, 75 when stopped before, with everything saved.
 
     Raises:
-        ConfigError, DataError: on every rank alike, before any step.
+        ConfigError: on every rank, before any step.
+        DataError: on every rank, before the step whose samples cannot be read.
         NonFiniteError: NaN or infinity in loss or gradients; no checkpoint is written after it.
     """
     backend = Backend(config.backend)
@@ -120,7 +121,7 @@ def _next_samples(
     try:
         with clock.waiting():
             batch = next(batches)
-        found = batch["__key__"], run.fields.samples(batch).to(run.backend.device)
+        found = batch["__key__"], run.config.data.fields.samples(batch).to(run.backend.device)
     except Exception as caught:
         error = caught
     vote = _FAILED if error else _STOP if stop else _GO
@@ -173,9 +174,7 @@ def _start(config: RunConfig, backend: Backend) -> Run:
         if backend.is_main:
             _describe(config, backend)
     module, prepared = backend.prepare(task, optimizer)
-    data = config.data
-    fields = Fields(data.image, data.label, data.num_classes or 0)
-    return Run(config, backend, backend.unwrap(module), module, prepared, stream, fields, progress)
+    return Run(config, backend, task, module, prepared, stream, progress)
 
 
 def _find_checkpoint(config: RunConfig) -> Checkpoint | None:
@@ -253,7 +252,7 @@ def _check_loss(run: Run, loss: Tensor, embeddings: tuple[Tensor, ...]) -> None:
 
 def _check_gradient(run: Run, norm: float) -> None:
     """Norm of the gradient averaged over ranks: the same number on all of them."""
-    if not torch.isfinite(torch.tensor(norm)):
+    if not math.isfinite(norm):
         raise NonFiniteError(
             f"step {run.progress.step + 1}: the gradient averaged over all "
             f"{run.backend.world_size} ranks has norm {norm}; lower optim.lr"

@@ -1,5 +1,6 @@
 """From the decoded fields of a batch to what tasks take: images and labels."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +51,9 @@ class Fields:
         labels = None if self.label is None else self._labels(batch, self.label)
         return Samples(pixels.float() / 255, labels, batch["__epoch__"], batch["__index__"])
 
-    def read_all(self, index: ShardIndex) -> Samples:
-        """Every sample of a data set that fits in memory, in the order of the index."""
-        rows = [{**index.read(i), "__epoch__": 0, "__index__": i} for i in range(len(index))]
+    def read(self, index: ShardIndex, numbers: Iterable[int]) -> Samples:
+        """These samples of a data set, all of which must fit in memory, in their order."""
+        rows = [{**index.read(i), "__epoch__": 0, "__index__": i} for i in numbers]
         return self.samples(collate(rows))
 
     def _labels(self, batch: Batch, path: str) -> Tensor:
@@ -86,12 +87,8 @@ class Fields:
 
 def image_shape(index: ShardIndex, image: str) -> tuple[int, int, int]:
     """(channels, height, width) of the first sample's image."""
-    shape = (
-        Fields(image)
-        .samples(collate([{**index.read(0), "__epoch__": 0, "__index__": 0}]))
-        .images.shape
-    )
-    return shape[1], shape[2], shape[3]
+    _, channels, height, width = Fields(image).read(index, [0]).images.shape
+    return channels, height, width
 
 
 def _field(batch: Batch, name: str) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dist_contrastive import config as configs
 from dist_contrastive import metrics, report
 from dist_contrastive.config import RunConfig
-from dist_contrastive.data.fields import Fields, Samples, image_shape
+from dist_contrastive.data.fields import Samples, image_shape
 from dist_contrastive.data.index import ShardIndex
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.generative import (
@@ -27,7 +27,7 @@ from dist_contrastive.evaluation.generative import (
 )
 from dist_contrastive.evaluation.neighbours import knn_accuracy
 from dist_contrastive.evaluation.probe import few_label_probe
-from dist_contrastive.tasks import Drift, Task, TwoView, build_task
+from dist_contrastive.tasks import Drift, TwoView, build_task
 from dist_contrastive.tasks.runs import load_weights
 
 PER_CLASS = 10  # labelled samples of the few-label probe
@@ -75,12 +75,17 @@ def _evaluate(run: Path) -> list[Measure]:
     config = configs.load_run(run)
     splits = _read_splits(config)
     task = build_task(config, splits.shape)
-    untrained = build_task(config, splits.shape)
-    load_weights(task, run)
+    if isinstance(task, TwoView):
+        load_weights(task, run)
+        lines = _encoder(task.eval(), splits, run)
+    else:
+        assert isinstance(task, Drift)
+        labels = _labels(splits.test).repeat(GENERATED_PER_HELD_OUT)
+        before = task.eval().generate(labels, len(labels), seed=0)  # as initialised
+        load_weights(task, run)
+        lines = _generator(task, before, labels, splits, run)
     report.loss_curves(metrics.read_rows(run), run / "plots" / "loss.png", title=str(run))
-    measures = [
-        Measure(str(run), *line) for line in _lines(task.eval(), untrained.eval(), splits, run)
-    ]
+    measures = [Measure(str(run), *line) for line in lines]
     text = json.dumps([asdict(m) for m in measures], indent=1) + "\n"
     (run / "eval.json").write_text(text)
     return measures
@@ -89,21 +94,16 @@ def _evaluate(run: Path) -> list[Measure]:
 Line = tuple[str, float, dict[str, float]]
 
 
-def _lines(task: Task, untrained: Task, splits: _Splits, run: Path) -> list[Line]:
-    if isinstance(task, TwoView):
-        return _encoder(task, splits, run)
-    assert isinstance(task, Drift)
-    assert isinstance(untrained, Drift)
-    return _generator(task, untrained, splits, run)
-
-
 def _read_splits(config: RunConfig) -> _Splits:
     data = config.data
     if data.test is None or data.label is None:
         raise ConfigError("eval needs data.test (held-out shards) and data.label in the config")
-    fields = Fields(data.image, data.label, data.num_classes or 0)
     train, test = ShardIndex.load(data.train), ShardIndex.load(data.test)
-    return _Splits(fields.read_all(train), fields.read_all(test), image_shape(train, data.image))
+    return _Splits(
+        data.fields.read(train, range(len(train))),
+        data.fields.read(test, range(len(test))),
+        image_shape(train, data.image),
+    )
 
 
 def _labels(samples: Samples) -> Tensor:
@@ -134,10 +134,12 @@ def _encoder(task: TwoView, splits: _Splits, run: Path) -> list[Line]:
     ]
 
 
-def _generator(task: Drift, untrained: Drift, splits: _Splits, run: Path) -> list[Line]:
+def _generator(
+    task: Drift, before: Tensor, labels: Tensor, splits: _Splits, run: Path
+) -> list[Line]:
+    """`before`: what the untrained generator made of the same noise and labels."""
     train, test = splits.train, splits.test
-    labels = _labels(test).repeat(GENERATED_PER_HELD_OUT)
-    made, before = (g.generate(labels, len(labels), seed=0) for g in (task, untrained))
+    made = task.generate(labels, len(labels), seed=0)
     path = run / "plots" / "samples.png"
     report.sample_grid(made, labels, test.images, _labels(test), path, title=str(run))
     # Precision and recall compare only between sets of equal sizes, class by class.

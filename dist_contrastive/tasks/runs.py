@@ -11,13 +11,12 @@ from dist_contrastive.tasks.base import Task
 from dist_contrastive.tasks.two_view import TwoView
 
 
-def load_weights(task: Task, run_dir: Path) -> int:
-    """Put the weights of a run's newest checkpoint into the task; returns its step."""
+def load_weights(task: Task, run_dir: Path) -> None:
+    """Put the weights of a run's newest checkpoint into the task."""
     found = checkpoint.newest(run_dir / "checkpoints")
     if found is None:
         raise ConfigError(f"{run_dir} has no checkpoint yet; train it first")
     task.load_state_dict(found.weights())
-    return found.progress.step
 
 
 def load_encoder(run_dir: Path, image_shape: tuple[int, int, int]) -> nn.Module:
