@@ -4,8 +4,31 @@ Every loss takes ``keys_from``, ``impl``, ``chunk_size``, ``group`` and ``grad_r
 `base.PairLoss`, which also states the gradient contract) and works without a process group.
 """
 
+from dist_contrastive.losses.barlow_twins import BarlowTwins
 from dist_contrastive.losses.contrastive_force import ContrastiveForce, contrastive_force
+from dist_contrastive.losses.cosine_embedding import CosineEmbedding
+from dist_contrastive.losses.dcl import DCL
 from dist_contrastive.losses.infonce import InfoNCE
+from dist_contrastive.losses.koleo import KoLeo
 from dist_contrastive.losses.ntxent import NTXent
+from dist_contrastive.losses.self_diagonal import SelfDiagonal
+from dist_contrastive.losses.siglip import SigLIP
+from dist_contrastive.losses.supcon import SupCon
+from dist_contrastive.losses.triplet import Triplet
+from dist_contrastive.losses.vicreg import VICReg
 
-__all__ = ["ContrastiveForce", "InfoNCE", "NTXent", "contrastive_force"]
+__all__ = [
+    "DCL",
+    "BarlowTwins",
+    "ContrastiveForce",
+    "CosineEmbedding",
+    "InfoNCE",
+    "KoLeo",
+    "NTXent",
+    "SelfDiagonal",
+    "SigLIP",
+    "SupCon",
+    "Triplet",
+    "VICReg",
+    "contrastive_force",
+]

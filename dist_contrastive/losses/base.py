@@ -1,18 +1,15 @@
-"""What all losses over the global batch share: where keys come from, and the mean over ranks."""
+"""What all losses over the global batch share: options, the engine, the mean over ranks."""
 
 import math
-from typing import Literal, TypedDict
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from dist_contrastive import collectives
+from dist_contrastive import collectives, pairwise
 from dist_contrastive.collectives import GradReduction, Group
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.pairwise import IMPLS, Impl
-
-KeysFrom = Literal["gather", "local"]
-KEYS_FROM = ("gather", "local")
+from dist_contrastive.pairwise import IMPLS, KEYS_FROM, Impl, KeysFrom, Pairs, Reduction
 
 
 class PairOptions(TypedDict, total=False):
@@ -33,14 +30,17 @@ class PairLoss(nn.Module):
     by DDP and ZeRO is the gradient of one process that holds the whole batch.
 
     Args:
-        keys_from: ``gather`` compares with the rows of all ranks, ``local`` with this rank's only
-            (the mean still spans all ranks).
+        keys_from: ``gather`` compares with the rows of all ranks, all gathered at once; ``ring``
+            with the same, handed from rank to rank (memory does not grow with the number of
+            ranks); ``local`` with this rank's only (the mean still spans all ranks).
         impl: ``dense`` keeps the score matrix, ``chunked`` computes it tile by tile (memory linear
             in the batch), ``auto`` chooses by size.
         chunk_size: rows and keys of a tile of ``chunked``; None chooses.
         group: process group; None means all ranks.
         grad_reduction: ``mean`` when gradients are averaged over ranks later, ``sum`` when added.
     """
+
+    known_keys_from: ClassVar[tuple[str, ...]] = KEYS_FROM
 
     def __init__(
         self,
@@ -51,56 +51,75 @@ class PairLoss(nn.Module):
         grad_reduction: GradReduction = "mean",
     ) -> None:
         super().__init__()
-        _one_of("keys_from", keys_from, KEYS_FROM)
-        _one_of("impl", impl, IMPLS)
-        _one_of("grad_reduction", grad_reduction, ("mean", "sum"))
+        one_of("keys_from", keys_from, self.known_keys_from)
+        one_of("impl", impl, IMPLS)
+        one_of("grad_reduction", grad_reduction, ("mean", "sum"))
         if chunk_size is not None and chunk_size < 1:
             raise ConfigError(f"chunk_size={chunk_size} must be at least 1, or None to choose")
-        self.keys_from = keys_from
-        self.impl = impl
+        self.keys_from: KeysFrom = keys_from
+        self.impl: Impl = impl
         self.chunk_size = chunk_size
         self.group = group
-        self.grad_reduction = grad_reduction
+        self.grad_reduction: GradReduction = grad_reduction
+        self.metrics: dict[str, Tensor] = {}
+        """Numbers about the last batch that a log should show; the same on all ranks."""
 
-    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
-        """The keys [B, ...] that this rank's rows [b, ...] are compared with, and its offset."""
+    def pairs(
+        self,
+        rows: Tensor,
+        keys: Tensor,
+        sizes: tuple[int, ...],
+        tags: Tensor | None = None,
+        max_delta: float = 0.0,
+    ) -> Pairs:
+        """This rank's rows against the keys that `keys_from` names; see `pairwise.Pairs`."""
         if self.keys_from == "local":
-            return rows, 0
-        return collectives.all_gather_rows(rows, self.group)
+            sizes = (len(keys),)
+        return Pairs(rows, keys, sizes, self.keys_from, tags, max_delta, self.group)
 
-    def mean(self, local_sum: Tensor, count: int) -> Tensor:
+    def reduce(self, reduction: Reduction, pairs: Pairs) -> tuple[tuple[Tensor, ...], ...]:
+        """`pairwise.reduce` in the way that the options ask for."""
+        return pairwise.reduce(reduction, pairs, self.impl, self.chunk_size)
+
+    def over_ranks(self, x: Tensor) -> Tensor:
+        """Sum of a statistic over the ranks that are compared with each other, differentiable."""
+        return x if self.keys_from == "local" else collectives.sum_over_ranks(x, self.group)
+
+    def mean(self, local_sum: Tensor, count: int | Tensor) -> Tensor:
         """Mean over all ranks' elements, with the backward of the gradient contract."""
         return collectives.global_mean(local_sum, count, self.group, self.grad_reduction)
 
+    def count(self, **local_counts: Tensor) -> None:
+        """Set `metrics` to these counts, summed over all ranks. Collectives: one all-reduce."""
+        counts = torch.stack([x.detach().double() for x in local_counts.values()])
+        totals = collectives.all_reduce_sum(counts, self.group)
+        self.metrics = dict(zip(local_counts, totals.unbind(), strict=True))
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the known ones."""
     if value not in known:
         raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(known)}")
 
 
-def check_rows(**inputs: Tensor) -> None:
-    """Embeddings must be floating [b, D] and of one shape; the names appear in the error."""
-    shapes = {name: tuple(x.shape) for name, x in inputs.items()}
-    for name, x in inputs.items():
-        if x.dim() != 2 or not x.is_floating_point():
-            raise ConfigError(
-                f"{name} is {x.dtype} of shape {shapes[name]}; give floating embeddings [rows, dim]"
-            )
-    if len(set(shapes.values())) > 1:
-        raise ConfigError(f"shapes {shapes} differ; row i of each must belong to the same sample")
+def at_least(limit: float, **settings: float) -> None:
+    """Refuse a setting below the limit, infinite or NaN."""
+    for name, value in settings.items():
+        if not limit <= value < math.inf:
+            raise ConfigError(f"{name}={value} must be a finite number of at least {limit:g}")
 
 
-def check_batch(num_rows: int) -> None:
-    """A row needs another one to be compared with."""
-    if num_rows < 2:
-        raise ConfigError(
-            f"the global batch has {num_rows} row(s); a loss over pairs needs at least 2"
-        )
+def in_full_precision(*inputs: Tensor) -> list[Tensor]:
+    """The inputs in one dtype: fp64 if any is, otherwise fp32."""
+    dtype = torch.float32
+    for x in inputs:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return [x.to(dtype) for x in inputs]
 
 
-def normalised(x: Tensor) -> Tensor:
-    """Rows of unit length in fp32 (fp64 stays), so that scores are kept in at least fp32."""
-    return nn.functional.normalize(x.to(collectives.accumulation_dtype(x.dtype)), dim=-1)
+def normalised(*inputs: Tensor) -> list[Tensor]:
+    """Rows of unit length, `in_full_precision`."""
+    return [nn.functional.normalize(x, dim=-1) for x in in_full_precision(*inputs)]
 
 
 class Scale(nn.Module):
@@ -108,7 +127,7 @@ class Scale(nn.Module):
 
     def __init__(self, temperature: float, learnable: bool) -> None:
         super().__init__()
-        if not 0 < temperature < float("inf"):
+        if not 0 < temperature < math.inf:
             raise ConfigError(f"temperature={temperature} must be positive, for instance 0.1")
         log_scale = -math.log(temperature)
         self.log_scale = nn.Parameter(torch.tensor(log_scale)) if learnable else log_scale

@@ -10,7 +10,7 @@ d the Euclidean distances of x, t a temperature. Per group and temperature::
 """
 
 import math
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from dist_contrastive import collectives
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss, PairOptions
 from dist_contrastive.losses.force_layout import Layout, sort_rows
+from dist_contrastive.losses.inputs import check_points
 from dist_contrastive.pairwise import dense, distances
 from dist_contrastive.pairwise import force as passes
 
@@ -56,6 +57,8 @@ class ContrastiveForce(PairLoss):
     all-reduces of a few numbers per group; backward of ``seed`` one all-reduce of G numbers.
     """
 
+    known_keys_from: ClassVar = ("gather", "local")
+
     def __init__(
         self,
         temperatures: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2),
@@ -85,13 +88,14 @@ class ContrastiveForce(PairLoss):
         # Mixed precision would compute distances in bf16, which t = 0.01 makes errors of A.
         with torch.autocast(negative.device.type, enabled=False):
             rows, m = _grouped(negative, positive)
+            check_points(self.group, rows.transpose(0, 1))
             labels = _joined_labels(negative_labels, positive_labels, rows, m)
             return self._loss(rows, m, labels)
 
     def _loss(self, rows: Tensor, m: int, labels: Tensor) -> Tensor:
         order = sort_rows(labels, m)  # the mean does not mind the order of rows
         rows = rows[:, order]
-        layout = Layout(self.gather, labels[order], m)
+        layout = Layout(self._gather, labels[order], m)
         points = self._points(rows, layout)
         with torch.no_grad():
             mean, direction = self._mean_distance(points)
@@ -109,8 +113,13 @@ class ContrastiveForce(PairLoss):
         """Sum of the forces at all temperatures, without rescaling: the shape of negative."""
         with torch.autocast(negative.device.type, enabled=False):
             rows, m = _grouped(negative, positive)
-            layout = Layout(self.gather, _joined_labels(None, None, rows, m), m)
+            layout = Layout(self._gather, _joined_labels(None, None, rows, m), m)
             return self._force(self._points(rows, layout), m, layout).reshape(negative.shape)
+
+    def _gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        if self.keys_from == "local":
+            return rows, 0
+        return collectives.all_gather_rows(rows, self.group)
 
     def _points(self, rows: Tensor, layout: Layout) -> passes.Points:
         """This rank's rows [G, R, D] and all keys, centred, without gradient.

@@ -5,15 +5,9 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from dist_contrastive import collectives, pairwise
-from dist_contrastive.losses.base import (
-    PairLoss,
-    PairOptions,
-    Scale,
-    check_batch,
-    check_rows,
-    normalised,
-)
+from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
+from dist_contrastive.losses.inputs import check_batch, exchange_sizes
+from dist_contrastive.pairwise import LogSumExp
 
 
 class InfoNCE(PairLoss):
@@ -33,8 +27,8 @@ class InfoNCE(PairLoss):
         learnable: the temperature is a parameter, kept as ``log(1 / temperature)``.
         options: see `PairLoss`.
 
-    Collectives: one gather of the keys (one more for negatives); symmetric adds two all-reduces of
-    B numbers, since each score is computed once and serves both directions.
+    Collectives: those of one `pairwise.reduce`. Symmetric costs no second matrix: each score is
+    computed once and serves both directions.
     """
 
     def __init__(
@@ -56,27 +50,18 @@ class InfoNCE(PairLoss):
             negatives: [n, D] further keys that are no one's positive; given on all ranks or none,
                 n may differ between ranks.
         """
-        check_rows(queries=queries, keys=keys)
+        paired, extra = {"queries": queries, "keys": keys}, {"negatives": negatives}
+        sizes = exchange_sizes(self.group, paired, extra)
+        check_batch(sum(sizes["queries"]))
+        num_keys = sizes["keys"]
         if negatives is not None:
-            check_rows(negatives=negatives)
-        q, k = normalised(queries), normalised(keys)
+            keys = torch.cat([keys, negatives])
+            num_keys = tuple(map(sum, zip(num_keys, sizes["negatives"], strict=True)))
+        q, k = normalised(queries, keys)
         scaled = q * self.scale()
-        all_keys, offset = self.gather(k)
-        num_keys = all_keys.shape[0]
-        check_batch(num_keys)
-        if negatives is not None:
-            all_keys = torch.cat([all_keys, self.gather(normalised(negatives))[0]])
-        row_lse, key_lse = pairwise.logsumexp(
-            scaled, all_keys, impl=self.impl, chunk_size=self.chunk_size
-        )
-        positive = (scaled * k).sum(-1)
-        if not self.symmetric:
-            return self.mean((row_lse - positive).sum(), len(q))
-        key_lse = self._over_ranks(key_lse[:num_keys])[offset : offset + len(q)]
-        return self.mean(((row_lse + key_lse) / 2 - positive).sum(), len(q))
-
-    def _over_ranks(self, key_lse: Tensor) -> Tensor:
-        """From the log-sum-exp over this rank's queries to that over all queries."""
-        if self.keys_from == "local":
-            return key_lse
-        return collectives.logsumexp_over_ranks(key_lse, self.group)
+        pairs = self.pairs(scaled, k, num_keys)
+        (row_lse,), key_lse = self.reduce(LogSumExp(both=self.symmetric), pairs)
+        positive = (scaled * k[: len(q)]).sum(-1)
+        if self.symmetric:
+            row_lse = (row_lse + key_lse[0][: len(q)]) / 2
+        return self.mean((row_lse - positive).sum(), len(q))

@@ -5,15 +5,9 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from dist_contrastive import pairwise
-from dist_contrastive.losses.base import (
-    PairLoss,
-    PairOptions,
-    Scale,
-    check_batch,
-    check_rows,
-    normalised,
-)
+from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
+from dist_contrastive.losses.inputs import check_batch, exchange_sizes
+from dist_contrastive.pairwise import LogSumExp
 
 
 class NTXent(PairLoss):
@@ -30,7 +24,7 @@ class NTXent(PairLoss):
         learnable: the temperature is a parameter, kept as ``log(1 / temperature)``.
         options: see `PairLoss`.
 
-    Collectives: one gather of both views.
+    Collectives: those of one `pairwise.reduce` of both views.
     """
 
     def __init__(
@@ -41,12 +35,11 @@ class NTXent(PairLoss):
 
     def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
         """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""
-        check_rows(view_a=view_a, view_b=view_b)
-        z = normalised(torch.cat([view_a, view_b]))
-        keys, offset = self.gather(z)
-        check_batch(len(keys) // 2)
+        sizes = exchange_sizes(self.group, {"view_a": view_a, "view_b": view_b})["view_a"]
+        check_batch(sum(sizes))
+        z = torch.cat(normalised(view_a, view_b))
         scaled = z * self.scale()
-        itself = offset + torch.arange(len(z), device=z.device)
-        row_lse, _ = pairwise.logsumexp(scaled, keys, itself, self.impl, self.chunk_size)
+        pairs = self.pairs(scaled, z, tuple(2 * size for size in sizes))
+        (row_lse,), _ = self.reduce(LogSumExp(leave_out="own"), pairs)
         positive = (scaled * z.roll(len(view_a), 0)).sum(-1)
         return self.mean((row_lse - positive).sum(), len(z))

@@ -1,20 +1,62 @@
 """The tile engine: reductions over the matrix of pair scores, without keeping the matrix.
 
-    dense.py      the specification: plain torch on whole matrices
-    chunked.py    the same maths tile by tile, recomputed in backward; memory linear in rows + keys
-    distances.py  Euclidean distances of a tile, with an exact zero where points coincide
-    force.py      the passes of the contrastive force over tiles
+    pairs.py       what is compared with what, and which pairs are similar
+    keys.py        where blocks of keys come from (gather, ring, local), and the way home
+    reductions.py  the maths of a tile: log-sum-exp, sums over pairs
+    dense.py       the specification: plain torch on whole matrices
+    chunked.py     the same maths tile by tile, recomputed in backward: memory linear in the batch
+    distances.py   Euclidean and cosine distance
+    triplets.py    which triplets of a row count, for every way of mining
+    panels.py      losses that need all distances of a row at once
+    nearest.py     the nearest and the farthest key of each row, tile by tile
+    force.py       the passes of the contrastive force over tiles
 
-A loss names a reduction and never sees which of the implementations computes it.
+Where keys come from and how a tile is computed are independent of each other, and a loss sees
+neither: it names a reduction.
 """
 
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.pairwise import chunked, dense
+from dist_contrastive.pairwise.distances import DISTANCES, Distance, DistanceName
+from dist_contrastive.pairwise.nearest import extremes, fetch
+from dist_contrastive.pairwise.panels import Mining, dense_triplet_sums, triplet_sums
+from dist_contrastive.pairwise.pairs import KEYS_FROM, KeysFrom, Pairs, Tile
+from dist_contrastive.pairwise.reductions import (
+    LogSumExp,
+    LogSumExpAndPositives,
+    PairSum,
+    Parts,
+    Reduction,
+)
+from dist_contrastive.pairwise.triplets import WEIGHTS
+
+__all__ = [
+    "DISTANCES",
+    "IMPLS",
+    "KEYS_FROM",
+    "WEIGHTS",
+    "Distance",
+    "DistanceName",
+    "Impl",
+    "KeysFrom",
+    "LogSumExp",
+    "LogSumExpAndPositives",
+    "Mining",
+    "PairSum",
+    "Pairs",
+    "Reduction",
+    "Tile",
+    "choose",
+    "dense_triplet_sums",
+    "extremes",
+    "fetch",
+    "reduce",
+    "triplet_sums",
+]
 
 Impl = Literal["auto", "dense", "chunked"]
 IMPLS = ("auto", "dense", "chunked")
@@ -32,28 +74,33 @@ def choose(impl: Impl, num_scores: int) -> Literal["dense", "chunked"]:
     return impl
 
 
-def logsumexp(
-    rows: Tensor,
-    keys: Tensor,
-    exclude: Tensor | None = None,
-    impl: Impl = "auto",
-    chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the scores ``rows @ keys.T`` along both directions.
+def reduce(
+    reduction: Reduction, pairs: Pairs, impl: Impl = "auto", chunk_size: int | None = None
+) -> Parts:
+    """Reduce the scores ``rows @ keys.T`` of all pairs, differentiably.
 
-    Equals ``S = rows @ keys.T; S[arange(b), exclude] = -inf; S.logsumexp(1), S.logsumexp(0)``.
-    A direction that the caller does not use costs nothing in backward.
+    Equals ``reduction.parts(Tile(rows @ all_keys.T, own, similar))`` with the keys of all ranks;
+    what it keeps of each key is joined over the rows of all ranks.
 
     Args:
-        rows: [b, D]. keys: [B, D], the same dtype, fp32 or fp64 (scores are kept in it).
-        exclude: [b] int64, for every row one key that does not count (itself, say); or None.
+        pairs: rows and keys in fp32 or fp64, of one dtype (scores are kept in it).
+        impl: ``dense`` keeps the matrix (with ``ring`` that of one block at a time), ``chunked``
+            only a tile; ``auto`` chooses by size.
         chunk_size: rows and keys of a tile; None chooses. Used by ``chunked`` alone.
 
     Returns:
-        row_lse [b] and key_lse [B]; -inf where nothing counts. Both differentiable.
+        What is kept of this rank's rows, each [b], and of its own keys, each [n].
+
+    Collectives: gather: one all-gather of the keys (and tags), backward a reduce-scatter; ring:
+    W - 1 shifts of them, backward another W - 1 and W of the gradients; for results of keys two
+    all-reduces (gather) or W shifts (ring).
     """
     # Mixed precision would compute the scores in bf16: at scale 100 its spacing there is 0.5.
-    with torch.autocast(rows.device.type, enabled=False):
-        if choose(impl, rows.shape[0] * keys.shape[0]) == "dense":
-            return dense.logsumexp(rows, keys, exclude)
-        return chunked.logsumexp(rows, keys, exclude, chunk_size)
+    with torch.autocast(pairs.rows.device.type, enabled=False):
+        # By the largest rank's scores: the ways exchange different things, so all take the same.
+        how = choose(impl, max(pairs.sizes) * pairs.num_keys)
+        if how == "chunked":
+            return chunked.reduce(reduction, pairs, chunk_size)
+        if pairs.keys_from == "ring":  # whole blocks as tiles
+            return chunked.reduce(reduction, pairs, max(pairs.sizes) + 1)
+        return dense.reduce(reduction, pairs)

@@ -1,4 +1,4 @@
-"""Reductions over tiles of the score matrix, which are computed again in backward.
+"""A reduction tile by tile, over blocks of keys; scores are computed again in backward.
 
 Memory is a few tiles plus the inputs and their gradients: linear in rows + keys.
 """
@@ -10,70 +10,104 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# 1024 x 1024 fp32 scores are 4 MiB: large enough for the matrix product, small beside the inputs.
-_DEFAULT_CHUNK = 1024
+from dist_contrastive.pairwise.keys import SUM, Block, KeySource, open_keys
+from dist_contrastive.pairwise.pairs import Pairs, Tile, chunks
+from dist_contrastive.pairwise.reductions import Reduction, Totals
+
+Results = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
-def chunks(whole: slice, chunk_size: int | None) -> Iterator[slice]:
-    """Slices of at most `chunk_size` that cover the whole."""
-    step = chunk_size or _DEFAULT_CHUNK
-    for begin in range(whole.start, whole.stop, step):
-        yield slice(begin, min(begin + step, whole.stop))
+def reduce(reduction: Reduction, pairs: Pairs, chunk_size: int | None) -> Results:
+    """See `pairwise.reduce`."""
+    results = _Reduce.apply(pairs.rows, pairs.keys, reduction, pairs, chunk_size)
+    num_rows = len(reduction.joins[0])
+    return results[:num_rows], results[num_rows:]
 
 
-def logsumexp(
-    rows: Tensor, keys: Tensor, exclude: Tensor | None, chunk_size: int | None
-) -> tuple[Tensor, Tensor]:
-    """See `pairwise.logsumexp`."""
-    return _LogSumExp.apply(rows, keys, exclude, chunk_size)
-
-
-class _LogSumExp(torch.autograd.Function):
+class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, keys: Tensor, exclude: Tensor | None, chunk_size: int | None
-    ) -> tuple[Tensor, Tensor]:
-        row_lse = rows.new_full((rows.shape[0],), -torch.inf)
-        key_lse = keys.new_full((keys.shape[0],), -torch.inf)
-        for r, k in _tiles(rows, keys, chunk_size):
-            scores = _scores(rows, keys, exclude, r, k)
-            row_lse[r] = torch.logaddexp(row_lse[r], scores.logsumexp(1))
-            key_lse[k] = torch.logaddexp(key_lse[k], scores.logsumexp(0))
-        ctx.save_for_backward(rows, keys, exclude, row_lse, key_lse)
-        ctx.chunk_size = chunk_size
-        ctx.set_materialize_grads(False)
-        return row_lse, key_lse
+        ctx: Any,
+        rows: Tensor,
+        keys: Tensor,
+        reduction: Reduction,
+        pairs: Pairs,
+        chunk_size: int | None,
+    ) -> tuple[Tensor, ...]:
+        source = open_keys(pairs)
+        row_results, key_results = _totals(reduction, pairs, source, chunk_size)
+        ctx.save_for_backward(*row_results, *key_results)
+        ctx.reduction, ctx.pairs, ctx.source, ctx.chunk_size = reduction, pairs, source, chunk_size
+        return *row_results, *key_results
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_row: Tensor | None, grad_key: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        rows, keys, exclude, row_lse, key_lse = ctx.saved_tensors
-        grad_rows, grad_keys = torch.zeros_like(rows), torch.zeros_like(keys)
-        with torch.autocast(rows.device.type, enabled=False):
-            for r, k in _tiles(rows, keys, ctx.chunk_size):
-                scores = _scores(rows, keys, exclude, r, k)
-                # dL/dscore: the softmax weights of both directions.
-                slope = torch.zeros_like(scores)
-                if grad_row is not None:
-                    slope += (scores - row_lse[r, None]).exp_() * grad_row[r, None]
-                if grad_key is not None:
-                    slope += (scores - key_lse[k]).exp_() * grad_key[k]
-                grad_rows[r] += slope @ keys[k]
-                grad_keys[k] += slope.T @ rows[r]
-        return grad_rows, grad_keys, None, None
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        num_rows = len(ctx.reduction.joins[0])
+        results = ctx.saved_tensors
+        with torch.autocast(ctx.pairs.rows.device.type, enabled=False):
+            grads = _gradients(
+                ctx,
+                (results[:num_rows], slopes[:num_rows]),
+                (results[num_rows:], slopes[num_rows:]),
+            )
+        return *grads, None, None, None
 
 
-def _tiles(rows: Tensor, keys: Tensor, chunk_size: int | None) -> Iterator[tuple[slice, slice]]:
-    for r in chunks(slice(0, rows.shape[0]), chunk_size):
-        for k in chunks(slice(0, keys.shape[0]), chunk_size):
-            yield r, k
+def _totals(
+    reduction: Reduction, pairs: Pairs, source: KeySource, chunk_size: int | None
+) -> Results:
+    row_joins, key_joins = reduction.joins
+    row_results = tuple(join.start(pairs.rows) for join in row_joins)
+    courier = source.courier(*key_joins) if key_joins else None
+    for block in source.blocks():
+        key_results = tuple(join.start(block.keys) for join in key_joins)
+        for r, k, tile in _tiles(pairs, block, chunk_size):
+            row_parts, key_parts = reduction.fast_parts(tile)
+            for join, total, part in zip(row_joins, row_results, row_parts, strict=True):
+                total[r] = join.two(total[r], part)
+            for join, total, part in zip(key_joins, key_results, key_parts, strict=True):
+                total[k] = join.two(total[k], part)
+        if courier:
+            courier.add(key_results)
+    return row_results, tuple(courier.finish()) if courier else ()
 
 
-def _scores(rows: Tensor, keys: Tensor, exclude: Tensor | None, r: slice, k: slice) -> Tensor:
-    scores = rows[r] @ keys[k].T
-    if exclude is not None:
-        number = torch.arange(k.start, k.stop, device=keys.device)
-        scores.masked_fill_(exclude[r, None] == number, -torch.inf)
-    return scores
+def _gradients(ctx: Any, of_rows: Any, of_keys: Any) -> tuple[Tensor | None, Tensor | None]:
+    pairs, (row_totals, row_slopes), (key_totals, key_slopes) = ctx.pairs, of_rows, of_keys
+    grad_rows = torch.zeros_like(pairs.rows)
+    courier = ctx.source.courier(SUM) if ctx.needs_input_grad[1] else None
+    for block in ctx.source.blocks(*key_totals, *key_slopes):
+        half = len(key_totals)
+        grad_keys = torch.zeros_like(block.keys) if courier else None
+        for r, k, tile in _tiles(pairs, block, ctx.chunk_size):
+            totals = Totals(
+                tuple(x[r, None] for x in row_totals),
+                tuple(x[r, None] for x in row_slopes),
+                tuple(x[k] for x in block.extras[:half]),
+                tuple(x[k] for x in block.extras[half:]),
+            )
+            slope = ctx.reduction.slope(tile, totals)
+            grad_rows[r].addmm_(slope, block.keys[k])
+            if grad_keys is not None:
+                grad_keys[k].addmm_(slope.T, pairs.rows[r])
+        if courier:
+            courier.add((grad_keys,))
+    return grad_rows, courier.finish()[0] if courier else None
+
+
+def _tiles(
+    pairs: Pairs, block: Block, chunk_size: int | None
+) -> Iterator[tuple[slice, slice, Tile]]:
+    """Row slice, slice of the block, tile."""
+    for r in chunks(slice(0, len(pairs.rows)), chunk_size):
+        for k in chunks(slice(0, len(block.keys)), chunk_size):
+            yield r, k, make_tile(pairs, block, r, k)
+
+
+def make_tile(pairs: Pairs, block: Block, r: slice, k: slice) -> Tile:
+    """Rows r against the keys k of a block."""
+    scores = pairs.rows[r] @ block.keys[k].T
+    own = pairs.own(r, block.first + k.start, block.first + k.stop)
+    similar = None if block.tags is None else pairs.similar(r, block.tags[k])
+    return Tile(scores, own, similar)

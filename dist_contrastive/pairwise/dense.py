@@ -5,14 +5,30 @@ import math
 import torch
 from torch import Tensor
 
+from dist_contrastive import collectives
+from dist_contrastive.pairwise.pairs import Pairs, Tile
+from dist_contrastive.pairwise.reductions import Parts, Reduction
 
-def logsumexp(rows: Tensor, keys: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `pairwise.logsumexp`. Memory: a few matrices of [b, B]."""
-    scores = rows @ keys.T
-    if exclude is not None:
-        number = torch.arange(keys.shape[0], device=keys.device)
-        scores = scores.masked_fill(exclude[:, None] == number, -torch.inf)
-    return scores.logsumexp(1), scores.logsumexp(0)
+
+def reduce(reduction: Reduction, pairs: Pairs) -> Parts:
+    """See `pairwise.reduce`; keys gathered. Memory: a few matrices of [b, B]."""
+    keys, tags = gathered(pairs, pairs.keys), gathered(pairs, pairs.tags)
+    everything = slice(0, len(pairs.rows))
+    own = pairs.own(everything, 0, len(keys))
+    similar = None if tags is None else pairs.similar(everything, tags)
+    row_parts, key_parts = reduction.parts(Tile(pairs.rows @ keys.T, own, similar))
+    if pairs.keys_from != "local":
+        joined = zip(reduction.joins[1], key_parts, strict=True)
+        key_parts = tuple(join.over_ranks(part, pairs.group) for join, part in joined)
+    mine = slice(pairs.start, pairs.start + len(pairs.keys))
+    return row_parts, tuple(part[mine] for part in key_parts)
+
+
+def gathered(pairs: Pairs, x: Tensor | None) -> Tensor | None:
+    """Something of each key of this rank, of all keys that the rows are compared with."""
+    if x is None or pairs.keys_from == "local":
+        return x
+    return collectives.gather_rows(x, pairs.sizes, pairs.group)
 
 
 def distances(points: Tensor) -> Tensor:

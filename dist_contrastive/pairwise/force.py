@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dist_contrastive.pairwise.chunked import chunks
 from dist_contrastive.pairwise.distances import distances
+from dist_contrastive.pairwise.pairs import chunks
 
 # Tiles hold all groups and temperatures at once: 5 temperatures of 512 x 512 in fp32 are 5 MiB.
 _DEFAULT_CHUNK = 512

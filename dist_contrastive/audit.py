@@ -1,0 +1,230 @@
+"""The gradient audit: do W ranks take the step that one process would take?
+
+For every loss and every way to compute it: an encoder and the loss inside the real
+DistributedDataParallel, on W gloo ranks with different rows each, against one process with all the
+rows and the plain dense loss. What is compared is the gradient that the optimiser sees.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_contrastive import losses
+from dist_contrastive.losses.base import PairLoss
+from dist_contrastive.testing import run_ranks
+
+_ROWS = 12  # of the global batch: divisible by 1 to 4, and small, so that errors are large
+_DIM_IN, _DIM, _VIEWS, _CHUNK = 6, 5, 2, 4
+
+SPLITS = ("even", "uneven", "one empty rank")
+IMPLS = ("dense", "chunked")
+
+
+class Way(NamedTuple):
+    """How the global batch is compared."""
+
+    keys_from: str
+    impl: str
+    world_size: int
+    split: str  # of the rows over the ranks
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The gradient on W ranks divided by that of one process: 1 is right."""
+
+    loss: str
+    way: Way
+    ratios: dict[str, float]  # of the value, and of the norms of gradients, by parameter
+    cosines: dict[str, float]  # between the gradients, by parameter
+
+    @property
+    def error(self) -> float:
+        """The largest distance from 1."""
+        return max(abs(x - 1) for x in (*self.ratios.values(), *self.cosines.values()))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss with its settings, and the embeddings and labels that it takes."""
+
+    loss: type[PairLoss]
+    settings: dict[str, Any] = field(default_factory=dict)
+    embeddings: int = 1  # how many inputs go through the encoder
+    views: bool = False  # whether they are [rows, views, dim]
+    labels: tuple[Tensor, ...] = ()
+    opposite: tuple[int, ...] = ()  # inputs whose rows need not be split as those of the first
+
+    def build(self, keys_from: str, impl: str) -> "Encoded":
+        """The same encoder and loss in every process."""
+        torch.manual_seed(0)
+        options = {"keys_from": keys_from, "impl": impl, "chunk_size": _CHUNK}
+        return Encoded(self.loss(**self.settings, **options))
+
+    def rows(self) -> list[Tensor]:
+        """All inputs of the global batch."""
+        generator = torch.Generator().manual_seed(7)
+        shape = (_ROWS, _VIEWS, _DIM_IN) if self.views else (_ROWS, _DIM_IN)
+        made = (torch.randn(shape, generator=generator) for _ in range(self.embeddings))
+        return [*(x.double() for x in made), *self.labels]
+
+    def rows_of_rank(self, split: str, rank: int, world_size: int) -> list[Tensor]:
+        """This rank's share; where inputs are independent of each other, an opposite one."""
+        sizes = _split(split, world_size)
+        return [
+            x.split(sizes[::-1] if place in self.opposite else sizes)[rank]
+            for place, x in enumerate(self.rows())
+        ]
+
+
+class Encoded(nn.Module):
+    """An encoder before a loss; integer and one-dimensional inputs are labels and pass it by."""
+
+    def __init__(self, loss: PairLoss) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(_DIM_IN, _DIM, dtype=torch.float64)
+        self.loss = loss.double()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The loss."""
+        return self.loss(*(x if x.dim() == 1 else self.encoder(x) for x in inputs))
+
+
+def audit(world_sizes: Sequence[int], names: Sequence[str] | None = None) -> list[Finding]:
+    """Every way to compute the named cases (None: all of them), each at its worst rank."""
+    cases = {name: CASES[name] for name in names or CASES}
+    expected = {name: _gradients(c.build("gather", "dense"), c.rows()) for name, c in cases.items()}
+    findings = []
+    for world_size in world_sizes:
+        for place in zip(*run_ranks(_on_rank, world_size, list(cases)), strict=True):
+            compared = (_compare(name, way, found, expected[name]) for name, way, found in place)
+            findings.append(max(compared, key=lambda finding: finding.error))
+    return findings
+
+
+Gradients = dict[str, Tensor]
+
+
+def _on_rank(names: list[str]) -> list[tuple[str, Way, Gradients]]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    results = []
+    for name in names:
+        case = CASES[name]
+        for way in _ways(case, world_size):
+            module = DistributedDataParallel(case.build(way.keys_from, way.impl))
+            rows = case.rows_of_rank(way.split, rank, world_size)
+            results.append((name, way, _gradients(module, rows)))
+    return results
+
+
+def _ways(case: Case, world_size: int) -> list[Way]:
+    return [
+        Way(keys_from, impl, world_size, split)
+        for keys_from in case.loss.known_keys_from
+        if keys_from != "local"
+        for impl in IMPLS
+        for split in SPLITS
+        if world_size > 1 or split == "even"
+    ]
+
+
+def _split(split: str, world_size: int) -> list[int]:
+    """Rows of every rank."""
+    if split == "even":
+        return [len(part) for part in torch.arange(_ROWS).tensor_split(world_size)]
+    busy = world_size - (split == "one empty rank")
+    sizes = [2] * (busy - 1)
+    sizes.insert(busy // 2, _ROWS - sum(sizes))
+    return sizes if busy == world_size else [sizes[0], 0, *sizes[1:]]
+
+
+def _gradients(module: nn.Module, inputs: list[Tensor]) -> Gradients:
+    loss = module(*inputs)
+    loss.backward()
+    found = {name.removeprefix("module."): p.grad for name, p in module.named_parameters()}
+    encoder = [found.pop(name) for name in list(found) if name.startswith("encoder")]
+    flat = torch.cat([grad.flatten() for grad in encoder if grad is not None])
+    others = {name.split(".")[-1]: grad for name, grad in found.items() if grad is not None}
+    return {"loss": loss.detach(), "encoder": flat, **others}
+
+
+def _compare(name: str, way: Way, found: Gradients, expected: Gradients) -> Finding:
+    ratios = {key: (found[key].norm() / expected[key].norm()).item() for key in expected}
+    cosines = {
+        key: nn.functional.cosine_similarity(
+            found[key].flatten(), expected[key].flatten(), dim=0
+        ).item()
+        for key in expected
+        if key != "loss"
+    }
+    return Finding(name, way, ratios, cosines)
+
+
+_CLASSES = torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 1, 4, 0, 2])
+_SOME_MISSING = torch.tensor([0, -1, 1, 0, -1, 1, 2, -1, 1, 2, 0, 2])
+_CONTINUOUS = torch.tensor([0.1, 0.9, 0.3, 0.15, torch.nan, 0.5, 0.55, 0.95, 0.35, 0.0, 0.7, 0.6])
+_LEARNABLE = {"learnable": True}
+_FORCE = {"temperatures": (0.05, 0.2, 1.0)}
+
+
+def _triplet(mining: str, distance: str, **settings: Any) -> dict[str, Any]:
+    return {"mining": mining, "distance": distance, "margin": 0.5, **settings}
+
+
+CASES: dict[str, Case] = {
+    "InfoNCE": Case(losses.InfoNCE, _LEARNABLE, 2),
+    "InfoNCE, symmetric": Case(losses.InfoNCE, {"symmetric": True, **_LEARNABLE}, 2),
+    "InfoNCE, symmetric, hard negatives": Case(
+        losses.InfoNCE, {"symmetric": True, **_LEARNABLE}, 3, opposite=(2,)
+    ),
+    "NTXent": Case(losses.NTXent, _LEARNABLE, 2),
+    "DCL": Case(losses.DCL, _LEARNABLE, 2),
+    "SelfDiagonal": Case(losses.SelfDiagonal, _LEARNABLE),
+    "SigLIP": Case(losses.SigLIP, {"scale": 3.0, "bias": -1.0}, 2),
+    "SupCon, labels": Case(losses.SupCon, _LEARNABLE, labels=(_CLASSES,)),
+    "SupCon, views, labels missing": Case(
+        losses.SupCon, _LEARNABLE, views=True, labels=(_SOME_MISSING,)
+    ),
+    "SupCon, continuous labels": Case(
+        losses.SupCon, {"max_delta": 0.1, **_LEARNABLE}, labels=(_CONTINUOUS,)
+    ),
+    "Triplet, all, euclidean": Case(
+        losses.Triplet, _triplet("all", "euclidean"), labels=(_CLASSES,)
+    ),
+    "Triplet, all, cosine, views": Case(
+        losses.Triplet, _triplet("all", "cosine"), views=True, labels=(_SOME_MISSING,)
+    ),
+    "Triplet, hard, euclidean": Case(
+        losses.Triplet, _triplet("hard", "euclidean"), labels=(_CLASSES,)
+    ),
+    "Triplet, hard, cosine, continuous": Case(
+        losses.Triplet, _triplet("hard", "cosine", max_delta=0.1), labels=(_CONTINUOUS,)
+    ),
+    "Triplet, semihard, squared_euclidean": Case(
+        losses.Triplet, _triplet("semihard", "squared_euclidean"), labels=(_CLASSES,)
+    ),
+    "CosineEmbedding, labels": Case(losses.CosineEmbedding, {"margin": 0.1}, labels=(_CLASSES,)),
+    "CosineEmbedding, views": Case(losses.CosineEmbedding, {"margin": 0.1}, views=True),
+    "VICReg": Case(losses.VICReg, {}, 2),
+    "BarlowTwins": Case(losses.BarlowTwins, {}, 2),
+    "KoLeo": Case(losses.KoLeo),
+    "ContrastiveForce, seed": Case(
+        losses.ContrastiveForce, {"preset": "seed", **_FORCE}, 2, opposite=(1,)
+    ),
+    "ContrastiveForce, drift": Case(
+        losses.ContrastiveForce, {"preset": "drift", **_FORCE}, 2, opposite=(1,)
+    ),
+    "ContrastiveForce, drift, labels": Case(
+        losses.ContrastiveForce,
+        {"preset": "drift", **_FORCE},
+        2,
+        labels=(_CLASSES, _CLASSES.flip(0)),
+        opposite=(1, 3),
+    ),
+}
+"""The losses with the settings that change what is exchanged between ranks."""

@@ -1,0 +1,37 @@
+"""Who takes part in an exchange, and the collectives whose names differ between torch versions."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Group = Any  # torch.distributed.ProcessGroup, or None for all ranks
+
+# torch 2.13 renamed these two and warns about the old names; torch 2.11 knows only the old ones.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def is_distributed(group: Group = None) -> bool:
+    """Whether there is more than one rank to talk to."""
+    return world_size(group) > 1
+
+
+def world_size(group: Group = None) -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: Group = None) -> int:
+    """This rank's place in the group; 0 without a process group."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def global_rank(group: Group, number: int) -> int:
+    """The number among all ranks of the group's member `number`."""
+    return number if group is None else dist.get_global_rank(group, number)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, otherwise fp32: what scores and sums are kept in."""
+    return torch.promote_types(dtype, torch.float32)

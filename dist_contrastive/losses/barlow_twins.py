@@ -1,0 +1,48 @@
+"""Barlow Twins with the statistics of the global batch (Zbontar et al., arXiv 2103.03230)."""
+
+from typing import Unpack
+
+from torch import Tensor
+
+from dist_contrastive.losses.base import PairOptions, at_least
+from dist_contrastive.losses.statistics import StatisticsLoss, off_diagonal
+
+
+class BarlowTwins(StatisticsLoss):
+    """The correlations between the dimensions of two views approach the identity.
+
+    Equals, on the rows of all ranks together::
+
+        a, b = batch_norm(view_a), batch_norm(view_b)        without affine parameters
+        c = a.T @ b / B
+        loss = (c.diagonal() - 1).pow(2).sum() + redundancy_weight * off_diagonal(c).pow(2).sum()
+
+    (equations 1 and 2). No pair of samples is compared: ``gather`` and ``ring`` are the same here,
+    and memory is that of [D, D].
+
+    Args:
+        redundancy_weight: the paper's lambda; 0 or more.
+        eps: is added to variances.
+        options: see `PairLoss`.
+
+    Collectives: three all-reduces, two of [2, 1, D] and one of [D, D]; backward the same.
+    """
+
+    def __init__(
+        self, redundancy_weight: float = 5e-3, eps: float = 1e-5, **options: Unpack[PairOptions]
+    ) -> None:
+        super().__init__(**options)
+        at_least(0, redundancy_weight=redundancy_weight, eps=eps)
+        self.redundancy_weight = redundancy_weight
+        self.eps = eps
+
+    def compare(self, views: Tensor, num_rows: int) -> Tensor:
+        """See `StatisticsLoss`."""
+        centred = views - self.over_ranks(views.sum(1, keepdim=True)) / num_rows
+        variance = self.over_ranks(centred.square().sum(1, keepdim=True)) / num_rows
+        a, b = centred / (variance + self.eps).sqrt()
+        c = self.over_ranks(a.T @ b) / num_rows
+        redundancy = off_diagonal(c).square().sum()
+        return self.mean_of_ranks(
+            (c.diagonal() - 1).square().sum() + self.redundancy_weight * redundancy
+        )

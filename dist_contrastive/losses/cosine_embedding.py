@@ -1,0 +1,76 @@
+"""Cosine embedding loss over all pairs of the global batch (seed of this project)."""
+
+from dataclasses import dataclass
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses.base import PairOptions, normalised
+from dist_contrastive.losses.labelled import LabelledLoss
+from dist_contrastive.pairwise import PairSum, Tile
+
+
+class CosineEmbedding(LabelledLoss):
+    """Similar pairs become parallel, dissimilar ones are pushed apart until a margin.
+
+    Equals, on the rows of all ranks together, with S = z @ z.T and z = normalize(features), the
+    mean over all ordered pairs i != j of::
+
+        1 - S[i, j]                  where i and j are similar        (y = +1)
+        max(0, S[i, j] - margin)     where they are not               (y = -1)
+
+    which is the mean of torch's ``cosine_embedding_loss`` over these pairs.
+
+    Args:
+        margin: cosine similarity up to which dissimilar pairs cost nothing; -1 to 1.
+        max_delta: for continuous labels, see `LabelledLoss`, as for what is similar to what.
+        options: see `PairLoss`.
+
+    Collectives: those of one `pairwise.reduce`.
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.5,
+        max_delta: float | None = None,
+        **options: Unpack[PairOptions],
+    ) -> None:
+        super().__init__(max_delta, **options)
+        if not -1 <= margin <= 1:
+            raise ConfigError(f"margin={margin} is a cosine similarity; give one from -1 to 1")
+        self.margin = margin
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Scalar loss.
+
+        Args:
+            features: [b, D], or [b, V, D] for V views of every sample.
+            labels: [b] integers or floats, see `LabelledLoss`; None: views alone are similar.
+        """
+        features, tags, sizes = self.points(features, labels)
+        (z,) = normalised(features)
+        pairs = self.pairs(z, z, sizes, tags, self.max_delta or 0.0)
+        (row_sum,), _ = self.reduce(_Embedding(self.margin), pairs)
+        return self.mean(row_sum.sum(), len(z) * (pairs.num_keys - 1))
+
+
+@dataclass(frozen=True)
+class _Embedding(PairSum):
+    """1 - S of similar pairs, max(0, S - margin) of others, nothing of a row with itself."""
+
+    margin: float
+
+    def value(self, tile: Tile) -> Tensor:
+        apart = (tile.scores - self.margin).clamp(min=0)
+        return self._where(tile, 1 - tile.scores, apart)
+
+    def derivative(self, tile: Tile) -> Tensor:
+        apart = (tile.scores > self.margin).to(tile.scores.dtype)
+        return self._where(tile, torch.full_like(apart, -1.0), apart)
+
+    def _where(self, tile: Tile, similar: Tensor, dissimilar: Tensor) -> Tensor:
+        assert tile.similar is not None
+        x = torch.where(tile.similar, similar, dissimilar)
+        return x if tile.own is None else x.masked_fill(tile.own, 0.0)

@@ -1,0 +1,121 @@
+"""What a loss is given, checked on all ranks together before any rows are exchanged.
+
+Every rank sees what all others hold, so that what is wrong on one of them is raised on all, in the
+same words, and nobody waits for a rank that has stopped.
+"""
+
+from torch import Tensor
+
+from dist_contrastive import collectives
+from dist_contrastive.collectives import Group, RowHeader, describe
+from dist_contrastive.errors import ConfigError, NonFiniteError
+
+Sizes = tuple[int, ...]
+Headers = list[RowHeader | None]
+
+
+def exchange_sizes(
+    group: Group,
+    paired: dict[str, Tensor],
+    extra: dict[str, Tensor | None] | None = None,
+    labels: Tensor | None = None,
+    dims: tuple[int, ...] = (2,),
+) -> dict[str, Sizes]:
+    """Rows of every rank, for every input that is given.
+
+    Args:
+        paired: embeddings whose row i belongs to the same sample. extra: further embeddings, of as
+            many rows as they like, given on all ranks or on none. labels: one a row of `paired`.
+        dims: how many dimensions embeddings may have.
+
+    Raises:
+        ConfigError, NonFiniteError: on all ranks, naming those where something is wrong.
+
+    Collectives: one all-gather of a few numbers.
+    """
+    embeddings = {**paired, **(extra or {})}
+    table = collectives.exchange_headers({**embeddings, "labels": labels}, group)
+    given = {name: headers for name, headers in table.items() if _is_given(name, headers)}
+    for name in embeddings.keys() & given.keys():
+        _check_embeddings(name, given[name], dims)
+    for name, headers in given.items():
+        _check_same_on_all_ranks(name, headers)
+    sizes = {name: tuple(h.rows for h in headers if h) for name, headers in given.items()}
+    _check_one_dim({name: given[name] for name in embeddings if name in given})
+    _check_same_rows({name: sizes[name] for name in sizes if name in {**paired, "labels": 0}})
+    if labels is not None:
+        _check_labels(given["labels"])
+    for name in embeddings.keys() & given.keys():
+        _check_finite(name, given[name])
+    return sizes
+
+
+def check_points(group: Group, points: Tensor) -> None:
+    """Points [rows, ...] must fit together on all ranks and be finite; see `exchange_sizes`."""
+    headers = collectives.exchange_headers({"points": points}, group)["points"]
+    _check_same_on_all_ranks("points", headers)
+    _check_finite("points", headers)
+
+
+def check_batch(num_rows: int) -> None:
+    """A row needs another one to be compared with."""
+    if num_rows < 2:
+        raise ConfigError(
+            f"the global batch has {num_rows} row(s); a loss over pairs needs at least 2"
+        )
+
+
+def _is_given(name: str, headers: Headers) -> bool:
+    missing = [number for number, header in enumerate(headers) if header is None]
+    if missing and len(missing) < len(headers):
+        raise ConfigError(f"{name} are missing on ranks {missing}; give them on all ranks or none")
+    return not missing
+
+
+def _check_embeddings(name: str, headers: Headers, dims: tuple[int, ...]) -> None:
+    for header in headers:
+        assert header is not None
+        floating = header.dtype is not None and header.dtype.is_floating_point
+        if not floating or 1 + len(header.trailing) not in dims or 0 in header.trailing:
+            shape = "[rows, dim]" if dims == (2,) else "[rows, dim] or [rows, views, dim]"
+            raise ConfigError(f"{name}: {describe(headers)}; give floating embeddings {shape}")
+
+
+def _check_same_on_all_ranks(name: str, headers: Headers) -> None:
+    if len({header.fits for header in headers if header}) > 1:
+        raise ConfigError(
+            f"{name} differ between ranks: {describe(headers)}; give every rank the same dtype, "
+            f"dimensions and requires_grad"
+        )
+
+
+def _check_one_dim(embeddings: dict[str, Headers]) -> None:
+    found = {name: headers[0].trailing for name, headers in embeddings.items() if headers[0]}
+    if len(set(found.values())) > 1:
+        raise ConfigError(f"embeddings have different dimensions, {found}; give all the same")
+
+
+def _check_same_rows(sizes: dict[str, Sizes]) -> None:
+    for number, rows in enumerate(zip(*sizes.values(), strict=True)):
+        if len(set(rows)) > 1:
+            counts = ", ".join(f"{rows[i]} rows of {name}" for i, name in enumerate(sizes))
+            raise ConfigError(
+                f"rank {number} has {counts}; row i of each must belong to the same sample"
+            )
+
+
+def _check_labels(headers: Headers) -> None:
+    for number, header in enumerate(headers):
+        assert header is not None
+        if header.trailing or header.dtype is None or header.lowest < -1:
+            raise ConfigError(
+                f"labels on rank {number} are {header} with {header.lowest} as the lowest; give "
+                f"one number a row, integers from 0 and -1 where missing, or floats and NaN"
+            )
+
+
+def _check_finite(name: str, headers: Headers) -> None:
+    bad = [(n, h.bad_rows, h.rows) for n, h in enumerate(headers) if h and h.bad_rows]
+    if bad:
+        where = ", ".join(f"{count} of {rows} rows on rank {number}" for number, count, rows in bad)
+        raise NonFiniteError(f"{name} hold NaN or infinity: {where}")

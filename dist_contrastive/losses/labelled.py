@@ -1,0 +1,82 @@
+"""What the losses with similar and dissimilar pairs share: which pairs are similar."""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from dist_contrastive import collectives
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses.base import PairLoss, PairOptions, at_least
+from dist_contrastive.losses.inputs import Sizes, check_batch, exchange_sizes
+
+
+class LabelledLoss(PairLoss):
+    """Base of the losses of features and labels.
+
+    Two rows are similar when they are views of one sample, or when their labels are: equal ones
+    where labels are integers, ones that differ by at most `max_delta` where they are floating. A
+    missing label (-1, or NaN) is similar to no other: its sample's own views are all its positives,
+    and everything else is dissimilar to it. Without labels all are missing (self-supervised).
+
+    Args:
+        max_delta: largest difference of similar continuous labels; None for integer labels.
+        options: see `PairLoss`.
+    """
+
+    def __init__(self, max_delta: float | None, **options: Unpack[PairOptions]) -> None:
+        super().__init__(**options)
+        if max_delta is not None:
+            at_least(0, max_delta=max_delta)
+        self.max_delta = max_delta
+
+    def points(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Sizes]:
+        """Rows [n, D] with n = b or b * V, their tags (see `label_tags`), and n of every rank."""
+        sizes = exchange_sizes(self.group, {"features": features}, labels=labels, dims=(2, 3))
+        samples = sizes["features"]
+        first = sum(samples[: collectives.rank(self.group)])
+        tags = label_tags(labels, len(features), first, self.max_delta, features.device)
+        if features.dim() == 2:
+            check_batch(sum(samples))
+            return features, tags, samples
+        views = features.shape[1]
+        check_batch(sum(samples) * views)
+        tags = tags.repeat_interleave(views, dim=0)
+        return features.flatten(0, 1), tags, tuple(views * size for size in samples)
+
+
+def label_tags(
+    labels: Tensor | None, num_rows: int, first: int, max_delta: float | None, device: torch.device
+) -> Tensor:
+    """What tells which rows are similar, for `pairwise.Pairs`: one tag a row.
+
+    Args:
+        labels: [b] or None. first: the number of this rank's first row among those of all ranks.
+
+    Returns:
+        [b] int64, or for continuous labels [b, 2] fp64: label and row number.
+    """
+    number = first + torch.arange(num_rows, device=device)
+    if labels is None:
+        return number
+    _check_max_delta(labels, max_delta)
+    labels = labels.to(device)
+    if not labels.is_floating_point():
+        labels = labels.to(torch.int64)
+        return torch.where(labels == -1, -2 - number, labels)  # unlike any other label
+    labels = labels.double()
+    labels = torch.where(labels.isfinite(), labels, torch.nan)
+    return torch.stack([labels, number.double()], dim=1)
+
+
+def _check_max_delta(labels: Tensor, max_delta: float | None) -> None:
+    if labels.is_floating_point() and max_delta is None:
+        raise ConfigError(
+            f"labels are {labels.dtype}, of which hardly two are equal; set max_delta, the largest "
+            f"difference of similar samples, or give integer labels"
+        )
+    if not labels.is_floating_point() and max_delta is not None:
+        raise ConfigError(
+            f"max_delta={max_delta} is for continuous labels, and these are {labels.dtype}; leave "
+            f"it out or give floating labels"
+        )

@@ -1,0 +1,66 @@
+"""The sigmoid loss over the global batch (SigLIP, Zhai et al., arXiv 2303.15343, equation 1)."""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
+from dist_contrastive.losses.inputs import check_batch, exchange_sizes
+from dist_contrastive.pairwise import PairSum, Tile
+
+
+class SigLIP(PairLoss):
+    """Every pair is a binary classification of its own: does this key belong to this row?
+
+    Equals, on the rows of all ranks together::
+
+        logits = scale * normalize(a) @ normalize(b).T + bias
+        loss = -logsigmoid((2 * eye(B) - 1) * logits).sum() / B
+
+    Args:
+        scale: multiplies the similarities; above 0. bias: is added to them.
+        learnable: both are parameters, the scale as its logarithm.
+        options: see `PairLoss`.
+
+    Collectives: those of one `pairwise.reduce`.
+    """
+
+    def __init__(
+        self,
+        scale: float = 10.0,
+        bias: float = -10.0,
+        learnable: bool = True,
+        **options: Unpack[PairOptions],
+    ) -> None:
+        super().__init__(**options)
+        self.scale = Scale(1 / scale if scale > 0 else scale, learnable)
+        self.bias = nn.Parameter(torch.tensor(float(bias))) if learnable else float(bias)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Scalar loss; a, b: [b, D], row i of both from the same sample."""
+        sizes = exchange_sizes(self.group, {"a": a, "b": b})["a"]
+        check_batch(sum(sizes))
+        x, y = normalised(a, b)
+        # The bias as one more dimension, so that its gradient is that of any other.
+        one = x.new_ones(len(x), 1)
+        rows = torch.cat([x * self.scale(), one * self.bias], dim=1)
+        keys = torch.cat([y, one], dim=1)
+        (negatives,), _ = self.reduce(_Negatives(), self.pairs(rows, keys, sizes))
+        positive = -logsigmoid((rows * keys).sum(-1))
+        return self.mean((positive + negatives).sum(), len(x))
+
+
+class _Negatives(PairSum):
+    """-logsigmoid(-score) of every pair but a row and its own key."""
+
+    def value(self, tile: Tile) -> Tensor:
+        return _without_own(-logsigmoid(-tile.scores), tile)
+
+    def derivative(self, tile: Tile) -> Tensor:
+        return _without_own(tile.scores.sigmoid(), tile)
+
+
+def _without_own(x: Tensor, tile: Tile) -> Tensor:
+    return x if tile.own is None else x.masked_fill(tile.own, 0.0)

@@ -1,0 +1,127 @@
+"""Triplet loss over the global batch (Schroff et al., arXiv 1503.03832; Hermans et al., 1703.07737;
+seed of this project)."""
+
+from typing import Literal, Unpack
+
+import torch
+from torch import Tensor
+
+from dist_contrastive import collectives
+from dist_contrastive.collectives import accumulation_dtype
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses.base import PairOptions, at_least, one_of
+from dist_contrastive.losses.labelled import LabelledLoss
+from dist_contrastive.pairwise import (
+    DISTANCES,
+    WEIGHTS,
+    DistanceName,
+    Mining,
+    Pairs,
+    choose,
+    dense_triplet_sums,
+    extremes,
+    fetch,
+    triplet_sums,
+)
+
+MiningName = Literal["all", "hard", "semihard"]
+
+
+class Triplet(LabelledLoss):
+    """An anchor is nearer to its positives than to its negatives, by a margin.
+
+    Equals, on the rows of all ranks together, with d the distances of all rows, the mean of
+    ``relu(d[a, p] - d[a, n] + margin)`` over
+
+        ``all``       all triplets of an anchor a, a positive p and a negative n;
+        ``hard``      one a for every anchor: its farthest positive and its nearest negative;
+        ``semihard``  one for every anchor and positive: its nearest negative farther than that
+                      positive, or if there is none its farthest negative.
+
+    Triplets that keep the margin count as 0 in the mean; anchors without a positive or without a
+    negative do not count. A batch without a triplet gives 0 and no gradient; ``metrics`` has the
+    numbers of ``valid_triplets`` and of ``active_triplets``, which break the margin.
+
+    Args:
+        margin: in units of the distance; 0 or more.
+        distance: ``euclidean`` and ``squared_euclidean`` of the features as they are, ``cosine``
+            1 - cosine similarity.
+        mining: which triplets count.
+        max_delta: for continuous labels, see `LabelledLoss`, as for what is positive to what.
+        options: see `PairLoss`. ``chunk_size`` is the rows and keys of a tile (``hard``), or the
+            rows whose distances to all keys are kept at a time.
+
+    Collectives: ``hard`` one round over the keys and the fetch of two keys a row; the others see
+    `pairwise.triplet_sums`.
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.2,
+        distance: DistanceName = "euclidean",
+        mining: MiningName = "all",
+        max_delta: float | None = None,
+        **options: Unpack[PairOptions],
+    ) -> None:
+        super().__init__(max_delta, **options)
+        at_least(0, margin=margin)
+        one_of("distance", distance, tuple(DISTANCES))
+        one_of("mining", mining, tuple(WEIGHTS))
+        self.mining = Mining(WEIGHTS[mining], DISTANCES[distance], margin)
+        self.is_hard = mining == "hard"
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Scalar loss.
+
+        Args:
+            features: [b, D], or [b, V, D] for V views of every sample.
+            labels: [b] integers or floats, see `LabelledLoss`; None: views alone are positives.
+        """
+        features, tags, sizes = self.points(features, labels)
+        self._check_classes(tags)
+        with torch.autocast(features.device.type, enabled=False):
+            x = features.to(accumulation_dtype(features.dtype))
+            x = self.mining.distance.prepare(x, self._centre(x, sizes))
+            pairs = self.pairs(x, x, sizes, tags, self.max_delta or 0.0)
+            total, active, valid = self._sums(pairs)
+        self.count(valid_triplets=valid, active_triplets=active)
+        return self.mean(total, valid)
+
+    def _sums(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        how = choose(self.impl, max(pairs.sizes) * pairs.num_keys)
+        if how == "dense" and self.keys_from != "ring":
+            return dense_triplet_sums(self.mining, pairs)
+        if self.is_hard:
+            return self._hard_sums(pairs)
+        whole = max(pairs.sizes) if how == "dense" else None
+        return triplet_sums(self.mining, pairs, whole or self.chunk_size)
+
+    def _hard_sums(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        """The two keys of each row are found tile by tile, and fetched with their gradient."""
+        distance, margin = self.mining.distance, self.mining.margin
+        farthest, nearest = extremes(pairs, distance, self.chunk_size)
+        is_valid = farthest.found & nearest.found
+        positive = distance.rowwise(pairs.rows, fetch(pairs, pairs.keys, farthest.number))
+        negative = distance.rowwise(pairs.rows, fetch(pairs, pairs.keys, nearest.number))
+        loss = torch.relu(positive - negative + margin)[is_valid]
+        return loss.sum(), (loss > 0).sum(), is_valid.sum()
+
+    @torch.no_grad()
+    def _centre(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """The mean of all ranks' points [D]."""
+        return collectives.all_reduce_sum(x.sum(0), self.group) / sum(sizes)
+
+    @torch.no_grad()
+    def _check_classes(self, tags: Tensor) -> None:
+        """Without dissimilar rows there is nothing to mine, on any rank."""
+        label = (tags if tags.dim() == 1 else tags[:, 0]).double()
+        ends = label.new_full((2,), -torch.inf)
+        if len(label):  # a missing label is far from all others
+            ends[0] = label.nan_to_num(torch.inf).max()
+            ends[1] = -label.nan_to_num(-torch.inf).min()
+        highest, minus_lowest = collectives.all_reduce_max(ends, self.group).tolist()
+        if not highest + minus_lowest > (self.max_delta or 0):
+            raise ConfigError(
+                f"all labels of the global batch are alike (from {-minus_lowest:g} to "
+                f"{highest:g}); mining triplets needs at least two classes"
+            )

@@ -1,0 +1,172 @@
+"""Where blocks of keys come from, and how what was summed for a key finds its way home.
+
+    for block in source.blocks():          every key once, in one block or several
+        courier.add(sums for the block)    what this rank's rows add to each of its keys
+    courier.finish()                       the sums over all ranks, for this rank's own keys
+
+`WholeKeys` holds the keys of all ranks at once, gathered once. `RingKeys` holds those of one rank
+at a time, two while the next are on their way: memory does not depend on the number of ranks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dist_contrastive import collectives
+from dist_contrastive.pairwise.pairs import Pairs
+
+# Rows that travel at the same time in opposite roles must not be taken for each other.
+_BLOCK_TAG, _COURIER_TAG = 0, 100
+
+
+@dataclass(frozen=True)
+class Join:
+    """How partial results of the same row or key become one: sums, or log-sum-exps."""
+
+    empty: float
+    two: Callable[[Tensor, Tensor], Tensor]
+    over_ranks: Callable[..., Tensor]  # (partial, group), differentiable
+
+    def start(self, like: Tensor) -> Tensor:
+        """The result of nothing, one number for every row of `like`."""
+        return like.new_full((len(like),), self.empty)
+
+
+SUM = Join(0.0, torch.add, collectives.sum_over_ranks)
+LOGSUMEXP = Join(-torch.inf, torch.logaddexp, collectives.logsumexp_over_ranks)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Keys first, first + 1, ... of those the rows are compared with."""
+
+    first: int
+    keys: Tensor  # [k, D]
+    tags: Tensor | None  # [k] or [k, 2]
+    extras: tuple[Tensor, ...]  # each [k, ...]
+
+    @property
+    def span(self) -> slice:
+        """The numbers of its keys."""
+        return slice(self.first, self.first + len(self.keys))
+
+
+class Courier(Protocol):
+    """Brings home what was summed for keys of other ranks."""
+
+    def add(self, parts: Sequence[Tensor]) -> None:
+        """What this rank's rows give to the keys of the block just visited, each [k, ...]."""
+
+    def finish(self) -> list[Tensor]:
+        """After the last block: the totals for this rank's own keys, each [n, ...]."""
+
+
+class KeySource(Protocol):
+    """Keys of all ranks, one block after the other."""
+
+    def blocks(self, *extras: Tensor) -> Iterator[Block]:
+        """Every key once, with further numbers that this rank has for its own keys [n, ...]."""
+
+    def courier(self, *joins: Join) -> Courier:
+        """One for a single round over the blocks."""
+
+
+def open_keys(pairs: Pairs) -> KeySource:
+    """The source that `pairs.keys_from` names. Collectives: gather all-gathers keys and tags."""
+    return RingKeys(pairs) if pairs.keys_from == "ring" else WholeKeys(pairs)
+
+
+class WholeKeys:
+    """All keys as one block: gathered from all ranks, or only this rank's own (``local``)."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs = pairs
+        self._keys = self._gather(pairs.keys)
+        self._tags = None if pairs.tags is None else self._gather(pairs.tags)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        if self._pairs.keys_from == "local":
+            return x
+        return collectives.gather_rows(x, self._pairs.sizes, self._pairs.group)
+
+    def blocks(self, *extras: Tensor) -> Iterator[Block]:
+        """See `KeySource`. Collectives: one all-gather for each of the extras."""
+        yield Block(0, self._keys, self._tags, tuple(self._gather(x) for x in extras))
+
+    def courier(self, *joins: Join) -> Courier:
+        """See `KeySource`."""
+        return _WholeCourier(self._pairs, joins)
+
+
+class _WholeCourier:
+    def __init__(self, pairs: Pairs, joins: tuple[Join, ...]) -> None:
+        self._pairs, self._joins = pairs, joins
+        self._parts: list[Tensor] = []
+
+    def add(self, parts: Sequence[Tensor]) -> None:
+        self._parts = list(parts)
+
+    def finish(self) -> list[Tensor]:
+        if self._pairs.keys_from == "local":
+            return self._parts
+        return [self._total(*pair) for pair in zip(self._parts, self._joins, strict=True)]
+
+    def _total(self, part: Tensor, join: Join) -> Tensor:
+        pairs = self._pairs
+        if join is SUM:
+            return collectives.reduce_scatter_rows(part, pairs.sizes, pairs.group)
+        return join.over_ranks(part, pairs.group)[pairs.start : pairs.start + len(pairs.keys)]
+
+
+class RingKeys:
+    """The keys of one rank after the other, handed on from rank to rank."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs = pairs
+
+    def blocks(self, *extras: Tensor) -> Iterator[Block]:
+        """See `KeySource`; the next block travels while the caller works on this one."""
+        pairs, owner = self._pairs, collectives.rank(self._pairs.group)
+        sizes, held = pairs.sizes, [pairs.keys]
+        held += [x for x in (pairs.tags, *extras) if x is not None]
+        for step in range(len(sizes)):
+            following = (owner - 1) % len(sizes)
+            last = step == len(sizes) - 1
+            arrive = None if last else self._pass_on(held, sizes[following])
+            tags, *others = held[1:] if pairs.tags is not None else (None, *held[1:])
+            yield Block(sum(sizes[:owner]), held[0], tags, tuple(x for x in others if x is not None))
+            if arrive is not None:
+                held, owner = arrive(), following
+
+    def _pass_on(self, held: list[Tensor], rows: int) -> Callable[[], list[Tensor]]:
+        return collectives.start_shift(held, rows, _BLOCK_TAG, self._pairs.group)
+
+    def courier(self, *joins: Join) -> Courier:
+        """See `KeySource`."""
+        return _RingCourier(self._pairs, joins)
+
+
+class _RingCourier:
+    """Totals follow their block, one step behind it, and after the last step are at home."""
+
+    def __init__(self, pairs: Pairs, joins: tuple[Join, ...]) -> None:
+        self._pairs, self._joins = pairs, joins
+        self._owner = collectives.rank(pairs.group)
+        self._arrive: Callable[[], list[Tensor]] | None = None
+
+    def add(self, parts: Sequence[Tensor]) -> None:
+        parts = list(parts)
+        if self._arrive is not None:
+            before = self._arrive()
+            parts = [j.two(a, b) for j, a, b in zip(self._joins, before, parts, strict=True)]
+        # What arrives next is of the block that the previous rank has just visited.
+        self._owner = (self._owner - 1) % len(self._pairs.sizes)
+        rows = self._pairs.sizes[self._owner]
+        self._arrive = collectives.start_shift(parts, rows, _COURIER_TAG, self._pairs.group)
+
+    def finish(self) -> list[Tensor]:
+        assert self._arrive is not None, "no block was visited"
+        return self._arrive()

@@ -1,0 +1,86 @@
+"""What is compared with what: rows of this rank, keys of all ranks, and which pairs are alike."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dist_contrastive import collectives
+from dist_contrastive.collectives import Group
+
+KeysFrom = Literal["gather", "ring", "local"]
+KEYS_FROM = ("gather", "ring", "local")
+
+# 1024 x 1024 fp32 scores are 4 MiB: large enough for the matrix product, small beside the inputs.
+_DEFAULT_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows of this rank and the keys they are compared with.
+
+    Row i's *own* key is key i of the same rank: the row itself, or its partner in the other view.
+    Two points are *similar* where their tags are equal; tags of two columns are a continuous label
+    and a sample, and similar means that the labels differ by at most `max_delta` (NaN differs from
+    all) or that the sample is the same.
+    """
+
+    rows: Tensor  # [b, D]
+    keys: Tensor  # [n, D], n >= b: those that this rank brings
+    sizes: tuple[int, ...]  # n of every rank
+    keys_from: KeysFrom = "gather"
+    tags: Tensor | None = None  # [n] or [n, 2], of the keys; the first b are those of the rows
+    max_delta: float = 0.0
+    group: Group = None
+
+    @property
+    def start(self) -> int:
+        """The number of this rank's first key among those the rows are compared with."""
+        return 0 if self.keys_from == "local" else sum(self.sizes[: collectives.rank(self.group)])
+
+    @property
+    def num_keys(self) -> int:
+        """How many keys each row is compared with."""
+        return len(self.keys) if self.keys_from == "local" else sum(self.sizes)
+
+    def own(self, r: slice, first: int, last: int) -> Tensor | None:
+        """Which of the keys first to last are rows' own: bool [r, last - first], None for none."""
+        begin, end = self.start + r.start, self.start + r.stop
+        if end <= first or last <= begin:
+            return None
+        device = self.rows.device
+        return torch.arange(begin, end, device=device)[:, None] == torch.arange(
+            first, last, device=device
+        )
+
+    def similar(self, r: slice, key_tags: Tensor) -> Tensor:
+        """Which pairs are similar; a row and its own key are: bool [r, k]."""
+        assert self.tags is not None, "without tags no pair is known to be similar"
+        mine = self.tags[: len(self.rows)][r, None]
+        if key_tags.dim() == 1:
+            return mine == key_tags
+        near = (mine[..., 0] - key_tags[:, 0]).abs() <= self.max_delta
+        return near | (mine[..., 1] == key_tags[:, 1])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Scores of some rows with some keys, and what is known of these pairs."""
+
+    scores: Tensor  # [r, k]
+    own: Tensor | None  # bool [r, k]; None where no row meets its own key
+    similar: Tensor | None  # bool [r, k], own included; None without tags
+
+    def positive(self) -> Tensor:
+        """Similar pairs other than a row and its own key: bool [r, k]."""
+        assert self.similar is not None, "positives need tags"
+        return self.similar if self.own is None else self.similar & ~self.own
+
+
+def chunks(whole: slice, chunk_size: int | None) -> Iterator[slice]:
+    """Slices of at most `chunk_size` that cover the whole."""
+    step = chunk_size or _DEFAULT_CHUNK
+    for begin in range(whole.start, whole.stop, step):
+        yield slice(begin, min(begin + step, whole.stop))
