@@ -2,10 +2,11 @@
 
     python benchmarks/memory.py [--sizes 2048 4096 8192 16384] [--dim 64]
 
-One process, fp32, on Linux. Every measurement is a process of its own: the peak of its resident
-memory during forward and backward minus what it held before. Freed blocks go back to the system at
-once (MALLOC_MMAP_THRESHOLD_), so that the peak is what was in use, not what the heap had kept. The
-slope is that of a line through log(memory) over log(batch): 1 is linear, 2 quadratic.
+One process, fp32, on Linux. Every line is measured in a process of its own: the peak of its
+resident memory during forward and backward minus what it held before. Freed blocks go back at
+once (MALLOC_MMAP_THRESHOLD_), so that the peak is what was in use, not what the heap kept. The
+slope is that of a line through log(memory) over log(batch): 1 is linear, 2 quadratic. The second
+table is of several gloo ranks with a fixed number of rows each, keys gathered or in a ring.
 """
 
 import argparse
@@ -17,42 +18,69 @@ from pathlib import Path
 
 import numpy as np
 
-LOSSES = ("infonce symmetric", "ntxent", "force drift", "force seed")
-DENSE_LIMIT = 8192  # rows; beyond it the dense matrices would not fit beside other work
+LOCAL_ROWS, LOCAL_DIM = 4096, 256
+LABELLED = {"supcon", "triplet all", "triplet hard", "triplet semihard", "cosine_embedding"}
+ONE_INPUT = {"self_diagonal", "koleo"}
+LOSSES = ("infonce symmetric", "ntxent", "dcl", "siglip", "self_diagonal", "supcon")
+LOSSES += ("cosine_embedding", "triplet all", "triplet hard", "triplet semihard", "koleo")
+LOSSES += ("vicreg", "barlow_twins", "force drift", "force seed")
+# Rows beyond which dense matrices would not fit beside other work; none where there are no pairs.
+DENSE_LIMIT = dict.fromkeys(LOSSES, 4096) | {"infonce symmetric": 8192}
 
 
 def main() -> None:
-    """Measure every loss, dense and chunked, and print one table."""
+    """Measure every loss, dense and chunked, then gather and ring, and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        name, impl, size = args.one
-        print(json.dumps(peak_mib(name, impl, int(size), args.dim)))
-        return
-    print(f"{'loss':18} {'impl':8} " + " ".join(f"{size:>8}" for size in args.sizes) + "  slope")
-    for name in LOSSES:
-        for impl in ("dense", "chunked"):
-            report(name, impl, args.sizes, args.dim)
+        print(json.dumps([peak_mib(*args.one, size, args.dim) for size in args.sizes]))
+    elif args.ranks:
+        print(json.dumps([peak_on_ranks(args.ranks[0], int(args.ranks[1]))]))
+    else:
+        print(f"{'loss':18} {'impl':8} " + " ".join(f"{x:>8}" for x in args.sizes) + "  slope")
+        for name in LOSSES:
+            for impl in ("dense", "chunked"):
+                report(name, impl, args.sizes, args.dim)
+        world_sizes = (2, 4)
+        print(f"\n{LOCAL_ROWS} rows a rank  " + " ".join(f"{x:>3} ranks" for x in world_sizes))
+        for keys_from in ("gather", "ring"):
+            peaks = [of_ranks_in_own_process(keys_from, size) for size in world_sizes]
+            print(f"{keys_from:16} " + " ".join(f"{x:9.1f}" for x in peaks))
 
 
 def report(name: str, impl: str, sizes: list[int], dim: int) -> None:
     """One line of the table, in MiB."""
-    limit = DENSE_LIMIT // (2 if name.startswith(("force", "ntxent")) else 1)
-    sizes = [size for size in sizes if impl == "chunked" or size <= limit]
-    peaks = [in_own_process(name, impl, size, dim) for size in sizes]
-    slope = np.polyfit(np.log(sizes), np.log(peaks), 1)[0]
-    print(f"{name:18} {impl:8} " + " ".join(f"{x:8.1f}" for x in peaks) + f"  {slope:.2f}")
+    num_columns = len(sizes)
+    sizes = [size for size in sizes if impl == "chunked" or size <= DENSE_LIMIT[name]]
+    peaks = in_own_process(name, impl, sizes, dim)
+    line = " ".join(f"{x:8.1f}" for x in peaks) + " " * 9 * (num_columns - len(sizes))
+    print(f"{name:18} {impl:8} {line}  {slope(sizes, peaks):.2f}")
 
 
-def in_own_process(name: str, impl: str, size: int, dim: int) -> float:
-    """Peak in MiB, measured in a fresh process."""
-    argv = [sys.executable, __file__, "--dim", str(dim), "--one", name, impl, str(size)]
+def slope(sizes: list[int], peaks: list[float]) -> float:
+    """Of a line through log(memory) over log(batch)."""
+    return float(np.polyfit(np.log(sizes), np.log(peaks), 1)[0])
+
+
+def in_own_process(name: str, impl: str, sizes: list[int], dim: int) -> list[float]:
+    """Peaks in MiB, measured in a fresh process."""
+    return _run("--dim", str(dim), "--sizes", *map(str, sizes), "--one", name, impl)
+
+
+def of_ranks_in_own_process(keys_from: str, world_size: int) -> float:
+    """Largest peak of a rank in MiB, measured in fresh processes."""
+    return _run("--ranks", keys_from, str(world_size))[0]
+
+
+def _run(*args: str) -> list[float]:
     give_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
+    argv = [sys.executable, __file__, *args]
     done = subprocess.run(argv, check=True, capture_output=True, env=give_back)
-    return float(json.loads(done.stdout))
+    return json.loads(done.stdout)
 
 
 def peak_mib(name: str, impl: str, size: int, dim: int) -> float:
@@ -60,14 +88,41 @@ def peak_mib(name: str, impl: str, size: int, dim: int) -> float:
     import torch
 
     torch.set_num_threads(1)
-    loss = build(name, impl)
+    return growth_mib(build(name, impl), lambda rows: inputs(name, rows, dim), size)
+
+
+def peak_on_ranks(keys_from: str, world_size: int) -> float:
+    """The same on several ranks with a fixed number of rows each, the largest of them."""
+    from dist_contrastive.testing import run_ranks
+
+    return max(run_ranks(peak_of_rank, world_size, keys_from))
+
+
+def peak_of_rank(keys_from: str) -> float:
+    """On a rank: growth over forward and backward of a loss whose keys come from all ranks."""
+    loss = build("infonce symmetric", "chunked", keys_from=keys_from)
+    return growth_mib(loss, lambda rows: inputs("infonce symmetric", rows, LOCAL_DIM), LOCAL_ROWS)
+
+
+def growth_mib(loss, make_inputs, size: int) -> float:
+    """Growth of the peak resident memory over forward and backward with `size` rows."""
     for rows in (64, size):  # the small call first, for what is allocated once and for all
-        a, b = (torch.randn(rows, dim, requires_grad=True) for _ in range(2))
+        given = make_inputs(rows)
         # Not getrusage: its maximum is inherited from the process that started this one.
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = own_memory_kib("VmRSS")
-        loss(a, b).backward()
+        loss(*given).backward()
     return (own_memory_kib("VmHWM") - before) / 1024
+
+
+def inputs(name: str, rows: int, dim: int):
+    """Embeddings, and labels of about 16 rows each where the loss takes some."""
+    import torch
+
+    embeddings = [torch.randn(rows, dim, requires_grad=True) for _ in range(2)]
+    if name in LABELLED:
+        return embeddings[0], torch.arange(rows) % (rows // 16)
+    return embeddings[:1] if name in ONE_INPUT else embeddings
 
 
 def own_memory_kib(name: str) -> int:
@@ -76,15 +131,23 @@ def own_memory_kib(name: str) -> int:
     return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
-def build(name: str, impl: str):
+def build(name: str, impl: str, **options):
     """The loss by the name it has in the table."""
     from dist_contrastive import losses
 
-    if name.startswith("infonce"):
-        return losses.InfoNCE(0.1, symmetric=True, learnable=True, impl=impl)
-    if name == "ntxent":
-        return losses.NTXent(0.1, impl=impl)
-    return losses.ContrastiveForce(preset=name.split()[1], impl=impl)
+    kind, _, setting = name.partition(" ")
+    if kind == "force":
+        return losses.ContrastiveForce(preset=setting, impl=impl)
+    settings = {
+        "infonce": {"temperature": 0.1, "symmetric": True, "learnable": True},
+        "triplet": {"mining": setting},
+    }
+    return by_name(losses)[kind.replace("_", "")](**settings.get(kind, {}), impl=impl, **options)
+
+
+def by_name(losses) -> dict:
+    """Class of every loss by its name in lower case."""
+    return {name.lower(): loss for name, loss in vars(losses).items() if isinstance(loss, type)}
 
 
 if __name__ == "__main__":

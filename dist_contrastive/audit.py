@@ -5,7 +5,8 @@ DistributedDataParallel, on W gloo ranks with different rows each, against one p
 rows and the plain dense loss. What is compared is the gradient that the optimiser sees.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from dist_contrastive.testing import run_ranks
 _ROWS = 12  # of the global batch: divisible by 1 to 4, and small, so that errors are large
 _DIM_IN, _DIM, _VIEWS, _CHUNK = 6, 5, 2, 4
 
+TOLERANCE = 1e-9
+MOST_RANKS = 6  # beyond that the rows of the smallest split run out
 SPLITS = ("even", "uneven", "one empty rank")
 IMPLS = ("dense", "chunked")
 
@@ -45,8 +48,9 @@ class Finding:
 
     @property
     def error(self) -> float:
-        """The largest distance from 1."""
-        return max(abs(x - 1) for x in (*self.ratios.values(), *self.cosines.values()))
+        """The largest distance from 1; infinite where a gradient is missing or NaN."""
+        numbers = (*self.ratios.values(), *self.cosines.values())
+        return max(abs(x - 1) if math.isfinite(x) else math.inf for x in numbers)
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,13 @@ class Encoded(nn.Module):
         return self.loss(*(x if x.dim() == 1 else self.encoder(x) for x in inputs))
 
 
-def audit(world_sizes: Sequence[int], names: Sequence[str] | None = None) -> list[Finding]:
-    """Every way to compute the named cases (None: all of them), each at its worst rank."""
-    cases = {name: CASES[name] for name in names or CASES}
+def audit(world_sizes: Sequence[int], cases: dict[str, Case] | None = None) -> list[Finding]:
+    """Every way to compute the cases (None: `CASES`), each at its worst rank."""
+    cases = cases or CASES
     expected = {name: _gradients(c.build("gather", "dense"), c.rows()) for name, c in cases.items()}
     findings = []
     for world_size in world_sizes:
-        for place in zip(*run_ranks(_on_rank, world_size, list(cases)), strict=True):
+        for place in zip(*run_ranks(_on_rank, world_size, cases), strict=True):
             compared = (_compare(name, way, found, expected[name]) for name, way, found in place)
             findings.append(max(compared, key=lambda finding: finding.error))
     return findings
@@ -110,11 +114,10 @@ def audit(world_sizes: Sequence[int], names: Sequence[str] | None = None) -> lis
 Gradients = dict[str, Tensor]
 
 
-def _on_rank(names: list[str]) -> list[tuple[str, Way, Gradients]]:
+def _on_rank(cases: dict[str, Case]) -> list[tuple[str, Way, Gradients]]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     results = []
-    for name in names:
-        case = CASES[name]
+    for name, case in cases.items():
         for way in _ways(case, world_size):
             module = DistributedDataParallel(case.build(way.keys_from, way.impl))
             rows = case.rows_of_rank(way.split, rank, world_size)
@@ -163,6 +166,25 @@ def _compare(name: str, way: Way, found: Gradients, expected: Gradients) -> Find
         if key != "loss"
     }
     return Finding(name, way, ratios, cosines)
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """Markdown: of every loss and path the numbers farthest from 1, whatever the way."""
+    columns = ["value", "encoder", "cosine", "scale", "bias"]
+    lines = ["| " + " | ".join(["loss", "keys", "tiles", *columns]) + " |", "| --- " * 8 + "|"]
+    paths = dict.fromkeys((f.loss, f.way.keys_from, f.way.impl) for f in findings)
+    for path in paths:
+        these = [f for f in findings if (f.loss, f.way.keys_from, f.way.impl) == path]
+        numbers = [
+            [f.ratios["loss"] for f in these],
+            [f.ratios["encoder"] for f in these],
+            [x for f in these for x in f.cosines.values()],
+            [f.ratios["log_scale"] for f in these if "log_scale" in f.ratios],
+            [f.ratios["bias"] for f in these if "bias" in f.ratios],
+        ]
+        cells = [f"{max(x, key=lambda r: abs(r - 1)):.10f}" if x else "" for x in numbers]
+        lines.append("| " + " | ".join([*path, *cells]) + " |")
+    return "\n".join(lines)
 
 
 _CLASSES = torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 1, 4, 0, 2])

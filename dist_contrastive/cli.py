@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_contrastive import __version__
-from dist_contrastive.errors import NonFiniteError, UserError
+from dist_contrastive.errors import ConfigError, NonFiniteError, UserError
 
 # torch and the rest are imported by the commands that need them: --help answers at once.
 
@@ -60,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     evaluate.set_defaults(run=_evaluate)
 
+    audit = commands.add_parser(
+        "audit", help="prove every loss's gradient on several ranks against one process"
+    )
+    audit.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="W")
+    audit.add_argument("--only", default="", metavar="TEXT", help="losses whose name contains it")
+    audit.set_defaults(run=_audit)
+
     shards = commands.add_parser("shards", help="make and index shards of samples")
     _add_shards(shards.add_subparsers(required=True, metavar="COMMAND"))
     return parser
@@ -88,6 +95,21 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     print_table(evaluate_runs(args.runs))
     return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from dist_contrastive import audit
+
+    cases = {name: case for name, case in audit.CASES.items() if args.only in name}
+    if not cases:
+        raise ConfigError(f"--only {args.only!r} is in no name; known are {'; '.join(audit.CASES)}")
+    if not all(1 <= size <= audit.MOST_RANKS for size in args.world_sizes):
+        raise ConfigError(f"--world-sizes {args.world_sizes} must be 1 to {audit.MOST_RANKS} ranks")
+    findings = audit.audit(args.world_sizes, cases)
+    print(audit.table(findings))
+    worst = max(findings, key=lambda finding: finding.error)
+    print(f"\n{len(findings)} ways, worst error {worst.error:.1e}: {worst.loss}, {worst.way}")
+    return 0 if worst.error <= audit.TOLERANCE else 1
 
 
 def _pack(args: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ from dist_contrastive.errors import ConfigError, NonFiniteError
 from dist_contrastive.metrics import Clock, Ledger, MetricsLog
 from dist_contrastive.signals import stop_flag
 from dist_contrastive.tasks import Task, build_task
+from dist_contrastive.tasks.base import Embeddings
 
 EXIT_DONE = 0
 EXIT_REQUEUE = 75  # stopped early with everything saved: start it again
@@ -138,8 +139,7 @@ def train_step(run: Run, samples: Samples) -> dict[str, Any]:
     config, step = run.config, run.progress.step
     seed_everything(config.seed * 1_000_003 + step * 1009 + run.backend.rank)
     embeddings = run.module(*run.task.inputs(samples))
-    loss = run.task.compare(embeddings, samples)
-    _check_loss(run, loss, embeddings)
+    loss = _compare(run, embeddings, samples)
     run.optimizer.zero_grad(set_to_none=True)
     run.backend.backward(loss)
     norm = run.backend.gradient_norm(run.module, config.optim.clip_norm)
@@ -237,17 +237,18 @@ def _save(run: Run) -> None:
             checkpoint.save(root, run.progress, weights, state, keep_last)
 
 
-def _check_loss(run: Run, loss: Tensor, embeddings: tuple[Tensor, ...]) -> None:
-    """The loss is the same number on all ranks, so all of them come here or none."""
-    if loss.isfinite():
-        return
-    bad = sum(int((~x.isfinite()).any(-1).sum()) for x in embeddings)
-    counts = enumerate(collectives.gather_objects(bad))
-    where = ", ".join(f"rank {rank} ({count} embeddings)" for rank, count in counts if count)
-    raise NonFiniteError(
-        f"step {run.progress.step + 1}: the loss is {loss.item()}; not finite are the embeddings "
-        f"of {where or 'no rank'}; lower optim.lr or set optim.clip_norm"
-    )
+def _compare(run: Run, embeddings: Embeddings, samples: Samples) -> Tensor:
+    """The loss; what is not finite about it is the same on all ranks, so all raise or none."""
+    step = run.progress.step + 1
+    try:
+        loss = run.task.compare(embeddings, samples)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"step {step}: {error}; lower optim.lr or set optim.clip_norm"
+        ) from error
+    if not loss.isfinite():
+        raise NonFiniteError(f"step {step}: the loss of finite embeddings is {loss.item()}")
+    return loss
 
 
 def _check_gradient(run: Run, norm: float) -> None:

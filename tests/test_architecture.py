@@ -14,10 +14,11 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 # From the bottom up; parts on one line do not import each other, except as listed in WITHIN.
 LAYERS = [
     {"errors", "settings", "signals"},
-    {"collectives", "pairwise"},
+    {"collectives"},
+    {"pairwise"},
     {"losses", "testing"},
     {"models", "data", "optim"},
-    {"evaluation", "backend", "checkpoint", "metrics", "report"},
+    {"audit", "evaluation", "backend", "checkpoint", "metrics", "report"},
     {"config"},
     {"tasks", "trainer"},
     {"cli"},

@@ -1,173 +1,262 @@
 """The gradient contract: W ranks give the loss and the gradient of one process with all rows.
 
-A linear encoder inside the real DistributedDataParallel, fp64, different data on every rank.
+The audit does the comparing: every loss behind an encoder inside the real DistributedDataParallel,
+fp64, different data on every rank. Its reference, the dense loss in one process, is proved against
+formulas written out in test_objectives.py.
 """
+
+import itertools
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from dist_contrastive import losses
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.audit import CASES, SPLITS, Case, audit
+from dist_contrastive.errors import ConfigError, NonFiniteError, UserError
 from dist_contrastive.testing import run_ranks
 
-DIM_IN, DIM = 6, 5
-ROWS = {  # rows of every rank
-    "even": {1: [12], 2: [6, 6], 3: [4, 4, 4], 4: [3, 3, 3, 3]},
-    "uneven": {1: [12], 2: [9, 3], 3: [1, 7, 4], 4: [2, 5, 1, 4]},
-    "one empty rank": {1: [12], 2: [0, 12], 3: [7, 0, 5], 4: [4, 5, 3, 0]},
-}
 WORLD_SIZES = (1, 2, 3, 4)
 
 
-class TwoInputs(nn.Module):
-    """Encodes two inputs a row and compares them; uneven third inputs where a loss takes them."""
-
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        self.encoder = nn.Linear(DIM_IN, DIM, dtype=torch.float64)
-        self.loss = loss.double()
-
-    def forward(self, a: Tensor, b: Tensor, *others: Tensor | None) -> Tensor:
-        encoded = [x if x is None or x.dtype == torch.int64 else self.encoder(x) for x in others]
-        return self.loss(self.encoder(a), self.encoder(b), *encoded)
-
-
-def build(name: str, impl: str) -> TwoInputs:
-    options = {"impl": impl, "chunk_size": 4}
-    loss: nn.Module
-    if name.startswith("infonce"):
-        learnable = {"symmetric": "symmetric" in name, "learnable": True}
-        loss = losses.InfoNCE(0.1, **learnable, **options)
-    elif name == "ntxent":
-        loss = losses.NTXent(0.2, learnable=True, **options)
-    else:
-        preset = name.split()[1]
-        loss = losses.ContrastiveForce((0.05, 0.2, 1.0), preset=preset, **options)
-    torch.manual_seed(0)
-    return TwoInputs(loss)
-
-
-LOSSES = ["infonce", "infonce symmetric", "infonce symmetric negatives", "ntxent"]
-LOSSES += ["force seed", "force drift", "force drift labels"]
-
-
-def global_inputs(name: str) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    inputs = [torch.randn(12, DIM_IN, generator=generator, dtype=torch.float64) for _ in range(3)]
-    if name.endswith("negatives"):
-        return inputs
-    if name.endswith("labels"):
-        labels = torch.randint(0, 3, (2, 12), generator=generator)
-        return [*inputs[:2], *labels]
-    return inputs[:2]
-
-
-def local_inputs(name: str, sizes: list[int], rank: int) -> list[Tensor]:
-    """This rank's rows; the second kind of input is split in the opposite way for the force, and
-    so are extra negatives: their numbers need not follow those of the rows."""
-    reverse = sizes[::-1]
-    parts = []
-    for place, x in enumerate(global_inputs(name)):
-        second = place % 2 == 1 if name.startswith("force") else place == 2
-        parts.append(x.split(reverse if second else sizes)[rank])
-    return parts
-
-
-def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    loss.backward()
-    found = {name.removeprefix("module."): p.grad for name, p in module.named_parameters()}
-    return {"loss": loss.detach(), **found}
-
-
-def all_cases(world_size: int) -> list[tuple[str, str, str]]:
-    return [
-        (name, impl, split)
-        for name in LOSSES
-        for impl in ("dense", "chunked")
-        for split in ROWS
-        if world_size > 1 or split == "even"
-    ]
-
-
-def on_rank() -> dict[tuple[str, str, str], dict[str, Tensor]]:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    results = {}
-    for name, impl, split in all_cases(world_size):
-        module = nn.parallel.DistributedDataParallel(build(name, impl))
-        inputs = local_inputs(name, ROWS[split][world_size], rank)
-        results[name, impl, split] = gradients(module, module(*inputs))
-    return results
-
-
-@pytest.fixture(scope="module")
-def reference() -> dict[str, dict[str, Tensor]]:
-    found = {}
-    for name in LOSSES:
-        module = build(name, "dense")
-        found[name] = gradients(module, module(*global_inputs(name)))
-    return found
-
-
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_gradient_contract(world_size, reference):
-    for rank, results in enumerate(run_ranks(on_rank, world_size)):
-        for (name, impl, split), found in results.items():
-            for what, expected in reference[name].items():
-                where = f"{what} of {name}, {impl}, {split} rows, rank {rank} of {world_size}"
-                assert expected.norm() > 0, where
-                ratio = (found[what].norm() / expected.norm()).item()
-                assert ratio == pytest.approx(1, abs=1e-9), where
-                torch.testing.assert_close(
-                    found[what], expected, rtol=1e-9, atol=1e-11, msg=lambda m, w=where: f"{w}\n{m}"
-                )
+def test_gradient_contract(world_size):
+    findings = audit([world_size])
+    for found in findings:
+        assert found.way.world_size == world_size
+        for what, ratio in {**found.ratios, **found.cosines}.items():
+            assert ratio == pytest.approx(1, abs=1e-9), f"{what} of {found}"
+
+
+def test_the_audit_leaves_nothing_out():
+    audited = {case.loss for case in CASES.values()}
+    assert audited == {x for x in vars(losses).values() if isinstance(x, type)}
+    name = "InfoNCE, symmetric, hard negatives"
+    findings = audit([3], {name: CASES[name]})
+    assert {f.way for f in findings} == {
+        (keys_from, impl, 3, split)
+        for keys_from in ("gather", "ring")
+        for impl in ("dense", "chunked")
+        for split in SPLITS
+    }
+    assert findings[0].ratios.keys() == {"loss", "encoder", "log_scale"}
+    assert audit([1], {"SigLIP": CASES["SigLIP"]})[0].cosines.keys() == {
+        "encoder",
+        "log_scale",
+        "bias",
+    }
+
+
+def test_the_audit_sees_a_wrong_gradient():
+    """Gradients that reducers should add, averaged by DDP: the audit must tell 1/W."""
+    case = Case(losses.NTXent, {"learnable": True, "grad_reduction": "sum"}, 2)
+    found = audit([2], {"NTXent": case})[0]
+    assert found.ratios["encoder"] == pytest.approx(0.5)
+    assert found.ratios["log_scale"] == pytest.approx(0.5)
+    assert found.error == pytest.approx(0.5)
+
+
+def mine(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    return x.split(sizes)[dist.get_rank()]
+
+
+def two_views() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(12, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
 
 
 def summed() -> Tensor:
-    """With grad_reduction="sum" the gradients of ranks add up to the exact one."""
-    loss = losses.NTXent(0.2, grad_reduction="sum")
-    a, b = (x.requires_grad_() for x in local_inputs("ntxent", [9, 3], dist.get_rank()))
-    loss(a, b).backward()
+    a, b = (mine(x, (9, 3)).requires_grad_() for x in two_views())
+    losses.NTXent(0.2, grad_reduction="sum")(a, b).backward()
     return a.grad
 
 
 def test_sum_reduction_leaves_plain_gradient():
-    a, b = (x.requires_grad_() for x in global_inputs("ntxent"))
+    """With grad_reduction="sum" the gradients of ranks add up to the exact one."""
+    a, b = (x.requires_grad_() for x in two_views())
     losses.NTXent(0.2)(a, b).backward()
     torch.testing.assert_close(torch.cat(run_ranks(summed, 2)), a.grad, rtol=1e-9, atol=1e-12)
 
 
-def gradient_on_one_rank() -> str:
-    n, p = (torch.randn(3, 2) for _ in range(2))
-    n.requires_grad_(dist.get_rank() == 0)
-    with pytest.raises(ConfigError) as caught:
-        losses.ContrastiveForce(preset="seed")(n, p)
-    return str(caught.value)
+MADE = {
+    "InfoNCE": lambda **options: losses.InfoNCE(0.1, symmetric=True, **options),
+    "SupCon": lambda **options: losses.SupCon(**options),
+    "Triplet, all": lambda **options: losses.Triplet(0.5, **options),
+    "Triplet, hard": lambda **options: losses.Triplet(0.5, mining="hard", **options),
+    "KoLeo": lambda **options: losses.KoLeo(**options),
+    "BarlowTwins": lambda **options: losses.BarlowTwins(**options),
+}
 
 
-def test_gradient_on_some_ranks_is_refused_rather_than_awaited():
-    for message in run_ranks(gradient_on_one_rank, 2):
-        assert "with gradient on rank 0" in message
+def inputs_of(name: str) -> list[Tensor]:
+    a, b = two_views()
+    labels = torch.arange(12) % 5 - 1
+    kinds = {"InfoNCE": [a, b], "BarlowTwins": [a, b], "KoLeo": [a]}
+    return kinds.get(name, [a, labels])
+
+
+def all_losses(order: list[int], sizes: tuple[int, ...], keys_from: str) -> list[float]:
+    """On rows in another order, divided among the ranks in another way."""
+    found = []
+    for name, make in MADE.items():
+        rows = (mine(x[order], sizes) for x in inputs_of(name))
+        found.append(make(keys_from=keys_from, impl="chunked", chunk_size=3)(*rows).item())
+    return found
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    order=st.permutations(range(12)),
+    cuts=st.lists(st.integers(0, 12), min_size=1, max_size=3),
+    keys_from=st.sampled_from(["gather", "ring"]),
+)
+def test_order_of_rows_and_ranks_changes_nothing(order, cuts, keys_from):
+    ends = [0, *sorted(cuts), 12]
+    sizes = tuple(b - a for a, b in itertools.pairwise(ends))
+    expected = [make()(*inputs_of(name)).item() for name, make in MADE.items()]
+    for found in run_ranks(all_losses, len(sizes), order, sizes, keys_from):
+        assert found == pytest.approx(expected, abs=1e-10)
+
+
+def local_batches() -> list[float]:
+    rows = {name: [mine(x, (6, 6)) for x in inputs_of(name)] for name in MADE}
+    return [make(keys_from="local")(*rows[name]).item() for name, make in MADE.items()]
+
+
+def test_local_keys_compare_within_each_rank():
+    halves = []
+    for half in (slice(0, 6), slice(6, 12)):
+        halves.append([make()(*(x[half] for x in inputs_of(n))).item() for n, make in MADE.items()])
+    found, _ = run_ranks(local_batches, 2)
+    for place, name in enumerate(MADE):
+        if not name.startswith(("SupCon", "Triplet")):  # whose means are over rows that count
+            assert found[place] == pytest.approx((halves[0][place] + halves[1][place]) / 2), name
+
+
+BAD = {  # what rank 1 of two does wrong: loss, inputs of ranks 0 and 1, error, words
+    "dtype": (
+        losses.InfoNCE(),
+        [(torch.ones(3, 4), torch.ones(3, 4)), (torch.ones(3, 4).double(), torch.ones(3, 4))],
+        ConfigError,
+        "queries differ between ranks: [rows, 4] torch.float32 without gradient on rank 0; "
+        "[rows, 4] torch.float64 without gradient on rank 1",
+    ),
+    "dimension": (
+        losses.SigLIP(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 5),) * 2],
+        ConfigError,
+        "[rows, 4] torch.float32 without gradient on rank 0; [rows, 5]",
+    ),
+    "gradient": (
+        losses.NTXent(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 4, requires_grad=True), torch.ones(3, 4))],
+        ConfigError,
+        "view_a differ between ranks: [rows, 4] torch.float32 without gradient on rank 0; "
+        "[rows, 4] torch.float32 with gradient on rank 1",
+    ),
+    "gradient of the force": (
+        losses.ContrastiveForce(preset="seed"),
+        [(torch.ones(3, 2),) * 2, (torch.ones(3, 2, requires_grad=True), torch.ones(3, 2))],
+        ConfigError,
+        "with gradient on rank 1",
+    ),
+    "rows": (
+        losses.DCL(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 4), torch.ones(2, 4))],
+        ConfigError,
+        "rank 1 has 3 rows of view_a, 2 rows of view_b",
+    ),
+    "not embeddings": (
+        losses.KoLeo(),
+        [(torch.ones(3, 4),), (torch.ones(3),)],
+        ConfigError,
+        "give floating embeddings [rows, dim]",
+    ),
+    "negatives on one rank": (
+        losses.InfoNCE(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 4),) * 3],
+        ConfigError,
+        "negatives are missing on ranks [0]; give them on all ranks or none",
+    ),
+    "labels of the wrong length": (
+        losses.SupCon(),
+        [(torch.ones(3, 4), torch.zeros(3).long()), (torch.ones(3, 4), torch.zeros(4).long())],
+        ConfigError,
+        "rank 1 has 3 rows of features, 4 rows of labels",
+    ),
+    "labels below -1": (
+        losses.CosineEmbedding(),
+        [(torch.ones(3, 4), torch.zeros(3).long()), (torch.ones(3, 4), torch.tensor([0, -2, 1]))],
+        ConfigError,
+        "torch.int64 and -2 as the lowest",
+    ),
+    "one class": (
+        losses.Triplet(),
+        [(torch.ones(3, 4), torch.ones(3).long())] * 2,
+        ConfigError,
+        "labels of the global batch are all alike (from 1 to 1, max_delta=None)",
+    ),
+    "NaN": (
+        losses.SupCon(),
+        [
+            (torch.ones(3, 2), torch.zeros(3).long()),
+            (torch.tensor([[1.0, torch.nan], [torch.inf, 0.0], [1.0, 1.0]]), torch.zeros(3).long()),
+        ],
+        NonFiniteError,
+        "NaN or infinity in 2 of 3 rows of features on rank 1",
+    ),
+    "NaN in points": (
+        losses.ContrastiveForce(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 4), torch.full((2, 4), torch.nan))],
+        NonFiniteError,
+        "NaN or infinity in 2 of 5 rows of points on rank 1",
+    ),
+}
+
+
+def refused(keys_from: str) -> dict[str, tuple[str, float]]:
+    messages = {}
+    for name, (loss, inputs, error, _) in BAD.items():
+        loss.keys_from = keys_from if keys_from in loss.known_keys_from else "gather"
+        start = time.monotonic()
+        with pytest.raises(error) as caught:
+            loss(*inputs[dist.get_rank()])
+        messages[name] = str(caught.value), time.monotonic() - start
+        dist.barrier()
+    return messages
+
+
+@pytest.mark.parametrize("keys_from", ["gather", "ring"])
+def test_bad_input_is_refused_on_all_ranks_in_the_same_words(keys_from):
+    first, second = run_ranks(refused, 2, keys_from)
+    for name, (_, _, error, words) in BAD.items():
+        assert first[name][0] == second[name][0]
+        assert words in first[name][0], name
+        assert "\n" not in first[name][0]
+        assert max(first[name][1], second[name][1]) < 5
+        assert issubclass(error, (UserError, NonFiniteError))
 
 
 def groups_across_ranks(keys_from: str) -> tuple[Tensor, Tensor]:
     negative, positive = grouped_points()
-    rank = dist.get_rank()
     if keys_from == "gather":  # rows of every group are spread over the ranks
-        split = [x.split([2, 4], dim=1)[rank] for x in (negative, positive)]
+        n, p = (x.split([2, 4], dim=1)[dist.get_rank()] for x in (negative, positive))
     else:  # whole groups on one rank
-        split = [x.split([1, 2])[rank] for x in (negative, positive)]
-    n, p = (x.requires_grad_() for x in split)
-    loss = losses.ContrastiveForce(preset="seed", keys_from=keys_from, impl="chunked")(n, p)
-    loss.backward()
-    return loss.detach(), n.grad
+        n, p = (mine(x, (1, 2)) for x in (negative, positive))
+    n.requires_grad_()
+    loss = losses.ContrastiveForce(preset="seed", keys_from=keys_from, impl="chunked")
+    value = loss(n, p.requires_grad_())
+    value.backward()
+    return value.detach(), n.grad
 
 
 def grouped_points() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    shape = (3, 6, DIM)
-    n, p = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    n, p = (torch.randn(3, 6, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     return n, p + 0.5
 
 

@@ -3,20 +3,24 @@
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import memory
 
+SIZES = [2048, 4096]
+
 
 @pytest.mark.parametrize("name", memory.LOSSES)
 def test_memory_is_linear(name):
-    sizes = (2048, 4096)
-    peaks = [memory.in_own_process(name, "chunked", size, 32) for size in sizes]
-    assert np.log2(peaks[1] / peaks[0]) <= 1.15
+    assert memory.slope(SIZES, memory.in_own_process(name, "chunked", SIZES, 32)) <= 1.15
 
 
 def test_the_measurement_sees_quadratic_memory():
-    peaks = [memory.in_own_process("ntxent", "dense", size, 32) for size in (2048, 4096)]
-    assert np.log2(peaks[1] / peaks[0]) > 1.7
+    assert memory.slope(SIZES, memory.in_own_process("ntxent", "dense", SIZES, 32)) > 1.7
+
+
+def test_memory_of_a_ring_does_not_depend_on_the_world_size():
+    two, four = (memory.of_ranks_in_own_process("ring", ranks) for ranks in (2, 4))
+    assert four <= 1.15 * two
+    assert memory.of_ranks_in_own_process("gather", 4) > 1.25 * four

@@ -5,6 +5,7 @@ import torch
 
 from dist_contrastive import pairwise
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.pairwise import LogSumExp, LogSumExpAndPositives, Pairs, PairSum
 from dist_contrastive.pairwise.distances import centre, distances
 
 
@@ -13,71 +14,134 @@ def worst(found: torch.Tensor, expected: torch.Tensor) -> str:
     return f"worst: {found.flatten()[place]} instead of {expected.flatten()[place]}"
 
 
+def make_pairs(rows: torch.Tensor, keys: torch.Tensor, **more) -> Pairs:
+    return Pairs(rows, keys, (len(keys),), **more)
+
+
+class Cubes(PairSum):
+    """A pair function that is no loss: the engine must not know what it sums."""
+
+    def value(self, tile):
+        return torch.where(tile.positive(), tile.scores**3, -tile.scores)
+
+    def derivative(self, tile):
+        return torch.where(tile.positive(), 3 * tile.scores**2, -1.0)
+
+
+REDUCTIONS = [
+    LogSumExp(),
+    LogSumExp(both=True),
+    LogSumExp(leave_out="own", both=True),
+    LogSumExp(leave_out="similar"),
+    LogSumExpAndPositives(leave_out="own"),
+    Cubes(),
+]
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 64, None])
-@pytest.mark.parametrize("excluding", [False, True])
-def test_chunked_logsumexp_equals_dense(chunk_size, excluding):
-    rows = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
+@pytest.mark.parametrize("factor", [1.0, 60.0])  # 60: beyond what one exponential can span
+def test_chunked_equals_dense(chunk_size, reduction, factor):
+    rows = (factor * torch.randn(7, 5, dtype=torch.float64)).requires_grad_()
     keys = torch.randn(10, 5, dtype=torch.float64, requires_grad=True)
-    exclude = torch.tensor([0, 9, 3, 3, -1, 5, 2]) if excluding else None
-    weights = torch.randn(7, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
+    tags = torch.tensor([0, 1, 0, 2, 1, 3, 4, 4, 1, 0])
     results = []
     for impl in ("dense", "chunked"):
-        row_lse, key_lse = pairwise.logsumexp(rows, keys, exclude, impl, chunk_size)
-        loss = row_lse @ weights[0] + key_lse @ weights[1]
-        results.append([row_lse, key_lse, *torch.autograd.grad(loss, [rows, keys])])
+        found = sum(
+            pairwise.reduce(reduction, make_pairs(rows, keys, tags=tags), impl, chunk_size), ()
+        )
+        torch.manual_seed(0)
+        loss = sum((x * torch.randn_like(x)).sum() for x in found)
+        results.append([*found, *torch.autograd.grad(loss, [rows, keys])])
     for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
+def test_gradcheck(reduction):
     rows = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     keys = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    exclude = torch.tensor([0, 1, 2, 3])
+    tags = torch.tensor([0, 1, 0, 1, 1])
 
-    def both(rows, keys):
-        return pairwise.logsumexp(rows, keys, exclude, "chunked", 2)
+    def totals(rows, keys):
+        return sum(pairwise.reduce(reduction, make_pairs(rows, keys, tags=tags), "chunked", 2), ())
 
-    assert torch.autograd.gradcheck(both, [rows, keys])
+    assert torch.autograd.gradcheck(totals, [rows, keys])
 
 
-def test_one_direction_alone():
+def test_keys_without_gradient():
     rows = torch.randn(4, 3, requires_grad=True)
     keys = torch.randn(5, 3)
-    expected = torch.autograd.grad((rows @ keys.T).logsumexp(0).sum(), rows)[0]
-    key_lse = pairwise.logsumexp(rows, keys, impl="chunked", chunk_size=2)[1]
-    torch.testing.assert_close(torch.autograd.grad(key_lse.sum(), rows)[0], expected)
+    expected = torch.autograd.grad((rows @ keys.T).logsumexp(1).sum(), rows)[0]
+    (row_lse,), _ = pairwise.reduce(LogSumExp(), make_pairs(rows, keys), "chunked", 2)
+    torch.testing.assert_close(torch.autograd.grad(row_lse.sum(), rows)[0], expected)
 
 
 @pytest.mark.parametrize("impl", ["dense", "chunked"])
 @pytest.mark.parametrize("factor", [1e-4, 1.0, 100.0, 1e4])
-def test_large_and_small_scores_stay_finite(impl, factor):
+def test_large_and_small_scores_stay_exact(impl, factor):
+    """One exponential serves both directions only where it keeps its digits: no error shows."""
     rows = (torch.randn(9, 8) * factor).requires_grad_()
     keys = torch.randn(11, 8, requires_grad=True)
-    row_lse, key_lse = pairwise.logsumexp(rows, keys, impl=impl, chunk_size=4)
+    pairs = make_pairs(rows, keys)
+    (row_lse,), (key_lse,) = pairwise.reduce(LogSumExp(both=True), pairs, impl, 4)
     (row_lse.sum() + key_lse.sum()).backward()
-    for x in (row_lse, key_lse, rows.grad, keys.grad):
-        assert x.isfinite().all()
+    exact = (rows.detach().double() @ keys.detach().double().T).requires_grad_()
+    torch.testing.assert_close(row_lse.double(), exact.logsumexp(1), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(key_lse.double(), exact.logsumexp(0), rtol=1e-5, atol=1e-4)
+    assert rows.grad.isfinite().all()
+    assert keys.grad.isfinite().all()
+
+
+def test_rows_of_very_different_scale():
+    """The first row's scores are 500 below the others': its sum must not vanish beside them."""
+    rows = torch.tensor([[-5.0], [1.0], [2.0]], requires_grad=True)
+    keys = torch.tensor([[100.0], [99.0], [98.0]], requires_grad=True)
+    results = []
+    for impl in ("dense", "chunked"):
+        lse = sum(pairwise.reduce(LogSumExp(both=True), make_pairs(rows, keys), impl), ())
+        results.append([*lse, *torch.autograd.grad(sum(x.sum() for x in lse), [rows, keys])])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("impl", ["dense", "chunked"])
 def test_no_rows_and_nothing_counted(impl):
     keys = torch.randn(3, 4, requires_grad=True)
-    row_lse, key_lse = pairwise.logsumexp(torch.zeros(0, 4), keys, impl=impl)
+    pairs = make_pairs(torch.zeros(0, 4), keys)
+    (row_lse,), (key_lse,) = pairwise.reduce(LogSumExp(both=True), pairs, impl)
     assert row_lse.shape == (0,)
     assert (key_lse == -torch.inf).all()
 
 
 def test_scores_are_fp32_inside_autocast():
-    rows, keys = torch.randn(6, 16), torch.randn(6, 16)
-    expected = pairwise.logsumexp(rows * 20, keys, impl="dense")[0]
+    pairs = make_pairs(20 * torch.randn(6, 16), torch.randn(6, 16))
+    expected = pairwise.reduce(LogSumExp(), pairs, "dense")[0][0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for impl in ("dense", "chunked"):
-            assert torch.equal(pairwise.logsumexp(rows * 20, keys, impl=impl)[0], expected)
+            assert torch.equal(pairwise.reduce(LogSumExp(), pairs, impl)[0][0], expected)
 
 
 def test_unknown_impl():
+    pairs = make_pairs(torch.zeros(2, 2), torch.zeros(2, 2))
     with pytest.raises(ConfigError, match=r"impl='fast' is not known; use one of auto, dense"):
-        pairwise.logsumexp(torch.zeros(2, 2), torch.zeros(2, 2), impl="fast")
+        pairwise.reduce(LogSumExp(), pairs, impl="fast")
+
+
+@pytest.mark.parametrize("distance", pairwise.DISTANCES.values())
+def test_distances_and_their_slopes(distance):
+    x = torch.randn(4, 3, dtype=torch.float64)
+    y = torch.cat([torch.randn(5, 3, dtype=torch.float64), x[:1]])
+    x, y = (distance.prepare(z, y.mean(0)).requires_grad_() for z in (x, y))
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    dense = distance.dense(x, y)
+    expected = torch.autograd.grad((dense * weight).sum(), [x, y])
+    with torch.no_grad():
+        d = distance.tile(x, y)
+        torch.testing.assert_close(d, dense)
+        for found, correct in zip(distance.slopes(x, y, d, weight), expected, strict=True):
+            torch.testing.assert_close(found, correct)
+        torch.testing.assert_close(distance.rowwise(x, y[:4]), dense.diagonal())
 
 
 @pytest.mark.parametrize("dim", [1, 2, 64, 512])

@@ -78,7 +78,7 @@ def _encode(x: Tensor | None) -> list[int]:
     if x is None:
         return [_ABSENT, *[0] * (_FIXED + MAX_DIMS - 2)]
     dims = min(x.dim(), MAX_DIMS + 1)  # one too many is told as such
-    trailing = list(x.shape[1 : MAX_DIMS])
+    trailing = list(x.shape[1:MAX_DIMS])
     trailing += [0] * (MAX_DIMS - 1 - len(trailing))
     dtype = DTYPES.index(x.dtype) if x.dtype in DTYPES else _UNKNOWN
     rows = x.shape[0] if dims else 0

@@ -4,7 +4,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from dist_contrastive.losses.base import PairOptions, at_least
+from dist_contrastive.losses.base import PairOptions, at_least, positive
 from dist_contrastive.losses.statistics import StatisticsLoss, off_diagonal
 
 
@@ -22,7 +22,7 @@ class BarlowTwins(StatisticsLoss):
 
     Args:
         redundancy_weight: the paper's lambda; 0 or more.
-        eps: is added to variances.
+        eps: is added to variances; above 0.
         options: see `PairLoss`.
 
     Collectives: three all-reduces, two of [2, 1, D] and one of [D, D]; backward the same.
@@ -32,7 +32,8 @@ class BarlowTwins(StatisticsLoss):
         self, redundancy_weight: float = 5e-3, eps: float = 1e-5, **options: Unpack[PairOptions]
     ) -> None:
         super().__init__(**options)
-        at_least(0, redundancy_weight=redundancy_weight, eps=eps)
+        at_least(0, redundancy_weight=redundancy_weight)
+        positive(eps=eps)
         self.redundancy_weight = redundancy_weight
         self.eps = eps
 

@@ -64,6 +64,16 @@ class PairLoss(nn.Module):
         self.metrics: dict[str, Tensor] = {}
         """Numbers about the last batch that a log should show; the same on all ranks."""
 
+    def check_batch(self, sizes: tuple[int, ...]) -> None:
+        """Refuse rows of the ranks among which some have no other row to be compared with."""
+        is_local = self.keys_from == "local"
+        num_rows = min(sizes) if is_local else sum(sizes)
+        if num_rows < 2:
+            raise ConfigError(
+                f"{'a rank' if is_local else 'the global batch'} has {num_rows} row(s); a loss "
+                f"over pairs needs at least 2"
+            )
+
     def pairs(
         self,
         rows: Tensor,
@@ -109,6 +119,13 @@ def at_least(limit: float, **settings: float) -> None:
             raise ConfigError(f"{name}={value} must be a finite number of at least {limit:g}")
 
 
+def positive(**settings: float) -> None:
+    """Refuse a setting that is not above 0, infinite or NaN."""
+    for name, value in settings.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name}={value} must be positive and finite, for instance 0.1")
+
+
 def in_full_precision(*inputs: Tensor) -> list[Tensor]:
     """The inputs in one dtype: fp64 if any is, otherwise fp32."""
     dtype = torch.float32
@@ -127,8 +144,7 @@ class Scale(nn.Module):
 
     def __init__(self, temperature: float, learnable: bool) -> None:
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise ConfigError(f"temperature={temperature} must be positive, for instance 0.1")
+        positive(temperature=temperature)
         log_scale = -math.log(temperature)
         self.log_scale = nn.Parameter(torch.tensor(log_scale)) if learnable else log_scale
 

@@ -88,7 +88,7 @@ class ContrastiveForce(PairLoss):
         # Mixed precision would compute distances in bf16, which t = 0.01 makes errors of A.
         with torch.autocast(negative.device.type, enabled=False):
             rows, m = _grouped(negative, positive)
-            check_points(self.group, rows.transpose(0, 1))
+            check_points(self.group, rows.transpose(0, 1), self.keys_from != "local")
             labels = _joined_labels(negative_labels, positive_labels, rows, m)
             return self._loss(rows, m, labels)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dist_contrastive import collectives
 from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
-from dist_contrastive.losses.inputs import check_batch, exchange_sizes
+from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import LogSumExp
 
 
@@ -39,7 +39,7 @@ class DCL(PairLoss):
     def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
         """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""
         sizes = exchange_sizes(self.group, {"view_a": view_a, "view_b": view_b})["view_a"]
-        check_batch(sum(sizes))
+        self.check_batch(sizes)
         first = sum(sizes[: collectives.rank(self.group)])
         sample = first + torch.arange(len(view_a), device=view_a.device)
         z = torch.cat(normalised(view_a, view_b))

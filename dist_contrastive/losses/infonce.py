@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
-from dist_contrastive.losses.inputs import check_batch, exchange_sizes
+from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import LogSumExp
 
 
@@ -52,7 +52,7 @@ class InfoNCE(PairLoss):
         """
         paired, extra = {"queries": queries, "keys": keys}, {"negatives": negatives}
         sizes = exchange_sizes(self.group, paired, extra)
-        check_batch(sum(sizes["queries"]))
+        self.check_batch(sizes["queries"])
         num_keys = sizes["keys"]
         if negatives is not None:
             keys = torch.cat([keys, negatives])

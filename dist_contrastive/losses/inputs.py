@@ -34,6 +34,9 @@ def exchange_sizes(
     Collectives: one all-gather of a few numbers.
     """
     embeddings = {**paired, **(extra or {})}
+    for name, x in {**embeddings, "labels": labels}.items():
+        if not isinstance(x, Tensor) and (x is not None or name in paired):
+            raise ConfigError(f"{name} are {type(x).__name__}; give a torch tensor")
     table = collectives.exchange_headers({**embeddings, "labels": labels}, group)
     given = {name: headers for name, headers in table.items() if _is_given(name, headers)}
     for name in embeddings.keys() & given.keys():
@@ -45,24 +48,16 @@ def exchange_sizes(
     _check_same_rows({name: sizes[name] for name in sizes if name in {**paired, "labels": 0}})
     if labels is not None:
         _check_labels(given["labels"])
-    for name in embeddings.keys() & given.keys():
-        _check_finite(name, given[name])
+    _check_finite({name: given[name] for name in embeddings if name in given})
     return sizes
 
 
-def check_points(group: Group, points: Tensor) -> None:
-    """Points [rows, ...] must fit together on all ranks and be finite; see `exchange_sizes`."""
+def check_points(group: Group, points: Tensor, are_compared: bool) -> None:
+    """Points [rows, ...] must be finite, and fit together where ranks compare theirs."""
     headers = collectives.exchange_headers({"points": points}, group)["points"]
-    _check_same_on_all_ranks("points", headers)
-    _check_finite("points", headers)
-
-
-def check_batch(num_rows: int) -> None:
-    """A row needs another one to be compared with."""
-    if num_rows < 2:
-        raise ConfigError(
-            f"the global batch has {num_rows} row(s); a loss over pairs needs at least 2"
-        )
+    if are_compared:
+        _check_same_on_all_ranks("points", headers)
+    _check_finite({"points": headers})
 
 
 def _is_given(name: str, headers: Headers) -> bool:
@@ -109,13 +104,18 @@ def _check_labels(headers: Headers) -> None:
         assert header is not None
         if header.trailing or header.dtype is None or header.lowest < -1:
             raise ConfigError(
-                f"labels on rank {number} are {header} with {header.lowest} as the lowest; give "
-                f"one number a row, integers from 0 and -1 where missing, or floats and NaN"
+                f"labels on rank {number} have {1 + len(header.trailing)} dimension(s), "
+                f"{header.dtype} and {header.lowest} as the lowest; give one number a row, "
+                f"integers from 0 and -1 where missing, or floats and NaN"
             )
 
 
-def _check_finite(name: str, headers: Headers) -> None:
-    bad = [(n, h.bad_rows, h.rows) for n, h in enumerate(headers) if h and h.bad_rows]
+def _check_finite(embeddings: dict[str, Headers]) -> None:
+    bad = [
+        f"{header.bad_rows} of {header.rows} rows of {name} on rank {number}"
+        for name, headers in embeddings.items()
+        for number, header in enumerate(headers)
+        if header and header.bad_rows
+    ]
     if bad:
-        where = ", ".join(f"{count} of {rows} rows on rank {number}" for number, count, rows in bad)
-        raise NonFiniteError(f"{name} hold NaN or infinity: {where}")
+        raise NonFiniteError(f"NaN or infinity in {', '.join(bad)}")

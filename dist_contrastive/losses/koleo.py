@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.losses.base import PairLoss, PairOptions, at_least, normalised
-from dist_contrastive.losses.inputs import check_batch, exchange_sizes
+from dist_contrastive.losses.base import PairLoss, PairOptions, normalised, positive
+from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import DISTANCES, extremes, fetch
 
 
@@ -29,13 +29,13 @@ class KoLeo(PairLoss):
 
     def __init__(self, eps: float = 1e-8, **options: Unpack[PairOptions]) -> None:
         super().__init__(**options)
-        at_least(1e-30, eps=eps)
+        positive(eps=eps)
         self.eps = eps
 
     def forward(self, features: Tensor) -> Tensor:
         """Scalar loss; features: [b, D]."""
         sizes = exchange_sizes(self.group, {"features": features})["features"]
-        check_batch(min(sizes) if self.keys_from == "local" else sum(sizes))
+        self.check_batch(sizes)
         (z,) = normalised(features)
         number = sum(sizes[: collectives.rank(self.group)]) + torch.arange(len(z), device=z.device)
         pairs = self.pairs(z, z, sizes, tags=number)  # similar to itself alone

@@ -8,7 +8,7 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss, PairOptions, at_least
-from dist_contrastive.losses.inputs import Sizes, check_batch, exchange_sizes
+from dist_contrastive.losses.inputs import Sizes, exchange_sizes
 
 
 class LabelledLoss(PairLoss):
@@ -36,13 +36,12 @@ class LabelledLoss(PairLoss):
         samples = sizes["features"]
         first = sum(samples[: collectives.rank(self.group)])
         tags = label_tags(labels, len(features), first, self.max_delta, features.device)
-        if features.dim() == 2:
-            check_batch(sum(samples))
-            return features, tags, samples
-        views = features.shape[1]
-        check_batch(sum(samples) * views)
-        tags = tags.repeat_interleave(views, dim=0)
-        return features.flatten(0, 1), tags, tuple(views * size for size in samples)
+        if features.dim() == 3:
+            views = features.shape[1]
+            features, tags = features.flatten(0, 1), tags.repeat_interleave(views, dim=0)
+            samples = tuple(views * size for size in samples)
+        self.check_batch(samples)
+        return features, tags, samples
 
 
 def label_tags(

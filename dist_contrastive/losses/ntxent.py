@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
-from dist_contrastive.losses.inputs import check_batch, exchange_sizes
+from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import LogSumExp
 
 
@@ -36,7 +36,7 @@ class NTXent(PairLoss):
     def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
         """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""
         sizes = exchange_sizes(self.group, {"view_a": view_a, "view_b": view_b})["view_a"]
-        check_batch(sum(sizes))
+        self.check_batch(sizes)
         z = torch.cat(normalised(view_a, view_b))
         scaled = z * self.scale()
         pairs = self.pairs(scaled, z, tuple(2 * size for size in sizes))

@@ -5,7 +5,7 @@ from typing import Unpack
 from torch import Tensor
 
 from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
-from dist_contrastive.losses.inputs import check_batch, exchange_sizes
+from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import LogSumExp
 
 
@@ -38,7 +38,7 @@ class SelfDiagonal(PairLoss):
     def forward(self, features: Tensor) -> Tensor:
         """Scalar loss; features: [b, D]."""
         sizes = exchange_sizes(self.group, {"features": features})["features"]
-        check_batch(sum(sizes))
+        self.check_batch(sizes)
         (z,) = normalised(features)
         scaled = z * self.scale()
         (row_lse,), _ = self.reduce(LogSumExp(), self.pairs(scaled, z, sizes))

@@ -1,20 +1,28 @@
-"""Settings of the losses, and the table from names to classes."""
+"""Settings of the losses that tasks train with, and the table from names to classes."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from dist_contrastive.losses.barlow_twins import BarlowTwins
 from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.losses.contrastive_force import ContrastiveForce, Preset
+from dist_contrastive.losses.dcl import DCL
 from dist_contrastive.losses.infonce import InfoNCE
 from dist_contrastive.losses.ntxent import NTXent
+from dist_contrastive.losses.siglip import SigLIP
+from dist_contrastive.losses.vicreg import VICReg
 from dist_contrastive.pairwise import Impl
 from dist_contrastive.settings import Settings
 
 LOSSES: dict[str, type[PairLoss]] = {
+    "barlow_twins": BarlowTwins,
+    "contrastive_force": ContrastiveForce,
+    "dcl": DCL,
     "infonce": InfoNCE,
     "ntxent": NTXent,
-    "contrastive_force": ContrastiveForce,
+    "siglip": SigLIP,
+    "vicreg": VICReg,
 }
 
 
@@ -25,7 +33,12 @@ class _LossSettings(Settings):
     """Rows and keys of a tile; null chooses."""
 
 
-class InfoNCESettings(_LossSettings):
+class _ViewLossSettings(_LossSettings):
+    keys_from: Literal["gather", "ring"] = "gather"
+    """gather brings all keys to every rank at once, ring hands them from rank to rank."""
+
+
+class InfoNCESettings(_ViewLossSettings):
     """InfoNCE between the two views, the batch as negatives."""
 
     name: Literal["infonce"]
@@ -34,12 +47,47 @@ class InfoNCESettings(_LossSettings):
     learnable: bool = False
 
 
-class NTXentSettings(_LossSettings):
+class NTXentSettings(_ViewLossSettings):
     """SimCLR's loss."""
 
     name: Literal["ntxent"]
     temperature: PositiveFloat = 0.5
     learnable: bool = False
+
+
+class DCLSettings(_ViewLossSettings):
+    """Decoupled contrastive loss: the positive is left out of the denominator."""
+
+    name: Literal["dcl"]
+    temperature: PositiveFloat = 0.1
+    learnable: bool = False
+
+
+class SigLIPSettings(_ViewLossSettings):
+    """Every pair of views is a binary classification of its own."""
+
+    name: Literal["siglip"]
+    scale: PositiveFloat = 10.0
+    bias: float = -10.0
+    learnable: bool = True
+
+
+class VICRegSettings(_ViewLossSettings):
+    """Views agree, dimensions vary, and not together."""
+
+    name: Literal["vicreg"]
+    invariance_weight: NonNegativeFloat = 25.0
+    variance_weight: NonNegativeFloat = 25.0
+    covariance_weight: NonNegativeFloat = 1.0
+    eps: PositiveFloat = 1e-4
+
+
+class BarlowTwinsSettings(_ViewLossSettings):
+    """The correlations between the dimensions of two views approach the identity."""
+
+    name: Literal["barlow_twins"]
+    redundancy_weight: NonNegativeFloat = 5e-3
+    eps: PositiveFloat = 1e-5
 
 
 class ContrastiveForceSettings(_LossSettings):
@@ -53,7 +101,15 @@ class ContrastiveForceSettings(_LossSettings):
     preset: Preset = "drift"
 
 
-ViewLossSettings = Annotated[InfoNCESettings | NTXentSettings, Field(discriminator="name")]
+ViewLossSettings = Annotated[
+    InfoNCESettings
+    | NTXentSettings
+    | DCLSettings
+    | SigLIPSettings
+    | VICRegSettings
+    | BarlowTwinsSettings,
+    Field(discriminator="name"),
+]
 """Losses that compare two views."""
 
 

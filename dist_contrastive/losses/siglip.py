@@ -1,13 +1,15 @@
 """The sigmoid loss over the global batch (SigLIP, Zhai et al., arXiv 2303.15343, equation 1)."""
 
+import math
 from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
-from dist_contrastive.losses.inputs import check_batch, exchange_sizes
+from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import PairSum, Tile
 
 
@@ -35,13 +37,17 @@ class SigLIP(PairLoss):
         **options: Unpack[PairOptions],
     ) -> None:
         super().__init__(**options)
-        self.scale = Scale(1 / scale if scale > 0 else scale, learnable)
+        if not 0 < scale < math.inf or not math.isfinite(bias):
+            raise ConfigError(
+                f"scale={scale} must be positive and bias={bias} finite, for instance 10 and -10"
+            )
+        self.scale = Scale(1 / scale, learnable)
         self.bias = nn.Parameter(torch.tensor(float(bias))) if learnable else float(bias)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Scalar loss; a, b: [b, D], row i of both from the same sample."""
         sizes = exchange_sizes(self.group, {"a": a, "b": b})["a"]
-        check_batch(sum(sizes))
+        self.check_batch(sizes)
         x, y = normalised(a, b)
         # The bias as one more dimension, so that its gradient is that of any other.
         one = x.new_ones(len(x), 1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.losses.base import PairLoss, in_full_precision
-from dist_contrastive.losses.inputs import check_batch, exchange_sizes
+from dist_contrastive.losses.inputs import exchange_sizes
 
 
 class StatisticsLoss(PairLoss):
@@ -15,9 +15,8 @@ class StatisticsLoss(PairLoss):
     def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
         """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""
         sizes = exchange_sizes(self.group, {"view_a": view_a, "view_b": view_b})["view_a"]
-        is_local = self.keys_from == "local"
-        check_batch(min(sizes) if is_local else sum(sizes))
-        num_rows = len(view_a) if is_local else sum(sizes)
+        self.check_batch(sizes)
+        num_rows = len(view_a) if self.keys_from == "local" else sum(sizes)
         # Mixed precision would multiply in bf16 what is then squared and summed.
         with torch.autocast(view_a.device.type, enabled=False):
             return self.compare(torch.stack(in_full_precision(view_a, view_b)), num_rows)

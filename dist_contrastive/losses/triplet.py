@@ -114,14 +114,16 @@ class Triplet(LabelledLoss):
     @torch.no_grad()
     def _check_classes(self, tags: Tensor) -> None:
         """Without dissimilar rows there is nothing to mine, on any rank."""
-        label = (tags if tags.dim() == 1 else tags[:, 0]).double()
-        ends = label.new_full((2,), -torch.inf)
-        if len(label):  # a missing label is far from all others
-            ends[0] = label.nan_to_num(torch.inf).max()
-            ends[1] = -label.nan_to_num(-torch.inf).min()
-        highest, minus_lowest = collectives.all_reduce_max(ends, self.group).tolist()
-        if not highest + minus_lowest > (self.max_delta or 0):
+        if tags.dim() == 1:
+            label, least, delta = tags, torch.iinfo(torch.int64).min, 0.0
+            ends = [label, -label]
+        else:  # a missing label is far from all others
+            label, least, delta = tags[:, 0], -torch.inf, self.max_delta or 0.0
+            ends = [label.nan_to_num(torch.inf), -label.nan_to_num(-torch.inf)]
+        mine = [x.max() if len(x) else label.new_tensor(least) for x in ends]
+        highest, minus_lowest = collectives.all_reduce_max(torch.stack(mine), self.group).tolist()
+        if not highest + minus_lowest > delta:
             raise ConfigError(
-                f"all labels of the global batch are alike (from {-minus_lowest:g} to "
-                f"{highest:g}); mining triplets needs at least two classes"
+                f"labels of the global batch are all alike (from {-minus_lowest:g} to {highest:g}, "
+                f"max_delta={self.max_delta}); mining triplets needs at least two classes"
             )

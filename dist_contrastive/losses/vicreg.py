@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from dist_contrastive.losses.base import PairOptions, at_least
+from dist_contrastive.losses.base import PairOptions, at_least, positive
 from dist_contrastive.losses.statistics import StatisticsLoss, off_diagonal
 
 
@@ -24,7 +24,7 @@ class VICReg(StatisticsLoss):
 
     Args:
         invariance_weight, variance_weight, covariance_weight: 0 or more.
-        eps: is added to variances.
+        eps: is added to variances; above 0.
         options: see `PairLoss`.
 
     Collectives: two all-reduces, of [2, D] and of [2, D, D]; backward the same.
@@ -40,7 +40,8 @@ class VICReg(StatisticsLoss):
     ) -> None:
         super().__init__(**options)
         weights = {"invariance_weight": invariance_weight, "variance_weight": variance_weight}
-        at_least(0, **weights, covariance_weight=covariance_weight, eps=eps)
+        at_least(0, **weights, covariance_weight=covariance_weight)
+        positive(eps=eps)
         self.invariance_weight = invariance_weight
         self.variance_weight = variance_weight
         self.covariance_weight = covariance_weight

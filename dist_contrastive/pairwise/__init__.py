@@ -23,8 +23,8 @@ from dist_contrastive.errors import ConfigError
 from dist_contrastive.pairwise import chunked, dense
 from dist_contrastive.pairwise.distances import DISTANCES, Distance, DistanceName
 from dist_contrastive.pairwise.nearest import extremes, fetch
-from dist_contrastive.pairwise.panels import Mining, dense_triplet_sums, triplet_sums
 from dist_contrastive.pairwise.pairs import KEYS_FROM, KeysFrom, Pairs, Tile
+from dist_contrastive.pairwise.panels import Mining, dense_triplet_sums, triplet_sums
 from dist_contrastive.pairwise.reductions import (
     LogSumExp,
     LogSumExpAndPositives,

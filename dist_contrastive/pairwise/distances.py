@@ -44,9 +44,7 @@ class Distance(ABC):
         """Each row with its partner, differentiable: [n, D], [n, D] -> [n]."""
 
     @abstractmethod
-    def slopes(
-        self, x: Tensor, y: Tensor, d: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def slopes(self, x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Derivatives of ``sum(weight * d)`` by x [r, D] and y [k, D], from d = tile(x, y)."""
 
 

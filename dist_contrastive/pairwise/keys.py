@@ -136,8 +136,9 @@ class RingKeys:
             following = (owner - 1) % len(sizes)
             last = step == len(sizes) - 1
             arrive = None if last else self._pass_on(held, sizes[following])
-            tags, *others = held[1:] if pairs.tags is not None else (None, *held[1:])
-            yield Block(sum(sizes[:owner]), held[0], tags, tuple(x for x in others if x is not None))
+            keys, *others = held
+            tags = None if pairs.tags is None else others.pop(0)
+            yield Block(sum(sizes[:owner]), keys, tags, tuple(others))
             if arrive is not None:
                 held, owner = arrive(), following
 

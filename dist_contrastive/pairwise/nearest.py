@@ -25,9 +25,7 @@ class Extreme:
 
 
 @torch.no_grad()
-def extremes(
-    pairs: Pairs, distance: Distance, chunk_size: int | None
-) -> tuple[Extreme, Extreme]:
+def extremes(pairs: Pairs, distance: Distance, chunk_size: int | None) -> tuple[Extreme, Extreme]:
     """The farthest positive (similar, not the row's own) and the nearest negative (not similar).
 
     Among equally distant keys the first counts, whatever the order in which blocks arrive.

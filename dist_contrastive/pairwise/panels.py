@@ -38,7 +38,8 @@ class Mining:
 
     def total(self, weights: TripletWeights, d: Tensor) -> Tensor:
         """Sum over triplets; large weights of both signs cancel, hence fp64."""
-        return (weights.weight.double() * d.double()).sum() + self.margin * weights.active.sum()
+        margins = self.margin * weights.active.sum().double()
+        return (weights.weight.double() * d.double()).sum() + margins
 
 
 Sums = tuple[Tensor, Tensor, Tensor]

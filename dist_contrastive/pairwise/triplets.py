@@ -21,9 +21,7 @@ class TripletWeights:
     mostly cancel, so this sum is best taken in fp64.
     """
 
-    weight: (
-        Tensor  # [r, K], dtype of the distances: derivative of the anchor's sum by its distances
-    )
+    weight: Tensor  # [r, K], dtype of d: derivative of the anchor's sum by its distances
     active: Tensor  # [r] int64: triplets that violate the margin
     valid: Tensor  # [r] int64: triplets over which a mean is taken
 

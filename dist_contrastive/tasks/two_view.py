@@ -51,6 +51,10 @@ class TwoView(Task):
 
     @torch.no_grad()
     def scalars(self) -> dict[str, float]:
-        """The temperature, which may be learned."""
-        scale = getattr(self.loss, "scale", None)
-        return {"temperature": 1 / float(scale())} if isinstance(scale, Scale) else {}
+        """The temperature and the bias, which may be learned, and what the loss has counted."""
+        found = {name: float(x) for name, x in self.loss.metrics.items()}
+        if isinstance(scale := getattr(self.loss, "scale", None), Scale):
+            found["temperature"] = 1 / float(scale())
+        if (bias := getattr(self.loss, "bias", None)) is not None:
+            found["bias"] = float(bias)
+        return found
