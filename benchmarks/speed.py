@@ -16,12 +16,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from memory import own_memory_kib
+from memory import growth_mib
 from torch import Tensor, nn
 
 from dist_contrastive import collectives, losses
@@ -111,14 +110,7 @@ def peak_in_own_process(name: str, batch: int, dim: int) -> float:
 
 def peak_mib(name: str, batch: int, dim: int) -> float:
     """On a rank: growth of its peak resident memory over forward and backward."""
-    loss = build(name)
-    for rows in (128, batch):  # the small call first, for what is allocated once and for all
-        embeddings = local_rows(rows, dim)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = own_memory_kib("VmRSS")
-        dist.barrier()
-        step(loss, embeddings)
-    return (own_memory_kib("VmHWM") - before) / 1024
+    return growth_mib(build(name), lambda rows: local_rows(rows, dim), batch)
 
 
 def local_rows(batch: int, dim: int) -> list[Tensor]:

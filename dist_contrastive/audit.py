@@ -67,7 +67,7 @@ class Case:
     def build(self, keys_from: str, impl: str) -> "Encoded":
         """The same encoder and loss in every process."""
         torch.manual_seed(0)
-        options = {"keys_from": keys_from, "impl": impl, "chunk_size": _CHUNK}
+        options: dict[str, Any] = {"keys_from": keys_from, "impl": impl, "chunk_size": _CHUNK}
         return Encoded(self.loss(**self.settings, **options))
 
     def rows(self) -> list[Tensor]:

@@ -139,3 +139,79 @@ def sleep_for(seconds: float) -> None:
 def test_time_limit():
     with pytest.raises(RankError, match=r"ranks \[0, 1\] did not end"):
         run_ranks(sleep_for, 2, 60.0, timeout_s=3.0)
+
+
+def fetch_some(sizes: list[int], wanted: list[list[int]]):
+    rank = dist.get_rank()
+    x = rank_rows(rank, sizes[rank]).requires_grad_()
+    rows = collectives.fetch_rows(x, torch.tensor(wanted[rank], dtype=torch.int64), tuple(sizes))
+    (rows * (rank + 1)).sum().backward()
+    return rows.detach(), x.grad
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        ([2, 3], [[4, 0, 0], [1, 2, 3, 4]]),
+        ([3, 0, 2], [[4, 4, 2, 0], [], [3]]),
+        ([1, 1, 1, 1], [[3], [0], [0], [0]]),
+    ],
+)
+def test_fetch_rows_and_sum_of_gradients(sizes, wanted):
+    everyones = torch.cat([rank_rows(rank, size) for rank, size in enumerate(sizes)])
+    counts = torch.zeros(sum(sizes), dtype=torch.float64)
+    for rank, numbers in enumerate(wanted):
+        for number in numbers:
+            counts[number] += rank + 1
+    expected = counts[:, None].expand(-1, 3).split(sizes)
+    for rank, (rows, grad) in enumerate(run_ranks(fetch_some, len(sizes), sizes, wanted)):
+        assert torch.equal(rows, everyones[wanted[rank]])
+        assert torch.equal(grad, expected[rank])
+
+
+def hand_round(sizes: list[int]) -> list[list[float]]:
+    """Every rank's rows, in the order in which they come by."""
+    rank, world_size = dist.get_rank(), len(sizes)
+    held = [rank_rows(rank, sizes[rank]), torch.arange(sizes[rank])]
+    seen = []
+    for step in range(1, world_size + 1):
+        arrive = collectives.start_shift(held, sizes[(rank - step) % world_size], first_tag=0)
+        seen.append(held[0][:, 0].tolist())
+        held = arrive()
+        assert torch.equal(held[1], torch.arange(len(held[0])))
+    assert torch.equal(held[0], rank_rows(rank, sizes[rank]))  # home again
+    return seen
+
+
+@pytest.mark.parametrize("sizes", [[2], [1, 2], [2, 0, 1], [0, 3, 1, 0]])
+def test_shifts_bring_all_rows_round(sizes):
+    columns = [rank_rows(rank, size)[:, 0].tolist() for rank, size in enumerate(sizes)]
+    for rank, seen in enumerate(run_ranks(hand_round, len(sizes), sizes)):
+        assert seen == [columns[(rank - step) % len(sizes)] for step in range(len(sizes))]
+
+
+def summed_statistic() -> tuple[torch.Tensor, torch.Tensor]:
+    rank = dist.get_rank()
+    x = torch.tensor([1.0, 2.0]) * (rank + 1)
+    total = collectives.sum_over_ranks(x.requires_grad_())
+    (total.square().sum() * (rank + 1)).backward()
+    return total.detach(), x.grad
+
+
+def test_sum_over_ranks_sums_the_gradients_of_all_sums():
+    for total, grad in run_ranks(summed_statistic, 3):
+        assert total.tolist() == [6.0, 12.0]
+        assert grad.tolist() == [2 * 6 * 6.0, 2 * 12 * 6.0]
+
+
+def test_headers_tell_what_is_wrong():
+    x = torch.tensor([[1.0, torch.nan], [torch.inf, 0.0], [1.0, 2.0]], requires_grad=True)
+    labels = torch.tensor([3, -7, 2])
+    told = collectives.exchange_headers({"x": x, "labels": labels, "none": None})
+    assert told["none"] == [None]
+    (header,) = told["x"]
+    assert (header.rows, header.trailing, header.bad_rows) == (3, (2,), 2)
+    assert (header.dtype, header.needs_grad) == (torch.float32, True)
+    assert told["labels"][0].lowest == -7
+    # Finite numbers of a large fp16 row whose sum is not.
+    assert collectives.exchange_headers({"x": torch.full((2, 9), 6e4).half()})["x"][0].bad_rows == 0

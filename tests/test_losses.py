@@ -1,5 +1,8 @@
 """Losses in one process: published values, plain torch written out, invariances, bad input."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,9 @@ import torch.nn.functional as F
 
 from dist_contrastive import losses
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses.base import PairLoss, normalised
+from dist_contrastive.losses.inputs import exchange_sizes
+from dist_contrastive.pairwise import PairSum
 
 IMPLS = [{"impl": "dense"}, {"impl": "chunked", "chunk_size": 3}]
 
@@ -130,3 +136,20 @@ def test_bad_input_is_one_sentence(make, words):
         make()
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_new_loss_in_ten_lines(views):
+    """The README's example, word for word."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = next(c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "PairSum" in c)
+    names = {"PairSum": PairSum, "PairLoss": PairLoss, "normalised": normalised}
+    names["exchange_sizes"] = exchange_sizes
+    exec(code, names)
+    x = views[0].requires_grad_()
+    z = F.normalize(x)
+    expected = (-torch.cdist(z, z).square()).exp().sum(1).mean()
+    for options in IMPLS:
+        loss = names["Potential"](**options)(x)
+        torch.testing.assert_close(loss, expected)
+        grads = (torch.autograd.grad(value, x, retain_graph=True)[0] for value in (loss, expected))
+        torch.testing.assert_close(*grads)

@@ -115,12 +115,12 @@ class Triplet(LabelledLoss):
     def _check_classes(self, tags: Tensor) -> None:
         """Without dissimilar rows there is nothing to mine, on any rank."""
         if tags.dim() == 1:
-            label, least, delta = tags, torch.iinfo(torch.int64).min, 0.0
-            ends = [label, -label]
+            least, delta = float(torch.iinfo(torch.int64).min), 0.0
+            ends = tags, -tags
         else:  # a missing label is far from all others
-            label, least, delta = tags[:, 0], -torch.inf, self.max_delta or 0.0
-            ends = [label.nan_to_num(torch.inf), -label.nan_to_num(-torch.inf)]
-        mine = [x.max() if len(x) else label.new_tensor(least) for x in ends]
+            least, delta = -torch.inf, self.max_delta or 0.0
+            ends = tags[:, 0].nan_to_num(torch.inf), -tags[:, 0].nan_to_num(-torch.inf)
+        mine = [x.max() if len(x) else x.new_tensor(least) for x in ends]
         highest, minus_lowest = collectives.all_reduce_max(torch.stack(mine), self.group).tolist()
         if not highest + minus_lowest > delta:
             raise ConfigError(

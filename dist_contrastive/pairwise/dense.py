@@ -12,7 +12,8 @@ from dist_contrastive.pairwise.reductions import Parts, Reduction
 
 def reduce(reduction: Reduction, pairs: Pairs) -> Parts:
     """See `pairwise.reduce`; keys gathered. Memory: a few matrices of [b, B]."""
-    keys, tags = gathered(pairs, pairs.keys), gathered(pairs, pairs.tags)
+    keys = gathered(pairs, pairs.keys)
+    tags = None if pairs.tags is None else gathered(pairs, pairs.tags)
     everything = slice(0, len(pairs.rows))
     own = pairs.own(everything, 0, len(keys))
     similar = None if tags is None else pairs.similar(everything, tags)
@@ -24,9 +25,9 @@ def reduce(reduction: Reduction, pairs: Pairs) -> Parts:
     return row_parts, tuple(part[mine] for part in key_parts)
 
 
-def gathered(pairs: Pairs, x: Tensor | None) -> Tensor | None:
-    """Something of each key of this rank, of all keys that the rows are compared with."""
-    if x is None or pairs.keys_from == "local":
+def gathered(pairs: Pairs, x: Tensor) -> Tensor:
+    """Something of each key of this rank [n, ...] as it is of each key of all ranks [B, ...]."""
+    if pairs.keys_from == "local":
         return x
     return collectives.gather_rows(x, pairs.sizes, pairs.group)
 

@@ -40,12 +40,10 @@ def extremes(pairs: Pairs, distance: Distance, chunk_size: int | None) -> tuple[
         assert block.tags is not None
         for r in chunks(slice(0, len(pairs.rows)), chunk_size):
             for k in chunks(slice(0, len(block.keys)), chunk_size):
-                first, last = block.first + k.start, block.first + k.stop
-                d = distance.tile(pairs.rows[r], block.keys[k])
-                similar, own = pairs.similar(r, block.tags[k]), pairs.own(r, first, last)
-                positive = similar if own is None else similar & ~own
+                first, d = block.first + k.start, distance.tile(pairs.rows[r], block.keys[k])
+                positive, negative = pairs.positive_and_negative(r, first, block.tags[k])
                 farthest.see(r, first, (-d).masked_fill_(~positive, torch.inf))
-                nearest.see(r, first, d.masked_fill_(similar, torch.inf))
+                nearest.see(r, first, d.masked_fill_(~negative, torch.inf))
     return Extreme(-farthest.value, farthest.number), Extreme(nearest.value, nearest.number)
 
 

@@ -64,6 +64,17 @@ class Pairs:
         near = (mine[..., 0] - key_tags[:, 0]).abs() <= self.max_delta
         return near | (mine[..., 1] == key_tags[:, 1])
 
+    def positive_and_negative(
+        self, r: slice, first: int, key_tags: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Pairs that are similar, but for rows with their own keys, and pairs that are not.
+
+        Args:
+            key_tags: of the keys first, first + 1, ...
+        """
+        similar, own = self.similar(r, key_tags), self.own(r, first, first + len(key_tags))
+        return similar if own is None else similar & ~own, ~similar
+
 
 @dataclass(frozen=True)
 class Tile:

@@ -32,9 +32,8 @@ class Mining:
 
     def __call__(self, pairs: Pairs, r: slice, d: Tensor, tags: Tensor) -> TripletWeights:
         """From the distances d [r, B] of rows r to all keys, and the keys' tags."""
-        similar, own = pairs.similar(r, tags), pairs.own(r, 0, len(tags))
-        positive = similar if own is None else similar & ~own
-        return self.weigh(d, positive, ~similar, self.margin)
+        positive, negative = pairs.positive_and_negative(r, 0, tags)
+        return self.weigh(d, positive, negative, self.margin)
 
     def total(self, weights: TripletWeights, d: Tensor) -> Tensor:
         """Sum over triplets; large weights of both signs cancel, hence fp64."""
@@ -47,6 +46,7 @@ Sums = tuple[Tensor, Tensor, Tensor]
 
 def dense_triplet_sums(mining: Mining, pairs: Pairs) -> Sums:
     """`triplet_sums` on the whole matrix, with autograd: the specification."""
+    assert pairs.tags is not None, "triplets need tags"
     keys, tags = dense.gathered(pairs, pairs.keys), dense.gathered(pairs, pairs.tags)
     d = mining.distance.dense(pairs.rows, keys)
     weights = mining(pairs, slice(0, len(d)), d.detach(), tags)
@@ -93,8 +93,10 @@ class _TripletSums(torch.autograd.Function):
                 weight = weights.weight * grad
                 courier = ctx.source.courier(SUM)
                 for block in ctx.source.blocks():
-                    part = weight[:, block.span], d[:, block.span]
-                    by_rows, by_keys = distance.slopes(pairs.rows[r], block.keys, *part[::-1])
+                    k = block.span
+                    by_rows, by_keys = distance.slopes(
+                        pairs.rows[r], block.keys, d[:, k], weight[:, k]
+                    )
                     grad_rows[r] += by_rows
                     courier.add((by_keys,))
                 grad_keys += courier.finish()[0]
@@ -106,13 +108,14 @@ def _panels(
 ) -> Iterator[tuple[slice, Tensor, TripletWeights]]:
     """Row slice, distances [r, B] to all keys, weights. All ranks have the same number of panels,
     those with fewer rows empty ones at the end, since keys may have to be handed round for each."""
+    assert pairs.tags is not None, "triplets need tags"
+    tags = pairs.tags.new_empty(pairs.num_keys, *pairs.tags.shape[1:])
     size = panel_rows or max(1, _PANEL_SCORES // max(1, pairs.num_keys))
     for begin in range(0, max(pairs.sizes), size):
         r = slice(min(begin, len(pairs.rows)), min(begin + size, len(pairs.rows)))
         d = pairs.rows.new_empty(r.stop - r.start, pairs.num_keys)
-        tags = []
         for block in source.blocks():
+            assert block.tags is not None, "triplets need tags"
             d[:, block.span] = mining.distance.tile(pairs.rows[r], block.keys)
-            tags.append((block.first, block.tags))
-        in_order = [tag for _, tag in sorted(tags, key=lambda pair: pair[0])]
-        yield r, d, mining(pairs, r, d, torch.cat(in_order))
+            tags[block.span] = block.tags
+        yield r, d, mining(pairs, r, d, tags)
