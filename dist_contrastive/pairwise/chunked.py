@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_contrastive.pairwise.keys import SUM, Block, KeySource, open_keys
+from dist_contrastive.pairwise.keys import SUM, Block, KeySource, open_keys, recall, remember
 from dist_contrastive.pairwise.pairs import Pairs, Tile, chunks
 from dist_contrastive.pairwise.reductions import Reduction, Totals
 
@@ -35,63 +35,58 @@ class _Reduce(torch.autograd.Function):
         chunk_size: int | None,
     ) -> tuple[Tensor, ...]:
         source = open_keys(pairs)
-        row_results, key_results = _totals(reduction, pairs, source, chunk_size)
-        ctx.save_for_backward(*row_results, *key_results)
-        ctx.reduction, ctx.pairs, ctx.source, ctx.chunk_size = reduction, pairs, source, chunk_size
-        return *row_results, *key_results
+        row_totals, key_totals = _totals(reduction, pairs, source, chunk_size)
+        remember(ctx, pairs, source, *row_totals, *key_totals)
+        ctx.reduction, ctx.chunk_size = reduction, chunk_size
+        return tuple(x.to(rows.dtype) for x in (*row_totals, *key_totals))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        num_rows = len(ctx.reduction.joins[0])
-        results = ctx.saved_tensors
-        with torch.autocast(ctx.pairs.rows.device.type, enabled=False):
-            grads = _gradients(
-                ctx,
-                (results[:num_rows], slopes[:num_rows]),
-                (results[num_rows:], slopes[num_rows:]),
-            )
-        return *grads, None, None, None
+        with torch.autocast(slopes[0].device.type, enabled=False):
+            return *_gradients(ctx, slopes), None, None, None
 
 
 def _totals(
     reduction: Reduction, pairs: Pairs, source: KeySource, chunk_size: int | None
 ) -> Results:
     row_joins, key_joins = reduction.joins
-    row_results = tuple(join.start(pairs.rows) for join in row_joins)
+    row_totals = tuple(join.start(pairs.rows) for join in row_joins)
     courier = source.courier(*key_joins) if key_joins else None
     for block in source.blocks():
-        key_results = tuple(join.start(block.keys) for join in key_joins)
+        key_totals = tuple(join.start(block.keys) for join in key_joins)
         for r, k, tile in _tiles(pairs, block, chunk_size):
             row_parts, key_parts = reduction.fast_parts(tile)
-            for join, total, part in zip(row_joins, row_results, row_parts, strict=True):
-                total[r] = join.two(total[r], part)
-            for join, total, part in zip(key_joins, key_results, key_parts, strict=True):
-                total[k] = join.two(total[k], part)
+            for join, total, part in zip(row_joins, row_totals, row_parts, strict=True):
+                total[r] = join.two(total[r], part.double())
+            for join, total, part in zip(key_joins, key_totals, key_parts, strict=True):
+                total[k] = join.two(total[k], part.double())
         if courier:
-            courier.add(key_results)
-    return row_results, tuple(courier.finish()) if courier else ()
+            courier.add(key_totals)
+    return row_totals, tuple(courier.finish()) if courier else ()
 
 
-def _gradients(ctx: Any, of_rows: Any, of_keys: Any) -> tuple[Tensor | None, Tensor | None]:
-    pairs, (row_totals, row_slopes), (key_totals, key_slopes) = ctx.pairs, of_rows, of_keys
+def _gradients(ctx: Any, slopes: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+    pairs, source, totals = recall(ctx)
+    num_rows, num_keys = map(len, ctx.reduction.joins)
+    row_totals, row_slopes = totals[:num_rows], slopes[:num_rows]
     grad_rows = torch.zeros_like(pairs.rows)
-    courier = ctx.source.courier(SUM) if ctx.needs_input_grad[1] else None
-    for block in ctx.source.blocks(*key_totals, *key_slopes):
-        half = len(key_totals)
+    courier = source.courier(SUM) if ctx.needs_input_grad[1] else None
+    for block in source.blocks(*totals[num_rows:], *slopes[num_rows:]):
         grad_keys = torch.zeros_like(block.keys) if courier else None
         for r, k, tile in _tiles(pairs, block, ctx.chunk_size):
-            totals = Totals(
-                tuple(x[r, None] for x in row_totals),
-                tuple(x[r, None] for x in row_slopes),
-                tuple(x[k] for x in block.extras[:half]),
-                tuple(x[k] for x in block.extras[half:]),
+            of_keys = tuple(x[k] for x in block.extras)
+            of_tile = Totals(
+                rows=tuple(x[r, None] for x in row_totals),
+                row_slopes=tuple(x[r, None] for x in row_slopes),
+                keys=of_keys[:num_keys],
+                key_slopes=of_keys[num_keys:],
             )
-            slope = ctx.reduction.slope(tile, totals)
+            slope = ctx.reduction.slope(tile, of_tile)
             grad_rows[r].addmm_(slope, block.keys[k])
             if grad_keys is not None:
                 grad_keys[k].addmm_(slope.T, pairs.rows[r])
-        if courier:
+        if courier and grad_keys is not None:
             courier.add((grad_keys,))
     return grad_rows, courier.finish()[0] if courier else None
 

@@ -9,8 +9,8 @@ at a time, two while the next are on their way: memory does not depend on the nu
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +31,12 @@ class Join:
     over_ranks: Callable[..., Tensor]  # (partial, group), differentiable
 
     def start(self, like: Tensor) -> Tensor:
-        """The result of nothing, one number for every row of `like`."""
-        return like.new_full((len(like),), self.empty)
+        """The result of nothing, one number for every row of `like`.
+
+        In fp64: a softmax is ``exp(score - lse)``, and rounding lse to fp32 would be an error of
+        every weight of the row. There are few such numbers beside the scores.
+        """
+        return like.new_full((len(like),), self.empty, dtype=torch.float64)
 
 
 SUM = Join(0.0, torch.add, collectives.sum_over_ranks)
@@ -76,25 +80,44 @@ class KeySource(Protocol):
 
 def open_keys(pairs: Pairs) -> KeySource:
     """The source that `pairs.keys_from` names. Collectives: gather all-gathers keys and tags."""
-    return RingKeys(pairs) if pairs.keys_from == "ring" else WholeKeys(pairs)
+    if pairs.keys_from == "ring":
+        return RingKeys(pairs)
+    tags = None if pairs.tags is None else _gather(pairs, pairs.tags)
+    return WholeKeys(pairs, _gather(pairs, pairs.keys), tags)
+
+
+def remember(ctx: Any, pairs: Pairs, source: KeySource, *others: Tensor) -> None:
+    """Keep all that `recall` returns as saved tensors, which autograd frees after backward."""
+    held = (source.keys, source.tags) if isinstance(source, WholeKeys) else (None, None)
+    ctx.save_for_backward(pairs.rows, pairs.keys, pairs.tags, *held, *others)
+    nothing = pairs.rows.new_empty(0)
+    ctx.setting = replace(pairs, rows=nothing, keys=nothing, tags=None)
+
+
+def recall(ctx: Any) -> tuple[Pairs, KeySource, tuple[Tensor, ...]]:
+    """What a forward has remembered, its gathered keys included. Collectives: none."""
+    rows, keys, tags, held_keys, held_tags, *others = ctx.saved_tensors
+    pairs = replace(ctx.setting, rows=rows, keys=keys, tags=tags)
+    whole = pairs.keys_from != "ring"
+    source = WholeKeys(pairs, held_keys, held_tags) if whole else RingKeys(pairs)
+    return pairs, source, tuple(others)
+
+
+def _gather(pairs: Pairs, x: Tensor) -> Tensor:
+    if pairs.keys_from == "local":
+        return x
+    return collectives.gather_rows(x, pairs.sizes, pairs.group)
 
 
 class WholeKeys:
     """All keys as one block: gathered from all ranks, or only this rank's own (``local``)."""
 
-    def __init__(self, pairs: Pairs) -> None:
-        self._pairs = pairs
-        self._keys = self._gather(pairs.keys)
-        self._tags = None if pairs.tags is None else self._gather(pairs.tags)
-
-    def _gather(self, x: Tensor) -> Tensor:
-        if self._pairs.keys_from == "local":
-            return x
-        return collectives.gather_rows(x, self._pairs.sizes, self._pairs.group)
+    def __init__(self, pairs: Pairs, keys: Tensor, tags: Tensor | None) -> None:
+        self._pairs, self.keys, self.tags = pairs, keys, tags
 
     def blocks(self, *extras: Tensor) -> Iterator[Block]:
         """See `KeySource`. Collectives: one all-gather for each of the extras."""
-        yield Block(0, self._keys, self._tags, tuple(self._gather(x) for x in extras))
+        yield Block(0, self.keys, self.tags, tuple(_gather(self._pairs, x) for x in extras))
 
     def courier(self, *joins: Join) -> Courier:
         """See `KeySource`."""

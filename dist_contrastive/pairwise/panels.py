@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_contrastive.pairwise import dense
 from dist_contrastive.pairwise.distances import Distance
-from dist_contrastive.pairwise.keys import SUM, KeySource, open_keys
+from dist_contrastive.pairwise.keys import SUM, KeySource, open_keys, recall, remember
 from dist_contrastive.pairwise.pairs import Pairs
 from dist_contrastive.pairwise.triplets import TripletWeights
 
@@ -79,20 +79,21 @@ class _TripletSums(torch.autograd.Function):
             total += mining.total(weights, d)
             active += weights.active.sum()
             valid += weights.valid.sum()
-        ctx.mining, ctx.pairs, ctx.source, ctx.panel_rows = mining, pairs, source, panel_rows
+        remember(ctx, pairs, source)
+        ctx.mining, ctx.panel_rows = mining, panel_rows
         ctx.mark_non_differentiable(active, valid)
         return total.to(rows.dtype), active, valid
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        pairs, distance = ctx.pairs, ctx.mining.distance
+        (pairs, source, _), distance = recall(ctx), ctx.mining.distance
         grad_rows, grad_keys = torch.zeros_like(pairs.rows), torch.zeros_like(pairs.keys)
         with torch.autocast(grad.device.type, enabled=False):
-            for r, d, weights in _panels(ctx.mining, pairs, ctx.source, ctx.panel_rows):
+            for r, d, weights in _panels(ctx.mining, pairs, source, ctx.panel_rows):
                 weight = weights.weight * grad
-                courier = ctx.source.courier(SUM)
-                for block in ctx.source.blocks():
+                courier = source.courier(SUM)
+                for block in source.blocks():
                     k = block.span
                     by_rows, by_keys = distance.slopes(
                         pairs.rows[r], block.keys, d[:, k], weight[:, k]

@@ -103,33 +103,36 @@ class LogSumExp(Reduction):
         return (scores.logsumexp(1),), (scores.logsumexp(0),) if self.both else ()
 
     def fast_parts(self, tile: Tile) -> Parts:
-        """See `Reduction`; each exponential serves both directions."""
-        if not self.both or not tile.scores.numel():
-            return self.parts(tile)
+        """See `Reduction`; in fp64, and each exponential serves both directions if it can."""
         scores = self._counted(tile)
-        shift = scores.max()
-        weights = (scores - shift).exp_()
-        sums = weights.sum(1), weights.sum(0)
-        # Below this a row or key far from the tile's largest score has lost its digits.
-        if not min(x.min() for x in sums) > _LEAST_SUM[scores.dtype]:
-            return self.parts(tile)
-        row, key = (x.log_().add_(shift) for x in sums)
-        return (row,), (key,)
+        if not self.both:
+            return (_logsumexp(scores, 1),), ()
+        if scores.numel():
+            shift = scores.max()
+            weights = (scores - shift).exp_()
+            sums = weights.sum(1), weights.sum(0)
+            # Below this a row or key far from the tile's largest score has lost its digits.
+            if min(x.min() for x in sums) > _LEAST_SUM[scores.dtype]:
+                row, key = (x.double().log_().add_(shift) for x in sums)
+                return (row,), (key,)
+        return (_logsumexp(scores, 1),), (_logsumexp(scores, 0),)
 
     def slope(self, tile: Tile, totals: Totals) -> Tensor:
         """See `Reduction`: the softmax weights of both directions."""
         scores = self._counted(tile)
-        (row_lse, *_), (by_row, *_) = totals.rows, totals.row_slopes
+        row_lse, by_row = totals.rows[0], totals.row_slopes[0]
         if not self.both:
-            return _softmax(scores, row_lse).mul_(by_row)
+            return _weighted_softmax(scores, row_lse, by_row)
         (key_lse,), (by_key,) = totals.keys, totals.key_slopes
         # exp(score - lse) of both directions is one exponential times a factor, as long as that
         # factor and the exponential keep their digits.
-        shift = row_lse.max()
-        factors = (shift - row_lse), (shift - key_lse)
-        if not max(x.abs().max() for x in factors) <= _MOST_SPREAD:  # NaN where nothing counts
-            return _softmax(scores, row_lse) * by_row + _softmax(scores, key_lse) * by_key
-        factor = by_row * factors[0].exp() + by_key * factors[1].exp()
+        shift = row_lse.max().to(scores.dtype)  # the factors make up for its rounding
+        spread = max((shift - x).abs().max() for x in (row_lse, key_lse))
+        if not spread <= _MOST_SPREAD:  # NaN where nothing counts
+            by_keys = _weighted_softmax(scores, key_lse, by_key)
+            return _weighted_softmax(scores, row_lse, by_row) + by_keys
+        row_factor, key_factor = by_row * (shift - row_lse).exp(), by_key * (shift - key_lse).exp()
+        factor = row_factor.to(scores.dtype) + key_factor.to(scores.dtype)
         return (scores - shift).exp_().mul_(factor)
 
 
@@ -141,9 +144,25 @@ _LEAST_SUM = {
 _MOST_SPREAD = 30.0
 
 
-def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(score - lse), 0 for rows or keys that have nothing to be compared with."""
-    return (scores - torch.where(lse == -torch.inf, torch.inf, lse)).exp_()
+def _logsumexp(scores: Tensor, dim: int) -> Tensor:
+    """fp64, of scores in less."""
+    if not scores.numel():
+        return scores.logsumexp(dim).double()
+    shift = scores.amax(dim, keepdim=True)
+    shift = torch.where(shift.isfinite(), shift, 0.0)
+    return (scores - shift).exp_().sum(dim).double().log_().add_(shift.squeeze(dim))
+
+
+def _weighted_softmax(scores: Tensor, lse: Tensor, weight: Tensor) -> Tensor:
+    """``weight * exp(scores - lse)``, 0 for rows or keys that have nothing to be compared with.
+
+    Args:
+        lse: fp64; what it has beyond the digits of the scores goes into the weight.
+    """
+    lse = torch.where(lse == -torch.inf, torch.inf, lse)
+    shift = lse.to(scores.dtype)
+    rest = torch.where(lse.isfinite(), shift - lse, 0.0).exp()
+    return (scores - shift).exp_().mul_((weight * rest).to(scores.dtype))
 
 
 @dataclass(frozen=True)
@@ -157,13 +176,16 @@ class LogSumExpAndPositives(LogSumExp):
 
     def parts(self, tile: Tile) -> Parts:
         """See `Reduction`."""
-        positive = tile.positive().to(tile.scores.dtype)
-        (lse,), keys = super().parts(tile)
-        return (lse, (tile.scores * positive).sum(1), positive.sum(1)), keys
+        return self._with_positives(super().parts(tile), tile)
 
     def fast_parts(self, tile: Tile) -> Parts:
         """See `Reduction`."""
-        return self.parts(tile)
+        return self._with_positives(super().fast_parts(tile), tile)
+
+    def _with_positives(self, parts: Parts, tile: Tile) -> Parts:
+        (lse,), keys = parts
+        positive = tile.positive().to(tile.scores.dtype)
+        return (lse, (tile.scores * positive).sum(1), positive.sum(1)), keys
 
     def slope(self, tile: Tile, totals: Totals) -> Tensor:
         """See `Reduction`."""
