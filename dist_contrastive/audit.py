@@ -49,8 +49,7 @@ class Finding:
     @property
     def error(self) -> float:
         """The largest distance from 1; infinite where a gradient is missing or NaN."""
-        numbers = (*self.ratios.values(), *self.cosines.values())
-        return max(abs(x - 1) if math.isfinite(x) else math.inf for x in numbers)
+        return max(map(_off, (*self.ratios.values(), *self.cosines.values())))
 
 
 @dataclass(frozen=True)
@@ -168,6 +167,10 @@ def _compare(name: str, way: Way, found: Gradients, expected: Gradients) -> Find
     return Finding(name, way, ratios, cosines)
 
 
+def _off(ratio: float) -> float:
+    return abs(ratio - 1) if math.isfinite(ratio) else math.inf
+
+
 def table(findings: Sequence[Finding]) -> str:
     """Markdown: of every loss and path the numbers farthest from 1, whatever the way."""
     columns = ["value", "encoder", "cosine", "scale", "bias"]
@@ -182,7 +185,7 @@ def table(findings: Sequence[Finding]) -> str:
             [f.ratios["log_scale"] for f in these if "log_scale" in f.ratios],
             [f.ratios["bias"] for f in these if "bias" in f.ratios],
         ]
-        cells = [f"{max(x, key=lambda r: abs(r - 1)):.10f}" if x else "" for x in numbers]
+        cells = [f"{max(x, key=_off):.10f}" if x else "" for x in numbers]
         lines.append("| " + " | ".join([*path, *cells]) + " |")
     return "\n".join(lines)
 

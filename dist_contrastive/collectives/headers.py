@@ -14,7 +14,7 @@ from dist_contrastive.collectives.group import Group, all_gather_single, world_s
 
 MAX_DIMS = 6
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32]
-DTYPES += [torch.uint8, torch.int8, torch.bool]
+DTYPES += [torch.int16, torch.uint8, torch.int8, torch.bool]
 
 _ABSENT, _UNKNOWN = -1, -2
 _FIXED = 6  # numbers before the trailing dimensions
