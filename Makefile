@@ -1,6 +1,6 @@
 # make demo    train an encoder and a generator on real digits over two ranks, and evaluate them
 # make test    prove the contracts          make check   format, lint, types
-# make bench   measure memory               make clean   remove what these made
+# make bench   memory, speed, precision     make clean   remove what these made
 #
 # Each builds .venv by itself when it is missing or older than what it is made from.
 
@@ -29,6 +29,8 @@ format: .venv/stamp
 
 bench: .venv/stamp
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/precision.py
 
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
-from dist_contrastive.losses.inputs import exchange_sizes
+from dist_contrastive.losses.base import PairOptions
+from dist_contrastive.losses.inputs import Sizes
+from dist_contrastive.losses.ntxent import NTXent
 from dist_contrastive.pairwise import LogSumExp
 
 
-class DCL(PairLoss):
+class DCL(NTXent):
     """NT-Xent whose denominator leaves the positive out: it no longer holds back its own gradient.
 
     Equals, on the rows of all ranks together::
@@ -22,29 +23,18 @@ class DCL(PairLoss):
         negative = scores.masked_fill(sample[:, None] == sample, -inf).logsumexp(1)
         loss = (negative - positive).mean()
 
-    Args:
-        temperature: divides the similarities; above 0.
-        learnable: the temperature is a parameter, kept as ``log(1 / temperature)``.
-        options: see `PairLoss`.
-
-    Collectives: those of one `pairwise.reduce` of both views.
+    Arguments and collectives are those of `NTXent`.
     """
 
     def __init__(
         self, temperature: float = 0.1, learnable: bool = False, **options: Unpack[PairOptions]
     ) -> None:
-        super().__init__(**options)
-        self.scale = Scale(temperature, learnable)
+        super().__init__(temperature, learnable, **options)
 
-    def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
-        """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""
-        sizes = exchange_sizes(self.group, {"view_a": view_a, "view_b": view_b})["view_a"]
-        self.check_batch(sizes)
-        first = sum(sizes[: collectives.rank(self.group)])
-        sample = first + torch.arange(len(view_a), device=view_a.device)
-        z = torch.cat(normalised(view_a, view_b))
-        scaled = z * self.scale()
+    def log_denominator(self, scaled: Tensor, z: Tensor, sizes: Sizes) -> Tensor:
+        """Log-sum-exp over the views of other samples: [2 * b]."""
+        rank = collectives.rank(self.group)
+        sample = sum(sizes[:rank]) + torch.arange(sizes[rank], device=z.device)
         pairs = self.pairs(scaled, z, tuple(2 * size for size in sizes), sample.repeat(2))
-        (negative,), _ = self.reduce(LogSumExp(leave_out="similar"), pairs)
-        positive = (scaled * z.roll(len(view_a), 0)).sum(-1)
-        return self.mean((negative - positive).sum(), len(z))
+        (row_lse,), _ = self.reduce(LogSumExp(leave_out="similar"), pairs)
+        return row_lse

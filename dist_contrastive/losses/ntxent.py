@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
-from dist_contrastive.losses.inputs import exchange_sizes
+from dist_contrastive.losses.inputs import Sizes, exchange_sizes
 from dist_contrastive.pairwise import LogSumExp
 
 
@@ -39,7 +39,11 @@ class NTXent(PairLoss):
         self.check_batch(sizes)
         z = torch.cat(normalised(view_a, view_b))
         scaled = z * self.scale()
+        positive = (scaled * z.roll(len(view_a), 0)).sum(-1)
+        return self.mean((self.log_denominator(scaled, z, sizes) - positive).sum(), len(z))
+
+    def log_denominator(self, scaled: Tensor, z: Tensor, sizes: Sizes) -> Tensor:
+        """Log-sum-exp over all views but the row itself: [2 * b]."""
         pairs = self.pairs(scaled, z, tuple(2 * size for size in sizes))
         (row_lse,), _ = self.reduce(LogSumExp(leave_out="own"), pairs)
-        positive = (scaled * z.roll(len(view_a), 0)).sum(-1)
-        return self.mean((row_lse - positive).sum(), len(z))
+        return row_lse

@@ -34,7 +34,7 @@ class Triplet(LabelledLoss):
     ``relu(d[a, p] - d[a, n] + margin)`` over
 
         ``all``       all triplets of an anchor a, a positive p and a negative n;
-        ``hard``      one a for every anchor: its farthest positive and its nearest negative;
+        ``hard``      one for every anchor: its farthest positive and its nearest negative;
         ``semihard``  one for every anchor and positive: its nearest negative farther than that
                       positive, or if there is none its farthest negative.
 
