@@ -163,3 +163,25 @@ def test_readme_example_runs(tmp_path):
     assert subprocess.run(
         [sys.executable, "example.py"], cwd=tmp_path, env=os.environ, capture_output=True
     ).returncode
+
+
+def test_audit_prints_its_table(capsys):
+    assert main(["audit", "--only", "SigLIP", "--world-sizes", "1", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "| loss | keys | tiles | value | encoder | cosine | scale | bias |" in out
+    for keys_from in ("gather", "ring"):
+        for tiles in ("dense", "chunked"):
+            assert f"| SigLIP | {keys_from} | {tiles} | 1.0000000000 | 1.0000000000 |" in out
+    assert "16 ways, worst error " in out  # 4 paths: one rank even, two ranks split in three ways
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "magic"], "--only 'magic' is in no name; known are InfoNCE; "),
+        (["--world-sizes", "0"], "--world-sizes [0] must be 1 to "),
+    ],
+)
+def test_audit_of_nothing_ends_with_64(arguments, words, capsys):
+    assert main(["audit", *arguments]) == 64
+    assert words in capsys.readouterr().err

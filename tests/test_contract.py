@@ -66,6 +66,28 @@ def largest_batches() -> tuple[float, Tensor]:
     return loss.item(), a.grad
 
 
+def counted() -> list[tuple[float, dict[str, float], bool]]:
+    """Labels with two triplets in all, then with none: value, metrics, whether all slopes are 0."""
+    results = []
+    for labels in ([3, 3, 5, 6], [3, 4, 5, 6]):
+        for make in (losses.Triplet, losses.SupCon):
+            x = mine(torch.arange(8.0).reshape(4, 2), (1, 3)).requires_grad_()
+            loss = make()
+            value = loss(x, mine(torch.tensor(labels), (1, 3)))
+            value.backward()
+            metrics = {name: count.item() for name, count in loss.metrics.items()}
+            results.append((value.item(), metrics, bool((x.grad == 0).all())))
+    return results
+
+
+def test_batches_without_a_triplet_are_counted():
+    for triplet, supcon, no_triplet, no_positive in run_ranks(counted, 2):
+        assert triplet[1]["valid_triplets"] == 4  # two anchors, two negatives each
+        assert supcon[1] == {"rows_with_positives": 2}
+        assert no_triplet == (0.0, {"valid_triplets": 0, "active_triplets": 0}, True)
+        assert no_positive == (0.0, {"rows_with_positives": 0}, True)
+
+
 def many_views() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(1101, 4, generator=generator, dtype=torch.float64) for _ in range(2)]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
+from dist_contrastive.cli import main
 from dist_contrastive.errors import ConfigError, DataError, NonFiniteError
 from dist_contrastive.metrics import read_rows
 
@@ -276,3 +277,15 @@ def test_run_directory_describes_itself(encoder_run):
         0
     ].keys()
     assert list((encoder_run / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("name", ["barlow_twins", "dcl", "infonce", "ntxent", "siglip", "vicreg"])
+def test_every_two_view_loss_trains_from_its_settings(name, tmp_path, overrides):
+    losses = {}
+    for keys_from in ("gather", "ring"):
+        loss = f"task.loss={{name: {name}, keys_from: {keys_from}, impl: chunked}}"
+        options = overrides(tmp_path / keys_from, "train.steps=3", loss)
+        assert main(["train", str(ENCODER), *options]) == 0
+        losses[keys_from] = [row["loss"] for row in read_rows(tmp_path / keys_from)]
+    assert len(losses["ring"]) == 3
+    assert losses["ring"] == pytest.approx(losses["gather"], rel=1e-5)
