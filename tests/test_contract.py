@@ -67,7 +67,7 @@ def largest_batches() -> tuple[float, Tensor]:
 
 
 def counted() -> list[tuple[float, dict[str, float], bool]]:
-    """Labels with two triplets in all, then with none: value, metrics, whether all slopes are 0."""
+    """Labels with four triplets, then with none: value, metrics, whether all slopes are 0."""
     results = []
     for labels in ([3, 3, 5, 6], [3, 4, 5, 6]):
         for make in (losses.Triplet, losses.SupCon):
@@ -82,7 +82,7 @@ def counted() -> list[tuple[float, dict[str, float], bool]]:
 
 def test_batches_without_a_triplet_are_counted():
     for triplet, supcon, no_triplet, no_positive in run_ranks(counted, 2):
-        assert triplet[1]["valid_triplets"] == 4  # two anchors, two negatives each
+        assert triplet[1]["valid_triplets"] == 4
         assert supcon[1] == {"rows_with_positives": 2}
         assert no_triplet == (0.0, {"valid_triplets": 0, "active_triplets": 0}, True)
         assert no_positive == (0.0, {"rows_with_positives": 0}, True)

@@ -10,7 +10,7 @@ d the Euclidean distances of x, t a temperature. Per group and temperature::
 """
 
 import math
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from torch.autograd.function import once_differentiable
 from dist_contrastive import collectives
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss, PairOptions
-from dist_contrastive.losses.force_layout import Layout, sort_rows
-from dist_contrastive.losses.inputs import check_points
-from dist_contrastive.pairwise import dense, distances
+from dist_contrastive.losses.force_inputs import ForceInputs, force_inputs
 from dist_contrastive.pairwise import force as passes
 
 Preset = Literal["seed", "drift"]
@@ -57,8 +55,6 @@ class ContrastiveForce(PairLoss):
     all-reduces of a few numbers per group; backward of ``seed`` one all-reduce of G numbers.
     """
 
-    known_keys_from: ClassVar = ("gather", "local")
-
     def __init__(
         self,
         temperatures: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2),
@@ -87,23 +83,17 @@ class ContrastiveForce(PairLoss):
         """
         # Mixed precision would compute distances in bf16, which t = 0.01 makes errors of A.
         with torch.autocast(negative.device.type, enabled=False):
-            rows, m = _grouped(negative, positive)
-            check_points(self.group, rows.transpose(0, 1), self.keys_from != "local")
-            labels = _joined_labels(negative_labels, positive_labels, rows, m)
-            return self._loss(rows, m, labels)
+            return self._loss(self._inputs(negative, positive, negative_labels, positive_labels))
 
-    def _loss(self, rows: Tensor, m: int, labels: Tensor) -> Tensor:
-        order = sort_rows(labels, m)  # the mean does not mind the order of rows
-        rows = rows[:, order]
-        layout = Layout(self._gather, labels[order], m)
-        points = self._points(rows, layout)
+    def _loss(self, given: ForceInputs) -> Tensor:
         with torch.no_grad():
+            points = self._points(given)
             mean, direction = self._mean_distance(points)
-            scale = torch.where(mean > 0, mean, 1.0)[:, None, None]
-            force = self._force(points.scaled(1 / scale), m, layout)
+            scale = torch.where(mean > 0, mean, 1.0)[:, None]
+            force = self._force(points, scale)
         if self.preset == "seed":
-            scale = _AttachGradient.apply(rows, scale, direction, self._sum)
-        scaled = rows[:, :m] / scale
+            scale = _AttachGradient.apply(given.rows, scale, direction, self._sum)
+        scaled = given.rows[: len(force)] / scale  # the mean does not mind the order of rows
         # n - sg(n + F), bracketed so that a small F does not vanish beside n.
         error = ((scaled - scaled.detach()) - force).square()
         return self.mean(error.sum(), error.numel())
@@ -112,63 +102,46 @@ class ContrastiveForce(PairLoss):
     def force(self, negative: Tensor, positive: Tensor) -> Tensor:
         """Sum of the forces at all temperatures, without rescaling: the shape of negative."""
         with torch.autocast(negative.device.type, enabled=False):
-            rows, m = _grouped(negative, positive)
-            layout = Layout(self._gather, _joined_labels(None, None, rows, m), m)
-            return self._force(self._points(rows, layout), m, layout).reshape(negative.shape)
+            points = self._points(self._inputs(negative, positive))
+            force = self._force(points, points.rows.new_ones(len(points.rows), 1))
+            return force.transpose(0, 1).reshape(negative.shape)
 
-    def _gather(self, rows: Tensor) -> tuple[Tensor, int]:
-        if self.keys_from == "local":
-            return rows, 0
-        return collectives.all_gather_rows(rows, self.group)
+    def _inputs(self, *points_and_labels: Tensor | None) -> ForceInputs:
+        return force_inputs(self.group, self.keys_from != "local", *points_and_labels)
 
-    def _points(self, rows: Tensor, layout: Layout) -> passes.Points:
-        """This rank's rows [G, R, D] and all keys, centred, without gradient.
-
-        Gathered with their gradient all the same, so that a rank whose points need none is refused
-        here rather than awaited for ever in backward.
-        """
-        if layout.num_negative < 1 or layout.num_positive < 1:
-            raise ConfigError(
-                f"the ranks together hold {layout.num_negative} negative (generated) and "
-                f"{layout.num_positive} positive (data) points; the force needs one of each"
-            )
-        keys = layout.keys(rows.transpose(0, 1)).transpose(0, 1).detach()
-        return passes.Points(
-            *distances.centre(rows.detach(), keys),
-            num_negative=layout.num_negative,
-            self_key=layout.self_key,
-            blocks=layout.blocks(),
-            num_pairs=layout.num_pairs(),
-            chunk_size=self.chunk_size,
-        ).keeping_tiles()
+    def _points(self, given: ForceInputs) -> passes.Points:
+        """This rank's rows, seen from the middle of all points, and the keys of all ranks."""
+        rows = given.rows - self._sum(given.rows.sum(0)) / sum(given.sizes)
+        # Without a matrix of all keys (ring), dense means tiles as large as blocks.
+        chunk_size = max(given.sizes) if self.impl == "dense" else self.chunk_size
+        return passes.Points(self.pairs(rows, rows, given.sizes, given.tags), chunk_size)
 
     def _sum(self, x: Tensor) -> Tensor:
-        """Over the ranks that share the groups."""
+        """Over the ranks that share the groups, without gradient."""
         return x if self.keys_from == "local" else collectives.all_reduce_sum(x, self.group)
 
     def _mean_distance(self, points: passes.Points) -> tuple[Tensor, Tensor | None]:
         """Mean of d over interacting pairs [G], and for ``seed`` its derivative by the rows."""
-        total, direction = passes.sum_of_distances(points, self.preset == "seed")
-        mean = self._sum(total) / points.num_pairs
+        total, num_pairs, direction = passes.sum_of_distances(points, self.preset == "seed")
+        totals = self._sum(torch.cat([total, total.new_tensor([num_pairs])]))
         if direction is not None:
-            direction = direction * (2 / points.num_pairs)
-        return mean.to(points.rows.dtype), direction
+            direction = (direction * (2 / totals[-1])).transpose(0, 1)
+        return (totals[:-1] / totals[-1]).to(points.rows.dtype), direction
 
-    def _force(self, points: passes.Points, m: int, layout: Layout) -> Tensor:
-        """Force on the first m rows, summed over temperatures: [G, m, D]."""
+    def _force(self, points: passes.Points, scale: Tensor) -> Tensor:
+        """Force on the negatives, summed over temperatures in units of scale [G, 1]: [m, G, D]."""
         mask_diagonal = self.preset == "drift"
-        if self.impl == "dense":  # which repeats on every rank what the others compute
-            settings = points.num_negative, self.temperatures, mask_diagonal, layout.labels
-            return dense.force(points.keys, *settings)[:, points.self_key[:m]]
-        row_lse = passes.row_logsumexp(points, self.temperatures, mask_diagonal)
-        key_lse = layout.keys(row_lse.movedim(-1, 0)).movedim(0, -1)
-        sums = passes.log_sums(points, self.temperatures, row_lse, key_lse)
-        log_square = sums.square.logsumexp(-1)
-        if self.keys_from == "gather":
-            log_square = collectives.logsumexp_over_ranks(log_square, self.group)
-        log_norm = (log_square - math.log(points.num_pairs)) / 2
-        lse = row_lse[..., :m], key_lse
-        return passes.accumulate(points.first(m), self.temperatures, *lse, sums.first(m), log_norm)
+        if self.impl == "dense" and self.keys_from != "ring":
+            settings = scale[:, None], self.temperatures, mask_diagonal
+            return passes.dense_force(points, *settings).transpose(0, 1)
+        slope = -1 / (scale.new_tensor(self.temperatures)[:, None, None, None] * scale[:, None])
+        lse = passes.row_logsumexp(points, slope, mask_diagonal)
+        sums = passes.log_sums(points, slope, lse)
+        mean_square = torch.stack([sums.square, sums.num_pairs])
+        if self.keys_from != "local":
+            mean_square = collectives.logsumexp_over_ranks(mean_square, self.group)
+        log_norm = (mean_square[0] - mean_square[1]) / 2
+        return passes.accumulate(points, slope, lse, sums, log_norm).transpose(0, 1)
 
 
 def contrastive_force(
@@ -221,36 +194,3 @@ def _check_settings(temperatures: tuple[float, ...], preset: str) -> None:
             f"temperatures={tuple(temperatures)} must be one or more positive numbers, "
             f"for instance (0.02, 0.05, 0.2)"
         )
-
-
-def _grouped(negative: Tensor, positive: Tensor) -> tuple[Tensor, int]:
-    """Both as one [G, m + n, D] in at least fp32, and m."""
-    shapes = tuple(negative.shape), tuple(positive.shape)
-    fits = negative.dim() == positive.dim() >= 2 and shapes[0][:-2] == shapes[1][:-2]
-    if not fits or shapes[0][-1] != shapes[1][-1]:
-        raise ConfigError(
-            f"negative and positive have shapes {shapes[0]} and {shapes[1]}; give [..., m, dim] "
-            f"and [..., n, dim] with equal leading dimensions and dim"
-        )
-    if not (negative.is_floating_point() and positive.is_floating_point()):
-        raise ConfigError(f"points must be floating, not {negative.dtype} and {positive.dtype}")
-    if 0 in (*shapes[0][:-2], shapes[0][-1]):
-        raise ConfigError(f"points of shape {shapes[0]} hold no group or no dimension; give some")
-    dtype = collectives.accumulation_dtype(torch.promote_types(negative.dtype, positive.dtype))
-    rows = torch.cat([negative.to(dtype), positive.to(dtype)], dim=-2)
-    return rows.reshape(math.prod(shapes[0][:-2]), *rows.shape[-2:]), shapes[0][-2]
-
-
-def _joined_labels(
-    negative: Tensor | None, positive: Tensor | None, rows: Tensor, m: int
-) -> Tensor:
-    """Labels of all rows; 0 for all where none are given."""
-    if negative is None and positive is None:
-        return torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
-    n = rows.shape[1] - m
-    if negative is None or positive is None or (len(negative), len(positive)) != (m, n):
-        raise ConfigError(
-            f"labels must be given for both kinds of points: {m} negative_labels and {n} "
-            f"positive_labels"
-        )
-    return torch.cat([negative, positive]).to(torch.int64)

@@ -3,17 +3,28 @@
 Pair weights are kept as logarithms throughout: ``log A[j, k] = -d/t - (lse_j + lse_k) / 2``
 underflows for small temperatures where the force, a quotient, does not. d is symmetric, so the
 column softmax is the transpose of the row softmax and one vector lse per temperature tells all.
+The force is a length divided by a length: in other units it is the same at temperatures in them.
+
+Every pass is one round over the keys. Of each block those of one kind and label are put side by
+side, so that a tile has keys of one kind, and none that its rows do not interact with.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dist_contrastive.pairwise import dense
 from dist_contrastive.pairwise.distances import distances
-from dist_contrastive.pairwise.pairs import chunks
+from dist_contrastive.pairwise.keys import Block, open_keys
+from dist_contrastive.pairwise.pairs import Pairs, chunks
+
+NEGATIVE, POSITIVE = 0, 1  # the kinds of points: generated, data
 
 # Tiles hold all groups and temperatures at once: 5 temperatures of 512 x 512 in fp32 are 5 MiB.
 _DEFAULT_CHUNK = 512
@@ -22,123 +33,188 @@ _KEEP_BYTES = 4 * 2**20  # less than the tiles, so that memory stays linear
 _TINY = torch.finfo(torch.float32).tiny
 
 
-Block = tuple[slice, slice]
-Tile = tuple[slice, slice, Tensor]
+class _Run(NamedTuple):
+    """Neighbours that have one kind and label."""
+
+    kind: int
+    label: int
+    span: slice
+
+    @property
+    def size(self) -> int:
+        return self.span.stop - self.span.start
 
 
 @dataclass(frozen=True)
+class Tile:
+    """Some rows and some keys, all of which interact; what is computed of them is kept with it."""
+
+    r: slice  # which rows
+    rows: Tensor  # [G, r, D]
+    keys: Tensor  # [G, k, D]
+    kind: int  # of the keys
+    at: Tensor  # [k] int64: where the keys are in their block
+    self_at: Tensor | None  # [r] int64: where in the block the rows are; None: not among the keys
+
+    @cached_property
+    def d(self) -> Tensor:
+        """Distances [G, r, k]."""
+        return distances(self.rows, self.keys)
+
+    @cached_property
+    def is_self(self) -> Tensor | None:
+        """Where row and key are the same point: bool [r, k], None for nowhere."""
+        return None if self.self_at is None else self.self_at[:, None] == self.at
+
+    @property
+    def num_pairs(self) -> int:
+        """Of one group; a point with itself counts."""
+        return self.rows.shape[1] * self.keys.shape[1]
+
+
 class Points:
-    """Rows of this rank and the keys of all ranks, in G independent groups."""
+    """Rows of this rank and the keys that they interact with, in G independent groups.
 
-    rows: Tensor  # [G, R, D]
-    keys: Tensor  # [G, K, D]: first the negatives (generated) of all ranks, then the positives
-    num_negative: int  # how many of the keys are negatives
-    self_key: Tensor  # [R] int64: which key each row is
-    blocks: tuple[Block, ...]  # row slices and key slices that interact, keys all of one kind
-    num_pairs: int  # pairs of keys that interact, in each group; a key with itself counts
-    chunk_size: int | None = None
-    kept: tuple[Tile, ...] | None = None  # all tiles, where they take little memory
+    Args:
+        pairs: rows, which are the keys too, [R, G, D]; near the origin, since rounding of distances
+            is relative to the norms. tags [R, 2] int64: kind and label, in the order of `sorting`.
+        chunk_size: rows and keys of a tile; None chooses.
 
-    def keeping_tiles(self) -> "Points":
-        """The same points, which compute their distances once if these take up to 4 MiB."""
-        num_groups, size = self.rows.shape[0], self.rows.element_size()
-        pairs = sum((r.stop - r.start) * (k.stop - k.start) for r, k in self.blocks)
-        fits = pairs * num_groups * size <= _KEEP_BYTES
-        return replace(self, kept=tuple(self.tiles())) if fits else self
+    Collectives: see `open_keys`.
+    """
 
-    def tiles(self) -> Iterator[Tile]:
-        """Row slice, key slice, distances [G, r, k] of all pairs that interact."""
-        if self.kept is not None:
-            yield from self.kept
-            return
-        default = max(_SMALLEST_CHUNK, _DEFAULT_CHUNK // math.isqrt(self.rows.shape[0]))
-        size = self.chunk_size or default
-        for rows, keys in self.blocks:
-            for r in chunks(rows, size):
-                for k in chunks(keys, size):
-                    yield r, k, distances(self.rows[:, r], self.keys[:, k])
+    def __init__(self, pairs: Pairs, chunk_size: int | None) -> None:
+        assert pairs.tags is not None, "tags tell the kinds"
+        self.rows = pairs.rows.transpose(0, 1).contiguous()  # [G, R, D]
+        self.source = open_keys(pairs)
+        self.pairs, self._kept = pairs, list[Tile]()
+        self._chunk_size = chunk_size or max(
+            _SMALLEST_CHUNK, _DEFAULT_CHUNK // math.isqrt(len(self.rows))
+        )
+        runs = _runs(pairs.tags)
+        self.num_negative = sum(run.size for run in runs if run.kind == NEGATIVE)
+        self._row_runs: dict[int, list[_Run]] = {}
+        for run in runs:
+            self._row_runs.setdefault(run.label, []).append(run)
 
-    def scaled(self, factor: Tensor) -> "Points":
-        """The same points in other units; factor [G, 1, 1]."""
-        kept = None if self.kept is None else tuple((r, k, d * factor) for r, k, d in self.kept)
-        return replace(self, rows=self.rows * factor, keys=self.keys * factor, kept=kept)
+    def tiles(self, *extras: Tensor) -> Iterator[tuple[Tile, tuple[Tensor, ...]]]:
+        """All pairs that interact, and of each tile's keys the extras [k, ...].
 
-    def first(self, num_rows: int) -> "Points":
-        """Only the first rows, against all keys; no block may hold some of them and others."""
-        blocks = tuple(block for block in self.blocks if block[0].stop <= num_rows)
-        kept = self.kept and tuple(tile for tile in self.kept if tile[0].stop <= num_rows)
-        rows, self_key = self.rows[:, :num_rows], self.self_key[:num_rows]
-        return replace(self, rows=rows, self_key=self_key, blocks=blocks, kept=kept)
+        Args:
+            extras: of each row of this rank, [R, ...].
 
-    def is_self(self, r: slice, k: slice) -> Tensor:
-        """[r, k], true where row and key are the same point."""
-        number = torch.arange(k.start, k.stop, device=self.keys.device)
-        return self.self_key[r, None] == number
+        Collectives: one round over the keys, see `KeySource.blocks`.
+        """
+        for block in self.source.blocks(*extras):
+            for tile in self._kept or self._tiles(block):
+                yield tile, tuple(x[tile.at] for x in block.extras)
+
+    def _tiles(self, block: Block) -> Iterator[Tile]:
+        """Tiles of a block; distances to all keys at once are kept if they take up to 4 MiB."""
+        assert block.tags is not None
+        order = sorting(block.tags)
+        meet = [(keys, self._row_runs.get(keys.label, [])) for keys in _runs(block.tags[order])]
+        num_pairs = sum(keys.size * rows.size for keys, row_runs in meet for rows in row_runs)
+        size = num_pairs * len(self.rows) * self.rows.element_size()
+        keeps = self.pairs.keys_from != "ring" and size <= _KEEP_BYTES
+        for keys, row_runs in meet:
+            for tile in self._tiles_of(block, order, keys, row_runs):
+                if keeps:
+                    self._kept.append(tile)
+                yield tile
+
+    def _tiles_of(
+        self, block: Block, order: Tensor, keys: _Run, row_runs: list[_Run]
+    ) -> Iterator[Tile]:
+        offset = self.pairs.start - block.first
+        self_at = offset + torch.arange(self.rows.shape[1], device=order.device)
+        for k in chunks(keys.span, self._chunk_size) if row_runs else ():
+            at = order[k]
+            points = block.keys[at].transpose(0, 1).contiguous()
+            for rows in row_runs:
+                may_meet = rows.kind == keys.kind and 0 <= offset < len(block.keys)
+                for r in chunks(rows.span, self._chunk_size):
+                    among = self_at[r] if may_meet else None
+                    yield Tile(r, self.rows[:, r], points, keys.kind, at, among)
 
 
-def sum_of_distances(points: Points, with_direction: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of d over interacting pairs [G] (fp64), and sum over keys of the unit vectors towards
-    a row [G, R, D] (half the derivative of the sum over all pairs), if asked for."""
-    total = points.rows.new_zeros(points.rows.shape[0], dtype=torch.float64)
+def sorting(tags: Tensor) -> Tensor:
+    """The order [R] that puts equal tags [R, 2] side by side, negatives before positives."""
+    order = tags[:, 1].argsort(stable=True)
+    return order[tags[order, 0].argsort(stable=True)]
+
+
+def _runs(tags: Tensor) -> list[_Run]:
+    """Of sorted tags [R, 2]."""
+    if len(tags) == 0:
+        return []
+    starts = [0, *(1 + (tags[1:] != tags[:-1]).any(1).nonzero().flatten()).tolist()]
+    spans = itertools.pairwise([*starts, len(tags)])
+    values = tags[starts].tolist()
+    return [_Run(*value, slice(*span)) for value, span in zip(values, spans, strict=True)]
+
+
+def sum_of_distances(points: Points, with_direction: bool) -> tuple[Tensor, int, Tensor | None]:
+    """Sum of d over interacting pairs [G] (fp64), how many these are, and, if asked for, the sum
+    over keys of the unit vectors towards a row [G, R, D] (half the derivative of the sum over all
+    pairs)."""
+    total, num_pairs = points.rows.new_zeros(len(points.rows), dtype=torch.float64), 0
     direction = torch.zeros_like(points.rows) if with_direction else None
-    for r, k, d in points.tiles():
-        total += d.sum((1, 2)).double()
+    for tile, _ in points.tiles():
+        total += tile.d.sum((1, 2)).double()
+        num_pairs += tile.num_pairs
         if direction is not None:
-            weight = torch.where(d > 0, d.clamp(min=_TINY).reciprocal(), 0.0)
-            direction[:, r] += weight.sum(-1, keepdim=True) * points.rows[:, r]
-            direction[:, r] -= weight @ points.keys[:, k]
-    return total, direction
+            weight = torch.where(tile.d > 0, tile.d.clamp(min=_TINY).reciprocal(), 0.0)
+            direction[:, tile.r] += weight.sum(-1, keepdim=True) * tile.rows
+            direction[:, tile.r] -= weight @ tile.keys
+    return total, num_pairs, direction
 
 
-def row_logsumexp(points: Points, temperatures: tuple[float, ...], mask_diagonal: bool) -> Tensor:
-    """lse over keys of -d/t: [T, G, R]."""
-    slope = _slopes(temperatures, points)
-    lse = points.rows.new_full((len(slope), *points.rows.shape[:2]), -torch.inf)
-    for r, k, d in points.tiles():
-        if mask_diagonal:
-            d = d.masked_fill(points.is_self(r, k), torch.inf)
+def row_logsumexp(points: Points, slope: Tensor, mask_diagonal: bool) -> Tensor:
+    """lse over keys of -d/t: [T, G, R].
+
+    Args:
+        slope: -1/t for every temperature and group, [T, G, 1, 1].
+    """
+    lse = points.rows.new_full((*slope.shape[:2], points.rows.shape[1]), -torch.inf)
+    for tile, _ in points.tiles():
+        r, d = tile.r, tile.d
+        if mask_diagonal and tile.is_self is not None:
+            d = d.masked_fill(tile.is_self, torch.inf)
         lse[..., r] = torch.logaddexp(lse[..., r], (slope * d).logsumexp(-1))
     return lse
 
 
 @dataclass(frozen=True)
 class LogSums:
-    """Logarithms of sums over keys, for every temperature: each [T, G, R]."""
+    """Logarithms of sums over keys, for every temperature."""
 
-    negative: Tensor  # sum of A over negatives other than the row itself
-    positive: Tensor  # sum of A over positives
-    square: Tensor  # sum of (d * A)**2 over all keys
-
-    def first(self, num_rows: int) -> "LogSums":
-        """Only the first rows."""
-        parts = self.negative, self.positive, self.square
-        return LogSums(*(part[..., :num_rows] for part in parts))
+    negative: Tensor  # [T, G, R], sum of A over negatives other than the row itself
+    positive: Tensor  # [T, G, R], sum of A over positives
+    square: Tensor  # [T, G] fp64, sum of (d * A)**2 over all rows and keys
+    num_pairs: Tensor  # [T, G] fp64, over how many pairs that is
 
 
-def log_sums(
-    points: Points, temperatures: tuple[float, ...], row_lse: Tensor, key_lse: Tensor
-) -> LogSums:
-    """The sums that the force needs, from the lse of rows [T, G, R] and keys [T, G, K]."""
-    slope = _slopes(temperatures, points)
-    negative, positive, square = (torch.full_like(row_lse, -torch.inf) for _ in range(3))
-    for r, k, d in points.tiles():
-        log_a = _log_affinity(points, slope, row_lse, key_lse, r, k, d)
-        side = negative if k.stop <= points.num_negative else positive
+def log_sums(points: Points, slope: Tensor, lse: Tensor) -> LogSums:
+    """The sums that the force needs, from `row_logsumexp`."""
+    negative, positive = (torch.full_like(lse, -torch.inf) for _ in range(2))
+    square, num_pairs = lse.new_full(lse.shape[:2], -torch.inf, dtype=torch.float64), 0
+    for tile, (key_lse,) in points.tiles(lse.movedim(-1, 0)):
+        log_a = _log_affinity(tile, slope, lse, key_lse)
+        if tile.is_self is not None:
+            log_a.masked_fill_(tile.is_self, -torch.inf)
+        r, side = tile.r, negative if tile.kind == NEGATIVE else positive
         side[..., r] = torch.logaddexp(side[..., r], log_a.logsumexp(-1))
-        terms = log_a.add_(d.log()).mul_(2).logsumexp(-1)
-        square[..., r] = torch.logaddexp(square[..., r], terms)
-    return LogSums(negative, positive, square)
+        terms = log_a.add_(tile.d.log()).mul_(2).logsumexp((-2, -1))
+        square = torch.logaddexp(square, terms.double())
+        num_pairs += tile.num_pairs
+    return LogSums(negative, positive, square, torch.full_like(square, num_pairs).log())
 
 
 def accumulate(
-    points: Points,
-    temperatures: tuple[float, ...],
-    row_lse: Tensor,
-    key_lse: Tensor,
-    sums: LogSums,
-    log_norm: Tensor,
+    points: Points, slope: Tensor, lse: Tensor, sums: LogSums, log_norm: Tensor
 ) -> Tensor:
-    """Force on every row, all temperatures folded into one matrix product a tile: [G, R, D].
+    """Force on every negative, all temperatures folded into one matrix product a tile: [G, m, D].
 
     ``F_j = S_neg[j] (A_pos (p - x_j))_j - S_pos[j] (A_neg (n - x_j))_j``, S the row sums of A, over
     norm. Seen from x_j, keys that coincide with it add nothing; left in, their weights (the largest
@@ -147,30 +223,42 @@ def accumulate(
     Args:
         log_norm: [T, G], logarithm of sqrt(mean((d * A)**2)); -inf gives no force.
     """
-    slope = _slopes(temperatures, points)
-    log_norm = torch.where(log_norm == -torch.inf, torch.inf, log_norm)[..., None]
-    force = torch.zeros_like(points.rows)
-    for r, k, d in points.tiles():
-        is_negative = k.stop <= points.num_negative
+    log_norm = torch.where(log_norm == -torch.inf, torch.inf, log_norm)[..., None].to(lse.dtype)
+    force = torch.zeros_like(points.rows[:, : points.num_negative])
+    for tile, (key_lse,) in points.tiles(lse.movedim(-1, 0)):
+        r, is_negative = tile.r, tile.kind == NEGATIVE
+        if r.stop > points.num_negative:
+            continue
         other = (sums.positive if is_negative else sums.negative)[..., r] - log_norm
-        d = d.masked_fill(d == 0, torch.inf)
-        log_a = _log_affinity(points, slope, row_lse, key_lse, r, k, d)
+        log_a = _log_affinity(tile, slope, lse, key_lse)
+        log_a.masked_fill_(tile.d == 0, -torch.inf)
         weight = log_a.add_(other[..., None]).exp_().sum(0)
-        moved = weight @ points.keys[:, k] - weight.sum(-1, keepdim=True) * points.rows[:, r]
+        moved = weight @ tile.keys - weight.sum(-1, keepdim=True) * tile.rows
         force[:, r] += -moved if is_negative else moved
     return force
 
 
-def _slopes(temperatures: tuple[float, ...], points: Points) -> Tensor:
-    """-1/t for every temperature: [T, 1, 1, 1]."""
-    return -1 / points.rows.new_tensor(temperatures)[:, None, None, None]
+def _log_affinity(tile: Tile, slope: Tensor, lse: Tensor, key_lse: Tensor) -> Tensor:
+    """log A of a tile for every temperature [T, G, r, k]; lse [T, G, R], key_lse [k, T, G]."""
+    log_a = slope * tile.d
+    log_a -= lse[..., tile.r, None] / 2
+    log_a -= key_lse.movedim(0, -1)[..., None, :].contiguous() / 2
+    return log_a
 
 
-def _log_affinity(
-    points: Points, slope: Tensor, row_lse: Tensor, key_lse: Tensor, r: slice, k: slice, d: Tensor
+def dense_force(
+    points: Points, scale: Tensor, temperatures: tuple[float, ...], mask_diagonal: bool
 ) -> Tensor:
-    """log A of a tile for every temperature [T, G, r, k]; -inf for a point with itself."""
-    log_a = slope * d
-    log_a -= row_lse[..., r, None] / 2
-    log_a -= key_lse[..., None, k] / 2
-    return log_a.masked_fill_(points.is_self(r, k), -torch.inf)
+    """Force on every negative by the specification, which repeats on every rank what the others
+    compute: [G, m, D]. Keys are not from a ring.
+
+    Args:
+        scale: [G, 1, 1], the unit of the temperatures.
+    """
+    (block,) = points.source.blocks()
+    assert block.tags is not None
+    order = sorting(block.tags)
+    kinds, labels = block.tags[order].unbind(1)
+    keys, num_negative = block.keys[order].transpose(0, 1) / scale, int((kinds == NEGATIVE).sum())
+    force = dense.force(keys, num_negative, temperatures, mask_diagonal, labels)
+    return force[:, order.argsort()[points.pairs.start : points.pairs.start + points.num_negative]]
