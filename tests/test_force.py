@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dist_contrastive import losses
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.testing import run_ranks
 
 TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2)
 IMPLS = [{"impl": "dense"}, {"impl": "chunked", "chunk_size": 4}, {"impl": "chunked"}]
@@ -211,3 +214,145 @@ def test_points_move_towards_the_data():
         optimizer.step()
     assert (points.mean(0) - data.mean(0)).norm() < 0.3
     assert points.std() > 0.6 * data.std()  # repulsion keeps it from collapsing
+
+
+SPLITS = {2: ((4, 7), (9, 4)), 3: ((3, 0, 8), (0, 11, 2))}  # of 11 negatives, of 13 positives
+BATCHES = ("plain", "labels", "groups", "coinciding")
+WAYS = [("gather", 4), ("ring", 4), ("ring", None)]
+
+
+def batch(name: str) -> list[Tensor]:
+    """Negatives [11, D] and positives [13, D], of groups [2, 3, ...], and labels if it has some."""
+    generator = torch.Generator().manual_seed(5)
+    leading = (2, 3) if name == "groups" else ()
+    points = [
+        torch.randn(*leading, size, 4, generator=generator, dtype=torch.float64)
+        for size in (11, 13)
+    ]
+    if name == "coinciding":  # on the same and on different ranks
+        points[0][::3] = points[1][::4] = points[1][-1]
+    if name == "labels":  # 9 has no positives, and -5 is on one rank alone
+        points.append(torch.tensor([0, 7, 7, 0, 9, 9, 7, 0, 0, 9, 7]))
+        points.append(torch.tensor([0, 0, 7, 7, 0, -5, -5, 7, 0, 0, 7, 0, 7]))
+    return points
+
+
+def share(inputs: list[Tensor]) -> list[Tensor]:
+    """This rank's part."""
+    sizes = SPLITS[dist.get_world_size()] * 2
+    cuts = zip(inputs, sizes[: len(inputs)], strict=True)
+    return [x.split(s, -2 if x.dim() > 1 else 0)[dist.get_rank()].clone() for x, s in cuts]
+
+
+def value_and_gradients(loss: losses.ContrastiveForce, inputs: list[Tensor]) -> list[Tensor]:
+    value = loss(*(x.requires_grad_(x.is_floating_point()) for x in inputs))
+    positive = {"seed": [inputs[1]], "drift": []}[loss.preset]
+    return [value.detach(), *torch.autograd.grad(value, [inputs[0], *positive])]
+
+
+def on_ranks() -> dict:
+    found = {}
+    for name in BATCHES:
+        for preset in ("seed", "drift"):
+            for keys_from, chunk_size in WAYS:
+                impl = "chunked" if chunk_size else "dense"
+                options = {"keys_from": keys_from, "impl": impl, "chunk_size": chunk_size}
+                loss = losses.ContrastiveForce((0.05, 0.3), preset, **options)
+                inputs = share(batch(name))
+                negative, positive = inputs[:2]
+                force = losses.contrastive_force(positive, negative, 0.3, preset, **options)
+                way = (name, preset, keys_from, chunk_size)
+                found[way] = [force, *value_and_gradients(loss, inputs)]
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_feel_the_force_of_one_process(world_size):
+    """Uneven ranks, some without points of a kind; gathered and in a ring."""
+    found = run_ranks(on_ranks, world_size)
+    for way in found[0]:
+        name, preset, *_ = way
+        negative, positive, *labels = batch(name)
+        expected = [losses.contrastive_force(positive, negative, 0.3, preset, impl="dense")]
+        loss = losses.ContrastiveForce((0.05, 0.3), preset, impl="dense")
+        expected += value_and_gradients(loss, [negative, positive, *labels])
+        forces, values, *gradients = zip(*(rank[way] for rank in found), strict=True)
+        for value in values:  # the same on all ranks
+            torch.testing.assert_close(value, expected[1], rtol=1e-9, atol=0)
+        # Gradients are W times a rank's share: the mean that DDP takes is exact.
+        parts = [torch.cat(forces, -2), *(torch.cat(x, -2) / world_size for x in gradients)]
+        for part, correct in zip(parts, [expected[0], *expected[2:]], strict=True):
+            torch.testing.assert_close(part, correct, rtol=1e-9, atol=1e-12, msg=f"{way}")
+
+
+EXTREMES = [(preset, t) for preset in ("seed", "drift") for t in ((0.001,), (0.01,), TEMPERATURES)]
+
+
+def far_points() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    negative, positive = (torch.randn(n, 256, generator=generator) for n in (11, 13))
+    return [0.8 * negative + 0.1, positive]
+
+
+def fp32_on_ranks() -> list[Tensor]:
+    inputs = share(far_points())
+    ring = {"keys_from": "ring", "impl": "chunked"}
+    return [losses.ContrastiveForce(t, preset, **ring)(*inputs) for preset, t in EXTREMES]
+
+
+def test_fp32_in_a_ring_where_naive_fp32_fails():
+    found = run_ranks(fp32_on_ranks, 3)
+    for (preset, t), values in zip(EXTREMES, zip(*found, strict=True), strict=True):
+        exact = losses.ContrastiveForce(t, preset, impl="dense")
+        expected = exact(*(x.double() for x in far_points()))
+        for value in values:
+            torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-38)
+
+
+TWO, THREE = torch.ones(2, 4), torch.ones(3, 4)
+NUMBERS = [torch.arange(n) for n in range(4)]
+BAD = {  # what two ranks give, and words of the refusal
+    "labels on one rank": (
+        [(TWO, THREE), (TWO, THREE, NUMBERS[2], NUMBERS[3])],
+        "labels are missing on ranks [0]; give them on all ranks or none",
+    ),
+    "labels of the wrong length": (
+        [(TWO, THREE, NUMBERS[2], NUMBERS[3]), (TWO, THREE, NUMBERS[3], NUMBERS[2])],
+        "rank 1 has to give 2 negative_labels and 3 positive_labels",
+    ),
+    "labels of one kind": (
+        [(TWO, THREE, NUMBERS[2], None), (TWO, THREE, NUMBERS[2], NUMBERS[3])],
+        "rank 0 has to give 2 negative_labels and 3 positive_labels",
+    ),
+    "floating labels": (
+        [(TWO, TWO, NUMBERS[2], NUMBERS[2]), (TWO, TWO, TWO[:, 0], NUMBERS[2])],
+        "labels must be integers",
+    ),
+    "shapes": (
+        [(TWO, THREE), (TWO, THREE[:, :3])],
+        "negative and positive have shapes (2, 4) and (3, 3) on rank 1",
+    ),
+    "integers": ([(TWO, TWO), (TWO, TWO.long())], "torch.float32 and torch.int64 as on rank 1"),
+    "no dimension": ([(TWO[:, :0],) * 2] * 2, "(2, 0) on rank 0 hold no group or no dimension"),
+    "one kind": ([(TWO, TWO[:0])] * 2, "ranks together hold 4 negative (generated) and 0 positive"),
+}
+
+
+def refused() -> list[str]:
+    words = []
+    for keys_from in ("gather", "ring"):
+        for inputs, _ in BAD.values():
+            with pytest.raises(ConfigError) as caught:
+                losses.ContrastiveForce(keys_from=keys_from)(*inputs[dist.get_rank()])
+            words.append(str(caught.value))
+    with pytest.raises(ConfigError) as caught:
+        losses.ContrastiveForce(keys_from="local")(TWO, TWO[: 2 - 2 * dist.get_rank()])
+    return [*words, str(caught.value)]
+
+
+def test_bad_points_are_refused_on_all_ranks_in_the_same_words():
+    first, second = run_ranks(refused, 2)
+    assert first == second
+    expected = [words for _, words in BAD.values()] * 2
+    for words, message in zip([*expected, "rank 1 holds 2 negative"], first, strict=True):
+        assert words in message

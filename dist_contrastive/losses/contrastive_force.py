@@ -45,14 +45,16 @@ class ContrastiveForce(PairLoss):
     Args:
         temperatures: one force each, added up; all above 0, in units of the mean distance.
         options: see `PairLoss`. ``keys_from="local"`` gives every rank groups of its own;
-            ``impl="auto"`` is ``chunked``.
+            ``impl="auto"`` is ``chunked``; ``dense`` with a ring has tiles as large as blocks.
 
     Scope: scale and normaliser are per group (leading dimensions), over the group's points on all
     ranks. Labels divide a group further: pairs of different labels do not interact, but scale and
     normaliser are one for all labels, means over the pairs that do.
 
-    Collectives: gathers of the points of both kinds and of one number per point and temperature,
-    all-reduces of a few numbers per group; backward of ``seed`` one all-reduce of G numbers.
+    Collectives: all-gathers of a few numbers and all-reduces of one point and a few numbers per
+    group; gather: one all-gather of the points, their tags, and one number per point and
+    temperature; ring: four rounds over points and tags, two of them with those numbers. Backward:
+    for ``seed`` one all-reduce of a number per group, for ``drift`` none.
     """
 
     def __init__(
@@ -106,13 +108,12 @@ class ContrastiveForce(PairLoss):
             force = self._force(points, points.rows.new_ones(len(points.rows), 1))
             return force.transpose(0, 1).reshape(negative.shape)
 
-    def _inputs(self, *points_and_labels: Tensor | None) -> ForceInputs:
-        return force_inputs(self.group, self.keys_from != "local", *points_and_labels)
+    def _inputs(self, negative: Tensor, positive: Tensor, *labels: Tensor | None) -> ForceInputs:
+        return force_inputs(self.group, self.keys_from != "local", negative, positive, *labels)
 
     def _points(self, given: ForceInputs) -> passes.Points:
         """This rank's rows, seen from the middle of all points, and the keys of all ranks."""
         rows = given.rows - self._sum(given.rows.sum(0)) / sum(given.sizes)
-        # Without a matrix of all keys (ring), dense means tiles as large as blocks.
         chunk_size = max(given.sizes) if self.impl == "dense" else self.chunk_size
         return passes.Points(self.pairs(rows, rows, given.sizes, given.tags), chunk_size)
 
@@ -154,13 +155,15 @@ def contrastive_force(
     """Force at one temperature on every negative, in the coordinates as given (no rescaling).
 
     With ``preset="seed"`` exactly the function of that name in the seed: the formula at the top of
-    this file. Memory is linear in the number of points; there is no gradient (the force is a
-    constant in the loss).
+    this file. Memory is linear in the number of points, with ``keys_from="ring"`` in that of one
+    rank; there is no gradient (the force is a constant in the loss).
 
     Args:
         positive: [..., n, D] data. negative: [..., m, D] generated; rows of this rank.
         temperature: in units of the coordinates; above 0.
         preset, options: see `ContrastiveForce`.
+
+    Collectives: those of the loss's forward without the round that finds the mean distance.
 
     Returns:
         The shape of negative. 0 where the formula is 0/0: points that coincide all together.

@@ -47,7 +47,7 @@ class _Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """Some rows and some keys, all of which interact; what is computed of them is kept with it."""
+    """Some rows and some keys, which all interact. What is computed of them stays with the tile."""
 
     r: slice  # which rows
     rows: Tensor  # [G, r, D]
@@ -76,8 +76,8 @@ class Points:
     """Rows of this rank and the keys that they interact with, in G independent groups.
 
     Args:
-        pairs: rows, which are the keys too, [R, G, D]; near the origin, since rounding of distances
-            is relative to the norms. tags [R, 2] int64: kind and label, in the order of `sorting`.
+        pairs: rows [R, G, D], which are this rank's keys too, near the origin, since distances are
+            rounded relative to norms; tags [R, 2] int64, kind and label, in the order of `sorting`.
         chunk_size: rows and keys of a tile; None chooses.
 
     Collectives: see `open_keys`.
@@ -98,19 +98,19 @@ class Points:
             self._row_runs.setdefault(run.label, []).append(run)
 
     def tiles(self, *extras: Tensor) -> Iterator[tuple[Tile, tuple[Tensor, ...]]]:
-        """All pairs that interact, and of each tile's keys the extras [k, ...].
+        """All pairs that interact, and the extras of each tile's keys, each [k, ...].
 
         Args:
-            extras: of each row of this rank, [R, ...].
+            extras: numbers of the rows of this rank [R, ...], which travel with them as keys.
 
-        Collectives: one round over the keys, see `KeySource.blocks`.
+        Collectives: those of one round over the keys, see `KeySource.blocks`.
         """
         for block in self.source.blocks(*extras):
             for tile in self._kept or self._tiles(block):
                 yield tile, tuple(x[tile.at] for x in block.extras)
 
     def _tiles(self, block: Block) -> Iterator[Tile]:
-        """Tiles of a block; distances to all keys at once are kept if they take up to 4 MiB."""
+        """Tiles of a block; where it is all keys and distances take up to 4 MiB, they are kept."""
         assert block.tags is not None
         order = sorting(block.tags)
         meet = [(keys, self._row_runs.get(keys.label, [])) for keys in _runs(block.tags[order])]
@@ -151,7 +151,7 @@ def _runs(tags: Tensor) -> list[_Run]:
     starts = [0, *(1 + (tags[1:] != tags[:-1]).any(1).nonzero().flatten()).tolist()]
     spans = itertools.pairwise([*starts, len(tags)])
     values = tags[starts].tolist()
-    return [_Run(*value, slice(*span)) for value, span in zip(values, spans, strict=True)]
+    return [_Run(k, label, slice(*s)) for (k, label), s in zip(values, spans, strict=True)]
 
 
 def sum_of_distances(points: Points, with_direction: bool) -> tuple[Tensor, int, Tensor | None]:
