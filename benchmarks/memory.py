@@ -137,7 +137,7 @@ def build(name: str, impl: str, **options):
 
     kind, _, setting = name.partition(" ")
     if kind == "force":
-        return losses.ContrastiveForce(preset=setting, impl=impl)
+        return losses.ContrastiveForce(preset=setting, impl=impl, **options)
     settings = {
         "infonce": {"temperature": 0.1, "symmetric": True, "learnable": True},
         "triplet": {"mining": setting},

@@ -117,18 +117,17 @@ def _on_rank(cases: dict[str, Case]) -> list[tuple[str, Way, Gradients]]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     results = []
     for name, case in cases.items():
-        for way in _ways(case, world_size):
+        for way in _ways(world_size):
             module = DistributedDataParallel(case.build(way.keys_from, way.impl))
             rows = case.rows_of_rank(way.split, rank, world_size)
             results.append((name, way, _gradients(module, rows)))
     return results
 
 
-def _ways(case: Case, world_size: int) -> list[Way]:
+def _ways(world_size: int) -> list[Way]:
     return [
         Way(keys_from, impl, world_size, split)
-        for keys_from in case.loss.known_keys_from
-        if keys_from != "local"
+        for keys_from in ("gather", "ring")
         for impl in IMPLS
         for split in SPLITS
         if world_size > 1 or split == "even"

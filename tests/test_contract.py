@@ -282,7 +282,7 @@ BAD = {  # what rank 1 of two does wrong: loss, inputs of ranks 0 and 1, error, 
 def refused(keys_from: str) -> dict[str, tuple[str, float]]:
     messages = {}
     for name, (loss, inputs, error, _) in BAD.items():
-        loss.keys_from = keys_from if keys_from in loss.known_keys_from else "gather"
+        loss.keys_from = keys_from
         start = time.monotonic()
         with pytest.raises(error) as caught:
             loss(*inputs[dist.get_rank()])
@@ -304,7 +304,7 @@ def test_bad_input_is_refused_on_all_ranks_in_the_same_words(keys_from):
 
 def groups_across_ranks(keys_from: str) -> tuple[Tensor, Tensor]:
     negative, positive = grouped_points()
-    if keys_from == "gather":  # rows of every group are spread over the ranks
+    if keys_from != "local":  # rows of every group are spread over the ranks
         n, p = (x.split([2, 4], dim=1)[dist.get_rank()] for x in (negative, positive))
     else:  # whole groups on one rank
         n, p = (mine(x, (1, 2)) for x in (negative, positive))
@@ -321,7 +321,7 @@ def grouped_points() -> tuple[Tensor, Tensor]:
     return n, p + 0.5
 
 
-@pytest.mark.parametrize(("keys_from", "dim"), [("gather", 1), ("local", 0)])
+@pytest.mark.parametrize(("keys_from", "dim"), [("gather", 1), ("ring", 1), ("local", 0)])
 def test_groups_over_ranks(keys_from, dim):
     n, p = (x.requires_grad_() for x in grouped_points())
     loss = losses.ContrastiveForce(preset="seed")(n, p)

@@ -6,7 +6,7 @@ import torch
 from dist_contrastive import pairwise
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.pairwise import LogSumExp, LogSumExpAndPositives, Pairs, PairSum
-from dist_contrastive.pairwise.distances import centre, distances
+from dist_contrastive.pairwise.distances import distances
 
 
 def worst(found: torch.Tensor, expected: torch.Tensor) -> str:
@@ -164,7 +164,8 @@ def test_distances_of_near_and_equal_points(dim):
     x[0, 8] = 0
     exact = (x[:, :, None] - x[:, None]).norm(dim=-1)
     x32 = x.float()
-    found = distances(*centre(x32, x32)).double()
+    centred = x32 - x32.mean(1, keepdim=True)
+    found = distances(centred, centred).double()
     assert (found[0].diagonal() == 0).all()
     assert found[0, 4, 5] == 0
     exact32 = (x32.double()[:, :, None] - x32.double()[:, None]).norm(dim=-1)

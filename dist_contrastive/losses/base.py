@@ -1,7 +1,7 @@
 """What all losses over the global batch share: options, the engine, the mean over ranks."""
 
 import math
-from typing import ClassVar, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,6 @@ class PairLoss(nn.Module):
         grad_reduction: ``mean`` when gradients are averaged over ranks later, ``sum`` when added.
     """
 
-    known_keys_from: ClassVar[tuple[str, ...]] = KEYS_FROM
-
     def __init__(
         self,
         keys_from: KeysFrom = "gather",
@@ -51,7 +49,7 @@ class PairLoss(nn.Module):
         grad_reduction: GradReduction = "mean",
     ) -> None:
         super().__init__()
-        one_of("keys_from", keys_from, self.known_keys_from)
+        one_of("keys_from", keys_from, KEYS_FROM)
         one_of("impl", impl, IMPLS)
         one_of("grad_reduction", grad_reduction, ("mean", "sum"))
         if chunk_size is not None and chunk_size < 1:

@@ -31,14 +31,11 @@ class _LossSettings(Settings):
     """dense keeps the score matrix, chunked computes it in tiles, auto chooses by size."""
     chunk_size: PositiveInt | None = None
     """Rows and keys of a tile; null chooses."""
-
-
-class _ViewLossSettings(_LossSettings):
     keys_from: Literal["gather", "ring"] = "gather"
     """gather brings all keys to every rank at once, ring hands them from rank to rank."""
 
 
-class InfoNCESettings(_ViewLossSettings):
+class InfoNCESettings(_LossSettings):
     """InfoNCE between the two views, the batch as negatives."""
 
     name: Literal["infonce"]
@@ -47,7 +44,7 @@ class InfoNCESettings(_ViewLossSettings):
     learnable: bool = False
 
 
-class NTXentSettings(_ViewLossSettings):
+class NTXentSettings(_LossSettings):
     """SimCLR's loss."""
 
     name: Literal["ntxent"]
@@ -55,7 +52,7 @@ class NTXentSettings(_ViewLossSettings):
     learnable: bool = False
 
 
-class DCLSettings(_ViewLossSettings):
+class DCLSettings(_LossSettings):
     """Decoupled contrastive loss: the positive is left out of the denominator."""
 
     name: Literal["dcl"]
@@ -63,7 +60,7 @@ class DCLSettings(_ViewLossSettings):
     learnable: bool = False
 
 
-class SigLIPSettings(_ViewLossSettings):
+class SigLIPSettings(_LossSettings):
     """Every pair of views is a binary classification of its own."""
 
     name: Literal["siglip"]
@@ -72,7 +69,7 @@ class SigLIPSettings(_ViewLossSettings):
     learnable: bool = True
 
 
-class VICRegSettings(_ViewLossSettings):
+class VICRegSettings(_LossSettings):
     """Views agree, dimensions vary, and not together."""
 
     name: Literal["vicreg"]
@@ -82,7 +79,7 @@ class VICRegSettings(_ViewLossSettings):
     eps: PositiveFloat = 1e-4
 
 
-class BarlowTwinsSettings(_ViewLossSettings):
+class BarlowTwinsSettings(_LossSettings):
     """The correlations between the dimensions of two views approach the identity."""
 
     name: Literal["barlow_twins"]

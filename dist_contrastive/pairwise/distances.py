@@ -129,7 +129,7 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     """Euclidean distances between rows: [G, r, D], [G, c, D] -> [G, r, c]; 0 exactly where rows
     are equal. One matrix product, repaired where it loses its digits.
 
-    Points should be centred (see `centre`): the error is relative to their norms.
+    Points should be near the origin: the error is relative to their norms.
     """
     x_square, y_square = x.square().sum(-1), y.square().sum(-1)
     magnitude = x_square[..., :, None] + y_square[..., None, :]
@@ -143,13 +143,3 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
         square[close] = (x[group, row] - y[group, column]).square().sum(-1)
     # All-zero rows have no magnitude, hence are not "close"; their square is exactly 0 already.
     return square.clamp_(min=0).sqrt_()
-
-
-def centre(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Both minus the mean of the keys, group by group: distances stay, rounding shrinks.
-
-    Args:
-        rows: [G, R, D]. keys: [G, K, D], the same on all ranks, so that all subtract the same.
-    """
-    mean = keys.mean(-2, keepdim=True)
-    return rows - mean, keys - mean
