@@ -243,9 +243,7 @@ def _compare(run: Run, embeddings: Embeddings, samples: Samples) -> Tensor:
     try:
         loss = run.task.compare(embeddings, samples)
     except NonFiniteError as error:
-        raise NonFiniteError(
-            f"step {step}: {error}; lower optim.lr or set optim.clip_norm"
-        ) from error
+        raise NonFiniteError(f"step {step}: {error}, optim.lr and optim.clip_norm") from error
     if not loss.isfinite():
         raise NonFiniteError(f"step {step}: the loss of finite embeddings is {loss.item()}")
     return loss

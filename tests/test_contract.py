@@ -268,13 +268,13 @@ BAD = {  # what rank 1 of two does wrong: loss, inputs of ranks 0 and 1, error, 
             (torch.tensor([[1.0, torch.nan], [torch.inf, 0.0], [1.0, 1.0]]), torch.zeros(3).long()),
         ],
         NonFiniteError,
-        "NaN or infinity in 2 of 3 rows of features on rank 1",
+        "overflow in 2 of 3 rows of features on rank 1; look at the samples",
     ),
     "NaN in points": (
         losses.ContrastiveForce(),
         [(torch.ones(3, 4),) * 2, (torch.ones(3, 4), torch.full((2, 4), torch.nan))],
         NonFiniteError,
-        "NaN or infinity in 2 of 5 rows of points on rank 1",
+        "overflow in 2 of 5 rows of points on rank 1; look at the samples",
     ),
 }
 

@@ -44,8 +44,8 @@ def all_gather_rows(x: Tensor, group: Group = None) -> tuple[Tensor, int]:
     headers = [header for header in exchange_headers({"x": x}, group)["x"] if header is not None]
     if any(header.dtype is None for header in headers):
         raise ConfigError(
-            f"a tensor of {x.dim()} dimensions and {x.dtype} cannot be gathered by rows; "
-            f"give it 1 to {MAX_DIMS} dimensions and one of {', '.join(map(str, DTYPES))}"
+            f"rows cannot be gathered: {describe([*headers])}; give dense tensors of 1 to "
+            f"{MAX_DIMS} dimensions and one of {', '.join(map(str, DTYPES))}"
         )
     if any(header.fits != headers[0].fits for header in headers):
         raise ConfigError(

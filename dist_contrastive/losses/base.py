@@ -32,12 +32,20 @@ class PairLoss(nn.Module):
     Args:
         keys_from: ``gather`` compares with the rows of all ranks, all gathered at once; ``ring``
             with the same, handed from rank to rank (memory does not grow with the number of
-            ranks); ``local`` with this rank's only (the mean still spans all ranks).
-        impl: ``dense`` keeps the score matrix, ``chunked`` computes it tile by tile (memory linear
-            in the batch), ``auto`` chooses by size.
+            ranks); ``local`` with this rank's only, of which there must be two (the mean still
+            spans all ranks).
+        impl: ``dense`` keeps the score matrix (of a ring, that of one rank's keys), ``chunked``
+            computes it tile by tile (memory linear in the batch), ``auto`` chooses by size.
         chunk_size: rows and keys of a tile of ``chunked``; None chooses.
         group: process group; None means all ranks.
         grad_reduction: ``mean`` when gradients are averaged over ranks later, ``sum`` when added.
+
+    Raises:
+        ConfigError, NonFiniteError: inputs that do not fit together, or are not finite; by
+            ``forward``, on all ranks, in the same words, before any rows are exchanged.
+
+    Collectives: every loss makes one all-gather of a few numbers (what ranks hold) and one
+    all-reduce of two (the mean); the losses say what comes on top.
     """
 
     def __init__(
@@ -63,14 +71,13 @@ class PairLoss(nn.Module):
         """Numbers about the last batch that a log should show; the same on all ranks."""
 
     def check_batch(self, sizes: tuple[int, ...]) -> None:
-        """Refuse rows of the ranks among which some have no other row to be compared with."""
-        is_local = self.keys_from == "local"
-        num_rows = min(sizes) if is_local else sum(sizes)
+        """Refuse too few rows to be compared with each other; sizes are those of all ranks."""
+        who, num_rows = "the global batch", sum(sizes)
+        if self.keys_from == "local":
+            num_rows = min(sizes)
+            who = f"with keys_from='local' rank {sizes.index(num_rows)}"
         if num_rows < 2:
-            raise ConfigError(
-                f"{'a rank' if is_local else 'the global batch'} has {num_rows} row(s); a loss "
-                f"over pairs needs at least 2"
-            )
+            raise ConfigError(f"{who} has {num_rows} row(s); a loss over pairs needs at least 2")
 
     def pairs(
         self,
@@ -97,7 +104,7 @@ class PairLoss(nn.Module):
         """Mean over all ranks' elements, with the backward of the gradient contract."""
         return collectives.global_mean(local_sum, count, self.group, self.grad_reduction)
 
-    def count(self, **local_counts: Tensor) -> None:
+    def report_counts(self, **local_counts: Tensor) -> None:
         """Set `metrics` to these counts, summed over all ranks. Collectives: one all-reduce."""
         counts = torch.stack([x.detach().double() for x in local_counts.values()])
         totals = collectives.all_reduce_sum(counts, self.group)
@@ -149,5 +156,5 @@ class Scale(nn.Module):
     def forward(self) -> Tensor:
         """Scalar, differentiable; a constant keeps its fp64 digits whatever the module's dtype."""
         if isinstance(self.log_scale, Tensor):
-            return self.log_scale.exp()
+            return self.log_scale.to(collectives.accumulation_dtype(self.log_scale.dtype)).exp()
         return torch.tensor(self.log_scale, dtype=torch.float64).exp()

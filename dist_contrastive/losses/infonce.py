@@ -52,11 +52,11 @@ class InfoNCE(PairLoss):
         """
         paired, extra = {"queries": queries, "keys": keys}, {"negatives": negatives}
         sizes = exchange_sizes(self.group, paired, extra)
-        self.check_batch(sizes["queries"])
         num_keys = sizes["keys"]
         if negatives is not None:
             keys = torch.cat([keys, negatives])
             num_keys = tuple(map(sum, zip(num_keys, sizes["negatives"], strict=True)))
+        self.check_batch(num_keys)
         q, k = normalised(queries, keys)
         scaled = q * self.scale()
         pairs = self.pairs(scaled, k, num_keys)

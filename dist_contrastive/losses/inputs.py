@@ -34,12 +34,9 @@ def exchange_sizes(
     Collectives: one all-gather of a few numbers.
     """
     embeddings = {**paired, **(extra or {})}
-    for name, x in {**embeddings, "labels": labels}.items():
-        if not isinstance(x, Tensor) and (x is not None or name in paired):
-            raise ConfigError(f"{name} are {type(x).__name__}; give a torch tensor")
     table = collectives.exchange_headers({**embeddings, "labels": labels}, group)
-    given = {name: headers for name, headers in table.items() if _is_given(name, headers)}
-    for name in embeddings.keys() & given.keys():
+    given = {n: headers for n, headers in table.items() if _is_given(n, headers, n in paired)}
+    for name in (name for name in embeddings if name in given):
         _check_embeddings(name, given[name], dims)
     for name, headers in given.items():
         _check_same_on_all_ranks(name, headers)
@@ -60,10 +57,11 @@ def check_points(group: Group, points: Tensor, are_compared: bool) -> None:
     _check_finite({"points": headers})
 
 
-def _is_given(name: str, headers: Headers) -> bool:
+def _is_given(name: str, headers: Headers, is_needed: bool) -> bool:
     missing = [number for number, header in enumerate(headers) if header is None]
-    if missing and len(missing) < len(headers):
-        raise ConfigError(f"{name} are missing on ranks {missing}; give them on all ranks or none")
+    if missing and (is_needed or len(missing) < len(headers)):
+        or_none = "" if is_needed else " or none"
+        raise ConfigError(f"{name} are missing on ranks {missing}; give them on all ranks{or_none}")
     return not missing
 
 
@@ -118,4 +116,7 @@ def _check_finite(embeddings: dict[str, Headers]) -> None:
         if header and header.bad_rows
     ]
     if bad:
-        raise NonFiniteError(f"NaN or infinity in {', '.join(bad)}")
+        raise NonFiniteError(
+            f"NaN, infinity or squares that overflow in {', '.join(bad)}; look at the samples and "
+            f"the learning rate"
+        )

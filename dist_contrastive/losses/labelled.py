@@ -16,8 +16,9 @@ class LabelledLoss(PairLoss):
 
     Two rows are similar when they are views of one sample, or when their labels are: equal ones
     where labels are integers, ones that differ by at most `max_delta` where they are floating. A
-    missing label (-1, or NaN) is similar to no other: its sample's own views are all its positives,
-    and everything else is dissimilar to it. Without labels all are missing (self-supervised).
+    missing label (-1, or one that is not finite) is similar to no other: its sample's own views are
+    all its positives, and everything else is dissimilar to it. Without labels all are missing
+    (self-supervised).
 
     Args:
         max_delta: largest difference of similar continuous labels; None for integer labels.
@@ -33,6 +34,11 @@ class LabelledLoss(PairLoss):
     def points(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Sizes]:
         """Rows [n, D] with n = b or b * V, their tags (see `label_tags`), and n of every rank."""
         sizes = exchange_sizes(self.group, {"features": features}, labels=labels, dims=(2, 3))
+        if labels is None and features.dim() == 2:
+            raise ConfigError(
+                f"features {[*features.shape]} have one view a sample and no labels, hence no two "
+                f"are similar; give labels, or features [rows, views, dim]"
+            )
         samples = sizes["features"]
         first = sum(samples[: collectives.rank(self.group)])
         tags = label_tags(labels, len(features), first, self.max_delta, features.device)

@@ -28,7 +28,7 @@ class SupCon(LabelledLoss):
         max_delta: for continuous labels, see `LabelledLoss`, as for what is positive to what.
         options: see `PairLoss`.
 
-    Collectives: those of one `pairwise.reduce`.
+    Collectives: those of one `pairwise.reduce`, and an all-reduce of one count.
     """
 
     def __init__(
@@ -55,5 +55,5 @@ class SupCon(LabelledLoss):
         (row_lse, positive_sum, num_positives), _ = self.reduce(reduction, pairs)
         has_positive = num_positives > 0
         loss = row_lse - positive_sum / num_positives.clamp(min=1)
-        self.count(rows_with_positives=has_positive.sum())
+        self.report_counts(rows_with_positives=has_positive.sum())
         return self.mean(loss[has_positive].sum(), has_positive.sum())

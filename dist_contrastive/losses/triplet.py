@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.collectives import accumulation_dtype
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import PairOptions, at_least, one_of
+from dist_contrastive.losses.base import PairOptions, at_least, in_full_precision, one_of
 from dist_contrastive.losses.labelled import LabelledLoss
 from dist_contrastive.pairwise import (
     DISTANCES,
@@ -51,8 +50,9 @@ class Triplet(LabelledLoss):
         options: see `PairLoss`. ``chunk_size`` is the rows and keys of a tile (``hard``), or the
             rows whose distances to all keys are kept at a time.
 
-    Collectives: ``hard`` one round over the keys and the fetch of two keys a row; the others see
-    `pairwise.triplet_sums`.
+    Collectives: two all-reduces of two numbers, and with ``dense`` those of one gather of the keys;
+    otherwise ``hard`` those of one round over the keys and of the fetch of two keys a row, and the
+    others those of `pairwise.triplet_sums`.
     """
 
     def __init__(
@@ -80,11 +80,10 @@ class Triplet(LabelledLoss):
         features, tags, sizes = self.points(features, labels)
         self._check_classes(tags)
         with torch.autocast(features.device.type, enabled=False):
-            x = features.to(accumulation_dtype(features.dtype))
-            x = self.mining.distance.prepare(x, self._centre(x, sizes))
+            x = self.mining.distance.prepare(*in_full_precision(features))
             pairs = self.pairs(x, x, sizes, tags, self.max_delta or 0.0)
             total, active, valid = self._sums(pairs)
-        self.count(valid_triplets=valid, active_triplets=active)
+        self.report_counts(valid_triplets=valid, active_triplets=active)
         return self.mean(total, valid)
 
     def _sums(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,23 +92,19 @@ class Triplet(LabelledLoss):
             return dense_triplet_sums(self.mining, pairs)
         if self.is_hard:
             return self._hard_sums(pairs)
-        whole = max(pairs.sizes) if how == "dense" else None
-        return triplet_sums(self.mining, pairs, whole or self.chunk_size)
+        panel_rows = max(pairs.sizes) if how == "dense" else self.chunk_size
+        return triplet_sums(self.mining, pairs, panel_rows)
 
     def _hard_sums(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """The two keys of each row are found tile by tile, and fetched with their gradient."""
         distance, margin = self.mining.distance, self.mining.margin
         farthest, nearest = extremes(pairs, distance, self.chunk_size)
         is_valid = farthest.found & nearest.found
-        positive = distance.rowwise(pairs.rows, fetch(pairs, pairs.keys, farthest.number))
-        negative = distance.rowwise(pairs.rows, fetch(pairs, pairs.keys, nearest.number))
+        keys = fetch(pairs, pairs.keys, torch.cat([farthest.number, nearest.number]))
+        keys = keys.unflatten(0, (2, len(pairs.rows)))
+        positive, negative = (distance.rowwise(pairs.rows, of_kind) for of_kind in keys)
         loss = torch.relu(positive - negative + margin)[is_valid]
         return loss.sum(), (loss > 0).sum(), is_valid.sum()
-
-    @torch.no_grad()
-    def _centre(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """The mean of all ranks' points [D]."""
-        return collectives.all_reduce_sum(x.sum(0), self.group) / sum(sizes)
 
     @torch.no_grad()
     def _check_classes(self, tags: Tensor) -> None:

@@ -27,7 +27,8 @@ class VICReg(StatisticsLoss):
         eps: is added to variances; above 0.
         options: see `PairLoss`.
 
-    Collectives: two all-reduces, of [2, D] and of [2, D, D]; backward the same.
+    Collectives: two all-reduces of [2, 1, D] and [2, D, D], and one of two numbers; backward those
+    of the first two.
     """
 
     def __init__(

@@ -91,9 +91,10 @@ def reduce(
     Returns:
         What is kept of this rank's rows, each [b], and of its own keys, each [n].
 
-    Collectives: gather: one all-gather of the keys (and tags), backward a reduce-scatter; ring:
-    W - 1 shifts of them, backward another W - 1 and W of the gradients; for results of keys two
-    all-reduces (gather) or W shifts (ring).
+    Collectives: gather: one all-gather of the keys (and one of tags), backward a reduce-scatter;
+    ring: W - 1 shifts of them, backward another W - 1, and W of the gradients. Results of keys cost
+    gather two all-reduces of [B] and in backward two all-gathers (chunked) or one more all-reduce
+    (dense); they cost ring W shifts of [n], and in backward travel with the keys.
     """
     # Mixed precision would compute the scores in bf16: at scale 100 its spacing there is 0.5.
     with torch.autocast(pairs.rows.device.type, enabled=False):
@@ -102,5 +103,5 @@ def reduce(
         if how == "chunked":
             return chunked.reduce(reduction, pairs, chunk_size)
         if pairs.keys_from == "ring":  # whole blocks as tiles
-            return chunked.reduce(reduction, pairs, max(pairs.sizes) + 1)
+            return chunked.reduce(reduction, pairs, max(1, *pairs.sizes))
         return dense.reduce(reduction, pairs)

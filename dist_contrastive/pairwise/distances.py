@@ -15,6 +15,8 @@ from torch import Tensor, nn
 _CLOSE = 1e-2
 # With more close pairs than one in this many, computing the whole tile from differences is cheaper.
 _MANY = 64
+# The same for slopes, whose exact kernel is slower; and how many close pairs are added at a time.
+_MANY_SLOPES, _PAIRS = 8, 4096
 
 DistanceName = Literal["euclidean", "squared_euclidean", "cosine"]
 
@@ -22,14 +24,9 @@ DistanceName = Literal["euclidean", "squared_euclidean", "cosine"]
 class Distance(ABC):
     """A distance between points, and its derivative."""
 
-    def prepare(self, points: Tensor, centre: Tensor) -> Tensor:
-        """Points [n, D] in the form that the methods below take; distances do not change.
-
-        Args:
-            centre: [D], near the middle of all ranks' points and the same on all ranks.
-        """
-        # Rounding is relative to the norms, which are smallest seen from the middle.
-        return points - centre
+    def prepare(self, points: Tensor) -> Tensor:
+        """Points [n, D] in the form that the methods below take; distances do not change."""
+        return points
 
     @abstractmethod
     def tile(self, x: Tensor, y: Tensor) -> Tensor:
@@ -65,7 +62,7 @@ class Euclidean(Distance):
 
     def slopes(self, x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """See `Distance`."""
-        return _along_differences(x, y, torch.where(d > 0, weight / d, 0.0))
+        return _along_differences(x, y, d, weight)
 
 
 class SquaredEuclidean(Distance):
@@ -85,13 +82,14 @@ class SquaredEuclidean(Distance):
 
     def slopes(self, x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """See `Distance`."""
-        return _along_differences(x, y, 2 * weight)
+        d = d.sqrt()
+        return _along_differences(x, y, d, 2 * d * weight)
 
 
 class Cosine(Distance):
     """``1 - cosine similarity``; points are prepared by giving them unit length."""
 
-    def prepare(self, points: Tensor, centre: Tensor) -> Tensor:
+    def prepare(self, points: Tensor) -> Tensor:
         """See `Distance`."""
         return nn.functional.normalize(points, dim=-1)
 
@@ -119,21 +117,53 @@ DISTANCES: dict[str, Distance] = {
 }
 
 
-def _along_differences(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum_k weight[i, k] (x_i - y_k)`` for every row, and the opposite for every key."""
-    by_x = weight.sum(1, keepdim=True) * x - weight @ y
-    return by_x, weight.sum(0)[:, None] * y - weight.T @ x
+def _along_differences(x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum_k weight[i, k] (x_i - y_k) / d[i, k]`` for every row, and the opposite for every key.
+
+    Points that coincide add nothing. Two matrix products, repaired as in `distances`: a close pair
+    has a large ``weight / d``, and what it should leave of that is lost beside the norms.
+    """
+    if not d.numel():
+        return torch.zeros_like(x), torch.zeros_like(y)
+    x_near, y_near = x - y.mean(0), y - y.mean(0)
+    magnitude = x_near.square().sum(1)[:, None] + y_near.square().sum(1)
+    close = (d.square() < _CLOSE * magnitude) & (weight != 0) & (d > 0)
+    num_close = int(torch.count_nonzero(close))
+    if num_close * _MANY_SLOPES > close.numel():
+        return _exact_slopes(x, y, weight)
+    factor = torch.where(d > 0, weight / d, 0.0)
+    products = factor.masked_fill(close, 0.0) if num_close else factor
+    by_x = products.sum(1, keepdim=True) * x_near - products @ y_near
+    by_y = products.sum(0)[:, None] * y_near - products.T @ x_near
+    for pairs in close.nonzero().split(_PAIRS):
+        row, column = pairs.unbind(1)
+        along = factor[row, column, None] * (x[row] - y[column])
+        by_x.index_add_(0, row, along)
+        by_y.index_add_(0, column, along, alpha=-1)
+    return by_x, by_y
+
+
+def _exact_slopes(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from all differences, by torch's own kernel."""
+    with torch.enable_grad():
+        x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        d = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        by_x, by_y = torch.autograd.grad(d, [x, y], weight)
+    return by_x, by_y
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
     """Euclidean distances between rows: [G, r, D], [G, c, D] -> [G, r, c]; 0 exactly where rows
     are equal. One matrix product, repaired where it loses its digits.
-
-    Points should be near the origin: the error is relative to their norms.
     """
-    x_square, y_square = x.square().sum(-1), y.square().sum(-1)
+    # Rounding is relative to the norms, which are smallest seen from the middle.
+    if 0 in (x.shape[-2], y.shape[-2]):
+        return x.new_empty(*x.shape[:-1], y.shape[-2])
+    middle = y.mean(-2, keepdim=True)
+    x_near, y_near = x - middle, y - middle
+    x_square, y_square = x_near.square().sum(-1), y_near.square().sum(-1)
     magnitude = x_square[..., :, None] + y_square[..., None, :]
-    square = torch.baddbmm(magnitude, x, y.transpose(-1, -2), alpha=-2)
+    square = torch.baddbmm(magnitude, x_near, y_near.transpose(-1, -2), alpha=-2)
     close = square < _CLOSE * magnitude
     num_close = int(torch.count_nonzero(close))
     if num_close * _MANY > close.numel():

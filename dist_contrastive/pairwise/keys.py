@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.pairwise.pairs import Pairs
 
-# Rows that travel at the same time in opposite roles must not be taken for each other.
+# Blocks and totals travel at the same time: where messages are matched by tag, by these.
 _BLOCK_TAG, _COURIER_TAG = 0, 100
 
 

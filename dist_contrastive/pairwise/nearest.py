@@ -65,7 +65,7 @@ class _Best:
 
 
 def fetch(pairs: Pairs, keys: Tensor, number: Tensor) -> Tensor:
-    """Keys by their number among those of all ranks, differentiable: [b] -> [b, D].
+    """Keys by their number among those of all ranks, differentiable: [m] -> [m, D].
 
     Args:
         keys: this rank's keys [n, D], `pairs.keys` or something else of each of them.
