@@ -24,7 +24,7 @@ _DIM_IN, _DIM, _VIEWS, _CHUNK = 6, 5, 2, 4
 
 TOLERANCE = 1e-9
 MOST_RANKS = 6  # beyond that the rows of the smallest split run out
-SPLITS = ("even", "uneven", "one empty rank")
+SPLITS = ("even", "uneven", "one empty rank", "all on the last rank")
 IMPLS = ("dense", "chunked")
 
 
@@ -39,17 +39,28 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """The gradient on W ranks divided by that of one process: 1 is right."""
+    """The gradients on W ranks against those of one process."""
 
     loss: str
     way: Way
     ratios: dict[str, float]  # of the value, and of the norms of gradients, by parameter
     cosines: dict[str, float]  # between the gradients, by parameter
+    differences: dict[str, float]  # norm of the difference over the norm, and that of all rows
 
     @property
     def error(self) -> float:
-        """The largest distance from 1; infinite where a gradient is missing or NaN."""
-        return max(map(_off, (*self.ratios.values(), *self.cosines.values())))
+        """The largest distance from 1 of ratios and cosines, and from 0 of differences; infinite
+        for NaN."""
+        ones = (*self.ratios.values(), *self.cosines.values())
+        return max(*map(_off, ones), *(_off(1 + x) for x in self.differences.values()))
+
+
+class Gradients(NamedTuple):
+    """What one backward has left."""
+
+    value: Tensor
+    parameters: dict[str, Tensor]  # "encoder" for all of its parameters
+    rows: list[Tensor]  # of the embeddings [b, ...], for every input that has some
 
 
 @dataclass(frozen=True)
@@ -76,12 +87,12 @@ class Case:
         made = (torch.randn(shape, generator=generator) for _ in range(self.embeddings))
         return [*(x.double() for x in made), *self.labels]
 
-    def rows_of_rank(self, split: str, rank: int, world_size: int) -> list[Tensor]:
-        """This rank's share; where inputs are independent of each other, an opposite one."""
-        sizes = _split(split, world_size)
+    def share(self, rows: list[Tensor], way: Way, rank: int) -> list[Tensor]:
+        """This rank's part of each; where inputs are independent of each other, an opposite one."""
+        sizes = _split(way.split, way.world_size)
         return [
             x.split(sizes[::-1] if place in self.opposite else sizes)[rank]
-            for place, x in enumerate(self.rows())
+            for place, x in enumerate(rows)
         ]
 
 
@@ -95,22 +106,32 @@ class Encoded(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The loss."""
-        return self.loss(*(x if x.dim() == 1 else self.encoder(x) for x in inputs))
+        inputs = tuple(x if x.dim() == 1 else self.encoder(x) for x in inputs)
+        self.embeddings = [x for x in inputs if x.requires_grad]
+        for x in self.embeddings:
+            x.retain_grad()
+        return self.loss(*inputs)
 
 
 def audit(world_sizes: Sequence[int], cases: dict[str, Case] | None = None) -> list[Finding]:
     """Every way to compute the cases (None: `CASES`), each at its worst rank."""
     cases = cases or CASES
-    expected = {name: _gradients(c.build("gather", "dense"), c.rows()) for name, c in cases.items()}
+    right = {name: _of_one_process(case) for name, case in cases.items()}
     findings = []
     for world_size in world_sizes:
-        for place in zip(*run_ranks(_on_rank, world_size, cases), strict=True):
-            compared = (_compare(name, way, found, expected[name]) for name, way, found in place)
+        of_ranks = run_ranks(_on_rank, world_size, cases)
+        for place in zip(*of_ranks, strict=True):
+            compared = [
+                _compare(name, cases[name], way, rank, found, right[name])
+                for rank, (name, way, found) in enumerate(place)
+            ]
             findings.append(max(compared, key=lambda finding: finding.error))
     return findings
 
 
-Gradients = dict[str, Tensor]
+def _of_one_process(case: Case) -> Gradients:
+    encoded = case.build("gather", "dense")
+    return _gradients(encoded, encoded(*case.rows()))
 
 
 def _on_rank(cases: dict[str, Case]) -> list[tuple[str, Way, Gradients]]:
@@ -118,9 +139,10 @@ def _on_rank(cases: dict[str, Case]) -> list[tuple[str, Way, Gradients]]:
     results = []
     for name, case in cases.items():
         for way in _ways(world_size):
-            module = DistributedDataParallel(case.build(way.keys_from, way.impl))
-            rows = case.rows_of_rank(way.split, rank, world_size)
-            results.append((name, way, _gradients(module, rows)))
+            encoded = case.build(way.keys_from, way.impl)
+            parallel = DistributedDataParallel(encoded)  # must live until backward has run
+            loss = parallel(*case.share(case.rows(), way, rank))
+            results.append((name, way, _gradients(encoded, loss)))
     return results
 
 
@@ -138,32 +160,42 @@ def _split(split: str, world_size: int) -> list[int]:
     """Rows of every rank."""
     if split == "even":
         return [len(part) for part in torch.arange(_ROWS).tensor_split(world_size)]
+    if split == "all on the last rank":
+        return [0] * (world_size - 1) + [_ROWS]
     busy = world_size - (split == "one empty rank")
     sizes = [2] * (busy - 1)
     sizes.insert(busy // 2, _ROWS - sum(sizes))
     return sizes if busy == world_size else [sizes[0], 0, *sizes[1:]]
 
 
-def _gradients(module: nn.Module, inputs: list[Tensor]) -> Gradients:
-    loss = module(*inputs)
+def _gradients(encoded: Encoded, loss: Tensor) -> Gradients:
     loss.backward()
-    found = {name.removeprefix("module."): p.grad for name, p in module.named_parameters()}
-    encoder = [found.pop(name) for name in list(found) if name.startswith("encoder")]
-    flat = torch.cat([grad.flatten() for grad in encoder if grad is not None])
-    others = {name.split(".")[-1]: grad for name, grad in found.items() if grad is not None}
-    return {"loss": loss.detach(), "encoder": flat, **others}
-
-
-def _compare(name: str, way: Way, found: Gradients, expected: Gradients) -> Finding:
-    ratios = {key: (found[key].norm() / expected[key].norm()).item() for key in expected}
-    cosines = {
-        key: nn.functional.cosine_similarity(
-            found[key].flatten(), expected[key].flatten(), dim=0
-        ).item()
-        for key in expected
-        if key != "loss"
+    named = {"encoder": list(encoded.encoder.parameters())}
+    named |= {name.split(".")[-1]: [p] for name, p in encoded.loss.named_parameters()}
+    parameters = {
+        name: torch.cat([p.grad.flatten() for p in found if p.grad is not None])
+        for name, found in named.items()
     }
-    return Finding(name, way, ratios, cosines)
+    rows = [x.grad for x in encoded.embeddings if x.grad is not None]
+    return Gradients(loss.detach(), parameters, rows)
+
+
+def _compare(
+    name: str, case: Case, way: Way, rank: int, found: Gradients, right: Gradients
+) -> Finding:
+    pairs = {key: (found.parameters[key], x) for key, x in right.parameters.items()}
+    ratios = {key: (x.norm() / y.norm()).item() for key, (x, y) in pairs.items()}
+    differences = {key: ((x - y).norm() / y.norm()).item() for key, (x, y) in pairs.items()}
+    cosines = {
+        key: nn.functional.cosine_similarity(x, y, dim=0).item() for key, (x, y) in pairs.items()
+    }
+    # A rank's rows have W times their gradient, of which the reducer takes the mean.
+    rows = zip(found.rows, case.share(right.rows, way, rank), strict=True)
+    errors = [(x / way.world_size - y).norm() for x, y in rows]
+    norms = [x.norm() for x in right.rows]
+    differences["rows"] = (torch.stack(errors).norm() / torch.stack(norms).norm()).item()
+    value = {"value": (found.value / right.value).item()}
+    return Finding(name, way, {**value, **ratios}, cosines, differences)
 
 
 def _off(ratio: float) -> float:
@@ -171,21 +203,20 @@ def _off(ratio: float) -> float:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """Markdown: of every loss and path the numbers farthest from 1, whatever the way."""
-    columns = ["value", "encoder", "cosine", "scale", "bias"]
-    lines = ["| " + " | ".join(["loss", "keys", "tiles", *columns]) + " |", "| --- " * 8 + "|"]
+    """Markdown: of every loss and path the worst ratios (right: 1), cosine (1) and difference (0)
+    over all world sizes and splits."""
+    columns = ["value", "encoder", "cosine", "scale", "bias", "difference"]
+    lines = ["| " + " | ".join(["loss", "keys", "tiles", *columns]) + " |", "| --- " * 9 + "|"]
     paths = dict.fromkeys((f.loss, f.way.keys_from, f.way.impl) for f in findings)
     for path in paths:
         these = [f for f in findings if (f.loss, f.way.keys_from, f.way.impl) == path]
-        numbers = [
-            [f.ratios["loss"] for f in these],
-            [f.ratios["encoder"] for f in these],
-            [x for f in these for x in f.cosines.values()],
-            [f.ratios["log_scale"] for f in these if "log_scale" in f.ratios],
-            [f.ratios["bias"] for f in these if "bias" in f.ratios],
-        ]
-        cells = [f"{max(x, key=_off):.10f}" if x else "" for x in numbers]
-        lines.append("| " + " | ".join([*path, *cells]) + " |")
+        ratios = {key: max((f.ratios[key] for f in these), key=_off) for key in these[0].ratios}
+        cosine = max((x for f in these for x in f.cosines.values()), key=_off)
+        learned = ratios.get("log_scale"), ratios.get("bias")
+        numbers = ratios["value"], ratios["encoder"], cosine, *learned
+        cells = ["" if x is None else f"{x:.10f}" for x in numbers]
+        difference = max(x for f in these for x in f.differences.values())
+        lines.append("| " + " | ".join([*path, *cells, f"{difference:.0e}"]) + " |")
     return "\n".join(lines)
 
 

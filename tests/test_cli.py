@@ -168,11 +168,11 @@ def test_readme_example_runs(tmp_path):
 def test_audit_prints_its_table(capsys):
     assert main(["audit", "--only", "SigLIP", "--world-sizes", "1", "2"]) == 0
     out = capsys.readouterr().out
-    assert "| loss | keys | tiles | value | encoder | cosine | scale | bias |" in out
+    assert "| loss | keys | tiles | value | encoder | cosine | scale | bias | difference |" in out
     for keys_from in ("gather", "ring"):
         for tiles in ("dense", "chunked"):
             assert f"| SigLIP | {keys_from} | {tiles} | 1.0000000000 | 1.0000000000 |" in out
-    assert "16 ways, worst error " in out  # 4 paths: one rank even, two ranks split in three ways
+    assert "20 ways, worst error " in out  # 4 paths: one rank even, two ranks split in four ways
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def test_the_audit_leaves_nothing_out():
         for impl in ("dense", "chunked")
         for split in SPLITS
     }
-    assert findings[0].ratios.keys() == {"loss", "encoder", "log_scale"}
+    assert findings[0].ratios.keys() == {"value", "encoder", "log_scale"}
+    assert findings[0].differences.keys() == {"encoder", "log_scale", "rows"}
     assert audit([1], {"SigLIP": CASES["SigLIP"]})[0].cosines.keys() == {
         "encoder",
         "log_scale",
@@ -56,6 +57,7 @@ def test_the_audit_sees_a_wrong_gradient():
     found = audit([2], {"NTXent": case})[0]
     assert found.ratios["encoder"] == pytest.approx(0.5)
     assert found.ratios["log_scale"] == pytest.approx(0.5)
+    assert found.differences["rows"] > 0.3
     assert found.error == pytest.approx(0.5)
 
 
