@@ -215,3 +215,17 @@ def test_headers_tell_what_is_wrong():
     assert told["labels"][0].lowest == -7
     # Finite numbers of a large fp16 row whose sum is not.
     assert collectives.exchange_headers({"x": torch.full((2, 9), 6e4).half()})["x"][0].bad_rows == 0
+
+
+def sum_of_low_precision_gradients() -> torch.Tensor:
+    x = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    rows, _ = collectives.all_gather_rows(x)
+    weight = [1.0, 2.0**-9, 2.0**-9, 2.0**-9][dist.get_rank()]
+    (rows[:1].float() * weight).sum().backward()
+    return x.grad
+
+
+def test_gradients_in_low_precision_are_summed_in_fp32():
+    """In bf16 each of the small ones would vanish beside 1."""
+    first = run_ranks(sum_of_low_precision_gradients, 4)[0]
+    assert first.item() == torch.tensor(1 + 3 * 2.0**-9).bfloat16().item() != 1.0

@@ -279,13 +279,21 @@ def test_run_directory_describes_itself(encoder_run):
     assert list((encoder_run / "tensorboard").glob("events*"))
 
 
+def losses_of(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(run_dir)]
+
+
 @pytest.mark.parametrize("name", ["barlow_twins", "dcl", "infonce", "ntxent", "siglip", "vicreg"])
 def test_every_two_view_loss_trains_from_its_settings(name, tmp_path, overrides):
-    losses = {}
-    for keys_from in ("gather", "ring"):
-        loss = f"task.loss={{name: {name}, keys_from: {keys_from}, impl: chunked}}"
-        options = overrides(tmp_path / keys_from, "train.steps=3", loss)
-        assert main(["train", str(ENCODER), *options]) == 0
-        losses[keys_from] = [row["loss"] for row in read_rows(tmp_path / keys_from)]
-    assert len(losses["ring"]) == 3
-    assert losses["ring"] == pytest.approx(losses["gather"], rel=1e-5)
+    loss = f"task.loss={{name: {name}, keys_from: ring, impl: chunked}}"
+    assert main(["train", str(ENCODER), *overrides(tmp_path, "train.steps=3", loss)]) == 0
+    assert len(losses_of(tmp_path)) == 3
+
+
+def test_a_ring_of_two_ranks_trains_as_one_process(tmp_path, overrides):
+    loss = "task.loss={name: siglip, keys_from: ring, impl: chunked, chunk_size: 7}"
+    one, two = (overrides(tmp_path / name, "train.steps=4", loss) for name in ("one", "two"))
+    assert main(["train", str(ENCODER), *one]) == 0
+    done = run(command(ENCODER, *two, ranks=2))
+    assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)

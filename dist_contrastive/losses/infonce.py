@@ -5,7 +5,13 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
+from dist_contrastive.losses.base import (
+    PairLoss,
+    PairOptions,
+    Scale,
+    in_full_precision,
+    normalised,
+)
 from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import LogSumExp
 
@@ -54,7 +60,7 @@ class InfoNCE(PairLoss):
         sizes = exchange_sizes(self.group, paired, extra)
         num_keys = sizes["keys"]
         if negatives is not None:
-            keys = torch.cat([keys, negatives])
+            keys = torch.cat(in_full_precision(keys, negatives))
             num_keys = tuple(map(sum, zip(num_keys, sizes["negatives"], strict=True)))
         self.check_batch(num_keys)
         q, k = normalised(queries, keys)
