@@ -1,0 +1,151 @@
+"""What one rank alone does wrong is refused on all of them, at once and in the same words."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_contrastive import losses
+from dist_contrastive.errors import ConfigError, NonFiniteError, UserError
+from dist_contrastive.testing import run_ranks
+
+BAD = {  # what rank 1 of two does wrong: loss, inputs of ranks 0 and 1, error, words
+    "dtype": (
+        losses.InfoNCE(),
+        [(torch.ones(3, 4), torch.ones(3, 4)), (torch.ones(3, 4).double(), torch.ones(3, 4))],
+        ConfigError,
+        "queries differ between ranks: [rows, 4] torch.float32 without gradient on rank 0; "
+        "[rows, 4] torch.float64 without gradient on rank 1",
+    ),
+    "dimension": (
+        losses.SigLIP(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 5),) * 2],
+        ConfigError,
+        "[rows, 4] torch.float32 without gradient on rank 0; [rows, 5]",
+    ),
+    "gradient": (
+        losses.NTXent(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 4, requires_grad=True), torch.ones(3, 4))],
+        ConfigError,
+        "view_a differ between ranks: [rows, 4] torch.float32 without gradient on rank 0; "
+        "[rows, 4] torch.float32 with gradient on rank 1",
+    ),
+    "gradient of the force": (
+        losses.ContrastiveForce(preset="seed"),
+        [(torch.ones(3, 2),) * 2, (torch.ones(3, 2, requires_grad=True), torch.ones(3, 2))],
+        ConfigError,
+        "with gradient on rank 1",
+    ),
+    "rows": (
+        losses.DCL(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 4), torch.ones(2, 4))],
+        ConfigError,
+        "rank 1 has 3 rows of view_a, 2 rows of view_b",
+    ),
+    "no tensor": (
+        losses.SupCon(),
+        [(torch.ones(3, 4), torch.zeros(3).long()), (np.ones((3, 4)), torch.zeros(3).long())],
+        ConfigError,
+        "something that is no dense tensor of a known dtype on rank 1; give floating embeddings",
+    ),
+    "nothing": (
+        losses.NTXent(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 4), None)],
+        ConfigError,
+        "view_b are missing on ranks [1]; give them on all ranks",
+    ),
+    "complex numbers": (
+        losses.BarlowTwins(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 4, dtype=torch.complex64), torch.ones(3, 4))],
+        ConfigError,
+        "view_a: [rows, 4] torch.float32 without gradient on rank 0; something that is no dense",
+    ),
+    "labels of an odd dtype": (
+        losses.Triplet(),
+        [(torch.ones(3, 4), torch.arange(3)), (torch.ones(3, 4), torch.zeros(3).to(torch.uint16))],
+        ConfigError,
+        "labels differ between ranks: [rows] torch.int64 without gradient on rank 0; something",
+    ),
+    "neither views nor labels": (
+        losses.SupCon(),
+        [(torch.ones(3, 4),)] * 2,
+        ConfigError,
+        "features [3, 4] have one view a sample and no labels, hence no two are similar; give",
+    ),
+    "norms that overflow": (
+        losses.NTXent(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 4), torch.full((3, 4), 1e25))],
+        NonFiniteError,
+        "squares that overflow in 3 of 3 rows of view_b on rank 1",
+    ),
+    "not embeddings": (
+        losses.KoLeo(),
+        [(torch.ones(3, 4),), (torch.ones(3),)],
+        ConfigError,
+        "give floating embeddings [rows, dim]",
+    ),
+    "negatives on one rank": (
+        losses.InfoNCE(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 4),) * 3],
+        ConfigError,
+        "negatives are missing on ranks [0]; give them on all ranks or none",
+    ),
+    "labels of the wrong length": (
+        losses.SupCon(),
+        [(torch.ones(3, 4), torch.zeros(3).long()), (torch.ones(3, 4), torch.zeros(4).long())],
+        ConfigError,
+        "rank 1 has 3 rows of features, 4 rows of labels",
+    ),
+    "labels below -1": (
+        losses.CosineEmbedding(),
+        [(torch.ones(3, 4), torch.zeros(3).long()), (torch.ones(3, 4), torch.tensor([0, -2, 1]))],
+        ConfigError,
+        "torch.int64 and -2 as the lowest",
+    ),
+    "one class": (
+        losses.Triplet(),
+        [(torch.ones(3, 4), torch.ones(3).long())] * 2,
+        ConfigError,
+        "labels of the global batch are all alike (from 1 to 1, max_delta=None)",
+    ),
+    "NaN": (
+        losses.SupCon(),
+        [
+            (torch.ones(3, 2), torch.zeros(3).long()),
+            (torch.tensor([[1.0, torch.nan], [torch.inf, 0.0], [1.0, 1.0]]), torch.zeros(3).long()),
+        ],
+        NonFiniteError,
+        "overflow in 2 of 3 rows of features on rank 1; look at the samples",
+    ),
+    "NaN in points": (
+        losses.ContrastiveForce(),
+        [(torch.ones(3, 4),) * 2, (torch.ones(3, 4), torch.full((2, 4), torch.nan))],
+        NonFiniteError,
+        "overflow in 2 of 5 rows of points on rank 1; look at the samples",
+    ),
+}
+
+
+def refused(keys_from: str) -> dict[str, tuple[str, float]]:
+    messages = {}
+    for name, (loss, inputs, error, _) in BAD.items():
+        loss.keys_from = keys_from
+        start = time.monotonic()
+        with pytest.raises(error) as caught:
+            loss(*inputs[dist.get_rank()])
+        messages[name] = str(caught.value), time.monotonic() - start
+        dist.barrier()
+    return messages
+
+
+@pytest.mark.parametrize("keys_from", ["gather", "ring"])
+def test_bad_input_is_refused_on_all_ranks_in_the_same_words(keys_from):
+    first, second = run_ranks(refused, 2, keys_from)
+    for name, (_, _, error, words) in BAD.items():
+        assert first[name][0] == second[name][0]
+        assert words in first[name][0], name
+        assert "\n" not in first[name][0]
+        assert max(first[name][1], second[name][1]) < 5
+        assert issubclass(error, (UserError, NonFiniteError))
