@@ -72,7 +72,7 @@ BAD = {  # what rank 1 of two does wrong: loss, inputs of ranks 0 and 1, error, 
         losses.SupCon(),
         [(torch.ones(3, 4),)] * 2,
         ConfigError,
-        "features [3, 4] have one view a sample and no labels, hence no two are similar; give",
+        "features [rows, 4] have one view a sample and no labels, hence no two are similar; give",
     ),
     "norms that overflow": (
         losses.NTXent(),

@@ -36,8 +36,8 @@ class LabelledLoss(PairLoss):
         sizes = exchange_sizes(self.group, {"features": features}, labels=labels, dims=(2, 3))
         if labels is None and features.dim() == 2:
             raise ConfigError(
-                f"features {[*features.shape]} have one view a sample and no labels, hence no two "
-                f"are similar; give labels, or features [rows, views, dim]"
+                f"features [rows, {features.shape[1]}] have one view a sample and no labels, hence "
+                f"no two are similar; give labels, or features [rows, views, dim]"
             )
         samples = sizes["features"]
         first = sum(samples[: collectives.rank(self.group)])
