@@ -171,5 +171,5 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     if num_close:
         group, row, column = close.nonzero(as_tuple=True)
         square[close] = (x[group, row] - y[group, column]).square().sum(-1)
-    # Rows in the middle have no magnitude, hence are not "close"; their square is exactly 0 already.
+    # Rows in the middle have no magnitude, hence are not "close"; their square is 0 already.
     return square.clamp_(min=0).sqrt_()
