@@ -64,13 +64,13 @@ class _Embedding(PairSum):
 
     def value(self, tile: Tile) -> Tensor:
         apart = (tile.scores - self.margin).clamp(min=0)
-        return self._where(tile, 1 - tile.scores, apart)
+        return tile.without_own(torch.where(_similar(tile), 1 - tile.scores, apart))
 
     def derivative(self, tile: Tile) -> Tensor:
         apart = (tile.scores > self.margin).to(tile.scores.dtype)
-        return self._where(tile, torch.full_like(apart, -1.0), apart)
+        return tile.without_own(torch.where(_similar(tile), -1.0, apart))
 
-    def _where(self, tile: Tile, similar: Tensor, dissimilar: Tensor) -> Tensor:
-        assert tile.similar is not None
-        x = torch.where(tile.similar, similar, dissimilar)
-        return x if tile.own is None else x.masked_fill(tile.own, 0.0)
+
+def _similar(tile: Tile) -> Tensor:
+    assert tile.similar is not None, "similar pairs need tags"
+    return tile.similar

@@ -62,11 +62,7 @@ class _Negatives(PairSum):
     """-logsigmoid(-score) of every pair but a row and its own key."""
 
     def value(self, tile: Tile) -> Tensor:
-        return _without_own(-logsigmoid(-tile.scores), tile)
+        return tile.without_own(-logsigmoid(-tile.scores))
 
     def derivative(self, tile: Tile) -> Tensor:
-        return _without_own(tile.scores.sigmoid(), tile)
-
-
-def _without_own(x: Tensor, tile: Tile) -> Tensor:
-    return x if tile.own is None else x.masked_fill(tile.own, 0.0)
+        return tile.without_own(tile.scores.sigmoid())

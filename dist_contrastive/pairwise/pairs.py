@@ -89,6 +89,10 @@ class Tile:
         assert self.similar is not None, "positives need tags"
         return self.similar if self.own is None else self.similar & ~self.own
 
+    def without_own(self, x: Tensor) -> Tensor:
+        """Numbers of the pairs [r, k], 0 for a row and its own key."""
+        return x if self.own is None else x.masked_fill(self.own, 0.0)
+
 
 def chunks(whole: slice, chunk_size: int | None) -> Iterator[slice]:
     """Slices of at most `chunk_size` that cover the whole."""
