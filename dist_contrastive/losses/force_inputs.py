@@ -10,7 +10,7 @@ from dist_contrastive import collectives
 from dist_contrastive.collectives import Group, RowHeader
 from dist_contrastive.collectives.headers import MAX_DIMS
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.inputs import check_points
+from dist_contrastive.losses.inputs import check_points, is_given
 from dist_contrastive.pairwise.force import NEGATIVE, POSITIVE, sorting
 
 
@@ -52,7 +52,7 @@ def force_inputs(
         _checked_counts(number, dict(zip(table, headers, strict=True)))
         for number, headers in enumerate(zip(*table.values(), strict=True))
     ]
-    _check_labels_are_everywhere(table["negative_labels"])
+    is_given("labels", table["negative_labels"], is_needed=False)
     _check_some_of_each(counts, are_compared)
     rows = _rows(negative, positive)
     check_points(group, rows, are_compared)
@@ -98,12 +98,6 @@ def _are_labels(header: RowHeader | None, count: int) -> bool:
     if header is None or header.dtype is None or header.dtype.is_floating_point:
         return False
     return header.rows == count and not header.trailing
-
-
-def _check_labels_are_everywhere(headers: list[RowHeader | None]) -> None:
-    missing = [number for number, header in enumerate(headers) if header is None]
-    if missing and len(missing) < len(headers):
-        raise ConfigError(f"labels are missing on ranks {missing}; give them on all ranks or none")
 
 
 def _check_some_of_each(counts: list[tuple[int, int]], are_compared: bool) -> None:

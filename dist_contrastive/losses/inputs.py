@@ -35,17 +35,18 @@ def exchange_sizes(
     """
     embeddings = {**paired, **(extra or {})}
     table = collectives.exchange_headers({**embeddings, "labels": labels}, group)
-    given = {n: headers for n, headers in table.items() if _is_given(n, headers, n in paired)}
-    for name in (name for name in embeddings if name in given):
-        _check_embeddings(name, given[name], dims)
+    given = {n: headers for n, headers in table.items() if is_given(n, headers, n in paired)}
+    rows_of = {name: given[name] for name in embeddings if name in given}
+    for name, headers in rows_of.items():
+        _check_embeddings(name, headers, dims)
     for name, headers in given.items():
         _check_same_on_all_ranks(name, headers)
     sizes = {name: tuple(h.rows for h in headers if h) for name, headers in given.items()}
-    _check_one_dim({name: given[name] for name in embeddings if name in given})
+    _check_one_dim(rows_of)
     _check_same_rows({name: sizes[name] for name in sizes if name in {**paired, "labels": 0}})
     if labels is not None:
         _check_labels(given["labels"])
-    _check_finite({name: given[name] for name in embeddings if name in given})
+    _check_finite(rows_of)
     return sizes
 
 
@@ -57,7 +58,8 @@ def check_points(group: Group, points: Tensor, are_compared: bool) -> None:
     _check_finite({"points": headers})
 
 
-def _is_given(name: str, headers: Headers, is_needed: bool) -> bool:
+def is_given(name: str, headers: Headers, is_needed: bool) -> bool:
+    """Whether an input is given, on all ranks or on none; refuses what some ranks alone give."""
     missing = [number for number, header in enumerate(headers) if header is None]
     if missing and (is_needed or len(missing) < len(headers)):
         or_none = "" if is_needed else " or none"

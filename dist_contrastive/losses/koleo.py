@@ -41,5 +41,5 @@ class KoLeo(PairLoss):
         pairs = self.pairs(z, z, sizes, tags=number)  # similar to itself alone
         with torch.autocast(z.device.type, enabled=False):
             _, nearest = extremes(pairs, DISTANCES["euclidean"], self.chunk_size)
-        d = torch.nn.functional.pairwise_distance(z, fetch(pairs, z, nearest.number), eps=self.eps)
+        d = torch.nn.functional.pairwise_distance(z, fetch(pairs, nearest.number), eps=self.eps)
         return self.mean(-(d + self.eps).log().sum(), len(z))

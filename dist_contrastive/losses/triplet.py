@@ -100,7 +100,7 @@ class Triplet(LabelledLoss):
         distance, margin = self.mining.distance, self.mining.margin
         farthest, nearest = extremes(pairs, distance, self.chunk_size)
         is_valid = farthest.found & nearest.found
-        keys = fetch(pairs, pairs.keys, torch.cat([farthest.number, nearest.number]))
+        keys = fetch(pairs, torch.cat([farthest.number, nearest.number]))
         keys = keys.unflatten(0, (2, len(pairs.rows)))
         positive, negative = (distance.rowwise(pairs.rows, of_kind) for of_kind in keys)
         loss = torch.relu(positive - negative + margin)[is_valid]

@@ -97,12 +97,5 @@ def _tiles(
     """Row slice, slice of the block, tile."""
     for r in chunks(slice(0, len(pairs.rows)), chunk_size):
         for k in chunks(slice(0, len(block.keys)), chunk_size):
-            yield r, k, make_tile(pairs, block, r, k)
-
-
-def make_tile(pairs: Pairs, block: Block, r: slice, k: slice) -> Tile:
-    """Rows r against the keys k of a block."""
-    scores = pairs.rows[r] @ block.keys[k].T
-    own = pairs.own(r, block.first + k.start, block.first + k.stop)
-    similar = None if block.tags is None else pairs.similar(r, block.tags[k])
-    return Tile(scores, own, similar)
+            tags = None if block.tags is None else block.tags[k]
+            yield r, k, pairs.tile(r, block.first + k.start, block.keys[k], tags)

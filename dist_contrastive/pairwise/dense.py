@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from dist_contrastive import collectives
-from dist_contrastive.pairwise.pairs import Pairs, Tile
+from dist_contrastive.pairwise.keys import gathered
+from dist_contrastive.pairwise.pairs import Pairs
 from dist_contrastive.pairwise.reductions import Parts, Reduction
 
 
@@ -14,22 +14,12 @@ def reduce(reduction: Reduction, pairs: Pairs) -> Parts:
     """See `pairwise.reduce`; keys gathered. Memory: a few matrices of [b, B]."""
     keys = gathered(pairs, pairs.keys)
     tags = None if pairs.tags is None else gathered(pairs, pairs.tags)
-    everything = slice(0, len(pairs.rows))
-    own = pairs.own(everything, 0, len(keys))
-    similar = None if tags is None else pairs.similar(everything, tags)
-    row_parts, key_parts = reduction.parts(Tile(pairs.rows @ keys.T, own, similar))
+    row_parts, key_parts = reduction.parts(pairs.tile(slice(0, len(pairs.rows)), 0, keys, tags))
     if pairs.keys_from != "local":
         joined = zip(reduction.joins[1], key_parts, strict=True)
         key_parts = tuple(join.over_ranks(part, pairs.group) for join, part in joined)
     mine = slice(pairs.start, pairs.start + len(pairs.keys))
     return row_parts, tuple(part[mine] for part in key_parts)
-
-
-def gathered(pairs: Pairs, x: Tensor) -> Tensor:
-    """Something of each key of this rank [n, ...] as it is of each key of all ranks [B, ...]."""
-    if pairs.keys_from == "local":
-        return x
-    return collectives.gather_rows(x, pairs.sizes, pairs.group)
 
 
 def distances(points: Tensor) -> Tensor:

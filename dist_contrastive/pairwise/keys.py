@@ -82,8 +82,8 @@ def open_keys(pairs: Pairs) -> KeySource:
     """The source that `pairs.keys_from` names. Collectives: gather all-gathers keys and tags."""
     if pairs.keys_from == "ring":
         return RingKeys(pairs)
-    tags = None if pairs.tags is None else _gather(pairs, pairs.tags)
-    return WholeKeys(pairs, _gather(pairs, pairs.keys), tags)
+    tags = None if pairs.tags is None else gathered(pairs, pairs.tags)
+    return WholeKeys(pairs, gathered(pairs, pairs.keys), tags)
 
 
 def remember(ctx: Any, pairs: Pairs, source: KeySource, *others: Tensor) -> None:
@@ -103,7 +103,8 @@ def recall(ctx: Any) -> tuple[Pairs, KeySource, tuple[Tensor, ...]]:
     return pairs, source, tuple(others)
 
 
-def _gather(pairs: Pairs, x: Tensor) -> Tensor:
+def gathered(pairs: Pairs, x: Tensor) -> Tensor:
+    """Something of each key of this rank [n, ...] as it is of each key of all ranks [B, ...]."""
     if pairs.keys_from == "local":
         return x
     return collectives.gather_rows(x, pairs.sizes, pairs.group)
@@ -117,7 +118,7 @@ class WholeKeys:
 
     def blocks(self, *extras: Tensor) -> Iterator[Block]:
         """See `KeySource`. Collectives: one all-gather for each of the extras."""
-        yield Block(0, self.keys, self.tags, tuple(_gather(self._pairs, x) for x in extras))
+        yield Block(0, self.keys, self.tags, tuple(gathered(self._pairs, x) for x in extras))
 
     def courier(self, *joins: Join) -> Courier:
         """See `KeySource`."""

@@ -64,14 +64,11 @@ class _Best:
         self.number[r] = torch.where(better, number, its_number)
 
 
-def fetch(pairs: Pairs, keys: Tensor, number: Tensor) -> Tensor:
+def fetch(pairs: Pairs, number: Tensor) -> Tensor:
     """Keys by their number among those of all ranks, differentiable: [m] -> [m, D].
-
-    Args:
-        keys: this rank's keys [n, D], `pairs.keys` or something else of each of them.
 
     Collectives: see `collectives.fetch_rows`; none for ``local``.
     """
     if pairs.keys_from == "local":
-        return keys.index_select(0, number)
-    return collectives.fetch_rows(keys, number, pairs.sizes, pairs.group)
+        return pairs.keys.index_select(0, number)
+    return collectives.fetch_rows(pairs.keys, number, pairs.sizes, pairs.group)

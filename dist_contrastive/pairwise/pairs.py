@@ -75,6 +75,12 @@ class Pairs:
         similar, own = self.similar(r, key_tags), self.own(r, first, first + len(key_tags))
         return similar if own is None else similar & ~own, ~similar
 
+    def tile(self, r: slice, first: int, keys: Tensor, tags: Tensor | None) -> "Tile":
+        """Rows r against the keys first, first + 1, ... and their tags."""
+        own = self.own(r, first, first + len(keys))
+        similar = None if tags is None else self.similar(r, tags)
+        return Tile(self.rows[r] @ keys.T, own, similar)
+
 
 @dataclass(frozen=True)
 class Tile:

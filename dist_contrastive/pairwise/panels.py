@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_contrastive.pairwise import dense
 from dist_contrastive.pairwise.distances import Distance
-from dist_contrastive.pairwise.keys import SUM, KeySource, open_keys, recall, remember
+from dist_contrastive.pairwise.keys import SUM, KeySource, gathered, open_keys, recall, remember
 from dist_contrastive.pairwise.pairs import Pairs
 from dist_contrastive.pairwise.triplets import TripletWeights
 
@@ -47,7 +46,7 @@ Sums = tuple[Tensor, Tensor, Tensor]
 def dense_triplet_sums(mining: Mining, pairs: Pairs) -> Sums:
     """`triplet_sums` on the whole matrix, with autograd: the specification."""
     assert pairs.tags is not None, "triplets need tags"
-    keys, tags = dense.gathered(pairs, pairs.keys), dense.gathered(pairs, pairs.tags)
+    keys, tags = gathered(pairs, pairs.keys), gathered(pairs, pairs.tags)
     d = mining.distance.dense(pairs.rows, keys)
     weights = mining(pairs, slice(0, len(d)), d.detach(), tags)
     total = mining.total(weights, d).to(d.dtype)
