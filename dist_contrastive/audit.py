@@ -73,6 +73,7 @@ class Case:
     views: bool = False  # whether they are [rows, views, dim]
     labels: tuple[Tensor, ...] = ()
     opposite: tuple[int, ...] = ()  # inputs whose rows need not be split as those of the first
+    shared: dict[str, Tensor] = field(default_factory=dict)  # whole on all ranks, past the encoder
 
     def build(self, keys_from: str, impl: str) -> "Encoded":
         """The same encoder and loss in every process."""
@@ -104,13 +105,13 @@ class Encoded(nn.Module):
         self.encoder = nn.Linear(_DIM_IN, _DIM, dtype=torch.float64)
         self.loss = loss.double()
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The loss."""
+    def forward(self, *inputs: Tensor, **shared: Tensor) -> Tensor:
+        """The loss; what is shared has no gradient."""
         inputs = tuple(x if x.dim() == 1 else self.encoder(x) for x in inputs)
         self.embeddings = [x for x in inputs if x.requires_grad]
         for x in self.embeddings:
             x.retain_grad()
-        return self.loss(*inputs)
+        return self.loss(*inputs, **shared)
 
 
 def audit(world_sizes: Sequence[int], cases: dict[str, Case] | None = None) -> list[Finding]:
@@ -131,7 +132,7 @@ def audit(world_sizes: Sequence[int], cases: dict[str, Case] | None = None) -> l
 
 def _of_one_process(case: Case) -> Gradients:
     encoded = case.build("gather", "dense")
-    return _gradients(encoded, encoded(*case.rows()))
+    return _gradients(encoded, encoded(*case.rows(), **case.shared))
 
 
 def _on_rank(cases: dict[str, Case]) -> list[tuple[str, Way, Gradients]]:
@@ -141,7 +142,7 @@ def _on_rank(cases: dict[str, Case]) -> list[tuple[str, Way, Gradients]]:
         for way in _ways(world_size):
             encoded = case.build(way.keys_from, way.impl)
             parallel = DistributedDataParallel(encoded)  # must live until backward has run
-            loss = parallel(*case.share(case.rows(), way, rank))
+            loss = parallel(*case.share(case.rows(), way, rank), **case.shared)
             results.append((name, way, _gradients(encoded, loss)))
     return results
 
@@ -223,6 +224,7 @@ def table(findings: Sequence[Finding]) -> str:
 _CLASSES = torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 1, 4, 0, 2])
 _SOME_MISSING = torch.tensor([0, -1, 1, 0, -1, 1, 2, -1, 1, 2, 0, 2])
 _CONTINUOUS = torch.tensor([0.1, 0.9, 0.3, 0.15, torch.nan, 0.5, 0.55, 0.95, 0.35, 0.0, 0.7, 0.6])
+_BANK = torch.randn(7, _DIM, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 _LEARNABLE = {"learnable": True}
 _FORCE = {"temperatures": (0.05, 0.2, 1.0)}
 
@@ -236,6 +238,9 @@ CASES: dict[str, Case] = {
     "InfoNCE, symmetric": Case(losses.InfoNCE, {"symmetric": True, **_LEARNABLE}, 2),
     "InfoNCE, symmetric, hard negatives": Case(
         losses.InfoNCE, {"symmetric": True, **_LEARNABLE}, 3, opposite=(2,)
+    ),
+    "InfoNCE, symmetric, bank": Case(
+        losses.InfoNCE, {"symmetric": True, **_LEARNABLE}, 2, shared={"bank": _BANK}
     ),
     "NTXent": Case(losses.NTXent, _LEARNABLE, 2),
     "DCL": Case(losses.DCL, _LEARNABLE, 2),

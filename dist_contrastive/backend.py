@@ -10,7 +10,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+)
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
@@ -39,6 +43,8 @@ class Backend:
         )
         # Given a backend, Accelerate expects a process group even where there is one process.
         handlers: list[KwargsHandler] = [process_group] if "LOCAL_RANK" in os.environ else []
+        # Buffers (a queue of keys, a running mean) are computed alike on all ranks.
+        handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False))
         self._accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="bf16" if settings.precision == "bf16" else "no",

@@ -51,13 +51,13 @@ def embedding_map(
     title: str = "",
     max_points: int = 2000,
 ) -> None:
-    """A 2-D t-SNE map of representations, coloured by class.
+    """A 2-D t-SNE map of representations, coloured by label.
 
     Distances between far groups mean nothing on such a map, neighbourhoods do. Deterministic.
 
     Args:
         representations: [n, D]; normalised first, as the loss and the kNN see them.
-        labels: integers [n].
+        labels: integers, or continuous values [n].
         path: PNG to write.
         title: above the map.
         max_points: the first so many are drawn.
@@ -68,13 +68,12 @@ def embedding_map(
     place = _tsne(points)
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.add_subplot()
-    names = np.unique(classes)
-    for i, name in enumerate(names):
-        colour = colormaps["tab10" if len(names) <= 10 else "tab20"](i % 20)
-        x, y = place[classes == name].T
-        axes.scatter(x, y, s=16, color=colour, alpha=0.85, linewidths=0, label=str(name))
-    if len(names) <= 20:
-        axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    if labels.is_floating_point():
+        x, y = place.T
+        points_drawn = axes.scatter(x, y, s=16, c=classes, cmap="viridis", linewidths=0)
+        figure.colorbar(points_drawn, label="label", fraction=0.04)
+    else:
+        _classes(axes, place, classes)
     axes.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[], aspect="equal")
     axes.set_title(title, fontsize=11)
     _save(figure, path)
@@ -117,6 +116,16 @@ def sample_grid(
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     _save(figure, path)
+
+
+def _classes(axes: Axes, place: np.ndarray, classes: np.ndarray) -> None:
+    names = np.unique(classes)
+    for i, name in enumerate(names):
+        colour = colormaps["tab10" if len(names) <= 10 else "tab20"](i % 20)
+        x, y = place[classes == name].T
+        axes.scatter(x, y, s=16, color=colour, alpha=0.85, linewidths=0, label=str(name))
+    if len(names) <= 20:
+        axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def _curve(axes: Axes, points: np.ndarray, smooth: bool) -> None:

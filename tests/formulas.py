@@ -12,6 +12,16 @@ from dist_contrastive import losses
 NAN = math.nan
 
 
+def naive_infonce(queries, keys, further=(), temperature=0.2, symmetric=False):
+    """Further keys one by one: no one's positive, and without queries of their own."""
+    q, k = F.normalize(queries), F.normalize(torch.cat([keys, *further]))
+    target = torch.arange(len(q))
+    loss = F.cross_entropy(q @ k.T / temperature, target)
+    if symmetric:
+        loss = (loss + F.cross_entropy(k[: len(q)] @ q.T / temperature, target)) / 2
+    return loss
+
+
 def naive_dcl(a, b, temperature=0.2):
     z, size = F.normalize(torch.cat([a, b])), len(a)
     scores, terms = z @ z.T / temperature, []

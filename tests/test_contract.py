@@ -6,6 +6,7 @@ formulas written out in test_objectives.py.
 """
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -143,8 +144,10 @@ def test_sum_reduction_leaves_plain_gradient():
     torch.testing.assert_close(torch.cat(run_ranks(summed, 2)), a.grad, rtol=1e-9, atol=1e-12)
 
 
+BANK = torch.randn(5, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 MADE = {
     "InfoNCE": lambda **options: losses.InfoNCE(0.1, symmetric=True, **options),
+    "InfoNCE, bank": lambda **options: partial(losses.InfoNCE(0.1, **options), bank=BANK),
     "SupCon": lambda **options: losses.SupCon(**options),
     "Triplet, all": lambda **options: losses.Triplet(0.5, **options),
     "Triplet, hard": lambda **options: losses.Triplet(0.5, mining="hard", **options),
@@ -156,7 +159,7 @@ MADE = {
 def inputs_of(name: str) -> list[Tensor]:
     a, b = two_views()
     labels = torch.arange(12) % 5 - 1
-    kinds = {"InfoNCE": [a, b], "BarlowTwins": [a, b], "KoLeo": [a]}
+    kinds = {"InfoNCE": [a, b], "InfoNCE, bank": [a, b], "BarlowTwins": [a, b], "KoLeo": [a]}
     return kinds.get(name, [a, labels])
 
 

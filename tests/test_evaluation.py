@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from dist_contrastive import report
 from dist_contrastive.errors import ConfigError
@@ -14,8 +17,13 @@ from dist_contrastive.evaluation.generative import (
     energy_distance,
     precision_recall,
 )
-from dist_contrastive.evaluation.neighbours import knn_accuracy, knn_predict
-from dist_contrastive.evaluation.probe import few_label_probe
+from dist_contrastive.evaluation.neighbours import (
+    knn_accuracy,
+    knn_predict,
+    knn_regression_error,
+)
+from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
+from dist_contrastive.evaluation.retrieval import recall_at_k, zero_shot_accuracy
 
 
 def line(*values: float) -> Tensor:
@@ -52,6 +60,27 @@ def test_knn_chunks_and_bounds() -> None:
     assert knn_predict(keys, labels, queries[:0]).shape == (0,)
     with pytest.raises(ConfigError, match=r"k is 51, but there are 50 .*set k from 1 to 50"):
         knn_predict(keys, labels, queries, k=51)
+    with pytest.raises(ConfigError, match="k is 1, but there are 0"):
+        knn_predict(keys[:0], labels[:0], queries, k=1)
+
+
+def test_knn_regression_by_hand() -> None:
+    features, values = angles(0, 10, 20, 90) * line(1.0, 50.0, 1.0, 0.1), line(1.0, 2.0, 6.0, 9.0)
+    queries, truth = angles(2, 18, 80, length=7), torch.tensor([1.5, 3.0, 9.0])
+    error = knn_regression_error(features, values[:, 0], queries, truth, k=1)
+    assert error == pytest.approx((0.5 + 3 + 0) / 3)
+    error = knn_regression_error(features, values[:, 0], queries, truth, k=2, chunk=2)
+    assert error == pytest.approx((0 + 1 + 1.5) / 3)
+    every = knn_regression_error(features, values[:, 0], queries, truth, k=4)
+    assert every == pytest.approx((3 + 1.5 + 4.5) / 3)
+    with pytest.raises(ConfigError, match=r"k is 5, but there are 4 .*set k from 1 to 4"):
+        knn_regression_error(features, values[:, 0], queries, truth, k=5)
+
+
+def test_knn_regression_computes_in_fp64() -> None:
+    values = torch.tensor([2.0**25, 1.0, 1.0])  # their sum needs 26 bits
+    error = knn_regression_error(angles(0, 10, 20), values, angles(5), torch.zeros(1), k=3)
+    assert error == pytest.approx((2**25 + 2) / 3, rel=1e-12)
 
 
 def test_energy_distance_by_hand() -> None:
@@ -131,6 +160,100 @@ def test_probe_errors() -> None:
         few_label_probe(features, labels, features, labels, per_class=4)
     with pytest.raises(ConfigError, match="needs 2 draws or more, but draws is 1"):
         few_label_probe(features, labels, features, labels, per_class=2, draws=1)
+
+
+def test_linear_probe_uses_all_labels() -> None:
+    (train, train_labels), (test, test_labels) = blobs(90, 0), blobs(300, 1)
+    accuracy = linear_probe(train, train_labels, test, test_labels)
+    assert 0.9 < accuracy < 1
+    assert accuracy * 300 == pytest.approx(round(accuracy * 300))
+    # All labels are what the few-label probe takes when it takes all.
+    few = few_label_probe(train, train_labels, test, test_labels, per_class=30, draws=2)
+    assert few.accuracies == pytest.approx([accuracy, accuracy])
+    scaled = linear_probe(1e4 * train + 5, train_labels, 1e4 * test + 5, test_labels)
+    assert scaled == pytest.approx(accuracy, abs=0.005)
+    images = linear_probe(
+        train.view(90, 1, 2, 1), train_labels, test.view(300, 1, 2, 1), test_labels
+    )
+    assert images == accuracy
+    with pytest.raises(ConfigError, match="2 classes or more, but its 90 have 1: take more"):
+        linear_probe(train, 0 * train_labels, test, test_labels)
+
+
+def test_zero_shot_by_hand() -> None:
+    images, classes = angles(2, 50, 100, 170, length=3), angles(0, 90, 180) * line(1.0, 9.0, 0.1)
+    labels = torch.tensor([0, 0, 1, 1])
+    assert zero_shot_accuracy(images, labels, classes) == 0.5
+    assert zero_shot_accuracy(images, labels, classes, chunk=3) == 0.5
+    assert zero_shot_accuracy(images, torch.tensor([0, 1, 1, 2]), classes) == 1
+
+
+def test_retrieval_by_hand() -> None:
+    queries, keys = angles(0, 40, 90, length=2), angles(5, 10, 70) * line(8.0, 1.0, 0.1)
+    # Keys from the nearest: 0 (5, 10, 70), 40 (10, 70, 5) and 90 (70, 10, 5).
+    assert recall_at_k(queries, keys, 1) == 1
+    assert recall_at_k(queries, keys.flip(0), 1) == pytest.approx(1 / 3)
+    assert recall_at_k(queries, keys.flip(0), 2) == pytest.approx(1 / 3)
+    assert recall_at_k(queries, keys.flip(0), 3) == 1
+    groups = torch.tensor([7, 0, 7])  # query 0 may find key 2, and query 2 key 0
+    assert recall_at_k(queries, keys.flip(0), 1, groups) == 1
+    assert recall_at_k(queries, keys[[1, 0, 2]], 1, groups) == pytest.approx(1 / 3)
+
+
+def naive_recall(queries: Tensor, keys: Tensor, k: int, groups: list[int]) -> float:
+    """Each query's keys sorted by similarity, those of its own group last among equals."""
+    hits = 0
+    for query, group in zip(queries, groups, strict=True):
+        ranked = sorted(
+            (-round(F.cosine_similarity(query, key, dim=0).item(), 9), other == group)
+            for key, other in zip(keys, groups, strict=True)
+        )
+        hits += any(mine for _, mine in ranked[:k])
+    return hits / len(queries)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_recall_is_the_naive_one(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 8))
+    coordinate = st.integers(-2, 2)  # so that ties, equal keys and opposite keys are common
+    rows = st.lists(
+        st.tuples(coordinate, coordinate, coordinate).filter(any), min_size=n, max_size=n
+    )
+    queries, keys = (torch.tensor(data.draw(rows), dtype=torch.float64) for _ in range(2))
+    k, chunk = data.draw(st.integers(1, n)), data.draw(st.integers(1, 9))
+    groups = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
+    expected = naive_recall(queries, keys, k, groups)
+    assert recall_at_k(queries, keys, k, torch.tensor(groups), chunk) == pytest.approx(expected)
+    expected = naive_recall(queries, keys, k, list(range(n)))
+    assert recall_at_k(queries, keys, k, chunk=chunk) == pytest.approx(expected)
+    assert recall_at_k(keys, keys, n) == 1
+
+
+def test_collapse_scores_nothing() -> None:
+    torch.manual_seed(0)
+    one_point = torch.randn(1, 33).expand(50, 33)  # at 50 x 33 products round differently by column
+    for rows in (one_point, 0 * one_point, one_point * torch.nan):
+        assert recall_at_k(rows, rows, 49) == 0
+        assert recall_at_k(torch.randn(50, 33), rows, 49) == 0
+        assert zero_shot_accuracy(rows, torch.arange(50), rows) == 0
+        assert recall_at_k(rows, rows, 1, torch.zeros(50, dtype=torch.int64)) == 1
+
+
+def test_retrieval_errors() -> None:
+    rows, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 3])
+    with pytest.raises(ConfigError, match=r"k is 5, but there are 4 keys: set k from 1 to 4"):
+        recall_at_k(rows, rows, 5)
+    with pytest.raises(ConfigError, match=r"there are 4 queries and 3 keys: .*as many of both"):
+        recall_at_k(rows, rows[:3], 1)
+    with pytest.raises(ConfigError, match="there are 4 keys and 3 groups"):
+        recall_at_k(rows, rows, 1, labels[:3])
+    with pytest.raises(ConfigError, match="there are 0 queries and 0 keys: give 1 or more"):
+        recall_at_k(rows[:0], rows[:0], 1)
+    with pytest.raises(ConfigError, match=r"labels run from 0 to 3, but there are 3 class"):
+        zero_shot_accuracy(rows, labels, rows[:3])
+    with pytest.raises(ConfigError, match="there are 4 images and 2 labels"):
+        zero_shot_accuracy(rows, labels[:2], rows)
 
 
 def check_png(path: Path) -> None:

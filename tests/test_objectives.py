@@ -3,19 +3,23 @@
 The formulas are those of formulas.py.
 """
 
+import inspect
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from formulas import BATCHES, LABELLED, UNLABELLED
+from formulas import BATCHES, LABELLED, UNLABELLED, naive_infonce
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
 
 from dist_contrastive import losses
 from dist_contrastive.errors import ConfigError, NonFiniteError
+from dist_contrastive.losses import settings as loss_settings
+from dist_contrastive.losses.base import clamp_scales
 
 IMPLS = [{"impl": "dense"}, {"impl": "chunked", "chunk_size": 3}]
 
@@ -41,6 +45,50 @@ def test_formula(name, shape, options):
     make, naive, num_inputs = UNLABELLED[name]
     inputs = random_inputs(num_inputs, *shape)
     check(make(**options)(*inputs), naive(*inputs), inputs)
+
+
+@pytest.mark.parametrize("options", IMPLS)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("num_negatives", [None, 4])
+@pytest.mark.parametrize("size", [0, 1, 7])  # of the bank
+def test_infonce_with_a_bank(size, num_negatives, symmetric, options):
+    a, b = random_inputs(2, 5, 3)
+    negatives = None if num_negatives is None else random_inputs(1, num_negatives, 3)[0]
+    bank = torch.randn(size, 3, dtype=torch.float64)
+    found = losses.InfoNCE(0.2, symmetric, **options)(a, b, negatives, bank)
+    further = [x for x in (negatives, bank) if x is not None]
+    inputs = [a, b] if negatives is None else [a, b, negatives]
+    check(found, naive_infonce(a, b, further, symmetric=symmetric), inputs)
+
+
+@pytest.mark.parametrize("options", IMPLS)
+def test_gradcheck_with_a_bank(options):
+    loss = losses.InfoNCE(0.2, symmetric=True, learnable=True, **options).double()
+    bank = torch.randn(7, 3, dtype=torch.float64)
+
+    def value(a, b, log_scale):
+        parameters = {"scale.log_scale": log_scale}
+        return torch.func.functional_call(loss, parameters, (a, b), {"bank": bank})
+
+    assert torch.autograd.gradcheck(value, (*random_inputs(2, 5, 3), loss.scale.log_scale))
+
+
+@pytest.mark.parametrize("options", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-3, 0.01, 1e3])
+def test_bank_in_single_precision(temperature, dtype, options):
+    """The bank may have a dtype of its own; the loss keeps that of the rest."""
+    a, b, bank = torch.randn(5, 8), torch.randn(5, 8), torch.randn(40, 8).to(dtype)
+    bank[0] = a[0].to(dtype)  # a negative that is nearer than the positive
+    a.requires_grad_()
+    found = losses.InfoNCE(temperature, **options)(a, b, bank=bank)
+    (grad,) = torch.autograd.grad(found, a)
+    exact = a.detach().double().requires_grad_()
+    expected = naive_infonce(exact, b.double(), [bank.double()], temperature)
+    (right,) = torch.autograd.grad(expected, exact)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (grad - right).norm() <= 1e-4 * right.norm()
 
 
 @pytest.mark.parametrize("options", IMPLS)
@@ -241,3 +289,101 @@ def test_non_finite_embeddings_are_named(name):
     inputs = arguments(name, features, torch.tensor([0, 1, 0, 2, -1, 2]))
     with pytest.raises(NonFiniteError, match=r" 2 of 6 rows of (features|view_a|a) on rank 0; "):
         EVERY[name]()(*inputs)
+
+
+@pytest.mark.parametrize(("start", "end"), [(1e-4, 0.01), (0.01, 0.01), (0.3, 0.3), (7.0, 1.0)])
+def test_a_learnable_scale_is_brought_back(start, end):
+    kept, learned = losses.NTXent(start), losses.SigLIP(scale=1 / start)
+    parameter = learned.scale.log_scale
+    clamp_scales(nn.ModuleDict({"one": nn.ModuleList([kept]), "two": learned}))
+    assert learned.scale.log_scale is parameter
+    assert 1 / learned.scale().item() == pytest.approx(end, rel=1e-6)
+    assert 1 / kept.scale().item() == pytest.approx(start, rel=1e-12)
+
+
+def test_a_scale_at_its_limit_has_a_gradient():
+    a, b = torch.randn(2, 6, 4)
+    loss = losses.InfoNCE(1e-4, learnable=True)
+    loss.scale.clamp_()
+    loss(a, b).backward()
+    assert loss.scale.log_scale.grad != 0
+
+
+def test_settings_know_every_loss():
+    """By the names and with the defaults of the classes."""
+    classes = {x for x in vars(losses).values() if isinstance(x, type)}
+    assert {*loss_settings.LOSSES.values()} == classes
+    adapter = TypeAdapter(loss_settings.AnyLossSettings)
+    for name, cls in loss_settings.LOSSES.items():
+        if cls is not losses.ContrastiveForce:  # a task's only loss
+            chosen = adapter.validate_python({"name": name})
+            assert type(loss_settings.build_loss(chosen)) is cls
+            defaults = {k: p.default for k, p in inspect.signature(cls).parameters.items()}
+            del defaults["options"]
+            set_here = chosen.model_dump(exclude={"name", "impl", "chunk_size", "keys_from"})
+            assert set_here == defaults, name
+
+
+@pytest.mark.parametrize(
+    ("union", "takes"),
+    [
+        (loss_settings.ViewLossSettings, {"views", "features"}),
+        (loss_settings.LabelLossSettings, {"labels"}),
+        (loss_settings.AnyLossSettings, {"views", "features", "labels"}),
+    ],
+)
+def test_unions_of_settings_hold_the_losses_that_take_the_same(union, takes):
+    adapter = TypeAdapter(union)
+    accepted = set()
+    for name in loss_settings.LOSSES:
+        try:
+            adapter.validate_python({"name": name})
+        except ValidationError:
+            continue
+        accepted.add(name)
+    assert accepted == {n for n, cls in loss_settings.LOSSES.items() if cls.takes in takes}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "refused", "accepted"),
+    [
+        ("supcon", "temperature", (0.0, -1.0), (1e-6, 100.0)),
+        ("supcon", "max_delta", (-0.1,), (0.0, None)),
+        ("triplet", "margin", (-0.1,), (0.0,)),
+        ("triplet", "distance", ("manhattan",), ("cosine", "squared_euclidean", "euclidean")),
+        ("triplet", "mining", ("easy",), ("hard", "semihard", "all")),
+        ("cosine_embedding", "margin", (-1.1, 1.1, math.nan), (-1.0, 1.0)),
+        ("cosine_embedding", "max_delta", (-1.0, math.inf), (2.0,)),
+        ("self_diagonal", "temperature", (0.0,), (1e-6,)),
+        ("koleo", "eps", (0.0, math.nan), (1e-12,)),
+    ],
+)
+def test_limits_of_settings_are_those_of_the_classes(name, setting, refused, accepted):
+    adapter = TypeAdapter(loss_settings.AnyLossSettings)
+    for value in refused:
+        with pytest.raises(ValidationError):
+            adapter.validate_python({"name": name, setting: value})
+        with pytest.raises(ConfigError):
+            loss_settings.LOSSES[name](**{setting: value})
+    for value in accepted:
+        chosen = adapter.validate_python({"name": name, setting: value})
+        assert getattr(chosen, setting) == value
+        loss_settings.build_loss(chosen)
+
+
+@pytest.mark.parametrize("name", ["infonce", "ntxent", "dcl", "self_diagonal", "supcon", "siglip"])
+def test_a_learnable_scale_starts_where_it_may_stay(name):
+    setting, limits = ("scale", "1 to 100") if name == "siglip" else ("temperature", "0.01 to 1")
+    adapter = TypeAdapter(loss_settings.AnyLossSettings)
+    for value in (0.9, 101.0) if name == "siglip" else (0.009, 1.1):
+        start = {"name": name, setting: value}
+        words = (
+            f"{setting}={value:g} is learnable, hence kept from {limits}; start it there, or set "
+            f"learnable to false"
+        )
+        with pytest.raises(ValidationError, match=words):
+            adapter.validate_python({**start, "learnable": True})
+        loss_settings.build_loss(adapter.validate_python({**start, "learnable": False}))
+        loss_settings.LOSSES[name](**{setting: value, "learnable": True})
+    for limit in (1.0, 100.0) if name == "siglip" else (0.01, 1.0):
+        adapter.validate_python({"name": name, setting: limit, "learnable": True})

@@ -92,6 +92,45 @@ BAD = {  # what rank 1 of two does wrong: loss, inputs of ranks 0 and 1, error, 
         ConfigError,
         "negatives are missing on ranks [0]; give them on all ranks or none",
     ),
+    "bank on one rank": (
+        losses.InfoNCE(),
+        [(torch.ones(3, 4),) * 2, (*(torch.ones(3, 4),) * 2, None, torch.ones(5, 4))],
+        ConfigError,
+        "bank are missing on ranks [0]; give them on all ranks or none",
+    ),
+    "bank of another length": (
+        losses.InfoNCE(),
+        [(*(torch.ones(3, 4),) * 2, None, torch.ones(rows, 4)) for rows in (5, 4)],
+        ConfigError,
+        "bank has 5, 4 rows on the ranks, which must hold the same",
+    ),
+    "bank of another dimension": (
+        losses.InfoNCE(),
+        [(*(torch.ones(3, 4),) * 2, None, torch.ones(5, 3))] * 2,
+        ConfigError,
+        "embeddings have different dimensions, {'queries': (4,), 'keys': (4,), 'bank': (3,)}",
+    ),
+    "bank with gradient": (
+        losses.InfoNCE(),
+        [
+            (*(torch.ones(3, 4),) * 2, None, torch.ones(5, 4, requires_grad=needs_grad))
+            for needs_grad in (False, True)
+        ],
+        ConfigError,
+        "none of which would get its gradient, and requires one; detach it",
+    ),
+    "bank of integers": (
+        losses.InfoNCE(),
+        [(*(torch.ones(3, 4),) * 2, None, torch.ones(5, 4).to(t)) for t in (torch.float32, int)],
+        ConfigError,
+        "torch.int64 without gradient on rank 1; give floating embeddings [rows, dim]",
+    ),
+    "NaN in the bank": (
+        losses.InfoNCE(),
+        [(*(torch.ones(3, 4),) * 2, None, torch.full((5, 4), x)) for x in (1.0, torch.nan)],
+        NonFiniteError,
+        "overflow in 5 of 5 rows of bank on rank 1; look at the samples",
+    ),
     "labels of the wrong length": (
         losses.SupCon(),
         [(torch.ones(3, 4), torch.zeros(3).long()), (torch.ones(3, 4), torch.zeros(4).long())],

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import tarfile
 import warnings
@@ -17,7 +18,9 @@ import webdataset
 from PIL import Image
 
 from dist_contrastive.data import ShardIndex, index_folder, pack_digits
+from dist_contrastive.data.collate import collate
 from dist_contrastive.data.samples import decode_field, scan_samples, write_samples
+from dist_contrastive.data.shards import _slant
 from dist_contrastive.errors import ConfigError, DataError
 
 
@@ -41,13 +44,6 @@ def folder(tmp_path: Path) -> Path:
     for name, start, count in (("a.tar", 0, 4), ("b.tar", 4, 0), ("c.tar", 4, 3)):
         write_samples(folder / name, numbered(start, count))
     index_folder(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "digits"
-    pack_digits(folder)
     return folder
 
 
@@ -88,6 +84,42 @@ def test_digits_are_whole_and_invertible(digits: Path):
     assert seen == set(range(1797))
 
 
+def test_digits_second_modalities_are_functions_of_the_digit(digits: Path):
+    """Against sums written out, from the original values."""
+    from sklearn.datasets import load_digits
+
+    original, index = load_digits(), ShardIndex.load(digits / "test")
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    slants = []
+    for number in range(len(index)):
+        sample = index.read(number)
+        image = original.images[sample["json"]["index"]].tolist()
+        digit = original.target[sample["json"]["index"]]
+        assert sample["txt"] == f"a handwritten {names[digit]}"
+        assert sample["npy"].dtype == np.float32
+        rows = [sum(row) / 128 for row in image]
+        columns = [sum(row[i] for row in image) / 128 for i in range(8)]
+        assert sample["npy"].tolist() == pytest.approx(rows + columns, abs=1e-7)
+        ink = [(x, y, image[y][x]) for x in range(8) for y in range(8)]
+        total = sum(w for _, _, w in ink)
+        mean_x, mean_y = (sum(p[axis] * p[2] for p in ink) / total for axis in (0, 1))
+        slope = sum((x - mean_x) * (y - mean_y) * w for x, y, w in ink)
+        slope /= sum((y - mean_y) ** 2 * w for _, y, w in ink)
+        assert sample["json"]["slant"] == pytest.approx(slope, abs=5.1e-5)
+        slants.append(slope)
+    assert min(slants) < -0.2
+    assert max(slants) > 0.2
+    batch = collate([index.read(number) for number in range(3)])
+    assert batch["npy"].shape == (3, 16)
+    assert batch["npy"].dtype == torch.float32
+
+
+def test_slant_is_negative_where_the_stroke_leans_to_the_right():
+    slash, upright = np.fliplr(np.eye(8)), np.zeros((8, 8))
+    upright[:, 3] = 1
+    assert [_slant(ink) for ink in (slash, upright, np.eye(8))] == [-1, 0, 1]
+
+
 def test_digits_split_keeps_class_proportions_and_mixes_shards(digits: Path):
     labels = {}
     for split in ("train", "test"):
@@ -99,11 +131,13 @@ def test_digits_split_keeps_class_proportions_and_mixes_shards(digits: Path):
     assert np.all(np.abs(test - (train + test) * (360 / 1797)) <= 1)
 
 
-def test_packing_again_gives_the_same_bytes(digits: Path):
-    before = {path: path.read_bytes() for path in digits.rglob("*.*")}
-    pack_digits(digits)
-    assert {path: path.read_bytes() for path in digits.rglob("*.*")} == before
-    assert os.listdir(digits.parent) == ["digits"]
+def test_packing_again_gives_the_same_bytes(digits: Path, tmp_path: Path):
+    folder = tmp_path / "digits"
+    shutil.copytree(digits, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    pack_digits(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+    assert os.listdir(tmp_path) == ["digits"]
 
 
 def test_packing_refuses_a_folder_of_others(tmp_path: Path):
@@ -135,7 +169,8 @@ def test_other_tools_read_the_shards(digits: Path):
     ]
     assert json.loads(theirs[0]["json"]) == index.read(0)["json"]
     with tarfile.open(paths[0]) as archive:
-        assert archive.getnames()[:2] == [f"{theirs[0]['__key__']}.{e}" for e in ("json", "png")]
+        key = theirs[0]["__key__"]
+        assert archive.getnames()[:4] == [f"{key}.{e}" for e in ("json", "npy", "png", "txt")]
 
 
 # ---------------------------------------------------------------------------- tars of others
@@ -201,6 +236,11 @@ def test_decoded_fields(tmp_path: Path):
     }
     assert sample["png"].dtype == torch.uint8
     assert sample["png"].flatten().tolist() == list(range(12))
+    one = ShardIndex.build(tmp_path).read(0, only="cls")
+    assert one.keys() == sample.keys()
+    assert one["cls"] == 4
+    assert one["__key__"] == "k"
+    assert one["jpg"][:3] == b"\xff\xd8\xff"  # as in the tar
     assert np.array_equal(sample["npy"], array)
     assert [sample[name] for name in ("json", "cls", "txt", "bin")] == [None, 4, "é", b"\x00"]
 

@@ -1,7 +1,17 @@
 """Shards, their index, and the stream that reads them in an order fixed by the config."""
 
+from dist_contrastive.data.balanced import Balance
+from dist_contrastive.data.fields import Fields, Samples
 from dist_contrastive.data.index import ShardIndex
 from dist_contrastive.data.shards import index_folder, pack_digits
 from dist_contrastive.data.stream import ShardStream
 
-__all__ = ["ShardIndex", "ShardStream", "index_folder", "pack_digits"]
+__all__ = [
+    "Balance",
+    "Fields",
+    "Samples",
+    "ShardIndex",
+    "ShardStream",
+    "index_folder",
+    "pack_digits",
+]

@@ -1,9 +1,13 @@
-"""From the decoded fields of a batch to what tasks take: images and labels."""
+"""From the decoded fields of a batch to what tasks take: images, labels, a second modality."""
 
+import math
+import reprlib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,91 +15,190 @@ from dist_contrastive.data.collate import Batch, collate
 from dist_contrastive.data.index import ShardIndex
 from dist_contrastive.errors import DataError
 
+MISSING_CLASS = -1
+
 
 @dataclass(frozen=True)
 class Samples:
     """Rows of this rank, with what identifies each of them in the stream."""
 
     images: Tensor  # [b, C, H, W] float32 in [0, 1]
-    labels: Tensor | None  # [b] int64
+    labels: Tensor | None  # [b] int64, -1 where missing; or [b] float64, NaN where missing
     epoch: Tensor  # [b] int64
     index: Tensor  # [b] int64, number of the sample in its data set
+    pair: Tensor | tuple[str, ...] | None = None  # [b, ...] float32, or b texts
 
     def to(self, device: torch.device) -> "Samples":
-        """The same rows on another device."""
+        """The same rows on another device; texts stay where they are."""
         labels = None if self.labels is None else self.labels.to(device)
         images, epoch, index = (x.to(device) for x in (self.images, self.epoch, self.index))
-        return Samples(images, labels, epoch, index)
+        pair = self.pair.to(device) if isinstance(self.pair, Tensor) else self.pair
+        return Samples(images, labels, epoch, index, pair)
+
+    def rows(self, numbers: Tensor) -> "Samples":
+        """Some of the rows, by their numbers, int64 [n]."""
+        labels = None if self.labels is None else self.labels[numbers]
+        pair = self.pair
+        if isinstance(pair, Tensor):
+            pair = pair[numbers]
+        elif pair is not None:
+            pair = tuple(pair[number] for number in numbers.tolist())
+        return Samples(self.images[numbers], labels, self.epoch[numbers], self.index[numbers], pair)
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a sample hold what."""
+    """Which fields of a sample hold what.
+
+    With `num_classes` labels are classes 0 ... num_classes - 1, int64; without they are continuous,
+    float64. A label is missing where the sample holds null or NaN, or -1 for a class.
+    """
 
     image: str  # the image
-    label: str | None = None  # the class, as "cls" or, inside a JSON object, "json.label"
-    num_classes: int = 0  # labels are 0 ... num_classes - 1
+    label: str | None = None  # the label, as "cls" or, inside a JSON object, "json.label"
+    num_classes: int | None = None
+    pair: str | None = None  # a second modality: a text, an image or an array
+    labels_required: bool = False  # refuse samples whose label is missing
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The fields of a sample that must be decoded."""
+        label = None if self.label is None else self.label.partition(".")[0]
+        return frozenset(name for name in (self.image, label, self.pair) if name is not None)
 
     def samples(self, batch: Batch) -> Samples:
-        """Images and labels of a batch of `ShardStream`.
+        """Images, labels and second modality of a batch of `ShardStream`; it may have no rows.
 
         Raises:
             DataError: a field is missing or is not what it should be, naming the field.
         """
-        pixels = _field(batch, self.image)
-        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or pixels.dtype != torch.uint8:
+        images = _field(batch, self.image)
+        if not _are_images(images):
             raise DataError(
                 f"field {self.image!r} does not hold images of one size: pack them with equal "
                 f"height, width and channels, or name another field as data.image"
             )
-        labels = None if self.label is None else self._labels(batch, self.label)
-        return Samples(pixels.float() / 255, labels, batch["__epoch__"], batch["__index__"])
+        labels = None if self.label is None else self._batch_labels(batch, self.label)
+        pair = None if self.pair is None else _pair(batch, self.pair)
+        return Samples(images.float() / 255, labels, batch["__epoch__"], batch["__index__"], pair)
 
     def read(self, index: ShardIndex, numbers: Iterable[int]) -> Samples:
         """These samples of a data set, all of which must fit in memory, in their order."""
-        rows = [{**index.read(i), "__epoch__": 0, "__index__": i} for i in numbers]
+        names = self.names
+        rows = [{**index.read(i, names), "__epoch__": 0, "__index__": i} for i in numbers]
         return self.samples(collate(rows))
 
-    def _labels(self, batch: Batch, path: str) -> Tensor:
-        field, _, inner = path.partition(".")
-        values = _field(batch, field)
+    def labels(self, index: ShardIndex, numbers: Iterable[int]) -> Tensor:
+        """The labels alone of these samples, in their order: ``read(index, numbers).labels``.
+
+        Of each sample only the field that holds the label is decoded.
+
+        Raises:
+            DataError: as `samples`; or no field is named that holds labels.
+        """
+        if self.label is None:
+            raise DataError("data.label is null; set it to the field that holds the labels")
+        name, found = self.label.partition(".")[0], []
+        for number in numbers:
+            sample = index.read(number, only={name})
+            found.append(self._label(sample["__key__"], _field(sample, name), self.label))
+        return self._label_tensor(found)
+
+    def _batch_labels(self, batch: Batch, path: str) -> Tensor:
+        column = _field(batch, path.partition(".")[0])
+        values = column.tolist() if isinstance(column, Tensor) and column.dim() == 1 else column
+        rows = zip(batch["__key__"], values, strict=True)
+        return self._label_tensor([self._label(key, value, path) for key, value in rows])
+
+    def _label_tensor(self, labels: list[float | None]) -> Tensor:
+        classes = self.num_classes is not None
+        missing = MISSING_CLASS if classes else math.nan
+        numbers = [missing if label is None else label for label in labels]
+        return torch.tensor(numbers, dtype=torch.int64 if classes else torch.float64)
+
+    def _label(self, key: str, value: Any, path: str) -> float | None:
+        """The label of one sample from the content of its field; None where it is missing."""
+        name, _, inner = path.partition(".")
         if inner:
-            without = [k for k, v in zip(batch["__key__"], values, strict=True) if inner not in v]
-            if without:
+            if not isinstance(value, dict) or inner not in value:
                 raise DataError(
-                    f"sample {without[0]} has no {inner!r} in its field {field!r}; set data.label "
+                    f"sample {key} has no {inner!r} in its field {name!r}; set data.label "
                     f"to FIELD.NAME with a name that it has"
                 )
-            values = [value[inner] for value in values]
-        listed = values.tolist() if isinstance(values, Tensor) else values
-        for key, value in zip(batch["__key__"], listed, strict=True):
-            if not isinstance(value, int):
+            value = value[inner]
+        if isinstance(value, Tensor | np.ndarray):
+            value = value.tolist()
+        if _is_missing(value, self.num_classes):
+            if self.labels_required:
                 raise DataError(
-                    f"sample {key} has label {value!r} in {path!r}; classes are whole numbers "
-                    f"0..{self.num_classes - 1}: pack such labels, or name another field"
+                    f"sample {key} has no label ({path!r} holds {value}), but here every sample "
+                    f"needs one; label it, or leave it out and pack again"
                 )
-        labels = torch.tensor(listed, dtype=torch.int64)
-        outside = ((labels < 0) | (labels >= self.num_classes)).nonzero()
-        if len(outside):
-            row = int(outside[0])
+            return None
+        if self.num_classes is None:
+            return _number(key, value, path)
+        return _class(key, value, path, self.num_classes)
+
+
+def _is_missing(value: Any, num_classes: int | None) -> bool:
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or (num_classes is not None and value == MISSING_CLASS)
+
+
+def _class(key: str, value: Any, path: str, num_classes: int) -> int:
+    # A column of whole numbers and NaN holds the whole ones as 1.0 too.
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole:
+        raise DataError(
+            f"sample {key} has label {reprlib.repr(value)} in {path!r}; classes are whole numbers "
+            f"0..{num_classes - 1}: pack such labels, or name another field"
+        )
+    if not 0 <= value < num_classes:
+        raise DataError(
+            f"sample {key} has label {int(value)}, outside 0..{num_classes - 1}; "
+            f"set data.num_classes to the number of classes"
+        )
+    return int(value)
+
+
+def _number(key: str, value: Any, path: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or abs(value) > sys.float_info.max:
+        raise DataError(
+            f"sample {key} has label {reprlib.repr(value)} in {path!r}; continuous labels are "
+            f"finite numbers: pack such labels, name another field, or set data.num_classes"
+        )
+    return float(value)
+
+
+def _pair(batch: Batch, name: str) -> Tensor | tuple[str, ...]:
+    column = _field(batch, name)
+    if isinstance(column, Tensor):
+        return column.float() / 255 if _are_images(column) else column.float()
+    for key, value in zip(batch["__key__"], column, strict=True):
+        if not isinstance(value, str):
             raise DataError(
-                f"sample {batch['__key__'][row]} has label {int(labels[row])}, outside "
-                f"0..{self.num_classes - 1}; set data.num_classes to the number of classes"
+                f"sample {key} holds {_kind(value)} in {name!r}, but a second modality is texts, "
+                f"or images or arrays of one shape in all samples; pack it so, or name another "
+                f"field as data.pair"
             )
-        return labels
+    return tuple(column)
 
 
-def image_shape(index: ShardIndex, image: str) -> tuple[int, int, int]:
-    """(channels, height, width) of the first sample's image."""
-    _, channels, height, width = Fields(image).read(index, [0]).images.shape
-    return channels, height, width
+def _kind(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"an array of shape {list(shape)}"
+
+
+def _are_images(column: Any) -> TypeGuard[Tensor]:
+    return isinstance(column, Tensor) and column.dim() == 4 and column.dtype == torch.uint8
 
 
 def _field(batch: Batch, name: str) -> Any:
     if name not in batch:
         known = [key for key in batch if not key.startswith("__")]
         raise DataError(
-            f"samples have no field {name!r}; set data.image and data.label to fields that they "
-            f"have: {', '.join(known) or 'none'}"
+            f"samples have no field {name!r}; set data.image, data.label and data.pair to fields "
+            f"that they have: {', '.join(known) or 'none'}"
         )
     return batch[name]

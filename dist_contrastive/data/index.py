@@ -7,6 +7,7 @@ import hashlib
 import os
 import zipfile
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,11 @@ class ShardIndex:
         _check_shards(index, names)
         return index
 
-    def read(self, sample_number: int) -> dict[str, Any]:
+    def read(self, sample_number: int, only: Collection[str] | None = None) -> dict[str, Any]:
         """Read and decode one sample: `__key__` and its fields by extension.
+
+        Args:
+            only: the fields to decode, the others are left as bytes; None decodes all.
 
         Raises:
             IndexError: no such sample.
@@ -153,7 +157,7 @@ class ShardIndex:
         if not 0 <= sample_number < len(self):
             raise IndexError(f"sample {sample_number} is outside 0..{len(self) - 1}")
         shard = self.shard_names[self.sample_shard[sample_number]]
-        return decode_sample(self.read_bytes(sample_number), str(self.folder / shard))
+        return decode_sample(self.read_bytes(sample_number), str(self.folder / shard), only)
 
     def read_bytes(self, sample_number: int) -> bytes:
         """The part of the tar that holds a sample.

@@ -13,7 +13,7 @@ A global batch takes B / L samples of every lane. When c samples have been consu
 lanes, lane l stands at position floor((c + l) / L): one number describes the whole state.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,6 +49,37 @@ def nearest_multiples(value: int, step: int, lowest: int = 1, highest: int | Non
         below = min(below, highest // step * step)
     fits = [x for x in (below, below + step) if x >= lowest and (highest is None or x <= highest)]
     return " or ".join(str(x) for x in fits)
+
+
+class Order(Protocol):
+    """What a stream asks of an order: `SampleOrder`, `balanced.BalancedOrder`."""
+
+    @property
+    def num_samples(self) -> int:
+        """N, samples of the data set."""
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that one epoch gives."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """B, samples of one step over all ranks."""
+
+    @property
+    def lanes(self) -> int:
+        """L, equal parts in which each batch is read."""
+
+    def position(self, lane: int, consumed: int) -> int:
+        """Position of `lane` after `consumed` samples of all lanes together."""
+
+    def samples(
+        self, lane: int, start: int, stop: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Epochs and sample numbers at positions [start, stop) of a lane, int64 both."""
+
+    def check_consumed(self, consumed: int, epochs: int | None) -> None:
+        """Refuse a resume point at which no batch of this order begins, by a ConfigError."""
 
 
 class _EpochLayout(NamedTuple):
@@ -88,7 +119,8 @@ class SampleOrder:
         shuffle_window: int,
         tail: Tail,
     ) -> None:
-        _check(global_batch_size, lanes, seed, shuffle_window, tail)
+        check_batch(global_batch_size, lanes, seed)
+        _check_reading(shuffle_window, tail)
         self.shard_samples = np.asarray(shard_samples, dtype=np.int64)
         self.num_samples = int(self.shard_samples.sum())
         if global_batch_size > self.num_samples:
@@ -206,7 +238,8 @@ class SampleOrder:
         return _EpochLayout(shards, np.cumsum(sizes) - sizes, lane_starts)
 
 
-def _check(batch: int, lanes: int, seed: int, shuffle_window: int, tail: str) -> None:
+def check_batch(batch: int, lanes: int, seed: int) -> None:
+    """Refuse a global batch that lanes do not divide, by a ConfigError; and a negative seed."""
     if lanes < 1:
         raise ConfigError(f"lanes={lanes} is below 1; set lanes=1 or more")
     if batch < 2:
@@ -221,6 +254,9 @@ def _check(batch: int, lanes: int, seed: int, shuffle_window: int, tail: str) ->
         )
     if seed < 0:
         raise ConfigError(f"seed={seed} is negative; set seed=0 or more")
+
+
+def _check_reading(shuffle_window: int, tail: str) -> None:
     if shuffle_window < 1:
         raise ConfigError(
             f"shuffle_window={shuffle_window} is below 1; set 1 (no shuffling) or more"

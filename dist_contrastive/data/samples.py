@@ -12,7 +12,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -177,12 +177,13 @@ def _check_end(file: BinaryIO, end: int, path: Path) -> None:
 # ---------------------------------------------------------------------------- decoding
 
 
-def decode_sample(data: bytes, shard: str) -> dict[str, Any]:
+def decode_sample(data: bytes, shard: str, only: Collection[str] | None = None) -> dict[str, Any]:
     """Decode the bytes of one sample.
 
     Args:
         data: a slice of a tar as `scan_samples` gives it.
         shard: name of the tar, for messages.
+        only: the fields to decode, the others are left as bytes; None decodes all.
 
     Returns:
         `__key__` and the decoded fields by extension: images as uint8 tensors [C, H, W] (C = 1
@@ -198,7 +199,8 @@ def decode_sample(data: bytes, shard: str) -> dict[str, Any]:
         if key is not None:
             sample.setdefault("__key__", key)
             field = extension.lower()
-            sample[field] = _decode_or_explain(field, value, key, shard)
+            wanted = only is None or field in only
+            sample[field] = _decode_or_explain(field, value, key, shard) if wanted else value
     return sample
 
 

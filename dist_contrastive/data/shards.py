@@ -17,6 +17,7 @@ from dist_contrastive.errors import ConfigError, DataError
 
 _SPLIT_SEED = 0
 _TEST_SAMPLES = 360
+_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _OWN_FILE = re.compile(r"(train|test)/(digits-\1-\d{5}\.tar|index\.npz)")
 
 
@@ -35,9 +36,18 @@ def pack_digits(folder: Path | str, samples_per_shard: int = 180) -> dict[str, S
     """Pack scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels, ten classes.
 
     Writes FOLDER/train (1437 samples) and FOLDER/test (360), split by class in a fixed way,
-    shuffled once so that every shard mixes the classes, and indexed. A sample has `png` (8-bit
-    gray, round(v 255 / 16) for the original value v in 0..16) and `json` with "label" (0..9) and
-    "index" (place in the original set). Packing twice gives the same bytes.
+    shuffled once so that every shard mixes the classes, and indexed. Packing twice gives the same
+    bytes. With v in 0..16 an original value, the ink of its pixel, a sample has
+
+        png   8-bit gray, round(v 255 / 16)
+        txt   the caption: "a handwritten seven"
+        npy   float32 [16], the projection profile: mean of v / 16 over each of the 8 rows, from the
+              top, then over each of the 8 columns, from the left
+        json  "label": 0..9
+              "index": place in the original set
+              "slant": mu11 / mu02 of the ink's central second moments, x to the right and y down,
+              rounded to 4 digits: pixels that the stroke moves to the right for each pixel down,
+              so that it is negative for one that leans to the right, as a slash
 
     Args:
         folder: new, empty, or written by an earlier call, which is then replaced.
@@ -87,25 +97,35 @@ def _write_digits(folder: Path, samples_per_shard: int) -> None:
 
     digits = load_digits()
     values, labels = np.asarray(digits.images), np.asarray(digits.target)
-    pixels = np.rint(values * (255 / 16)).astype(np.uint8)
     for split, numbers in split_by_class(labels, _TEST_SAMPLES).items():
         (folder / split).mkdir(parents=True)
         for shard, start in enumerate(range(0, len(numbers), samples_per_shard)):
             chosen = numbers[start : start + samples_per_shard]
             path = folder / split / f"digits-{split}-{shard:05d}.tar"
-            write_samples(path, _digit_samples(pixels, labels, chosen))
+            write_samples(path, _digit_samples(values, labels, chosen))
         index_folder(folder / split)
 
 
 def _digit_samples(
-    pixels: NDArray[np.uint8], labels: NDArray[np.int64], numbers: NDArray[np.int64]
+    values: NDArray[np.float64], labels: NDArray[np.int64], numbers: NDArray[np.int64]
 ) -> Iterator[dict[str, Any]]:
     for number in numbers.tolist():
+        ink, label = values[number], int(labels[number])
+        profile = np.concatenate([ink.mean(axis=1), ink.mean(axis=0)]) / 16
         yield {
             "__key__": f"digit-{number:04d}",
-            "png": pixels[number][None],
-            "json": {"label": int(labels[number]), "index": number},
+            "png": np.rint(ink * (255 / 16)).astype(np.uint8)[None],
+            "txt": f"a handwritten {_NAMES[label]}",
+            "npy": profile.astype(np.float32),
+            "json": {"label": label, "index": number, "slant": _slant(ink)},
         }
+
+
+def _slant(ink: NDArray[np.float64]) -> float:
+    """mu11 / mu02 of ink [rows, columns]: the slope of x over y, in the mean of the ink."""
+    y, x = np.indices(ink.shape)
+    x, y = (axis - (axis * ink).sum() / ink.sum() for axis in (x, y))
+    return round(float((x * y * ink).sum() / (y * y * ink).sum()), 4)
 
 
 def split_by_class(labels: NDArray[np.int64], test_samples: int) -> dict[str, NDArray[np.int64]]:

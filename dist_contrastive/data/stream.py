@@ -1,21 +1,23 @@
 """The stream: batches as a function of the index, the seed and the number of samples consumed.
 
-The order of samples is `data.order`'s. Here ranks and workers divide the lanes of each batch
-among themselves, in lane order, and read. They never change what a global batch is.
+The order of samples is that of `data.order` or `data.balanced`. Here ranks and workers divide the
+lanes of each batch among themselves, in lane order, and read. They never change what a global
+batch is.
 """
 
 import atexit
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from dist_contrastive.data.balanced import Balance
 from dist_contrastive.data.collate import Batch, collate, join_batches, without_rows
 from dist_contrastive.data.index import ShardIndex
-from dist_contrastive.data.order import SampleOrder, Tail, nearest_multiples
+from dist_contrastive.data.order import Order, SampleOrder, Tail, nearest_multiples
 from dist_contrastive.errors import ConfigError, DataError
 from dist_contrastive.signals import STOP_SIGNALS
 
@@ -48,6 +50,9 @@ class ShardStream:
         shuffle_window: samples of a lane shuffled among each other; 1 shuffles none.
         tail: "carry": an epoch's tail begins the first batch of the next one, so that every
             sample is seen once per epoch; "drop": what does not fill a batch is left out.
+        balance: class-balanced batches in the order of `BalancedOrder` instead, without end:
+            `epochs` must be None; `shuffle_window` and `tail` do not apply.
+        only: the fields to decode, the others are left as bytes; None decodes all.
 
     Raises:
         ConfigError: settings that are impossible or do not fit; before any sample is read.
@@ -69,22 +74,29 @@ class ShardStream:
         epochs: int | None = None,
         shuffle_window: int = 4096,
         tail: Tail = "carry",
+        balance: Balance | None = None,
+        only: Collection[str] | None = None,
     ) -> None:
         _check_division(global_batch_size, lanes, rank, world_size, num_workers)
         if epochs is not None and epochs < 1:
             raise ConfigError(f"epochs={epochs} is below 1; set 1 or more, or none for endless")
         self.index = index if isinstance(index, ShardIndex) else ShardIndex.load(index)
-        self.order = SampleOrder(
-            self.index.shard_samples,
-            global_batch_size=global_batch_size,
-            lanes=lanes,
-            seed=seed,
-            shuffle_window=shuffle_window,
-            tail=tail,
-        )
+        self.order: Order
+        if balance is None:
+            self.order = SampleOrder(
+                self.index.shard_samples,
+                global_batch_size=global_batch_size,
+                lanes=lanes,
+                seed=seed,
+                shuffle_window=shuffle_window,
+                tail=tail,
+            )
+        else:
+            self.order = balance.order(len(self.index), global_batch_size, lanes, seed)
         self.order.check_consumed(consumed, epochs)
         self.epochs = epochs
         self.num_workers = num_workers
+        self.only = only
         self.lanes = _split(range(lanes), rank, world_size)
         self._consumed = consumed
 
@@ -109,7 +121,9 @@ class ShardStream:
         return None if self.epochs is None else self.epochs * self.order.samples_per_epoch
 
     def __iter__(self) -> Generator[Batch]:
-        reader = _LaneReader(self.index, self.order, self.lanes, self._consumed, self._total)
+        reader = _LaneReader(
+            self.index, self.order, self.lanes, self._consumed, self._total, self.only
+        )
         batches = _read_here(reader) if self.num_workers == 0 else self._read_by_workers(reader)
         for stop, batch in batches:
             self._consumed = stop
@@ -159,16 +173,18 @@ class _LaneReader(IterableDataset[Any]):
     def __init__(
         self,
         index: ShardIndex,
-        order: SampleOrder,
+        order: Order,
         lanes: range,
         consumed: int,
         total: int | None,
+        only: Collection[str] | None,
     ) -> None:
         self.index = index
         self.order = order
         self.lanes = lanes
         self.consumed = consumed
         self.total = total
+        self.only = only
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
@@ -207,7 +223,8 @@ class _LaneReader(IterableDataset[Any]):
             yield self._read(epoch, number)
 
     def _read(self, epoch: int, number: int) -> dict[str, Any]:
-        return {**self.index.read(number), "__epoch__": epoch, "__index__": number}
+        sample = self.index.read(number, self.only)
+        return {**sample, "__epoch__": epoch, "__index__": number}
 
 
 def _read_here(reader: _LaneReader) -> Iterator[tuple[int, Batch]]:

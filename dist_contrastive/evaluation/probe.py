@@ -1,4 +1,4 @@
-"""Linear probe with few labels: how much of the class a representation shows linearly."""
+"""Linear probes: how much of the class a representation shows linearly."""
 
 from dataclasses import dataclass
 
@@ -16,6 +16,27 @@ class ProbeResult:
     mean: float
     std: float
     accuracies: tuple[float, ...]
+
+
+def linear_probe(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+) -> float:
+    """Accuracy of logistic regression fitted on all training samples.
+
+    Features are standardised as in `few_label_probe`; the regularisation is scikit-learn's
+    default, C = 1.
+
+    Args:
+        train_features, test_features: [n, D] and [m, D], or images, which are flattened.
+        train_labels, test_labels: integers [n] and [m].
+    Returns:
+        Fraction of the test samples, computed in fp64.
+    Raises:
+        ConfigError: the training samples are of one class.
+    """
+    labels = train_labels.cpu().numpy()
+    train, test = _standardised(train_features, test_features)
+    return _accuracy(train, labels, test, test_labels.cpu().numpy())
 
 
 def few_label_probe(
@@ -42,23 +63,42 @@ def few_label_probe(
     Returns:
         Mean and standard deviation (over draws, n - 1) of the accuracy.
     Raises:
-        ConfigError: a class has fewer than `per_class` samples, or fewer than two draws.
+        ConfigError: a class has fewer than `per_class` samples, there are fewer than two draws,
+            or the training samples are of one class.
     """
     labels = train_labels.cpu().numpy()
     _check(labels, per_class, draws)
+    train, test = _standardised(train_features, test_features)
+    accuracies = []
+    for draw in range(draws):
+        chosen = _draw(labels, per_class, np.random.default_rng([seed, draw]))
+        accuracies.append(_accuracy(train[chosen], labels[chosen], test, test_labels.cpu().numpy()))
+    return ProbeResult(
+        float(np.mean(accuracies)), float(np.std(accuracies, ddof=1)), tuple(accuracies)
+    )
+
+
+def _standardised(train_features: Tensor, test_features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Both in fp64, less the mean and divided by the overall deviation of the first."""
     train = train_features.detach().flatten(1).double().cpu().numpy()
     test = test_features.detach().flatten(1).double().cpu().numpy()
     mean = train.mean(axis=0)
     scale = (train - mean).std() or 1.0
-    train, test = (train - mean) / scale, (test - mean) / scale
-    accuracies = []
-    for draw in range(draws):
-        chosen = _draw(labels, per_class, np.random.default_rng([seed, draw]))
-        model = LogisticRegression(max_iter=5000).fit(train[chosen], labels[chosen])
-        accuracies.append(float(model.score(test, test_labels.cpu().numpy())))
-    return ProbeResult(
-        float(np.mean(accuracies)), float(np.std(accuracies, ddof=1)), tuple(accuracies)
-    )
+    return (train - mean) / scale, (test - mean) / scale
+
+
+def _accuracy(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
+) -> float:
+    """Fraction of the test samples that a model fitted on the training samples gets right."""
+    classes = len(np.unique(train_labels))
+    if classes < 2:
+        raise ConfigError(
+            f"a probe needs labelled samples of 2 classes or more, but its {len(train)} have "
+            f"{classes}: take more samples, or another label."
+        )
+    model = LogisticRegression(max_iter=5000).fit(train, train_labels)
+    return float(model.score(test, test_labels))
 
 
 def _draw(labels: np.ndarray, per_class: int, random: np.random.Generator) -> np.ndarray:

@@ -16,6 +16,7 @@ from dist_contrastive.losses.siglip import SigLIP
 from dist_contrastive.losses.supcon import SupCon
 from dist_contrastive.losses.triplet import Triplet
 from dist_contrastive.losses.vicreg import VICReg
+from dist_contrastive.losses.views import compare_views
 
 __all__ = [
     "DCL",
@@ -30,5 +31,6 @@ __all__ = [
     "SupCon",
     "Triplet",
     "VICReg",
+    "compare_views",
     "contrastive_force",
 ]

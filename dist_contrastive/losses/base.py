@@ -1,7 +1,7 @@
 """What all losses over the global batch share: options, the engine, the mean over ranks."""
 
 import math
-from typing import TypedDict
+from typing import ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,12 @@ from dist_contrastive import collectives, pairwise
 from dist_contrastive.collectives import GradReduction, Group
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.pairwise import IMPLS, KEYS_FROM, Impl, KeysFrom, Pairs, Reduction
+
+Takes = Literal["views", "features", "labels", "points"]
+
+# What a learnable scale is kept within: CLIP's upper limit (arXiv 2103.00020, section 2.5), and a
+# temperature of 1.
+SMALLEST_SCALE, LARGEST_SCALE = 1.0, 100.0
 
 
 class PairOptions(TypedDict, total=False):
@@ -47,6 +53,10 @@ class PairLoss(nn.Module):
     Collectives: every loss makes one all-gather of a few numbers (what ranks hold) and one
     all-reduce of two (the mean); the losses say what comes on top.
     """
+
+    takes: ClassVar[Takes]
+    """What ``forward`` is given, set by every loss: two ``views`` of the same samples, one set of
+    ``features``, features and their ``labels``, or ``points`` of two kinds."""
 
     def __init__(
         self,
@@ -158,3 +168,20 @@ class Scale(nn.Module):
         if isinstance(self.log_scale, Tensor):
             return self.log_scale.to(collectives.accumulation_dtype(self.log_scale.dtype)).exp()
         return torch.tensor(self.log_scale, dtype=torch.float64).exp()
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Bring a learnable scale back to 1 ... 100, in place; a constant one is left alone.
+
+        To be called after the optimiser's step, as CLIP does. A clamp in `forward` would not do:
+        beyond the limit its gradient is 0, and the scale would never come back.
+        """
+        if isinstance(self.log_scale, Tensor):
+            self.log_scale.clamp_(math.log(SMALLEST_SCALE), math.log(LARGEST_SCALE))
+
+
+def clamp_scales(module: nn.Module) -> None:
+    """`Scale.clamp_` of every scale inside a module. Collectives: none."""
+    for part in module.modules():
+        if isinstance(part, Scale):
+            part.clamp_()

@@ -57,6 +57,8 @@ class ContrastiveForce(PairLoss):
     for ``seed`` one all-reduce of a number per group, for ``drift`` none.
     """
 
+    takes = "points"
+
     def __init__(
         self,
         temperatures: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2),

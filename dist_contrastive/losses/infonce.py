@@ -13,7 +13,7 @@ from dist_contrastive.losses.base import (
     normalised,
 )
 from dist_contrastive.losses.inputs import exchange_sizes
-from dist_contrastive.pairwise import LogSumExp
+from dist_contrastive.pairwise import LogSumExp, Pairs, choose, reduce
 
 
 class InfoNCE(PairLoss):
@@ -21,11 +21,12 @@ class InfoNCE(PairLoss):
 
     Equals, on the rows of all ranks together::
 
-        q, k = normalize(queries), normalize(cat([keys, negatives]))
+        q, k = normalize(queries), normalize(cat([keys, negatives, bank]))
         loss = cross_entropy(q @ k.T / temperature, arange(B))
 
     and with ``symmetric=True`` the mean of that and of
-    ``cross_entropy(k[:B] @ q.T / temperature, arange(B))`` (CLIP, arXiv 2103.00020).
+    ``cross_entropy(k[:B] @ q.T / temperature, arange(B))`` (CLIP, arXiv 2103.00020). The bank is a
+    queue of past keys (MoCo, arXiv 1911.05722), which all ranks hold alike and which counts once.
 
     Args:
         temperature: divides the similarities; above 0.
@@ -34,8 +35,10 @@ class InfoNCE(PairLoss):
         options: see `PairLoss`.
 
     Collectives: those of one `pairwise.reduce`. Symmetric costs no second matrix: each score is
-    computed once and serves both directions.
+    computed once and serves both directions. Of the bank nothing is exchanged.
     """
+
+    takes = "views"
 
     def __init__(
         self,
@@ -48,16 +51,24 @@ class InfoNCE(PairLoss):
         self.scale = Scale(temperature, learnable)
         self.symmetric = symmetric
 
-    def forward(self, queries: Tensor, keys: Tensor, negatives: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        negatives: Tensor | None = None,
+        bank: Tensor | None = None,
+    ) -> Tensor:
         """Scalar loss.
 
         Args:
             queries: [b, D]. keys: [b, D], row i belongs to query i; any floating dtype.
             negatives: [n, D] further keys that are no one's positive; given on all ranks or none,
                 n may differ between ranks.
+            bank: [Q, D] further keys that are no one's positive, the same numbers on all ranks
+                (shapes alone are compared); without gradient, given on all ranks or none.
         """
         paired, extra = {"queries": queries, "keys": keys}, {"negatives": negatives}
-        sizes = exchange_sizes(self.group, paired, extra)
+        sizes = exchange_sizes(self.group, paired, extra, shared={"bank": bank})
         num_keys = sizes["keys"]
         if negatives is not None:
             keys = torch.cat(in_full_precision(keys, negatives))
@@ -67,7 +78,18 @@ class InfoNCE(PairLoss):
         scaled = q * self.scale()
         pairs = self.pairs(scaled, k, num_keys)
         (row_lse,), key_lse = self.reduce(LogSumExp(both=self.symmetric), pairs)
+        if bank is not None:
+            row_lse = self._with_bank(row_lse, scaled, bank)
         positive = (scaled * k[: len(q)]).sum(-1)
         if self.symmetric:
             row_lse = (row_lse + key_lse[0][: len(q)]) / 2
         return self.mean((row_lse - positive).sum(), len(q))
+
+    def _with_bank(self, row_lse: Tensor, scaled: Tensor, bank: Tensor) -> Tensor:
+        """The log-sum-exp of each row, over the bank as well: [b]."""
+        rows, held = in_full_precision(scaled, *normalised(bank))
+        pairs = Pairs(rows, held, (len(held),), "local")
+        # By the scores that there are: sizes tell the engine those of rows that are keys too.
+        impl = choose(self.impl, len(rows) * len(held))
+        (bank_lse,), _ = reduce(LogSumExp(), pairs, impl, self.chunk_size)
+        return torch.logaddexp(row_lse.double(), bank_lse.double()).to(row_lse.dtype)

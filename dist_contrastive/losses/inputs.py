@@ -20,6 +20,7 @@ def exchange_sizes(
     extra: dict[str, Tensor | None] | None = None,
     labels: Tensor | None = None,
     dims: tuple[int, ...] = (2,),
+    shared: dict[str, Tensor | None] | None = None,
 ) -> dict[str, Sizes]:
     """Rows of every rank, for every input that is given.
 
@@ -27,19 +28,23 @@ def exchange_sizes(
         paired: embeddings whose row i belongs to the same sample. extra: further embeddings, of as
             many rows as they like, given on all ranks or on none. labels: one a row of `paired`.
         dims: how many dimensions embeddings may have.
+        shared: embeddings that all ranks hold alike, without gradient, given on all or on none.
+            Their shapes are compared, their numbers are not.
 
     Raises:
         ConfigError, NonFiniteError: on all ranks, naming those where something is wrong.
 
     Collectives: one all-gather of a few numbers.
     """
-    embeddings = {**paired, **(extra or {})}
+    embeddings = {**paired, **(extra or {}), **(shared or {})}
     table = collectives.exchange_headers({**embeddings, "labels": labels}, group)
     given = {n: headers for n, headers in table.items() if is_given(n, headers, n in paired)}
     rows_of = {name: given[name] for name in embeddings if name in given}
     for name, headers in rows_of.items():
         _check_embeddings(name, headers, dims)
     for name, headers in given.items():
+        if name in (shared or {}):
+            _check_shared(name, headers)
         _check_same_on_all_ranks(name, headers)
     sizes = {name: tuple(h.rows for h in headers if h) for name, headers in given.items()}
     _check_one_dim(rows_of)
@@ -81,6 +86,20 @@ def _check_same_on_all_ranks(name: str, headers: Headers) -> None:
         raise ConfigError(
             f"{name} differ between ranks: {describe(headers)}; give every rank the same dtype, "
             f"dimensions and requires_grad"
+        )
+
+
+def _check_shared(name: str, headers: Headers) -> None:
+    rows = [header.rows for header in headers if header]
+    if len(set(rows)) > 1:
+        raise ConfigError(
+            f"{name} has {', '.join(map(str, rows))} rows on the ranks, which must hold the same; "
+            f"put the keys of all ranks into it, in the order of ranks"
+        )
+    if any(header.needs_grad for header in headers if header):
+        raise ConfigError(
+            f"{name} is on all ranks, none of which would get its gradient, and requires one; "
+            f"detach it"
         )
 
 

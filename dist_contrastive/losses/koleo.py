@@ -27,6 +27,8 @@ class KoLeo(PairLoss):
     Collectives: one round over the keys, and the fetch of one neighbour a row.
     """
 
+    takes = "features"
+
     def __init__(self, eps: float = 1e-8, **options: Unpack[PairOptions]) -> None:
         super().__init__(**options)
         positive(eps=eps)

@@ -25,6 +25,8 @@ class LabelledLoss(PairLoss):
         options: see `PairLoss`.
     """
 
+    takes = "labels"
+
     def __init__(self, max_delta: float | None, **options: Unpack[PairOptions]) -> None:
         super().__init__(**options)
         if max_delta is not None:

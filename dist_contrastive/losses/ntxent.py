@@ -27,6 +27,8 @@ class NTXent(PairLoss):
     Collectives: those of one `pairwise.reduce` of both views.
     """
 
+    takes = "views"
+
     def __init__(
         self, temperature: float = 0.5, learnable: bool = False, **options: Unpack[PairOptions]
     ) -> None:

@@ -29,6 +29,8 @@ class SelfDiagonal(PairLoss):
     Collectives: those of one `pairwise.reduce`.
     """
 
+    takes = "features"
+
     def __init__(
         self, temperature: float = 0.1, learnable: bool = False, **options: Unpack[PairOptions]
     ) -> None:

@@ -29,6 +29,8 @@ class SigLIP(PairLoss):
     Collectives: those of one `pairwise.reduce`.
     """
 
+    takes = "views"
+
     def __init__(
         self,
         scale: float = 10.0,

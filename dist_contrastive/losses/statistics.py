@@ -12,6 +12,8 @@ from dist_contrastive.losses.inputs import exchange_sizes
 class StatisticsLoss(PairLoss):
     """Base of the losses of means and covariances of two views, over the rows of all ranks."""
 
+    takes = "views"
+
     def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
         """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""
         sizes = exchange_sizes(self.group, {"view_a": view_a, "view_b": view_b})["view_a"]

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.losses.base import PairLoss, Scale, clamp_scales
 
 Embeddings = tuple[Tensor, ...]
+Terms = dict[str, Tensor]
 
 
 class Task(nn.Module, ABC):
@@ -16,6 +18,9 @@ class Task(nn.Module, ABC):
     Its parameters, those of the loss included, are all that is trained. Randomness (views, noise)
     is drawn in `inputs`, keyed by the sample, so that it depends on neither rank nor batch.
     """
+
+    progress = 0.0
+    """Steps done over steps of the run, set before each step: schedules are functions of it."""
 
     @abstractmethod
     def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
@@ -26,14 +31,30 @@ class Task(nn.Module, ABC):
         """Embeddings of some rows, each row for itself; all trained networks act here."""
 
     @abstractmethod
-    def compare(self, embeddings: Embeddings, samples: Samples) -> Tensor:
-        """Scalar loss over the rows of all ranks, from the embeddings of this rank's rows."""
+    def compare(self, embeddings: Embeddings, samples: Samples) -> Terms:
+        """The terms of the loss by name, scalars over the rows of all ranks, from the embeddings
+        of this rank's rows. Their sum is minimised."""
 
     def forward(self, *inputs: Tensor) -> Embeddings:
         """`embed`, under the name that engines wrap."""
         return self.embed(*inputs)
 
+    def finish_step(self, embeddings: Embeddings) -> None:
+        """What changes after the parameters have: learnable scales are kept within their limits;
+        momentum encoders, queues and running means follow. Called on all ranks."""
+        clamp_scales(self)
+
     @torch.no_grad()
     def scalars(self) -> dict[str, float]:
         """Numbers of the task itself that are worth logging."""
         return {}
+
+
+def scalars_of(loss: PairLoss) -> dict[str, float]:
+    """The temperature and the bias, which may be learned, and what the loss has counted."""
+    found = {name: float(x) for name, x in loss.metrics.items()}
+    if isinstance(scale := getattr(loss, "scale", None), Scale):
+        found["temperature"] = 1 / float(scale())
+    if (bias := getattr(loss, "bias", None)) is not None:
+        found["bias"] = float(bias)
+    return found

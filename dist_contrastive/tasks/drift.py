@@ -5,12 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dist_contrastive.config import DriftSettings, PixelFeatures, RunFeatures
+from dist_contrastive import collectives
+from dist_contrastive.config import DriftSettings
+from dist_contrastive.config.tasks import PixelFeatures, RunFeatures
 from dist_contrastive.data import keyed_random
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.models import build_generator, frozen
-from dist_contrastive.tasks.base import Embeddings, Task
+from dist_contrastive.tasks.base import Embeddings, Task, Terms
 from dist_contrastive.tasks.runs import load_encoder
 
 NOISE_STREAM = 0x6E6F697365  # "noise": keeps these keys apart from other uses of the same seed
@@ -28,16 +30,19 @@ class Drift(Task):
     def __init__(
         self,
         settings: DriftSettings,
-        image_shape: tuple[int, int, int],
+        example: Samples,
         num_classes: int | None,
         seed: int,
     ) -> None:
         super().__init__()
+        channels, height, width = example.images.shape[1:]
+        image_shape = channels, height, width
         self.generator = build_generator(settings.generator, image_shape, num_classes)
         self.loss = build_loss(settings.loss)
         self.seed = seed
         # In a plain list, so that frozen networks are neither trained nor part of checkpoints.
         self._features = [_build_features(f, image_shape) for f in settings.features]
+        self._names = [f"force_{place}_{f.name}" for place, f in enumerate(settings.features)]
 
     def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
         """Noise [b, noise_dim], keyed by the data row that it will meet, and its label [b]."""
@@ -49,18 +54,19 @@ class Drift(Task):
         """Features of generated images: [b, D] for each feature space."""
         return self._in_features(self.generator(*inputs))
 
-    def compare(self, embeddings: Embeddings, samples: Samples) -> Tensor:
-        """Sum over feature spaces of the force's loss against this batch's data."""
+    def compare(self, embeddings: Embeddings, samples: Samples) -> Terms:
+        """The force's loss against this batch's data, in each feature space."""
         with torch.no_grad():
             data = self._in_features(samples.images)
         labels = samples.labels
-        pairs = zip(embeddings, data, strict=True)
-        return torch.stack([self.loss(n, p, labels, labels) for n, p in pairs]).sum()
+        spaces = zip(self._names, embeddings, data, strict=True)
+        return {name: self.loss(n, p, labels, labels) for name, n, p in spaces}
 
     def _in_features(self, images: Tensor) -> Embeddings:
         # In fp32 for generated images and data alike: mixed precision would set them apart.
         with torch.autocast(images.device.type, enabled=False):
-            return tuple(features(images.float()) for features in self._features)
+            images = images.to(collectives.accumulation_dtype(images.dtype))
+            return tuple(features(images) for features in self._features)
 
     @torch.no_grad()
     def generate(self, labels: Tensor | None, count: int, seed: int) -> Tensor:

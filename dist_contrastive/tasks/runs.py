@@ -5,27 +5,39 @@ from pathlib import Path
 from torch import nn
 
 from dist_contrastive import checkpoint, config
-from dist_contrastive.config import TwoViewSettings
+from dist_contrastive.checkpoint import Checkpoint
+from dist_contrastive.config import DriftSettings
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.models import build_encoder
 from dist_contrastive.tasks.base import Task
-from dist_contrastive.tasks.two_view import TwoView
 
 
 def load_weights(task: Task, run_dir: Path) -> None:
     """Put the weights of a run's newest checkpoint into the task."""
-    found = checkpoint.newest(run_dir / "checkpoints")
-    if found is None:
-        raise ConfigError(f"{run_dir} has no checkpoint yet; train it first")
-    task.load_state_dict(found.weights())
+    task.load_state_dict(_newest(run_dir).weights())
 
 
 def load_encoder(run_dir: Path, image_shape: tuple[int, int, int]) -> nn.Module:
-    """The encoder (without head) that a two-view run trained, for images of the given shape."""
-    run = config.load_run(run_dir)
-    if not isinstance(run.task, TwoViewSettings):
+    """The encoder of images (without head) that a run trained, for images of the given shape."""
+    settings = config.load_run(run_dir).task
+    if isinstance(settings, DriftSettings):
         raise ConfigError(
-            f"{run_dir} is a run of task {run.task.name!r}; features need a two_view run"
+            f"{run_dir} is a run of task {settings.name!r}, which trains no encoder; features need "
+            f"a run of another task, as two_view"
         )
-    task = TwoView(run.task, image_shape, run.seed)
-    load_weights(task, run_dir)
-    return task.encoder
+    channels, height, width = image_shape
+    size = settings.views.size
+    encoder = build_encoder(settings.encoder, (channels, size or height, size or width))
+    prefix = "encoder."
+    weights = _newest(run_dir).weights()
+    encoder.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    )
+    return encoder
+
+
+def _newest(run_dir: Path) -> Checkpoint:
+    found = checkpoint.newest(run_dir / "checkpoints")
+    if found is None:
+        raise ConfigError(f"{run_dir} has no checkpoint yet; train it first")
+    return found

@@ -1,60 +1,59 @@
-"""Two-view contrastive learning: an encoder that finds the other view of a sample in the batch."""
+"""Self-supervised learning: views of a sample find each other among those of all others."""
 
 import torch
 from torch import Tensor
 
 from dist_contrastive.config import TwoViewSettings
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.data.views import ViewSettings, make_view, view_keys
-from dist_contrastive.losses.base import Scale
+from dist_contrastive.data.views import ViewSettings
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.settings import build_loss
-from dist_contrastive.models import build_encoder, build_head, representations_of
-from dist_contrastive.tasks.base import Embeddings, Task
+from dist_contrastive.losses.views import compare_views
+from dist_contrastive.tasks.base import Embeddings, Terms, scalars_of
+from dist_contrastive.tasks.images import ImageTask, seen_shape
+
+GLOBAL_VIEWS = 2
 
 
-class TwoView(Task):
-    """Encoder and projection head, trained so that both views of a sample agree."""
+class TwoView(ImageTask):
+    """Two global views of each sample, and with `crops` further ones (multi-crop)."""
 
-    def __init__(
-        self, settings: TwoViewSettings, image_shape: tuple[int, int, int], seed: int
-    ) -> None:
-        super().__init__()
-        channels, height, width = image_shape
-        size = settings.views.size
-        seen = (channels, size or height, size or width)
-        self.encoder = build_encoder(settings.encoder, seen)
-        self.head = build_head(settings.head, self.encoder.dim)
+    def __init__(self, settings: TwoViewSettings, example: Samples, seed: int) -> None:
+        super().__init__(settings, example, seed)
         self.loss = build_loss(settings.loss)
-        self.views = settings.views
-        self.seed = seed
+        self.crops = settings.crops
+        if self.crops:
+            self._check_crops(example, self.crops.views)
 
     def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
-        """Two views of every image: [b, C, H, W] each."""
-        keys = (view_keys(self.seed, samples.epoch, samples.index, view) for view in (0, 1))
-        return tuple(make_view(samples.images, key, self.views) for key in keys)
+        """The global views of every image, then its crops: [b, C, H, W] each."""
+        views = self.make_views(samples, GLOBAL_VIEWS)
+        if self.crops is None:
+            return views
+        return views + self.make_views(samples, self.crops.count, GLOBAL_VIEWS, self.crops.views)
 
     def embed(self, *inputs: Tensor) -> Embeddings:
-        """Projections of both views: [b, D] each."""
-        both = self.head(self.encoder(torch.cat(inputs)))
-        return both.chunk(2) if len(both) else (both, both)
+        """Projections of all views: [b, D] each."""
+        views, crops = inputs[:GLOBAL_VIEWS], inputs[GLOBAL_VIEWS:]
+        return self.project(views) + (self.project(crops) if crops else ())
 
-    def compare(self, embeddings: Embeddings, samples: Samples) -> Tensor:
-        """The loss between the views, all rows of the global batch as negatives."""
-        return self.loss(*embeddings)
-
-    def represent(self, images: Tensor) -> Tensor:
-        """Representations (before the head) of images as they are: [n, C, H, W] to [n, D]."""
-        if self.views.size:
-            keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-            images = make_view(images, keys, ViewSettings(size=self.views.size))
-        return representations_of(self.encoder, images)
+    def compare(self, embeddings: Embeddings, samples: Samples) -> Terms:
+        """The loss between views, all rows of the global batch as negatives."""
+        return {"contrastive": compare_views(self.loss, embeddings, num_global=GLOBAL_VIEWS)}
 
     @torch.no_grad()
     def scalars(self) -> dict[str, float]:
-        """The temperature and the bias, which may be learned, and what the loss has counted."""
-        found = {name: float(x) for name, x in self.loss.metrics.items()}
-        if isinstance(scale := getattr(self.loss, "scale", None), Scale):
-            found["temperature"] = 1 / float(scale())
-        if (bias := getattr(self.loss, "bias", None)) is not None:
-            found["bias"] = float(bias)
-        return found
+        """See `scalars_of`."""
+        return scalars_of(self.loss)
+
+    def _check_crops(self, example: Samples, views: ViewSettings) -> None:
+        shape = seen_shape(example, views)
+        try:
+            with torch.no_grad():
+                self.encoder(torch.zeros(1, *shape))
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"the encoder cannot read crops of {shape[1]} x {shape[2]} pixels "
+                f"({str(error).splitlines()[0]}); set task.crops.views.size to that of the views, "
+                f"or use an encoder of images of any size"
+            ) from error

@@ -1,0 +1,41 @@
+"""The config of a run: composed from the settings of its parts; nothing below imports it.
+
+    data.py       where samples come from
+    tasks.py      what is trained by which objective
+    run.py        the whole, and what a resumed run may change
+    files.py      YAML files and key=value overrides
+    sentences.py  what is wrong with a config, in words
+
+Precedence: defaults < YAML file < ``key=value`` overrides. Unknown names are refused.
+"""
+
+from dist_contrastive.config.data import BalanceSettings, DataSettings
+from dist_contrastive.config.files import load, load_run, save
+from dist_contrastive.config.run import RunConfig, TrainSettings, differences
+from dist_contrastive.config.tasks import (
+    DriftSettings,
+    HybridSettings,
+    LabelledSettings,
+    MocoSettings,
+    PairedSettings,
+    TaskSettings,
+    TwoViewSettings,
+)
+
+__all__ = [
+    "BalanceSettings",
+    "DataSettings",
+    "DriftSettings",
+    "HybridSettings",
+    "LabelledSettings",
+    "MocoSettings",
+    "PairedSettings",
+    "RunConfig",
+    "TaskSettings",
+    "TrainSettings",
+    "TwoViewSettings",
+    "differences",
+    "load",
+    "load_run",
+    "save",
+]

@@ -1,0 +1,90 @@
+"""Everything that defines a run, and what of it a resumed run may change."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from dist_contrastive.backend import BackendSettings
+from dist_contrastive.config.data import DataSettings
+from dist_contrastive.config.tasks import PairedSettings, TaskSettings
+from dist_contrastive.data.fields import Fields
+from dist_contrastive.optim import OptimSettings
+from dist_contrastive.settings import Settings
+
+
+class TrainSettings(Settings):
+    """Length of a run, and what it writes."""
+
+    steps: PositiveInt
+    log_every: PositiveInt = 10
+    """Steps between rows of metrics."""
+    save_every: PositiveInt = 200
+    """Steps between checkpoints; one is always written at the end."""
+    keep_last: PositiveInt = 2
+    """Checkpoints to keep."""
+    ledger: bool = False
+    """Write the keys of every batch to ledger/rank-R.jsonl."""
+
+
+class RunConfig(Settings):
+    """Everything that defines a run."""
+
+    run_dir: Path
+    """Folder for everything that the run writes."""
+    seed: int = Field(default=0, ge=0)
+    data: DataSettings
+    task: TaskSettings
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings
+    backend: BackendSettings = BackendSettings()
+
+    @field_validator("seed")
+    @classmethod
+    def _seed_fits(cls, seed: int) -> int:
+        if seed >= 2**31:
+            raise ValueError(f"must be below 2**31 = {2**31}")
+        return seed
+
+    @model_validator(mode="after")
+    def _task_fits_data(self) -> Self:
+        self.task.check(self.data)
+        return self
+
+    @property
+    def fields(self) -> Fields:
+        """Where a sample holds what the task takes."""
+        data = self.data
+        pair = data.pair if isinstance(self.task, PairedSettings) else None
+        return Fields(data.image, data.label, data.num_classes, pair, self.task.labels_required)
+
+
+# Settings that a resumed run may change: they do not touch what is computed.
+MAY_CHANGE = (
+    "run_dir",
+    "data.num_workers",
+    "data.test",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.ledger",
+    "backend.timeout_s",
+)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """``key: old -> new`` for every setting that a resumed run may not change."""
+    before, after = (_flat(c.model_dump(mode="json")) for c in (old, new))
+    keys = [key for key in {**before, **after} if key not in MAY_CHANGE]
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    parts = [_flat(value, f"{prefix}{key}.") for key, value in tree.items()]
+    return {key: value for part in parts for key, value in part.items()}

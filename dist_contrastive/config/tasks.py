@@ -1,0 +1,245 @@
+"""Settings of the tasks: what is trained by which objective.
+
+Each says what it needs of the data, so that a config that cannot work is refused before any data is
+read.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from dist_contrastive.config.data import DataSettings
+from dist_contrastive.data.views import ViewSettings
+from dist_contrastive.losses.settings import (
+    AnyLossSettings,
+    ContrastiveForceSettings,
+    InfoNCESettings,
+    LabelLossSettings,
+    SelfDiagonalSettings,
+    SigLIPSettings,
+    ViewLossSettings,
+)
+from dist_contrastive.models import (
+    EncoderSettings,
+    GeneratorSettings,
+    PairEncoderSettings,
+    ProjectionHeadSettings,
+)
+from dist_contrastive.schedule import Schedule, is_zero
+from dist_contrastive.settings import Settings
+
+
+class _TaskSettings(Settings):
+    """Base of the settings of tasks."""
+
+    uses_labels: ClassVar[bool] = False
+    """Whether labels take part in training."""
+    labels_required: ClassVar[bool] = False
+    """Whether each sample must have one."""
+
+    def check(self, data: DataSettings) -> None:
+        """Raise ValueError, worded as a sentence, where the data does not fit the task."""
+        for name in ("labels_per_class", "balance"):
+            if getattr(data, name) is not None and not self.uses_labels:
+                raise ValueError(
+                    f"data.{name} is set, but the task does not train with labels; leave it out, "
+                    f"or use the task labelled or hybrid"
+                )
+        if self.uses_labels and data.label is None:
+            raise ValueError("the task needs labels; set data.label to the field that holds them")
+
+
+class _ImageTaskSettings(_TaskSettings):
+    """What tasks that train an encoder of images share."""
+
+    encoder: EncoderSettings
+    head: ProjectionHeadSettings = ProjectionHeadSettings()
+    views: ViewSettings = ViewSettings()
+
+
+class CropSettings(Settings):
+    """Multi-crop: further, usually smaller, views that are compared with the two global ones."""
+
+    count: PositiveInt
+    views: ViewSettings
+
+
+class TwoViewSettings(_ImageTaskSettings):
+    """Self-supervised learning of an encoder from two or more views of each sample."""
+
+    name: Literal["two_view"]
+    crops: CropSettings | None = None
+    loss: ViewLossSettings
+
+
+class LabelledSettings(_ImageTaskSettings):
+    """An encoder learns what is similar from labels; some or most of them may be missing."""
+
+    uses_labels: ClassVar[bool] = True
+
+    name: Literal["labelled"]
+    num_views: PositiveInt = 2
+    """Views of each sample; they are similar to each other whether it has a label or not."""
+    loss: LabelLossSettings
+
+    def check(self, data: DataSettings) -> None:
+        """Labels of the kind that the loss is set for."""
+        super().check(data)
+        max_delta = self.loss.max_delta
+        if (data.num_classes is None) != (max_delta is not None):
+            raise ValueError(
+                f"task.loss.max_delta={max_delta} with data.num_classes={data.num_classes}; set "
+                f"num_classes for classes, or max_delta, the largest difference of similar "
+                f"samples, for continuous labels"
+            )
+
+
+class MocoSettings(_ImageTaskSettings):
+    """Queries find keys of a momentum encoder among the batch and a queue of past keys."""
+
+    name: Literal["moco"]
+    loss: InfoNCESettings
+    queue_size: PositiveInt
+    """Past keys to compare with; a multiple of the global batch."""
+    momentum: float = Field(default=0.99, ge=0, le=1)
+    """Of the key encoder at the start; it grows to 1 along a cosine."""
+
+    def check(self, data: DataSettings) -> None:
+        """Whole batches in the queue."""
+        super().check(data)
+        size, batch = self.queue_size, data.global_batch_size
+        if size % batch:
+            fits = f"{batch}" if size < batch else f"{size // batch * batch}"
+            more = (size // batch + 1) * batch
+            raise ValueError(
+                f"task.queue_size={size} does not hold whole batches of "
+                f"data.global_batch_size={batch}; set {fits}"
+                + ("" if size < batch else f" or {more}")
+            )
+
+
+class PairTowerSettings(Settings):
+    """The network of the second modality."""
+
+    encoder: PairEncoderSettings
+    head: ProjectionHeadSettings = ProjectionHeadSettings()
+
+
+class PairedSettings(_ImageTaskSettings):
+    """Two towers: an image finds the text, or another modality, of its own sample."""
+
+    name: Literal["paired"]
+    pair: PairTowerSettings
+    loss: Annotated[InfoNCESettings | SigLIPSettings, Field(discriminator="name")]
+
+    def check(self, data: DataSettings) -> None:
+        """A second modality, embedded in the same space."""
+        super().check(data)
+        if data.pair is None:
+            raise ValueError("the task paired needs data.pair, the field of the second modality")
+        if self.head.out != self.pair.head.out:
+            raise ValueError(
+                f"task.head.out={self.head.out} and "
+                f"task.pair.head.out={self.pair.head.out} differ; both towers must embed into the "
+                f"same space: set equal sizes"
+            )
+
+
+class SupervisedSettings(Settings):
+    """Cross-entropy of the classifier."""
+
+    weight: Schedule = 1.0
+    level_weights: tuple[NonNegativeFloat, ...] | None = None
+    """Weight of each level of the hierarchy, from the root; null: 1 each."""
+
+
+class RewardSettings(Settings):
+    """Policy gradient on decisions that are sampled from the classifier."""
+
+    weight: Schedule = 1.0
+    function: str = "dist_contrastive.losses.rewards:depth_credit"
+    """MODULE:NAME of (decisions, labels, hierarchy) -> rewards."""
+    baseline: Literal["self_critical", "running_mean", "none"] = "self_critical"
+    entropy_weight: NonNegativeFloat = 0.0
+    draws: PositiveInt = 1
+    """Decisions sampled for each view of a sample."""
+
+
+class ContrastiveSettings(Settings):
+    """Any loss over pairs, on the projections."""
+
+    weight: Schedule = 1.0
+    loss: AnyLossSettings = SelfDiagonalSettings(name="self_diagonal")
+
+
+class HybridSettings(_ImageTaskSettings):
+    """total = w0 * supervised + w1 * reward + w2 * contrastive, over one encoder."""
+
+    uses_labels: ClassVar[bool] = True
+
+    name: Literal["hybrid"]
+    num_views: PositiveInt = 2
+    """Views of each sample; all are classified and compared."""
+    hierarchy: dict[str, Any] | None = None
+    """Groups of classes, as {round: [0, 6, 8, 9], straight: [1, 4, 7]}, nested to any depth; null:
+    the classes side by side."""
+    supervised: SupervisedSettings | None = None
+    reward: RewardSettings | None = None
+    contrastive: ContrastiveSettings | None = None
+
+    def active(self, name: str) -> bool:
+        """Whether a term takes part: one with weight 0 is as good as absent."""
+        term = getattr(self, name)
+        return term is not None and not is_zero(term.weight)
+
+    def check(self, data: DataSettings) -> None:
+        """Classes, and something to learn."""
+        super().check(data)
+        if data.num_classes is None:
+            raise ValueError("the task hybrid classifies; set data.num_classes")
+        if not any(map(self.active, ("supervised", "reward", "contrastive"))):
+            raise ValueError(
+                "task supervised, reward and contrastive are all absent or have weight 0; give one "
+                "of them a weight"
+            )
+
+
+class PixelFeatures(Settings):
+    """The force acts on pixels."""
+
+    name: Literal["pixels"]
+
+
+class RunFeatures(Settings):
+    """The force acts on the representation of an encoder that an earlier run trained."""
+
+    name: Literal["run"]
+    run_dir: Path
+
+
+FeatureSettings = Annotated[PixelFeatures | RunFeatures, Field(discriminator="name")]
+
+
+class DriftSettings(_TaskSettings):
+    """A one-step generator trained by the contrastive force."""
+
+    labels_required: ClassVar[bool] = True
+
+    name: Literal["drift"]
+    generator: GeneratorSettings
+    features: tuple[FeatureSettings, ...] = Field(min_length=1)
+    """Spaces in which the force acts; their losses are added."""
+    loss: ContrastiveForceSettings = ContrastiveForceSettings()
+
+    def check(self, data: DataSettings) -> None:
+        """Labels, where there are some, are classes."""
+        super().check(data)
+        if data.label is not None and data.num_classes is None:
+            raise ValueError("the task drift generates by class; set data.num_classes")
+
+
+ImageTaskSettings = (
+    TwoViewSettings | LabelledSettings | MocoSettings | PairedSettings | HybridSettings
+)
+TaskSettings = Annotated[ImageTaskSettings | DriftSettings, Field(discriminator="name")]

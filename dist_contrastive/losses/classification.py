@@ -1,0 +1,93 @@
+"""Cross-entropy of labelled rows on every level of a hierarchy of classes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dist_contrastive import collectives
+from dist_contrastive.collectives import Group
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses.base import at_least
+from dist_contrastive.losses.hierarchy import Hierarchy
+from dist_contrastive.losses.inputs import exchange_sizes
+
+
+class PathCrossEntropy(nn.Module):
+    """The cross-entropy of every decision on the path from the root to the label.
+
+    Equals, on the rows of all ranks together, with log p(node | parent) of the `Hierarchy`::
+
+        rows = labels >= 0
+        node = hierarchy.paths[labels[rows]]                                           [n, L]
+        log_p = hierarchy.level_log_probabilities(logits[rows]).gather(1, node)        [n, L]
+        loss = -(level_weights * log_p).sum(1).mean()
+
+    With weights of 1 that is -log p(label), and with one level `torch.nn.functional.cross_entropy`.
+    Without any label on any rank it is 0, and so are all gradients. The gradient contract is that
+    of `PairLoss`, for reducers that take the mean.
+
+    Args:
+        level_weights: one for each level, 0 or more; None for 1 on all.
+        group: process group; None means all ranks.
+
+    Collectives: one all-gather of a few numbers, two all-reduces of at most two.
+    """
+
+    def __init__(
+        self,
+        hierarchy: Hierarchy,
+        level_weights: Sequence[float] | None = None,
+        group: Group = None,
+    ) -> None:
+        super().__init__()
+        weights = [1.0] * hierarchy.depth if level_weights is None else list(level_weights)
+        if len(weights) != hierarchy.depth:
+            raise ConfigError(
+                f"level_weights={weights} for a hierarchy of {hierarchy.depth} level(s); give one "
+                f"weight for each level"
+            )
+        at_least(0, **{f"level_weights[{level}]": weight for level, weight in enumerate(weights)})
+        self.hierarchy = hierarchy
+        self.level_weights = weights
+        self.group = group
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Scalar loss.
+
+        Args:
+            logits: floating [b, num_nodes]. labels: integers [b], -1 where missing.
+
+        Raises:
+            ConfigError, NonFiniteError: see `check_labelled_logits`.
+        """
+        check_labelled_logits(logits, labels, self.hierarchy, self.group)
+        has_label = labels >= 0
+        log_p = self.hierarchy.level_log_probabilities(logits[has_label])
+        on_path = log_p.gather(1, self.hierarchy.ancestors(labels[has_label]))
+        weights = torch.tensor(self.level_weights, dtype=log_p.dtype, device=log_p.device)
+        return collectives.global_mean(-(weights * on_path).sum(), len(on_path), self.group)
+
+
+def check_labelled_logits(
+    logits: Tensor, labels: Tensor, hierarchy: Hierarchy, group: Group = None
+) -> None:
+    """Refuse logits that are not finite, and labels that are not one class, or -1, for each row.
+
+    How many logits a row has is left to the hierarchy: it is the same on all ranks.
+
+    Raises:
+        ConfigError, NonFiniteError: on all ranks, in the same words.
+
+    Collectives: one all-gather of a few numbers, one all-reduce of one.
+    """
+    exchange_sizes(group, {"logits": logits}, labels=labels)
+    if labels.is_floating_point():
+        raise ConfigError(f"labels are {labels.dtype}; give integers, -1 where missing")
+    highest = int(labels.max()) if len(labels) else -1
+    highest = collectives.max_over_ranks(highest, labels.device, group)
+    if highest >= hierarchy.num_classes:
+        raise ConfigError(
+            f"label outside the hierarchy: {highest} is not among its classes 0 to "
+            f"{hierarchy.num_classes - 1}; put the class into the hierarchy, or give -1 for missing"
+        )

@@ -1,0 +1,125 @@
+"""Supervised, reward and contrastive terms over one encoder (seed of this project):
+
+total = w0 * supervised + w1 * reward + w2 * contrastive
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dist_contrastive.config import HybridSettings
+from dist_contrastive.data import keyed_random
+from dist_contrastive.data.fields import Samples
+from dist_contrastive.losses.classification import PathCrossEntropy
+from dist_contrastive.losses.hierarchy import Hierarchy
+from dist_contrastive.losses.policy_gradient import PolicyGradient
+from dist_contrastive.losses.rewards import load_reward
+from dist_contrastive.losses.settings import build_loss
+from dist_contrastive.losses.views import compare_views
+from dist_contrastive.schedule import value_at
+from dist_contrastive.tasks.base import Embeddings, Terms, scalars_of
+from dist_contrastive.tasks.images import ImageTask
+
+DECISION_STREAM = 0x6465636964  # "decid": keeps these keys apart from other uses of the same seed
+TERMS = ("supervised", "reward", "contrastive")
+
+
+class Hybrid(ImageTask):
+    """An encoder with a classifier and a projection head; all views are classified and compared.
+
+    A term whose weight is 0 all the time is as good as absent, and a head that no term uses is not
+    trained.
+    """
+
+    def __init__(
+        self, settings: HybridSettings, example: Samples, num_classes: int, seed: int
+    ) -> None:
+        super().__init__(settings, example, seed)
+        self.num_views = settings.num_views
+        self.hierarchy = Hierarchy.flat(num_classes)
+        if settings.hierarchy is not None:
+            self.hierarchy = Hierarchy.of_tree(settings.hierarchy, num_classes)
+        self.classifier = nn.Linear(self.encoder.dim, self.hierarchy.num_nodes)
+        self._terms: dict[str, Callable[[Embeddings, Samples], Tensor]] = {}
+        self._weights = {
+            name: getattr(settings, name).weight for name in TERMS if settings.active(name)
+        }
+        if "supervised" in self._weights and settings.supervised:
+            self.supervised = PathCrossEntropy(self.hierarchy, settings.supervised.level_weights)
+            self._terms["supervised"] = self._supervised
+        if "reward" in self._weights and settings.reward:
+            options = settings.reward
+            function = load_reward(options.function)
+            self.reward = PolicyGradient(
+                self.hierarchy, function, options.baseline, options.entropy_weight
+            )
+            self.draws = options.draws
+            self._terms["reward"] = self._reward
+        if "contrastive" in self._weights and settings.contrastive:
+            self.contrastive = build_loss(settings.contrastive.loss)
+            self._terms["contrastive"] = self._contrastive
+        self.head.requires_grad_("contrastive" in self._terms)
+        self.classifier.requires_grad_(len(self._terms.keys() - {"contrastive"}) > 0)
+        self._values: dict[str, Tensor] = {}
+
+    def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
+        """Views of every image: [b, C, H, W] each."""
+        return self.make_views(samples, self.num_views)
+
+    def embed(self, *inputs: Tensor) -> Embeddings:
+        """Projections [b, V, D] and the classifier's logits [b, V, nodes] of all V views."""
+        representations = self.encoder(torch.cat(inputs))
+        heads = self.head(representations), self.classifier(representations)
+        return tuple(x.unflatten(0, (len(inputs), len(inputs[0]))).transpose(0, 1) for x in heads)
+
+    def compare(self, embeddings: Embeddings, samples: Samples) -> Terms:
+        """The terms that take part, each times its weight at this step."""
+        values = {name: term(embeddings, samples) for name, term in self._terms.items()}
+        self._values = {name: value.detach() for name, value in values.items()}
+        return {name: self._weight(name) * value for name, value in values.items()}
+
+    def finish_step(self, embeddings: Embeddings) -> None:
+        """The running mean of the reward follows."""
+        super().finish_step(embeddings)
+        if "reward" in self._terms:
+            self.reward.finish_step()
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Log-probabilities of the classes: [n, C, H, W] to [n, num_classes]."""
+        with torch.no_grad():
+            return self.hierarchy.log_probabilities(self.classifier(self.represent(images)))
+
+    @torch.no_grad()
+    def scalars(self) -> dict[str, float]:
+        """Values of the terms before they are weighted, their weights, and what they count."""
+        found = {name: float(value) for name, value in self._values.items()}
+        found |= {f"{name}_weight": self._weight(name) for name in self._terms}
+        if "reward" in self._terms:
+            found |= {f"mean_{name}": float(x) for name, x in self.reward.metrics.items()}
+        if "contrastive" in self._terms:
+            found |= scalars_of(self.contrastive)
+        return found
+
+    def _weight(self, name: str) -> float:
+        return value_at(self._weights[name], self.progress)
+
+    def _supervised(self, embeddings: Embeddings, samples: Samples) -> Tensor:
+        _, logits = embeddings
+        return self.supervised(logits.flatten(0, 1), self._labels(samples))
+
+    def _reward(self, embeddings: Embeddings, samples: Samples) -> Tensor:
+        _, logits = embeddings
+        keys = keyed_random.combine(self.seed, DECISION_STREAM, samples.epoch, samples.index)
+        uniform = keyed_random.uniform(keys, self.num_views * self.draws)
+        rows = logits.flatten(0, 1)
+        return self.reward(rows, self._labels(samples), uniform.view(len(rows), self.draws))
+
+    def _contrastive(self, embeddings: Embeddings, samples: Samples) -> Tensor:
+        views = embeddings[0].unbind(1)
+        return compare_views(self.contrastive, views, samples.labels, len(views))
+
+    def _labels(self, samples: Samples) -> Tensor:
+        """The label of each view."""
+        assert samples.labels is not None, "the config asks for labels"
+        return samples.labels.repeat_interleave(self.num_views)

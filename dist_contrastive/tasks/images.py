@@ -1,0 +1,55 @@
+"""What tasks that train an encoder of images share: encoder, projection head, views."""
+
+import torch
+from torch import Tensor
+
+from dist_contrastive.config.tasks import ImageTaskSettings
+from dist_contrastive.data.fields import Samples
+from dist_contrastive.data.views import ViewSettings, make_view, view_keys
+from dist_contrastive.models import build_encoder, build_head, representations_of
+from dist_contrastive.tasks.base import Task
+
+
+class ImageTask(Task):
+    """Base of the tasks with an encoder of images."""
+
+    def __init__(self, settings: ImageTaskSettings, example: Samples, seed: int) -> None:
+        super().__init__()
+        self.views = settings.views
+        self.encoder = build_encoder(settings.encoder, seen_shape(example, settings.views))
+        self.head = build_head(settings.head, self.encoder.dim)
+        self.seed = seed
+
+    def make_views(
+        self, samples: Samples, count: int, first: int = 0, views: ViewSettings | None = None
+    ) -> tuple[Tensor, ...]:
+        """Views number first, first + 1, ... of every image: [b, C, H, W] each."""
+        numbers = range(first, first + count)
+        keys = (view_keys(self.seed, samples.epoch, samples.index, number) for number in numbers)
+        return tuple(make_view(samples.images, key, views or self.views) for key in keys)
+
+    def project(self, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Projections [b, D] of views of one size, in one pass through the encoder."""
+        return in_equal_parts(self.head(self.encoder(torch.cat(views))), len(views))
+
+    def represent(self, images: Tensor) -> Tensor:
+        """Representations (before the head) of images as they are: [n, C, H, W] to [n, D]."""
+        return representations_of(self.encoder, self.as_seen(images))
+
+    def as_seen(self, images: Tensor) -> Tensor:
+        """Images of the size that the encoder was trained on, otherwise unchanged."""
+        if not self.views.size:
+            return images
+        keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        return make_view(images, keys, ViewSettings(size=self.views.size))
+
+
+def seen_shape(example: Samples, views: ViewSettings) -> tuple[int, int, int]:
+    """(channels, height, width) of a view of an image."""
+    channels, height, width = example.images.shape[1:]
+    return channels, views.size or height, views.size or width
+
+
+def in_equal_parts(rows: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Equal consecutive parts; `chunk` makes fewer of no rows."""
+    return rows.split(len(rows) // count) if len(rows) else (rows,) * count
