@@ -87,6 +87,8 @@ def _train(args: argparse.Namespace) -> int:
     from dist_contrastive import trainer
     from dist_contrastive.config import load
 
+    if "" not in sys.path:  # a reward function may lie in the current folder, as for `python -m`
+        sys.path.insert(0, "")
     return trainer.train(load(args.config, args.overrides))
 
 

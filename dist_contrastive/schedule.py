@@ -1,23 +1,35 @@
 """Numbers that change while a run goes on, as a function of how far it is."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, NonNegativeFloat
+from pydantic import BeforeValidator
 
-Point = tuple[Annotated[float, Field(ge=0, le=1)], NonNegativeFloat]
+Points = tuple[tuple[float, float], ...]
 
 
-def _ordered(points: tuple[Point, ...]) -> tuple[Point, ...]:
+def _checked(value: Any) -> Any:
+    """One sentence for whatever is wrong; pydantic would give one for each kind that it tries."""
+    points = value if isinstance(value, list | tuple) else [[0, value]]
+    if not points or not all(isinstance(p, list | tuple) and len(p) == 2 for p in points):
+        raise ValueError("give a number, or points as [[0, 0], [0.5, 1]]")
+    for progress, number in points:
+        if not _is_number(progress) or not 0 <= progress <= 1:
+            raise ValueError(f"progress {progress} of a point must be a number from 0 to 1")
+        if not _is_number(number) or not 0 <= number < math.inf:
+            raise ValueError(f"{number} must be a number, 0 or more")
     if any(a[0] >= b[0] for a, b in pairwise(points)):
-        raise ValueError("the first numbers of a schedule's points must grow: [[0, 1], [0.5, 0]]")
-    return points
+        raise ValueError("the progress of points must grow, as in [[0, 1], [0.5, 0]]")
+    return value
 
 
-Schedule = (
-    NonNegativeFloat | Annotated[tuple[Point, ...], Field(min_length=1), AfterValidator(_ordered)]
-)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+Schedule = Annotated[float | Points, BeforeValidator(_checked)]
 """A constant, or points [progress, value] with progress from 0 to 1, as [[0, 0], [0.5, 1]]."""
 
 
@@ -35,8 +47,3 @@ def value_at(schedule: float | Sequence[tuple[float, float]], progress: float) -
         if progress <= end:
             return low + (high - low) * (progress - begin) / (end - begin)
     return schedule[-1][1]
-
-
-def is_zero(schedule: float | Sequence[tuple[float, float]]) -> bool:
-    """Whether the value is 0 all the time."""
-    return isinstance(schedule, int | float) and schedule == 0

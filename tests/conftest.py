@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -56,3 +57,13 @@ def run(argv: list[str], **options) -> subprocess.CompletedProcess[str]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def global_batches(run_dir: Path) -> list[list[str]]:
+    """The keys of every step, joined over ranks in their order; later lines count."""
+    ranks = []
+    for number in range(len(list((run_dir / "ledger").iterdir()))):
+        text = (run_dir / "ledger" / f"rank-{number}.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        ranks.append({line["step"]: line["keys"] for line in lines})
+    return [[key for rank in ranks for key in rank[step]] for step in sorted(ranks[0])]

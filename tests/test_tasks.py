@@ -8,11 +8,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CONFIGS, run
+from conftest import CONFIGS, command, global_batches, run
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
+from dist_contrastive.cli import main
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data import ShardIndex
 from dist_contrastive.data.fields import Samples
@@ -114,36 +116,126 @@ def test_every_parameter_is_trained(right):
             assert gradient.abs().max() > 0, f"{name}: {key}"
 
 
-# Batches as large as the configs' own, where these are: small ones of a young generator amplify
-# rounding.
+# Batches as large as the configs' own: small ones of a young generator amplify rounding.
 STEPS = ("train.steps=6", "optim.warmup_steps=20", "train.log_every=1")
 
 
-def train_all(folder: Path, world_size: int, overrides) -> dict[str, list[dict]]:
-    """Metrics of every config, trained on so many ranks."""
+def train_all(folder: Path, world_size: int, overrides) -> Path:
+    """Every config, trained on so many ranks with 0, 1 or 2 workers each."""
     folder.mkdir()
     jobs = folder / "jobs.jsonl"
+    features = f"task.features=[{{name: pixels}}, {{name: run, run_dir: {folder}/digits_encoder}}]"
     lines = []
-    for name in NAMES:
-        config = configs.load(CONFIGS / f"{name}.yaml")
-        batch = f"data.global_batch_size={config.data.global_batch_size}"
+    for name in NAMES:  # the encoder comes before the generator
+        path = CONFIGS / f"{name}.yaml"
+        batch = f"data.global_batch_size={configs.load(path).data.global_batch_size}"
+        more = [features] if name == "digits_generator" else []
         workers = f"data.num_workers={world_size // 2}"
-        more = ["task.features=[{name: pixels}]"] if name == "digits_generator" else []
         options = overrides(folder / name, *STEPS, batch, workers, *more)
-        lines.append(json.dumps([str(CONFIGS / f"{name}.yaml"), *options]))
-    jobs.write_text("\n".join(lines) + "\n")
+        lines.append(json.dumps([str(path), *options]) + "\n")
+    jobs.write_text("".join(lines))
     script = [str(Path(__file__).with_name("train_many.py")), str(jobs)]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     done = run([sys.executable, *launcher, *script])
     assert done.returncode == 0, done.stderr
-    return {name: read_rows(folder / name) for name in NAMES}
+    return folder
 
 
-def test_world_size_does_not_change_any_run(tmp_path, overrides):
-    """1, 2 and 4 ranks, with 0, 1 and 2 workers each: the same curves."""
-    runs = {n: train_all(tmp_path / str(n), n, overrides) for n in (1, 2, 4)}
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, overrides) -> Path:
+    return train_all(tmp_path_factory.mktemp("ranks") / "1", 1, overrides)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_world_size_does_not_change_any_run(world_size, one_rank, tmp_path, overrides):
+    folder = train_all(tmp_path / "runs", world_size, overrides)
     for name in NAMES:
-        curves = {n: [row["loss"] for row in rows[name]] for n, rows in runs.items()}
-        assert len(curves[1]) == 6
-        for world_size in (2, 4):
-            assert curves[world_size] == pytest.approx(curves[1], rel=1e-4), name
+        one, several = ([row["loss"] for row in read_rows(f / name)] for f in (one_rank, folder))
+        assert len(one) == 6
+        assert several == pytest.approx(one, rel=1e-4), name
+        assert global_batches(folder / name) == global_batches(one_rank / name), name
+
+
+def test_rows_tell_every_term(one_rank):
+    """Values add up to the loss; gradients are not larger together than the sum of their norms."""
+    row = read_rows(one_rank / "digits_hybrid")[-1]
+    terms = ("supervised", "reward", "contrastive")
+    assert sum(row[f"loss/{term}"] for term in terms) == pytest.approx(row["loss"], rel=1e-5)
+    norms = [row[f"grad_norm/{term}"] for term in terms]
+    assert 0 < row["grad_norm"] <= sum(norms) * (1 + 1e-6)
+    assert row["grad_norm"] >= 2 * max(norms) - sum(norms)
+    for term in terms:
+        assert row[f"loss/{term}"] == pytest.approx(row[f"{term}_weight"] * row[term], rel=1e-5)
+    assert {"mean_reward", "mean_baseline", "mean_entropy", "temperature"} <= row.keys()
+    assert "loss/contrastive" not in read_rows(one_rank / "digits_moco")[-1]
+
+
+MEASURES = {
+    "digits_captions": ("class by its texts", "most frequent class"),
+    "digits_profiles": ("image finds its partner, recall at 1", "chance"),
+    "digits_hybrid": ("classifier accuracy, level 2 of 2",),
+    "digits_slant": ("mean absolute error of kNN", "one value for all"),
+    "digits_moco": ("kNN accuracy", "linear probe, all labels", "raw pixels"),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_eval_of_every_kind(name, one_rank, capsys):
+    assert main(["eval", str(one_rank / name)]) == 0
+    table = capsys.readouterr().out
+    for words in MEASURES[name]:
+        assert words in table
+    for picture in ("embedding", "loss"):
+        assert (one_rank / name / "plots" / f"{picture}.png").stat().st_size > 5000
+
+
+TERMS = ("supervised", "reward", "contrastive")
+
+
+def trained(name: str, overrides, run_dir: Path, *more: str) -> dict[str, Tensor]:
+    """Weights at the end of a short run."""
+    config = small(name, overrides, run_dir, *more)
+    assert trainer.train(config) == trainer.EXIT_DONE
+    found = checkpoint.newest(run_dir / "checkpoints")
+    assert found is not None
+    return found.weights()
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_weight_of_zero_is_the_run_without_the_term(term, tmp_path, overrides):
+    """Exactly: also where a schedule makes it 0, and the term is still computed."""
+    short = ["train.steps=4", "data.balance=null"]
+    without = trained("digits_hybrid", overrides, tmp_path / "a", *short, f"task.{term}=null")
+    zero = trained("digits_hybrid", overrides, tmp_path / "b", *short, f"task.{term}.weight=0")
+    held = f"task.{term}.weight=[[0, 0], [1, 0]]"
+    scheduled = trained("digits_hybrid", overrides, tmp_path / "c", *short, held)
+    with_it = trained("digits_hybrid", overrides, tmp_path / "d", *short, f"task.{term}.weight=1")
+    for name, x in without.items():
+        assert torch.equal(x, zero[name]), name
+        if term != "contrastive" or not name.startswith("head."):  # decayed, though not trained
+            assert torch.equal(x, scheduled[name]), name
+    same = [torch.equal(x, with_it[name]) for name, x in without.items()]
+    assert not all(same)
+    losses = [[row["loss"] for row in read_rows(tmp_path / run)] for run in "abc"]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_moco_goes_on_at_another_world_size(tmp_path, overrides):
+    """One leg on one rank and one on two leave the queue of a single leg on one rank."""
+    short = ["train.steps=5", "task.queue_size=192", "optim.warmup_steps=20"]
+    whole = trained("digits_moco", overrides, tmp_path / "whole", *short)
+    legs = small("digits_moco", overrides, tmp_path / "legs", *short)
+    assert trainer.train(legs, stop_after=3) == trainer.EXIT_REQUEUE
+    left = checkpoint.newest(tmp_path / "legs" / "checkpoints").weights()
+    options = overrides(tmp_path / "legs", *short)
+    done = run(command(CONFIGS / "digits_moco.yaml", *options, ranks=2))
+    assert done.returncode == 0, done.stderr
+    found = checkpoint.newest(tmp_path / "legs" / "checkpoints").weights()
+    assert int(found["num_queued"]) == int(whole["num_queued"]) == 5 * 64
+    # Steps 4 and 5 took the places of steps 1 and 2; step 3 stays as the first leg left it.
+    assert torch.equal(found["queue"][128:], left["queue"][128:])
+    assert not torch.equal(found["queue"][:64], left["queue"][:64])
+    assert torch.equal(left["queue"], torch.cat([left["queue"][:128], whole["queue"][128:]]))
+    torch.testing.assert_close(found["queue"], whole["queue"], rtol=1e-4, atol=1e-6)
+    for name, x in whole.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-5, msg=name)

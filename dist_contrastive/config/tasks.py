@@ -26,7 +26,7 @@ from dist_contrastive.models import (
     PairEncoderSettings,
     ProjectionHeadSettings,
 )
-from dist_contrastive.schedule import Schedule, is_zero
+from dist_contrastive.schedule import Schedule
 from dist_contrastive.settings import Settings
 
 
@@ -191,7 +191,7 @@ class HybridSettings(_ImageTaskSettings):
     def active(self, name: str) -> bool:
         """Whether a term takes part: one with weight 0 is as good as absent."""
         term = getattr(self, name)
-        return term is not None and not is_zero(term.weight)
+        return term is not None and term.weight != 0
 
     def check(self, data: DataSettings) -> None:
         """Classes, and something to learn."""

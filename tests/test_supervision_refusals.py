@@ -1,0 +1,161 @@
+"""What a user may get wrong about labels, towers, queues and rewards: one sentence each."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGS, command, run
+
+from dist_contrastive.cli import main
+from dist_contrastive.data import ShardIndex, index_folder
+from dist_contrastive.data.samples import write_samples
+
+HYBRID, MOCO, CAPTIONS, SUPCON, SLANT = (
+    f"digits_{name}" for name in ("hybrid", "moco", "captions", "supcon", "slant")
+)
+PLAIN = "data.balance=null"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        (MOCO, ["task.queue_size=32"], "task.queue_size=32 does not hold whole batches of"),
+        (MOCO, ["task.queue_size=200"], "data.global_batch_size=64; set 192 or 256"),
+        (CAPTIONS, ["task.head.out=32"], "task.head.out=32 and task.pair.head.out=64 differ"),
+        (CAPTIONS, ["data.pair=null"], "needs data.pair, the field of the second modality"),
+        (CAPTIONS, ["data.pair=npy"], "text"),
+        (CAPTIONS, ["data.pair=wav"], "samples have no field 'wav'"),
+        (CAPTIONS, ["data.labels_per_class=3"], "the task does not train with labels"),
+        (
+            HYBRID,
+            ["data.label=null", "data.num_classes=null", PLAIN],
+            "labels_per_class needs classes",
+        ),
+        (HYBRID, ["task.hierarchy={a: [0, 1], b: [2, 3]}"], "classes are missing from the"),
+        (HYBRID, ["task.hierarchy.round=[0, 6, 8, 11]"], "label outside the hierarchy: class 11"),
+        (HYBRID, ["task.hierarchy.round=[0, 6, 8, 9, 1]"], "class 1 stands twice in the hierarchy"),
+        (HYBRID, ["data.num_classes=7", "task.hierarchy=null"], "outside 0..6"),
+        (HYBRID, ["task.supervised.level_weights=[1, 2, 3]"], "level_weights"),
+        (HYBRID, ["task.reward.function=nowhere:f"], "nowhere"),
+        (HYBRID, ["task.reward.function=math"], "module:function"),
+        (HYBRID, ["task.reward.weight=[[0.5, 1], [0.5, 2]]"], "must grow, as in"),
+        (
+            HYBRID,
+            ["task.reward.weight=-1"],
+            "task.reward.weight=-1: -1 must be a number, 0 or more",
+        ),
+        (HYBRID, ["task.reward.weight=[1, 2]"], "give a number, or points as [[0, 0], [0.5, 1]]"),
+        (HYBRID, ["task.reward.weight=[[2, 1]]"], "progress 2 of a point must be a number from 0"),
+        (HYBRID, [f"task.{t}=null" for t in ("supervised", "reward", "contrastive")], "absent"),
+        (HYBRID, ["task.contrastive.loss={name: ntxent}", "task.num_views=1"], "needs at least 2"),
+        (SUPCON, ["data.balance.classes=11"], "11"),
+        (SUPCON, ["data.balance.samples_per_class=200"], "200"),
+        (SUPCON, ["data.num_classes=null", PLAIN], "task.loss.max_delta=None with data.num_cl"),
+        (SUPCON, ["data.labels_per_class=1000", PLAIN], "1000"),
+        (SLANT, ["task.loss.max_delta=null"], "max_delta, the largest difference of similar"),
+        (SLANT, ["data.label=json.label", "data.num_classes=10"], "task.loss.max_delta=0.03"),
+    ],
+)
+def test_refused_before_the_first_step(name, options, words, tmp_path, overrides, capsys):
+    smaller = ["data.balance={classes: 5, samples_per_class: 4}"] if name == HYBRID else []
+    smaller = ["data.balance={classes: 8, samples_per_class: 8}"] if name == SUPCON else smaller
+    arguments = [*overrides(tmp_path / "run"), *smaller, *options]
+    assert main(["train", str(CONFIGS / f"{name}.yaml"), *arguments]) == 64
+    message = capsys.readouterr().err
+    assert words in message
+    assert len(message.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("run/checkpoints/step-*"))
+
+
+def relabelled(digits: Path, folder: Path, label: int | None) -> Path:
+    """The first 80 training digits, all with one label."""
+    index = ShardIndex.load(digits / "train")
+    samples = [index.read(number) for number in range(80)]
+    folder.mkdir()
+    rows = [{**s, "json": {**s["json"], "label": label}} for s in samples]
+    write_samples(folder / "digits.tar", rows)
+    index_folder(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("label", "words"), [(None, "missing"), (3, "class 3")])
+@pytest.mark.parametrize("name", [SUPCON, HYBRID])
+def test_labels_that_teach_nothing(name, label, words, tmp_path, digits, overrides, capsys):
+    folder = relabelled(digits, tmp_path / "data", label)
+    arguments = [*overrides(tmp_path / "run"), f"data.train={folder}", PLAIN]
+    arguments.append("data.labels_per_class=null")
+    assert main(["train", str(CONFIGS / f"{name}.yaml"), *arguments]) == 64
+    message = capsys.readouterr().err
+    assert words in message
+    assert len(message.strip().splitlines()) == 1
+
+
+REWARDS = """
+import os
+import torch
+
+def fails_on_rank_1(decisions, labels, hierarchy):
+    if os.environ.get("RANK") == "1":
+        raise KeyError("price list")
+    return (decisions == labels).float()
+
+def too_few(decisions, labels, hierarchy):
+    return (decisions == labels).float()[:-1]
+
+def infinite(decisions, labels, hierarchy):
+    return torch.where(decisions == labels, 0.0, -torch.inf)
+
+def second_best(decisions, labels, hierarchy):
+    return ((decisions - labels) % 10 == 1).float()
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch):
+    """A module of the user's own, in the current folder."""
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    yield "task.reward.weight=1", PLAIN
+    sys.modules.pop("my_rewards", None)
+
+
+@pytest.mark.parametrize(("function", "code"), [("too_few", 64), ("infinite", 70)])
+def test_rewards_that_cannot_be_used(function, code, rewards, tmp_path, overrides, capsys):
+    options = [
+        *overrides(tmp_path / "run"),
+        *rewards,
+        f"task.reward.function=my_rewards:{function}",
+    ]
+    assert main(["train", str(CONFIGS / f"{HYBRID}.yaml"), *options]) == code
+    assert f"my_rewards:{function}" in capsys.readouterr().err
+
+
+def test_a_reward_that_fails_on_one_rank_ends_both(rewards, tmp_path, overrides):
+    options = [*overrides(tmp_path / "run"), *rewards]
+    options.append("task.reward.function=my_rewards:fails_on_rank_1")
+    done = run(command(CONFIGS / f"{HYBRID}.yaml", *options, ranks=2))
+    assert done.returncode == 64, done.stderr
+    assert done.stderr.count("price list") == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reward_of_the_users_own_is_followed(rewards, tmp_path, overrides):
+    """By reward alone the classifier learns to decide for what is rewarded."""
+    from dist_contrastive.metrics import read_rows
+
+    options = [
+        *overrides(tmp_path / "run"),
+        *rewards,
+        "task.reward.function=my_rewards:second_best",
+    ]
+    options += [
+        "train.steps=60",
+        "optim.lr=0.005",
+        "data.labels_per_class=null",
+        "task.num_views=1",
+    ]
+    options += ["task.supervised=null", "task.contrastive=null", "task.hierarchy=null"]
+    options += ["task.reward.draws=8"]
+    assert main(["train", str(CONFIGS / f"{HYBRID}.yaml"), *options]) == 0
+    rewarded = [row["mean_reward"] for row in read_rows(tmp_path / "run")]
+    assert rewarded[-1] > 0.45 > 0.25 > rewarded[0]
