@@ -13,7 +13,13 @@ from dist_contrastive.data.samples import write_samples
 HYBRID, MOCO, CAPTIONS, SUPCON, SLANT = (
     f"digits_{name}" for name in ("hybrid", "moco", "captions", "supcon", "slant")
 )
+CROPS = "digits_multicrop"
 PLAIN = "data.balance=null"
+RESNET = "name: transformers, model_type: resnet, config: {hidden_sizes: [8], depths: [1]}"
+VIT = (
+    "name: transformers, model_type: vit, config: {hidden_size: 8, num_attention_heads: 1, "
+    "num_hidden_layers: 1, intermediate_size: 8, patch_size: 4}"
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +27,8 @@ PLAIN = "data.balance=null"
     [
         (MOCO, ["task.queue_size=32"], "task.queue_size=32 does not hold whole batches of"),
         (MOCO, ["task.queue_size=200"], "data.global_batch_size=64; set 192 or 256"),
+        (MOCO, [f"task.encoder={{{RESNET}, row_independent: false}}"], "know its own key by them"),
+        (CROPS, [f"task.encoder={{{VIT}}}"], "cannot read crops of 6 x 6 pixels"),
         (CAPTIONS, ["task.head.out=32"], "task.head.out=32 and task.pair.head.out=64 differ"),
         (CAPTIONS, ["data.pair=null"], "needs data.pair, the field of the second modality"),
         (CAPTIONS, ["data.pair=npy"], "text"),

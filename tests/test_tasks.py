@@ -1,6 +1,7 @@
 """Every task with its config: the gradient contract, and the same run on any number of ranks."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +19,13 @@ from dist_contrastive.cli import main
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data import ShardIndex
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.metrics import read_rows
-from dist_contrastive.tasks import Moco, Task, build_task
+from dist_contrastive.tasks import ImageTask, Moco, Task, TwoView, build_task
 from dist_contrastive.testing import run_ranks
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+README = CONFIGS.parent / "README.md"
 ROWS = 24
 SPLITS = {1: [24], 2: [9, 15], 3: [4, 0, 20], 4: [6, 6, 6, 6]}
 
@@ -189,6 +192,17 @@ def test_eval_of_every_kind(name, one_rank, capsys):
         assert (one_rank / name / "plots" / f"{picture}.png").stat().st_size > 5000
 
 
+def test_scales_are_kept_within_the_limits_of_clip(tmp_path, overrides):
+    """A learnable temperature that a step has carried too far is brought back after it."""
+    config = small("digits_captions", overrides, tmp_path)
+    task = build_task(config, batch_of(config))
+    for too_far, limit in ((9.0, 100.0), (-3.0, 1.0)):
+        with torch.no_grad():
+            task.loss.scale.log_scale.fill_(too_far)
+        task.finish_step(())
+        assert task.loss.scale().item() == pytest.approx(limit)
+
+
 TERMS = ("supervised", "reward", "contrastive")
 
 
@@ -239,3 +253,20 @@ def test_moco_goes_on_at_another_world_size(tmp_path, overrides):
     torch.testing.assert_close(found["queue"], whole["queue"], rtol=1e-4, atol=1e-6)
     for name, x in whole.items():
         torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_readme_s_task_works(overrides, tmp_path):
+    """It is two_view in short."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = next(block for block in blocks if "(ImageTask)" in block)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    names = {"ImageTask": ImageTask, "build_loss": build_loss}
+    exec(code, names)
+    config = small("digits_encoder", overrides, tmp_path)
+    samples = batch_of(config)
+    losses = []
+    for make in (names["Twins"], TwoView):
+        torch.manual_seed(0)
+        task = make(config.task, samples, config.seed)
+        losses.append(task.compare(task(*task.inputs(samples)), samples)["contrastive"])
+    assert torch.equal(*losses)

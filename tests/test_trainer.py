@@ -263,10 +263,28 @@ def losses_of(run_dir: Path) -> list[float]:
     return [row["loss"] for row in read_rows(run_dir)]
 
 
-@pytest.mark.parametrize("name", ["barlow_twins", "dcl", "infonce", "ntxent", "siglip", "vicreg"])
+VIEW_LOSSES = ("barlow_twins", "dcl", "infonce", "koleo", "ntxent", "self_diagonal", "siglip")
+LABEL_LOSSES = [
+    "supcon",
+    "cosine_embedding",
+    "triplet, mining: all",
+    "triplet, mining: hard, distance: cosine",
+    "triplet, mining: semihard, distance: squared_euclidean",
+]
+
+
+@pytest.mark.parametrize("name", [*VIEW_LOSSES, "vicreg"])
 def test_every_two_view_loss_trains_from_its_settings(name, tmp_path, overrides):
     loss = f"task.loss={{name: {name}, keys_from: ring, impl: chunked}}"
     assert main(["train", str(ENCODER), *overrides(tmp_path, "train.steps=3", loss)]) == 0
+    assert len(losses_of(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("name", LABEL_LOSSES)
+def test_every_labelled_loss_trains_from_its_settings(name, tmp_path, overrides):
+    loss = f"task.loss={{name: {name}, keys_from: ring, impl: chunked}}"
+    options = overrides(tmp_path, "train.steps=3", loss, "data.balance=null")
+    assert main(["train", str(CONFIGS / "digits_supcon.yaml"), *options]) == 0
     assert len(losses_of(tmp_path)) == 3
 
 

@@ -116,7 +116,7 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def representations_of(encoder: nn.Module, images: Tensor, chunk: int = 1024) -> Tensor:
-    """Representations of all `images` [n, C, H, W] without gradients, `chunk` rows at a time."""
+def representations_of(encoder: nn.Module, inputs: Tensor, chunk: int = 1024) -> Tensor:
+    """Representations of all inputs [n, ...] without gradients, `chunk` rows at a time."""
     with torch.no_grad():
-        return torch.cat([encoder(part) for part in images.split(chunk)])
+        return torch.cat([encoder(part) for part in inputs.split(chunk)])

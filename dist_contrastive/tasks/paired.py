@@ -7,9 +7,14 @@ from torch import Tensor
 
 from dist_contrastive.config import PairedSettings
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.settings import build_loss
-from dist_contrastive.models import TextEncoder, build_head, build_pair_encoder, text_tokens
+from dist_contrastive.models import (
+    TextEncoder,
+    build_head,
+    build_pair_encoder,
+    representations_of,
+    text_tokens,
+)
 from dist_contrastive.tasks.base import Embeddings, Terms, scalars_of
 from dist_contrastive.tasks.images import ImageTask
 
@@ -42,8 +47,7 @@ class Paired(ImageTask):
         """What the second encoder takes: tokens of texts, numbers as they are."""
         if isinstance(pair, Tensor):
             return pair
-        if not isinstance(self.pair_encoder, TextEncoder):
-            raise ConfigError("data.pair holds texts; set task.pair.encoder.name to text")
+        assert isinstance(self.pair_encoder, TextEncoder), "no other one is built for texts"
         return text_tokens(pair, self.pair_encoder.max_bytes)
 
     @torch.no_grad()
@@ -54,7 +58,7 @@ class Paired(ImageTask):
     @torch.no_grad()
     def embed_pair(self, pair: Tensor | Sequence[str]) -> Tensor:
         """Contents of the second field to [n, D] in the common space."""
-        return self.pair_head(self.pair_encoder(self.as_input(pair)))
+        return self.pair_head(representations_of(self.pair_encoder, self.as_input(pair)))
 
     @torch.no_grad()
     def scalars(self) -> dict[str, float]:
