@@ -177,7 +177,7 @@ MEASURES = {
     "digits_captions": ("class by its texts", "most frequent class"),
     "digits_profiles": ("image finds its partner, recall at 1", "chance"),
     "digits_hybrid": ("classifier accuracy, level 2 of 2",),
-    "digits_slant": ("mean absolute error of kNN", "one value for all"),
+    "digits_slant": ("mean absolute error of kNN", "one value for"),
     "digits_moco": ("kNN accuracy", "linear probe, all labels", "raw pixels"),
 }
 

@@ -7,7 +7,7 @@ read.
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
 from dist_contrastive.config.data import DataSettings
 from dist_contrastive.data.views import ViewSettings
@@ -188,17 +188,17 @@ class HybridSettings(_ImageTaskSettings):
     reward: RewardSettings | None = None
     contrastive: ContrastiveSettings | None = None
 
-    def active(self, name: str) -> bool:
-        """Whether a term takes part: one with weight 0 is as good as absent."""
-        term = getattr(self, name)
-        return term is not None and term.weight != 0
+    @field_validator("supervised", "reward", "contrastive")
+    @classmethod
+    def _without_weight_is_absent(cls, term: Any) -> Any:
+        return None if term is not None and term.weight == 0 else term
 
     def check(self, data: DataSettings) -> None:
         """Classes, and something to learn."""
         super().check(data)
         if data.num_classes is None:
             raise ValueError("the task hybrid classifies; set data.num_classes")
-        if not any(map(self.active, ("supervised", "reward", "contrastive"))):
+        if self.supervised is self.reward is self.contrastive is None:
             raise ValueError(
                 "task supervised, reward and contrastive are all absent or have weight 0; give one "
                 "of them a weight"

@@ -3,12 +3,11 @@
 total = w0 * supervised + w1 * reward + w2 * contrastive
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from dist_contrastive.config import HybridSettings
+from dist_contrastive.config.tasks import RewardSettings
 from dist_contrastive.data import keyed_random
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.losses.classification import PathCrossEntropy
@@ -17,19 +16,17 @@ from dist_contrastive.losses.policy_gradient import PolicyGradient
 from dist_contrastive.losses.rewards import load_reward
 from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.losses.views import compare_views
-from dist_contrastive.schedule import value_at
+from dist_contrastive.schedule import Points, value_at
 from dist_contrastive.tasks.base import Embeddings, Terms, scalars_of
 from dist_contrastive.tasks.images import ImageTask
 
 DECISION_STREAM = 0x6465636964  # "decid": keeps these keys apart from other uses of the same seed
-TERMS = ("supervised", "reward", "contrastive")
 
 
 class Hybrid(ImageTask):
     """An encoder with a classifier and a projection head; all views are classified and compared.
 
-    A term whose weight is 0 all the time is as good as absent, and a head that no term uses is not
-    trained.
+    A term with weight 0 is absent, and a head that no term uses is not trained.
     """
 
     def __init__(
@@ -41,27 +38,20 @@ class Hybrid(ImageTask):
         if settings.hierarchy is not None:
             self.hierarchy = Hierarchy.of_tree(settings.hierarchy, num_classes)
         self.classifier = nn.Linear(self.encoder.dim, self.hierarchy.num_nodes)
-        self._terms: dict[str, Callable[[Embeddings, Samples], Tensor]] = {}
-        self._weights = {
-            name: getattr(settings, name).weight for name in TERMS if settings.active(name)
-        }
-        if "supervised" in self._weights and settings.supervised:
-            self.supervised = PathCrossEntropy(self.hierarchy, settings.supervised.level_weights)
-            self._terms["supervised"] = self._supervised
-        if "reward" in self._weights and settings.reward:
-            options = settings.reward
-            function = load_reward(options.function)
-            self.reward = PolicyGradient(
-                self.hierarchy, function, options.baseline, options.entropy_weight
-            )
-            self.draws = options.draws
-            self._terms["reward"] = self._reward
-        if "contrastive" in self._weights and settings.contrastive:
-            self.contrastive = build_loss(settings.contrastive.loss)
-            self._terms["contrastive"] = self._contrastive
-        self.head.requires_grad_("contrastive" in self._terms)
-        self.classifier.requires_grad_(len(self._terms.keys() - {"contrastive"}) > 0)
+        self._weights: dict[str, float | Points] = {}
         self._values: dict[str, Tensor] = {}
+        if settings.supervised is not None:
+            self._weights["supervised"] = settings.supervised.weight
+            self.supervised = PathCrossEntropy(self.hierarchy, settings.supervised.level_weights)
+        if settings.reward is not None:
+            self._weights["reward"] = settings.reward.weight
+            self.reward = _policy_gradient(settings.reward, self.hierarchy)
+            self.draws = settings.reward.draws
+        if settings.contrastive is not None:
+            self._weights["contrastive"] = settings.contrastive.weight
+            self.contrastive = build_loss(settings.contrastive.loss)
+        self.head.requires_grad_("contrastive" in self._weights)
+        self.classifier.requires_grad_("supervised" in self._weights or "reward" in self._weights)
 
     def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
         """Views of every image: [b, C, H, W] each."""
@@ -75,14 +65,19 @@ class Hybrid(ImageTask):
 
     def compare(self, embeddings: Embeddings, samples: Samples) -> Terms:
         """The terms that take part, each times its weight at this step."""
-        values = {name: term(embeddings, samples) for name, term in self._terms.items()}
+        terms = {
+            "supervised": self._supervised,
+            "reward": self._reward,
+            "contrastive": self._contrastive,
+        }
+        values = {name: terms[name](embeddings, samples) for name in self._weights}
         self._values = {name: value.detach() for name, value in values.items()}
         return {name: self._weight(name) * value for name, value in values.items()}
 
     def finish_step(self, embeddings: Embeddings) -> None:
         """The running mean of the reward follows."""
         super().finish_step(embeddings)
-        if "reward" in self._terms:
+        if "reward" in self._weights:
             self.reward.finish_step()
 
     def classify(self, images: Tensor) -> Tensor:
@@ -94,10 +89,10 @@ class Hybrid(ImageTask):
     def scalars(self) -> dict[str, float]:
         """Values of the terms before they are weighted, their weights, and what they count."""
         found = {name: float(value) for name, value in self._values.items()}
-        found |= {f"{name}_weight": self._weight(name) for name in self._terms}
-        if "reward" in self._terms:
+        found |= {f"{name}_weight": self._weight(name) for name in self._weights}
+        if "reward" in self._weights:
             found |= {f"mean_{name}": float(x) for name, x in self.reward.metrics.items()}
-        if "contrastive" in self._terms:
+        if "contrastive" in self._weights:
             found |= scalars_of(self.contrastive)
         return found
 
@@ -123,3 +118,8 @@ class Hybrid(ImageTask):
         """The label of each view."""
         assert samples.labels is not None, "the config asks for labels"
         return samples.labels.repeat_interleave(self.num_views)
+
+
+def _policy_gradient(settings: RewardSettings, hierarchy: Hierarchy) -> PolicyGradient:
+    function = load_reward(settings.function)
+    return PolicyGradient(hierarchy, function, settings.baseline, settings.entropy_weight)
