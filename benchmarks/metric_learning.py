@@ -1,7 +1,7 @@
-"""Training with the losses of pytorch-metric-learning, in a loop that differs from ours by the loss.
+"""Training with the losses of pytorch-metric-learning, all else being equal.
 
 The task of a config is built, fed and updated as the trainer does it in one process: the same
-initial weights, batches, views, optimiser and learning rates. Used by supervision.py, table D.
+initial weights, batches, views, optimiser and learning rates. For table D of supervision.py.
 """
 
 from collections.abc import Callable

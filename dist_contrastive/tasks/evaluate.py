@@ -67,7 +67,8 @@ def _evaluate(run: Path) -> list[Measure]:
         lines = measure_generator(task, before, labels, splits, run)
     rows = metrics.read_rows(run)
     terms = sorted({name for row in rows for name in row if name.startswith("loss/")})
-    report.loss_curves(rows, run / "plots" / "loss.png", ("loss", *terms, "lr"), title=str(run))
+    fields = ("loss", *terms, "mean_reward", "lr")
+    report.loss_curves(rows, run / "plots" / "loss.png", fields, title=str(run))
     measures = [Measure(str(run), *line) for line in lines]
     text = json.dumps([asdict(m) for m in measures], indent=1) + "\n"
     (run / "eval.json").write_text(text)
