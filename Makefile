@@ -1,6 +1,7 @@
 # make demo    train an encoder and a generator on real digits over two ranks, and evaluate them
 # make test    prove the contracts          make check   format, lint, types
-# make bench   memory, speed, precision     make clean   remove what these made
+# make bench   memory, speed, precision, and what each supervision is worth (an hour)
+# make clean   remove what these made
 #
 # Each builds .venv by itself when it is missing or older than what it is made from.
 
@@ -31,6 +32,7 @@ bench: .venv/stamp
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/supervision.py
 
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv

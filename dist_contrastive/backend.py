@@ -10,13 +10,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    KwargsHandler,
-)
+from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
 from pydantic import PositiveFloat
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_contrastive.settings import Settings
 
@@ -43,8 +40,6 @@ class Backend:
         )
         # Given a backend, Accelerate expects a process group even where there is one process.
         handlers: list[KwargsHandler] = [process_group] if "LOCAL_RANK" in os.environ else []
-        # Buffers (a queue of keys, a running mean) are computed alike on all ranks.
-        handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False))
         self._accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="bf16" if settings.precision == "bf16" else "no",
@@ -67,7 +62,11 @@ class Backend:
         self, module: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Both for use across ranks: gradients are averaged in backward. Never give it a loader."""
-        return self._accelerator.prepare(module, optimizer)
+        module, optimizer = self._accelerator.prepare(module, optimizer)
+        if isinstance(module, DistributedDataParallel):
+            # A queue of keys or a running mean is computed alike on all ranks: not sent each step.
+            module.broadcast_buffers = False
+        return module, optimizer
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, averaged over ranks."""

@@ -17,6 +17,8 @@ from dist_contrastive.errors import ConfigError, NonFiniteError, UserError
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parser().parse_args(argv)
+    if "" not in sys.path:  # a reward function may lie in the current folder, as for `python -m`
+        sys.path.insert(0, "")
     with reporting_errors() as outcome:
         outcome.code = args.run(args)
     return outcome.code
@@ -87,8 +89,6 @@ def _train(args: argparse.Namespace) -> int:
     from dist_contrastive import trainer
     from dist_contrastive.config import load
 
-    if "" not in sys.path:  # a reward function may lie in the current folder, as for `python -m`
-        sys.path.insert(0, "")
     return trainer.train(load(args.config, args.overrides))
 
 

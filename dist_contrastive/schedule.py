@@ -12,21 +12,25 @@ Points = tuple[tuple[float, float], ...]
 
 def _checked(value: Any) -> Any:
     """One sentence for whatever is wrong; pydantic would give one for each kind that it tries."""
-    points = value if isinstance(value, list | tuple) else [[0, value]]
-    if not points or not all(isinstance(p, list | tuple) and len(p) == 2 for p in points):
+    if not isinstance(value, list | tuple):
+        return _number(value)
+    if not value or not all(isinstance(p, list | tuple) and len(p) == 2 for p in value):
         raise ValueError("give a number, or points as [[0, 0], [0.5, 1]]")
-    for progress, number in points:
-        if not _is_number(progress) or not 0 <= progress <= 1:
-            raise ValueError(f"progress {progress} of a point must be a number from 0 to 1")
-        if not _is_number(number) or not 0 <= number < math.inf:
-            raise ValueError(f"{number} must be a number, 0 or more")
-    if any(a[0] >= b[0] for a, b in pairwise(points)):
-        raise ValueError("the progress of points must grow, as in [[0, 1], [0.5, 0]]")
-    return value
+    points = tuple((_number(progress), _number(number)) for progress, number in value)
+    if points[-1][0] > 1 or any(a[0] >= b[0] for a, b in pairwise(points)):
+        raise ValueError("the progress of points must grow from 0 to 1, as in [[0, 1], [0.5, 0]]")
+    return points
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: Any) -> float:
+    """YAML reads 1e-3 as a text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{value} must be a number, 0 or more")
+    return number
 
 
 Schedule = Annotated[float | Points, BeforeValidator(_checked)]
@@ -40,7 +44,7 @@ def value_at(schedule: float | Sequence[tuple[float, float]], progress: float) -
         progress: steps done over steps of the run.
     """
     if isinstance(schedule, int | float):
-        return float(schedule)
+        return schedule
     if progress <= schedule[0][0]:
         return schedule[0][1]
     for (begin, low), (end, high) in pairwise(schedule):

@@ -3,10 +3,12 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import CONFIGS, command, run
 
 from dist_contrastive.cli import main
+from dist_contrastive.config import load
 from dist_contrastive.data import ShardIndex, index_folder
 from dist_contrastive.data.samples import write_samples
 
@@ -46,16 +48,21 @@ VIT = (
         (HYBRID, ["task.supervised.level_weights=[1, 2, 3]"], "level_weights"),
         (HYBRID, ["task.reward.function=nowhere:f"], "nowhere"),
         (HYBRID, ["task.reward.function=math"], "module:function"),
-        (HYBRID, ["task.reward.weight=[[0.5, 1], [0.5, 2]]"], "must grow, as in"),
+        (HYBRID, ["task.reward.weight=[[0.5, 1], [0.5, 2]]"], "must grow from 0 to 1, as in"),
         (
             HYBRID,
             ["task.reward.weight=-1"],
             "task.reward.weight=-1: -1 must be a number, 0 or more",
         ),
         (HYBRID, ["task.reward.weight=[1, 2]"], "give a number, or points as [[0, 0], [0.5, 1]]"),
-        (HYBRID, ["task.reward.weight=[[2, 1]]"], "progress 2 of a point must be a number from 0"),
+        (HYBRID, ["task.reward.weight=[[2, 1]]"], "progress of points must grow from 0 to 1"),
         (HYBRID, [f"task.{t}=null" for t in ("supervised", "reward", "contrastive")], "absent"),
         (HYBRID, ["task.contrastive.loss={name: ntxent}", "task.num_views=1"], "needs at least 2"),
+        (HYBRID, ["task.hierarchy={a: [0, 1, 2, 3, 4], b: [5, 6, 7, 8, x]}"], "'x' stands in the"),
+        (HYBRID, ["task.supervised.level_weights=[0, 0]"], "all are 0; give one level a weight"),
+        (HYBRID, ["task.reward.function=broken:f"], "cannot be imported (division by zero)"),
+        (HYBRID, ["data.pair=txt"], "data.pair=txt is set, but the task has no second modality"),
+        (SUPCON, ["data.labels_per_class=1", "task.num_views=1", PLAIN], "no two rows that are"),
         (SUPCON, ["data.balance.classes=11"], "11"),
         (SUPCON, ["data.balance.samples_per_class=200"], "200"),
         (SUPCON, ["data.num_classes=null", PLAIN], "task.loss.max_delta=None with data.num_cl"),
@@ -64,7 +71,11 @@ VIT = (
         (SLANT, ["data.label=json.label", "data.num_classes=10"], "task.loss.max_delta=0.03"),
     ],
 )
-def test_refused_before_the_first_step(name, options, words, tmp_path, overrides, capsys):
+def test_refused_before_the_first_step(
+    name, options, words, tmp_path, overrides, capsys, monkeypatch
+):
+    (tmp_path / "broken.py").write_text("x = 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
     smaller = ["data.balance={classes: 5, samples_per_class: 4}"] if name == HYBRID else []
     smaller = ["data.balance={classes: 8, samples_per_class: 8}"] if name == SUPCON else smaller
     arguments = [*overrides(tmp_path / "run"), *smaller, *options]
@@ -96,6 +107,42 @@ def test_labels_that_teach_nothing(name, label, words, tmp_path, digits, overrid
     message = capsys.readouterr().err
     assert words in message
     assert len(message.strip().splitlines()) == 1
+
+
+def test_a_text_that_yaml_makes_of_a_number(tmp_path, overrides):
+    options = overrides(tmp_path / "run", "task.reward.weight=[[0, 1e-3]]", PLAIN)
+    assert load(CONFIGS / f"{HYBRID}.yaml", options).task.reward.weight == ((0, 0.001),)
+
+
+def packed(digits: Path, folder: Path, change) -> Path:
+    """Two shards of 40 digits each; `change` makes the samples of the second."""
+    index = ShardIndex.load(digits / "train")
+    samples = [index.read(number) for number in range(80)]
+    folder.mkdir()
+    write_samples(folder / "a.tar", samples[:40])
+    write_samples(folder / "b.tar", [{**s, **change(s)} for s in samples[40:]])
+    index_folder(folder)
+    return folder
+
+
+CHANGES = {
+    "longer": (lambda s: {"npy": np.zeros(20, np.float32)}, "holds 20 in 'npy', and the first of"),
+    "larger": (lambda s: {"png": np.zeros((1, 9, 9), np.uint8)}, "holds 1 x 9 x 9 in 'png'"),
+    "nan": (lambda s: {"npy": np.full(16, np.nan, np.float32)}, "holds NaN or infinity in 'npy'"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_samples_unlike_the_first_end_all_ranks(name, tmp_path, digits, overrides):
+    """Only the second rank reads some at first."""
+    change, words = CHANGES[name]
+    data = f"data.train={packed(digits, tmp_path / 'data', change)}"
+    options = [*overrides(tmp_path / "run"), data, "data.lanes=2", "data.shuffle_window=8"]
+    options.append("data.global_batch_size=16")
+    done = run(command(CONFIGS / "digits_profiles.yaml", *options, ranks=2))
+    assert done.returncode == 64, done.stderr
+    assert done.stderr.count(words) == 2
+    assert "Traceback" not in done.stderr
 
 
 REWARDS = """

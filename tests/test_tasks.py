@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -174,8 +175,8 @@ def test_rows_tell_every_term(one_rank):
 
 
 MEASURES = {
-    "digits_captions": ("class by its texts", "most frequent class"),
-    "digits_profiles": ("image finds its partner, recall at 1", "chance"),
+    "digits_captions": ("class by its texts", "partner finds its image, recall at 1"),
+    "digits_profiles": ("image finds its partner, recall at 1", "the most frequent"),
     "digits_hybrid": ("classifier accuracy, level 2 of 2",),
     "digits_slant": ("mean absolute error of kNN", "one value for"),
     "digits_moco": ("kNN accuracy", "linear probe, all labels", "raw pixels"),
@@ -190,6 +191,21 @@ def test_eval_of_every_kind(name, one_rank, capsys):
         assert words in table
     for picture in ("embedding", "loss"):
         assert (one_rank / name / "plots" / f"{picture}.png").stat().st_size > 5000
+
+
+def test_towers_are_measured_without_labels(one_rank, tmp_path, capsys):
+    """Pairs often have none."""
+    folder = tmp_path / "run"
+    shutil.copytree(one_rank / "digits_profiles", folder)
+    text = (folder / "config.yaml").read_text()
+    text = text.replace("label: json.label", "label: null").replace(
+        "num_classes: 10", "num_classes: null"
+    )
+    (folder / "config.yaml").write_text(text)
+    assert main(["eval", str(folder)]) == 0
+    table = capsys.readouterr().out
+    assert "image finds its partner" in table
+    assert "kNN" not in table
 
 
 def test_scales_are_kept_within_the_limits_of_clip(tmp_path, overrides):

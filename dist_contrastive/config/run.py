@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from dist_contrastive.backend import BackendSettings
 from dist_contrastive.config.data import DataSettings
-from dist_contrastive.config.tasks import PairedSettings, TaskSettings
+from dist_contrastive.config.tasks import TaskSettings
 from dist_contrastive.data.fields import Fields
 from dist_contrastive.optim import OptimSettings
 from dist_contrastive.settings import Settings
@@ -54,9 +54,8 @@ class RunConfig(Settings):
     @property
     def fields(self) -> Fields:
         """Where a sample holds what the task takes."""
-        data = self.data
-        pair = data.pair if isinstance(self.task, PairedSettings) else None
-        return Fields(data.image, data.label, data.num_classes, pair, self.task.labels_required)
+        data, task = self.data, self.task
+        return Fields(data.image, data.label, data.num_classes, data.pair, task.labels_required)
 
 
 # Settings that a resumed run may change: they do not touch what is computed.

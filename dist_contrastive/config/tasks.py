@@ -37,6 +37,8 @@ class _TaskSettings(Settings):
     """Whether labels take part in training."""
     labels_required: ClassVar[bool] = False
     """Whether each sample must have one."""
+    uses_pair: ClassVar[bool] = False
+    """Whether a second modality of the samples takes part."""
 
     def check(self, data: DataSettings) -> None:
         """Raise ValueError, worded as a sentence, where the data does not fit the task."""
@@ -46,6 +48,11 @@ class _TaskSettings(Settings):
                     f"data.{name} is set, but the task does not train with labels; leave it out, "
                     f"or use the task labelled or hybrid"
                 )
+        if data.pair is not None and not self.uses_pair:
+            raise ValueError(
+                f"data.pair={data.pair} is set, but the task has no second modality; leave it out, "
+                f"or use the task paired"
+            )
         if self.uses_labels and data.label is None:
             raise ValueError("the task needs labels; set data.label to the field that holds them")
 
@@ -93,6 +100,11 @@ class LabelledSettings(_ImageTaskSettings):
                 f"num_classes for classes, or max_delta, the largest difference of similar "
                 f"samples, for continuous labels"
             )
+        if self.num_views == 1 and data.labels_per_class == 1:
+            raise ValueError(
+                "task.num_views=1 with data.labels_per_class=1 leaves no two rows that are "
+                "similar; set one of them to 2 or more"
+            )
 
 
 class MocoSettings(_ImageTaskSettings):
@@ -129,6 +141,8 @@ class PairTowerSettings(Settings):
 class PairedSettings(_ImageTaskSettings):
     """Two towers: an image finds the text, or another modality, of its own sample."""
 
+    uses_pair: ClassVar[bool] = True
+
     name: Literal["paired"]
     pair: PairTowerSettings
     loss: Annotated[InfoNCESettings | SigLIPSettings, Field(discriminator="name")]
@@ -152,6 +166,13 @@ class SupervisedSettings(Settings):
     weight: Schedule = 1.0
     level_weights: tuple[NonNegativeFloat, ...] | None = None
     """Weight of each level of the hierarchy, from the root; null: 1 each."""
+
+    @field_validator("level_weights")
+    @classmethod
+    def _some_level_counts(cls, weights: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if weights is not None and not any(weights):
+            raise ValueError("all are 0; give one level a weight, or leave out supervised")
+        return weights
 
 
 class RewardSettings(Settings):
@@ -181,7 +202,7 @@ class HybridSettings(_ImageTaskSettings):
     name: Literal["hybrid"]
     num_views: PositiveInt = 2
     """Views of each sample; all are classified and compared."""
-    hierarchy: dict[str, Any] | None = None
+    hierarchy: Any = None
     """Groups of classes, as {round: [0, 6, 8, 9], straight: [1, 4, 7]}, nested to any depth; null:
     the classes side by side."""
     supervised: SupervisedSettings | None = None

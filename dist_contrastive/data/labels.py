@@ -16,6 +16,8 @@ _KEEP_STREAM = 0x6B656570  # "keep": keeps these keys apart from other uses of t
 def read_label_table(index: ShardIndex, fields: Fields, group: Group = None) -> Tensor:
     """``fields.labels(index, range(len(index)))``, of which each rank reads an equal part.
 
+    Every sample is read whole, though no other field is decoded: a pass over the shards.
+
     Returns:
         [N] on the CPU of every rank, in the order of sample numbers: int64 with -1 where missing,
         or float64 with NaN where missing.
@@ -50,18 +52,20 @@ def keep_per_class(labels: Tensor, per_class: int, seed: int) -> Tensor:
     """
     if labels.is_floating_point():
         raise ConfigError(
-            f"per_class={per_class} labels of every class cannot be kept of continuous labels; "
+            f"labels_per_class={per_class} is for classes, and these labels are continuous; "
             f"set data.num_classes, or keep all labels"
         )
     if per_class < 1:
-        raise ConfigError(f"per_class={per_class} is below 1; keep 1 label of every class or more")
+        raise ConfigError(
+            f"labels_per_class={per_class} is below 1; keep 1 label of every class or more"
+        )
     draws = keyed_random.combine(seed, _KEEP_STREAM, torch.arange(len(labels)))
     kept = torch.full_like(labels, MISSING_CLASS)
     for number in labels[labels != MISSING_CLASS].unique().tolist():
         members = (labels == number).nonzero().flatten()
         if len(members) < per_class:
             raise ConfigError(
-                f"per_class={per_class} labels cannot be kept of class {number}, which has "
+                f"labels_per_class={per_class} cannot be kept of class {number}, which has "
                 f"{len(members)}; keep {len(members)} or fewer, or label more of its samples"
             )
         kept[members[draws[members].argsort(stable=True)[:per_class]]] = number

@@ -106,7 +106,9 @@ class PolicyGradient(nn.Module):
         """Rewards and baselines of decisions: [n, S] each, in the dtype of log_p."""
 
         def rewards_of(decisions: Tensor, labels: Tensor) -> Tensor:
-            return call_reward(self.reward, decisions, labels, self.hierarchy).to(log_p)
+            # Copies: a reward that writes into its arguments must not change the loss.
+            given = decisions.clone(), labels.clone()
+            return call_reward(self.reward, *given, self.hierarchy).to(log_p)
 
         repeated = labels.repeat_interleave(decisions.shape[1])
         rewards = rewards_of(decisions.flatten(), repeated).view_as(decisions)

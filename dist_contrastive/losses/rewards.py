@@ -34,7 +34,7 @@ def load_reward(path: str) -> Reward:
         raise ConfigError(f"reward {path!r} is not of the form package.module:function; {form}")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever the module's own code raises
         raise ConfigError(
             f"reward {path!r} cannot be imported ({_one_line(error)}); {form}, from a module that "
             f"is installed or on PYTHONPATH"

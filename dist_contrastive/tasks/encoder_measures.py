@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from dist_contrastive import report
+from dist_contrastive.data.fields import Samples
 from dist_contrastive.evaluation.neighbours import knn_accuracy, knn_regression_error
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
 from dist_contrastive.evaluation.retrieval import recall_at_k, zero_shot_accuracy
 from dist_contrastive.tasks.hybrid import Hybrid
 from dist_contrastive.tasks.images import ImageTask
 from dist_contrastive.tasks.paired import Paired
-from dist_contrastive.tasks.splits import Line, Splits, labels_of
+from dist_contrastive.tasks.splits import Line, Splits, labels_of, with_labels
 
 PER_CLASS = 10  # labelled samples of the few-label probe
 DRAWS = 20
@@ -25,20 +26,22 @@ def measure_encoder(task: ImageTask, splits: Splits, run: Path) -> list[Line]:
     Args:
         run: the run directory, for pictures.
     """
+    lines = _of_towers(task, splits) if isinstance(task, Paired) else []
+    if lines and splits.train.labels is None:
+        return lines
+    splits = with_labels(splits)
     train, test = splits.train, splits.test
+    pixels, labels = (train.images, test.images), (labels_of(train), labels_of(test))
     features = task.represent(train.images), task.represent(test.images)
-    pixels = train.images, test.images
     title = "held-out samples in the representation"
-    report.embedding_map(features[1], labels_of(test), run / "plots" / "embedding.png", title)
-    labels = labels_of(train), labels_of(test)
+    report.embedding_map(features[1], labels[1], run / "plots" / "embedding.png", title)
     if labels[0].is_floating_point():
-        return _of_values(features, pixels, labels)
-    lines = _of_classes(features, pixels, labels)
-    if isinstance(task, Hybrid):
-        lines += _of_classifier(task, splits)
-    if isinstance(task, Paired):
-        lines += _of_towers(task, splits)
-    return lines
+        return _of_values(features, pixels, labels) + lines
+    if isinstance(task, Hybrid) and task.classifies:
+        lines += _of_classifier(task, test)
+    if isinstance(task, Paired) and isinstance(train.pair, tuple):
+        lines += _of_descriptions(task, splits)
+    return _of_classes(features, pixels, labels) + lines
 
 
 Two = tuple[Tensor, Tensor]  # of training and of held-out samples
@@ -76,45 +79,51 @@ def _of_values(features: Two, pixels: Two, labels: Two) -> list[Line]:
     return [(f"mean absolute error of kNN, k = {NEIGHBOURS}", knn(features), beside)]
 
 
-def _of_classifier(task: Hybrid, splits: Splits) -> list[Line]:
+def _of_classifier(task: Hybrid, test: Samples) -> list[Line]:
     """Accuracy of the decided path, down to each level of the hierarchy."""
-    truth = labels_of(splits.test)
-    matched = task.hierarchy.matched_levels(task.classify(splits.test.images).argmax(1), truth)
-    levels = task.hierarchy.depth
-    names = (
-        ["classifier accuracy"]
-        if levels == 1
-        else [f"classifier accuracy, level {level} of {levels}" for level in range(1, levels + 1)]
-    )
-    return [
-        (name, (matched >= level).double().mean().item(), {})
-        for level, name in enumerate(names, start=1)
-    ]
+    truth, depth = labels_of(test), task.hierarchy.depth
+    matched = task.hierarchy.matched_levels(task.classify(test.images).argmax(1), truth)
+    nodes = task.hierarchy.ancestors(truth)
+    lines: list[Line] = []
+    for level in range(1, depth + 1):
+        name = "classifier accuracy" + (f", level {level} of {depth}" if depth > 1 else "")
+        beside = {"the most frequent": _largest_share(nodes[:, level - 1])}
+        lines.append((name, (matched >= level).double().mean().item(), beside))
+    return lines
 
 
 def _of_towers(task: Paired, splits: Splits) -> list[Line]:
-    """Classes by the texts that describe them; other modalities by finding their own partner."""
+    """How often one half of a pair finds the other; equal texts are equally right."""
+    pair = splits.test.pair
+    assert pair is not None
+    groups = None
+    if not isinstance(pair, Tensor):
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(pair))}
+        groups = torch.tensor([numbers[text] for text in pair])
+    images, partners = task.embed_images(splits.test.images), task.embed_pair(pair)
+    chance = {"the most frequent": 1 / len(images) if groups is None else _largest_share(groups)}
+    return [
+        ("image finds its partner, recall at 1", recall_at_k(images, partners, 1, groups), chance),
+        ("partner finds its image, recall at 1", recall_at_k(partners, images, 1, groups), chance),
+    ]
+
+
+def _of_descriptions(task: Paired, splits: Splits) -> list[Line]:
+    """Classes by the texts that training had of them; what is of another class is left out."""
     train, test = splits.train, splits.test
     assert train.pair is not None
-    assert test.pair is not None
-    images, partners = task.embed_images(test.images), task.embed_pair(test.pair)
-    if isinstance(test.pair, Tensor):
-        n = len(images)
-        return [
-            (
-                "image finds its partner, recall at 1",
-                recall_at_k(images, partners, 1),
-                {"chance": 1 / n},
-            ),
-            (
-                "partner finds its image, recall at 1",
-                recall_at_k(partners, images, 1),
-                {"chance": 1 / n},
-            ),
-        ]
-    classes = labels_of(train)
+    present, number = labels_of(train).unique(return_inverse=True)
     embedded = torch.nn.functional.normalize(task.embed_pair(train.pair), dim=1)
-    of_class = torch.stack([embedded[classes == c].mean(0) for c in classes.unique()])
-    chance = labels_of(test).bincount().max().item() / len(images)
-    accuracy = zero_shot_accuracy(images, labels_of(test), of_class)
-    return [("class by its texts", accuracy, {"the most frequent class": chance})]
+    of_class = torch.stack([embedded[number == c].mean(0) for c in range(len(present))])
+    truth = labels_of(test)
+    known = torch.isin(truth, present).nonzero().flatten()
+    if not len(known):
+        return []
+    truth = torch.searchsorted(present, truth[known])
+    accuracy = zero_shot_accuracy(task.embed_images(test.images[known]), truth, of_class)
+    return [("class by its texts", accuracy, {"the most frequent": _largest_share(truth)})]
+
+
+def _largest_share(numbers: Tensor) -> float:
+    """The part of the most frequent number."""
+    return numbers.bincount().max().item() / len(numbers)

@@ -18,7 +18,7 @@ from dist_contrastive.tasks import Drift, ImageTask, build_task
 from dist_contrastive.tasks.encoder_measures import measure_encoder
 from dist_contrastive.tasks.generator_measures import measure_generator
 from dist_contrastive.tasks.runs import load_weights
-from dist_contrastive.tasks.splits import labels_of, read_splits
+from dist_contrastive.tasks.splits import labels_of, read_splits, with_labels
 
 GENERATED_PER_HELD_OUT = 4
 
@@ -61,6 +61,7 @@ def _evaluate(run: Path) -> list[Measure]:
         lines = measure_encoder(task.eval(), splits, run)
     else:
         assert isinstance(task, Drift)
+        splits = with_labels(splits)
         labels = labels_of(splits.test).repeat(GENERATED_PER_HELD_OUT)
         before = task.generate(labels, len(labels), seed=0)  # as initialised
         load_weights(task, run)

@@ -51,7 +51,7 @@ class Hybrid(ImageTask):
             self._weights["contrastive"] = settings.contrastive.weight
             self.contrastive = build_loss(settings.contrastive.loss)
         self.head.requires_grad_("contrastive" in self._weights)
-        self.classifier.requires_grad_("supervised" in self._weights or "reward" in self._weights)
+        self.classifier.requires_grad_(self.classifies)
 
     def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
         """Views of every image: [b, C, H, W] each."""
@@ -79,6 +79,11 @@ class Hybrid(ImageTask):
         super().finish_step(embeddings)
         if "reward" in self._weights:
             self.reward.finish_step()
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a term trains the classifier."""
+        return "supervised" in self._weights or "reward" in self._weights
 
     def classify(self, images: Tensor) -> Tensor:
         """Log-probabilities of the classes: [n, C, H, W] to [n, num_classes]."""

@@ -15,20 +15,27 @@ Line = tuple[str, float, dict[str, float]]
 
 @dataclass(frozen=True)
 class Splits:
-    """Samples that have a label, those that training was not to use included."""
+    """All samples of data.train and data.test, with the labels that training was not to use."""
 
     train: Samples
     test: Samples
 
 
 def read_splits(config: RunConfig) -> Splits:
-    """All labelled samples of data.train and data.test."""
-    data = config.data
-    if data.test is None or data.label is None:
-        raise ConfigError("eval needs data.test (held-out shards) and data.label in the config")
-    train, test = ShardIndex.load(data.train), ShardIndex.load(data.test)
-    fields = config.fields
-    return Splits(*(_labelled(fields.read(i, range(len(i)))) for i in (train, test)))
+    """Both, which must fit in memory."""
+    if config.data.test is None:
+        raise ConfigError("eval needs data.test, a folder of held-out shards; set it for the run")
+    indexes = ShardIndex.load(config.data.train), ShardIndex.load(config.data.test)
+    return Splits(*(config.fields.read(index, range(len(index))) for index in indexes))
+
+
+def with_labels(splits: Splits) -> Splits:
+    """The samples of both that have a label.
+
+    Raises:
+        ConfigError: the data set has no labels, or in one of the two all are missing.
+    """
+    return Splits(_labelled(splits.train, "train"), _labelled(splits.test, "test"))
 
 
 def labels_of(samples: Samples) -> Tensor:
@@ -37,10 +44,13 @@ def labels_of(samples: Samples) -> Tensor:
     return samples.labels
 
 
-def _labelled(samples: Samples) -> Samples:
-    labels = labels_of(samples)
+def _labelled(samples: Samples, name: str) -> Samples:
+    labels = samples.labels
+    if labels is None:
+        raise ConfigError(
+            "eval measures this run by labels; set data.label to a field that holds them"
+        )
     found = labels.isfinite() if labels.is_floating_point() else labels >= 0
-    kept = found.nonzero().flatten()
-    if not len(kept):
-        raise ConfigError("no sample of data.train or data.test has a label; eval needs some")
-    return samples.rows(kept)
+    if not found.any():
+        raise ConfigError(f"no sample of data.{name} has a label; eval needs some to measure by")
+    return samples.rows(found.nonzero().flatten())

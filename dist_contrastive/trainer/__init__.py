@@ -1,6 +1,7 @@
 """The training loop: the stream in, checkpoints and metrics out.
 
-    start.py    opens a run: the stream, the task, the newest checkpoint
+    data.py     what a run reads
+    start.py    opens a run: its data, its task, the newest checkpoint
     step.py     one step
 
 Everything random is a function of (seed, step, rank) or of the sample, so a run is determined by
@@ -19,7 +20,8 @@ from dist_contrastive.data.collate import Batch
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.metrics import Clock, Ledger, MetricsLog
 from dist_contrastive.signals import stop_flag
-from dist_contrastive.trainer.start import Run, open_data, start
+from dist_contrastive.trainer.data import open_data
+from dist_contrastive.trainer.start import Run, start
 from dist_contrastive.trainer.step import train_step
 
 EXIT_DONE = 0

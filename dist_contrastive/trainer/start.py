@@ -1,11 +1,11 @@
-"""Opening a run: the stream, the task, and the newest checkpoint if there is one."""
+"""Opening a run: its data, its task, and the newest checkpoint if there is one."""
 
 import json
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import dist_contrastive
 from dist_contrastive import checkpoint, collectives, optim
@@ -13,30 +13,9 @@ from dist_contrastive import config as configs
 from dist_contrastive.backend import Backend
 from dist_contrastive.checkpoint import Checkpoint, Progress
 from dist_contrastive.config import RunConfig
-from dist_contrastive.data.balanced import Balance
-from dist_contrastive.data.collate import Batch
-from dist_contrastive.data.fields import Fields, Samples
-from dist_contrastive.data.index import ShardIndex
-from dist_contrastive.data.labels import check_labels, keep_per_class, read_label_table
-from dist_contrastive.data.stream import ShardStream
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.tasks import Task, build_task
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The stream, and what the task takes of its samples."""
-
-    stream: ShardStream
-    fields: Fields
-    labels: Tensor | None  # of the whole data set, if the task trains with labels
-
-    def samples(self, batch: Batch) -> Samples:
-        """This rank's rows of a batch; labels that are not to be used count as missing."""
-        samples = self.fields.samples(batch)
-        return (
-            samples if self.labels is None else replace(samples, labels=self.labels[samples.index])
-        )
+from dist_contrastive.trainer.data import TrainingData, open_data
 
 
 @dataclass
@@ -65,7 +44,7 @@ def start(config: RunConfig, backend: Backend) -> Run:
     progress = resumed.progress if resumed else Progress()
     data = open_data(config, progress, backend.rank, backend.world_size)
     with collectives.raised_together():
-        task = build_task(config, data.fields.read(data.stream.index, [0]))
+        task = build_task(config, data.example)
         optimizer = optim.build_optimizer(task, config.optim)
         if resumed:
             task.load_state_dict(resumed.weights())
@@ -88,45 +67,6 @@ def _find_checkpoint(config: RunConfig) -> Checkpoint | None:
             f"another run_dir, or delete that one to start over"
         )
     return found
-
-
-def open_data(config: RunConfig, progress: Progress, rank: int, world_size: int) -> TrainingData:
-    """The stream from where the run is; what is wrong on one rank is raised on all."""
-    data, fields = config.data, config.fields
-    with collectives.raised_together():
-        index = ShardIndex.load(data.train)
-    labels = _training_labels(config, index)
-    balance = None
-    if data.balance is not None:
-        assert labels is not None, "the config allows balance for tasks with labels alone"
-        balance = Balance(labels, data.balance.classes, data.balance.samples_per_class)
-    with collectives.raised_together():
-        stream = ShardStream(
-            index,
-            global_batch_size=data.global_batch_size,
-            lanes=data.lanes,
-            seed=config.seed,
-            rank=rank,
-            world_size=world_size,
-            num_workers=data.num_workers,
-            consumed=progress.consumed,
-            shuffle_window=data.shuffle_window,
-            tail=data.tail,
-            balance=balance,
-            only=fields.names,
-        )
-    return TrainingData(stream, fields, labels)
-
-
-def _training_labels(config: RunConfig, index: ShardIndex) -> Tensor | None:
-    """Labels of all samples, those that are not to be used as missing; None for other tasks."""
-    if not config.task.uses_labels:
-        return None
-    labels = read_label_table(index, config.fields)
-    if config.data.labels_per_class is not None:
-        labels = keep_per_class(labels, config.data.labels_per_class, config.seed)
-    check_labels(labels)
-    return labels
 
 
 def _describe(config: RunConfig, backend: Backend) -> None:

@@ -43,7 +43,7 @@ def _compare(run: Run, embeddings: Embeddings, samples: Samples) -> Terms:
     try:
         terms = run.task.compare(embeddings, samples)
     except NonFiniteError as error:
-        raise NonFiniteError(f"step {step}: {error}, optim.lr and optim.clip_norm") from error
+        raise NonFiniteError(f"step {step}: {error}") from error
     for name, term in terms.items():
         if not term.isfinite():
             raise NonFiniteError(f"step {step}: {name} of finite embeddings is {term.item()}")
