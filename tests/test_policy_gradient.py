@@ -372,3 +372,22 @@ def test_impossible_settings_are_refused():
     for options in ({"baseline": "mean"}, {"entropy_weight": -1.0}, {"momentum": 1.0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             partial(PolicyGradient, HIERARCHY)(**options)
+
+
+def overwriting(decisions: Tensor, labels: Tensor, hierarchy: Hierarchy) -> Tensor:
+    """As `depth_credit`, from arguments that it then makes use of as its own."""
+    rewards = depth_credit(decisions, labels, hierarchy)
+    decisions.zero_()
+    labels.zero_()
+    return rewards
+
+
+def test_a_reward_may_write_into_what_it_is_given():
+    encoder, x, labels, uniform = problem("all")
+    values = []
+    for reward in (depth_credit, overwriting):
+        given = labels.clone()
+        loss = PolicyGradient(HIERARCHY, reward)
+        values.append(loss(encoder(x), given, uniform).item())
+        assert torch.equal(given, labels)
+    assert values[0] == values[1]
