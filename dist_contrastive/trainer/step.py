@@ -15,7 +15,7 @@ from dist_contrastive.trainer.start import Run
 
 
 def train_step(run: Run, samples: Samples, is_logged: bool) -> dict[str, Any]:
-    """One step on this rank's rows of a global batch; returns what is worth logging."""
+    """One step on this rank's rows of a global batch; the row to log, if it is."""
     config, step = run.config, run.progress.step
     seed_everything(config.seed * 1_000_003 + step * 1009 + run.backend.rank)
     run.task.progress = step / config.train.steps
@@ -33,6 +33,8 @@ def train_step(run: Run, samples: Samples, is_logged: bool) -> dict[str, Any]:
     run.optimizer.step()
     run.task.finish_step(embeddings)
     run.progress = Progress(step + 1, run.data.stream.consumed)
+    if not is_logged:
+        return {}
     row = {"step": step + 1, "loss": loss.item(), "lr": lr, "grad_norm": norm}
     return {**row, **parts, **run.task.scalars()}
 
