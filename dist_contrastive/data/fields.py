@@ -174,12 +174,12 @@ def _number(key: str, value: Any, path: str) -> float:
 def _pair(batch: Batch, name: str) -> Tensor | tuple[str, ...]:
     column = _field(batch, name)
     if isinstance(column, Tensor):
-        for key, row in zip(batch["__key__"], column, strict=True):
-            if not row.isfinite().all():
-                raise DataError(
-                    f"sample {key} holds NaN or infinity in {name!r}; repair it, or leave it out "
-                    f"and pack again"
-                )
+        bad = (~column.isfinite()).nonzero()
+        if len(bad):
+            raise DataError(
+                f"sample {batch['__key__'][int(bad[0, 0])]} holds NaN or infinity in {name!r}; "
+                f"repair it, or leave it out and pack again"
+            )
         return column.float() / 255 if _are_images(column) else column.float()
     for key, value in zip(batch["__key__"], column, strict=True):
         if not isinstance(value, str):
