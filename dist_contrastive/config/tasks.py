@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
 from dist_contrastive.config.data import DataSettings
+from dist_contrastive.data.order import nearest_multiples
 from dist_contrastive.data.views import ViewSettings
 from dist_contrastive.losses.settings import (
     AnyLossSettings,
@@ -122,12 +123,9 @@ class MocoSettings(_ImageTaskSettings):
         super().check(data)
         size, batch = self.queue_size, data.global_batch_size
         if size % batch:
-            fits = f"{batch}" if size < batch else f"{size // batch * batch}"
-            more = (size // batch + 1) * batch
             raise ValueError(
                 f"task.queue_size={size} does not hold whole batches of "
-                f"data.global_batch_size={batch}; set {fits}"
-                + ("" if size < batch else f" or {more}")
+                f"data.global_batch_size={batch}; set {nearest_multiples(size, batch, batch)}"
             )
 
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dist_contrastive.data.fields import MISSING_CLASS
 from dist_contrastive.data.order import check_batch, keyed_permutation, nearest_multiples
 from dist_contrastive.errors import ConfigError
 
 # First word of a generator's key; `order` has 0 and 1.
 _ROUND_KEY, _CLASS_KEY, _UNLABELLED_KEY = 2, 3, 4
-_MISSING = -1
 
 
 _Rows = tuple[NDArray[np.int64], NDArray[np.int64]]  # passes, sample numbers
@@ -91,9 +91,9 @@ class BalancedOrder:
     ) -> None:
         check_batch(global_batch_size, lanes, seed)
         table = _whole_numbers(labels)
-        found, counts = np.unique(table[table != _MISSING], return_counts=True)
+        found, counts = np.unique(table[table != MISSING_CLASS], return_counts=True)
         _check_counts(found, counts, classes, samples_per_class)
-        unlabelled = np.flatnonzero(table == _MISSING)
+        unlabelled = np.flatnonzero(table == MISSING_CLASS)
         rest = global_batch_size - classes * samples_per_class
         _check_rest(rest, len(unlabelled), global_batch_size, classes, samples_per_class)
         self.num_samples = len(table)
@@ -201,7 +201,7 @@ def _whole_numbers(labels: ArrayLike) -> NDArray[np.int64]:
             f"labels of shape {list(table.shape)} and type {table.dtype} name no classes; balance "
             f"by one whole number a sample (set data.num_classes), or leave out the balance"
         )
-    if table.min(initial=_MISSING) < _MISSING:
+    if table.min(initial=MISSING_CLASS) < MISSING_CLASS:
         raise ConfigError(f"label {table.min()} is below 0; number classes from 0, missing is -1")
     return table.astype(np.int64)
 

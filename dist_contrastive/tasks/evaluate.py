@@ -58,7 +58,7 @@ def _evaluate(run: Path) -> list[Measure]:
     task = build_task(config, splits.train).eval()
     if isinstance(task, ImageTask):
         load_weights(task, run)
-        lines = measure_encoder(task.eval(), splits, run)
+        lines = measure_encoder(task, splits, run)
     else:
         assert isinstance(task, Drift)
         splits = with_labels(splits)

@@ -6,17 +6,23 @@ from torch import Tensor
 from dist_contrastive.config.tasks import ImageTaskSettings
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.views import ViewSettings, make_view, view_keys
+from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.models import build_encoder, build_head, representations_of
-from dist_contrastive.tasks.base import Task
+from dist_contrastive.tasks.base import Task, scalars_of
 
 
 class ImageTask(Task):
     """Base of the tasks with an encoder of images."""
 
+    loss: PairLoss
+    """Of tasks with a single one."""
+
     def __init__(self, settings: ImageTaskSettings, example: Samples, seed: int) -> None:
         super().__init__()
         self.views = settings.views
-        self.encoder = build_encoder(settings.encoder, seen_shape(example, settings.views))
+        channels, height, width = example.images.shape[1:]
+        self.image_shape = channels, height, width
+        self.encoder = build_encoder(settings.encoder, seen_shape(self.image_shape, settings.views))
         self.head = build_head(settings.head, self.encoder.dim)
         self.seed = seed
 
@@ -43,10 +49,15 @@ class ImageTask(Task):
         keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         return make_view(images, keys, ViewSettings(size=self.views.size))
 
+    @torch.no_grad()
+    def scalars(self) -> dict[str, float]:
+        """See `scalars_of`."""
+        return scalars_of(self.loss)
 
-def seen_shape(example: Samples, views: ViewSettings) -> tuple[int, int, int]:
+
+def seen_shape(image_shape: tuple[int, int, int], views: ViewSettings) -> tuple[int, int, int]:
     """(channels, height, width) of a view of an image."""
-    channels, height, width = example.images.shape[1:]
+    channels, height, width = image_shape
     return channels, views.size or height, views.size or width
 
 

@@ -1,13 +1,12 @@
 """Learning from labels: samples with similar labels are drawn together, others apart."""
 
-import torch
 from torch import Tensor
 
 from dist_contrastive.config import LabelledSettings
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.losses.views import compare_views
-from dist_contrastive.tasks.base import Embeddings, Terms, scalars_of
+from dist_contrastive.tasks.base import Embeddings, Terms
 from dist_contrastive.tasks.images import ImageTask
 
 
@@ -35,8 +34,3 @@ class Labelled(ImageTask):
         """The loss over all pairs of views of the global batch."""
         num_views = len(embeddings)
         return {"contrastive": compare_views(self.loss, embeddings, samples.labels, num_views)}
-
-    @torch.no_grad()
-    def scalars(self) -> dict[str, float]:
-        """See `scalars_of`."""
-        return scalars_of(self.loss)

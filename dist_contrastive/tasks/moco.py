@@ -9,7 +9,7 @@ from dist_contrastive.data.fields import Samples
 from dist_contrastive.losses.infonce import InfoNCE
 from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.models.momentum import MomentumCopy, check_row_independent, momentum_at
-from dist_contrastive.tasks.base import Embeddings, Terms, scalars_of
+from dist_contrastive.tasks.base import Embeddings, Terms
 from dist_contrastive.tasks.images import ImageTask
 
 
@@ -50,15 +50,15 @@ class Moco(ImageTask):
     def compare(self, embeddings: Embeddings, samples: Samples) -> Terms:
         """InfoNCE against the keys of the batch and those of the queue."""
         queries, keys = embeddings
-        num_queued = min(int(self.num_queued), len(self.queue))
-        bank = self.queue[:num_queued] if num_queued else None
+        held = self._num_held()
+        bank = self.queue[:held] if held else None
         return {"contrastive": self.loss(queries, keys, bank=bank)}
 
     @torch.no_grad()
     def finish_step(self, embeddings: Embeddings) -> None:
         """The key encoder follows; the keys of all ranks replace the oldest of the queue."""
         super().finish_step(embeddings)
-        momentum = momentum_at(self.progress, self.momentum)
+        momentum = self._momentum()
         self.key_encoder.update(self.encoder, momentum)
         self.key_head.update(self.head, momentum)
         keys, _ = collectives.all_gather_rows(embeddings[1].to(self.queue.dtype))
@@ -69,6 +69,12 @@ class Moco(ImageTask):
     @torch.no_grad()
     def scalars(self) -> dict[str, float]:
         """The temperature, the momentum of this step, and how many keys are queued."""
-        queued = float(min(int(self.num_queued), len(self.queue)))
-        momentum = momentum_at(self.progress, self.momentum)
-        return {**scalars_of(self.loss), "momentum": momentum, "queued_keys": queued}
+        held = float(self._num_held())
+        return {**super().scalars(), "momentum": self._momentum(), "queued_keys": held}
+
+    def _num_held(self) -> int:
+        """Keys in the queue, which fills up first."""
+        return min(int(self.num_queued), len(self.queue))
+
+    def _momentum(self) -> float:
+        return momentum_at(self.progress, self.momentum)

@@ -15,7 +15,7 @@ from dist_contrastive.models import (
     representations_of,
     text_tokens,
 )
-from dist_contrastive.tasks.base import Embeddings, Terms, scalars_of
+from dist_contrastive.tasks.base import Embeddings, Terms
 from dist_contrastive.tasks.images import ImageTask
 
 
@@ -59,8 +59,3 @@ class Paired(ImageTask):
     def embed_pair(self, pair: Tensor | Sequence[str]) -> Tensor:
         """Contents of the second field to [n, D] in the common space."""
         return self.pair_head(representations_of(self.pair_encoder, self.as_input(pair)))
-
-    @torch.no_grad()
-    def scalars(self) -> dict[str, float]:
-        """See `scalars_of`."""
-        return scalars_of(self.loss)

@@ -10,6 +10,7 @@ from dist_contrastive.config import DriftSettings
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.models import build_encoder
 from dist_contrastive.tasks.base import Task
+from dist_contrastive.tasks.images import seen_shape
 
 
 def load_weights(task: Task, run_dir: Path) -> None:
@@ -25,9 +26,7 @@ def load_encoder(run_dir: Path, image_shape: tuple[int, int, int]) -> nn.Module:
             f"{run_dir} is a run of task {settings.name!r}, which trains no encoder; features need "
             f"a run of another task, as two_view"
         )
-    channels, height, width = image_shape
-    size = settings.views.size
-    encoder = build_encoder(settings.encoder, (channels, size or height, size or width))
+    encoder = build_encoder(settings.encoder, seen_shape(image_shape, settings.views))
     prefix = "encoder."
     weights = _newest(run_dir).weights()
     encoder.load_state_dict(

@@ -9,7 +9,7 @@ from dist_contrastive.data.views import ViewSettings
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.losses.views import compare_views
-from dist_contrastive.tasks.base import Embeddings, Terms, scalars_of
+from dist_contrastive.tasks.base import Embeddings, Terms
 from dist_contrastive.tasks.images import ImageTask, seen_shape
 
 GLOBAL_VIEWS = 2
@@ -23,7 +23,7 @@ class TwoView(ImageTask):
         self.loss = build_loss(settings.loss)
         self.crops = settings.crops
         if self.crops:
-            self._check_crops(example, self.crops.views)
+            self._check_crops(self.crops.views)
 
     def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
         """The global views of every image, then its crops: [b, C, H, W] each."""
@@ -41,13 +41,8 @@ class TwoView(ImageTask):
         """The loss between views, all rows of the global batch as negatives."""
         return {"contrastive": compare_views(self.loss, embeddings, num_global=GLOBAL_VIEWS)}
 
-    @torch.no_grad()
-    def scalars(self) -> dict[str, float]:
-        """See `scalars_of`."""
-        return scalars_of(self.loss)
-
-    def _check_crops(self, example: Samples, views: ViewSettings) -> None:
-        shape = seen_shape(example, views)
+    def _check_crops(self, views: ViewSettings) -> None:
+        shape = seen_shape(self.image_shape, views)
         try:
             with torch.no_grad():
                 self.encoder(torch.zeros(1, *shape))
