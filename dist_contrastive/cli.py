@@ -3,15 +3,40 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_contrastive import __version__
 from dist_contrastive.errors import ConfigError, NonFiniteError, UserError
 
 # torch and the rest are imported by the commands that need them: --help answers at once.
+
+# What `shards pack` can write: how, given dist_contrastive.data and a folder, and what it is.
+_SOURCES: dict[str, tuple[Callable[[Any, Path], dict[str, Any]], str]] = {
+    "digits": (
+        lambda data, folder: data.pack_digits(folder),
+        "scikit-learn's 1,797 handwritten digits",
+    ),
+    "glyphs": (
+        lambda data, folder: data.pack_glyphs(folder),
+        "14,688 images of 34 digits and capitals in 27 fonts",
+    ),
+    "eight_gaussians": (
+        lambda data, folder: data.pack_toy("eight_gaussians", folder),
+        "10,240 points of the plane about the corners of an octagon",
+    ),
+    "checkerboard": (
+        lambda data, folder: data.pack_toy("checkerboard", folder),
+        "10,240 points in the black squares of a board",
+    ),
+    "swiss_roll": (
+        lambda data, folder: data.pack_toy("swiss_roll", folder),
+        "10,240 points along a spiral",
+    ),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     pack = commands.add_parser("pack", help="write a data set as shards, and index them")
-    pack.add_argument("source", choices=["digits"], help="scikit-learn's 1,797 handwritten digits")
+    sources = "; ".join(f"{name}: {what}" for name, (_, what) in _SOURCES.items())
+    pack.add_argument("source", choices=_SOURCES, help=sources)
     pack.add_argument("folder", type=Path, help="gets one folder of shards per split")
     pack.set_defaults(run=_pack)
 
@@ -115,9 +141,10 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from dist_contrastive.data import pack_digits
+    from dist_contrastive import data
 
-    for split, index in pack_digits(args.folder).items():
+    write, _ = _SOURCES[args.source]
+    for split, index in write(data, args.folder).items():
         print(f"{args.folder / split}: {len(index)} samples in {len(index.shard_samples)} shards")
     return 0
 

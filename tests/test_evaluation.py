@@ -12,11 +12,6 @@ from torch.nn import functional as F
 
 from dist_contrastive import report
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.evaluation.generative import (
-    class_agreement,
-    energy_distance,
-    precision_recall,
-)
 from dist_contrastive.evaluation.neighbours import (
     knn_accuracy,
     knn_predict,
@@ -81,52 +76,6 @@ def test_knn_regression_computes_in_fp64() -> None:
     values = torch.tensor([2.0**25, 1.0, 1.0])  # their sum needs 26 bits
     error = knn_regression_error(angles(0, 10, 20), values, angles(5), torch.zeros(1), k=3)
     assert error == pytest.approx((2**25 + 2) / 3, rel=1e-12)
-
-
-def test_energy_distance_by_hand() -> None:
-    # 2 * mean(|0-1|, |0-5|, |2-1|, |2-5|) - |0-2| - |1-5| = 2 * 2.5 - 2 - 4
-    assert energy_distance(line(0.0, 2.0), line(1.0, 5.0)) == pytest.approx(-1.0, abs=1e-6)
-    # 2 * 10 - 1 - 2: every pair across is 10 apart on average
-    assert energy_distance(line(0.0, 1.0), line(9.5, 11.5)) == pytest.approx(17.0, abs=1e-6)
-
-
-def test_energy_distance_is_unbiased_and_chunked() -> None:
-    torch.manual_seed(0)
-    values = [energy_distance(torch.randn(20, 3), torch.randn(30, 3)) for _ in range(200)]
-    mean, error = torch.tensor(values).mean(), torch.tensor(values).std() / math.sqrt(200)
-    assert abs(mean) < 4 * error
-    x, y = torch.randn(40, 3) + 100, torch.randn(25, 3) + 101
-    whole = energy_distance(x, y)
-    assert whole == pytest.approx(energy_distance(x, y, chunk=7), abs=1e-9)
-    assert whole > 0.3
-    with pytest.raises(ConfigError, match="2 samples or more on both sides, but got 1 and 25"):
-        energy_distance(x[:1], y)
-
-
-def test_precision_recall_by_hand() -> None:
-    # k = 1. Real radii: 1, 1, 2 (balls [-1, 1], [0, 2], [1, 5]); generated radii: 0.5, 0.5, 96.
-    real, generated = line(0.0, 1.0, 3.0), line(3.5, 4.0, 100.0)
-    zeros = torch.zeros(3, dtype=torch.int64)
-    result = precision_recall(real, zeros, generated, zeros, k=1)
-    assert result.precision == pytest.approx(2 / 3)
-    assert result.recall == pytest.approx(1 / 3)  # 3.0 only: [3, 4], [3.5, 4.5], [4, 196]
-
-
-def test_precision_recall_stays_within_classes() -> None:
-    points = line(0.0, 1.0, 10.0, 11.0)
-    labels = torch.tensor([0, 0, 1, 1])
-    right = precision_recall(points, labels, points, labels, k=1)
-    wrong = precision_recall(points, labels, points, labels.flip(0), k=1)
-    assert (right.precision, right.recall) == (1.0, 1.0)
-    assert (wrong.precision, wrong.recall) == (0.0, 0.0)
-    with pytest.raises(ConfigError, match=r"k = 3 need 4 .* class 0 has 2 real and 2 generated"):
-        precision_recall(points, labels, points, labels, k=3)
-
-
-def test_class_agreement() -> None:
-    real, labels = line(0.0, 1.0, 10.0, 11.0), torch.tensor([0, 0, 1, 1])
-    generated, asked = line(0.4, 9.0, 12.0, 2.0), torch.tensor([0, 1, 0, 0])
-    assert class_agreement(real, labels, generated, asked, k=1) == 0.75
 
 
 def blobs(n: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Encoders and generators: shapes, rows that do not see each other, no rows at all, bad input."""
+"""Encoders: shapes, rows that do not see each other, no rows at all, bad input."""
 
 from pathlib import Path
 
@@ -8,12 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.models import (
-    EncoderSettings,
-    build_encoder,
-    build_generator,
-    build_head,
-)
+from dist_contrastive.models import EncoderSettings, build_encoder, build_head
 from dist_contrastive.models.encoders import (
     ProjectionHead,
     ProjectionHeadSettings,
@@ -22,7 +17,6 @@ from dist_contrastive.models.encoders import (
     frozen,
     representations_of,
 )
-from dist_contrastive.models.generators import ConvGenerator, ConvGeneratorSettings
 from dist_contrastive.models.transformers_encoder import (
     TransformersEncoder,
     TransformersEncoderSettings,
@@ -57,12 +51,6 @@ def convnext() -> TransformersEncoder:
     torch.manual_seed(0)
     settings = TransformersEncoderSettings(model_type="convnext", config=TINY_CONVNEXT)
     return TransformersEncoder(settings, 3, (8, 8))
-
-
-def generator(num_classes: int | None = 5) -> ConvGenerator:
-    torch.manual_seed(0)
-    settings = ConvGeneratorSettings(noise_dim=4, class_dim=4, width=8, doublings=2, blocks=2)
-    return ConvGenerator(settings, channels=3, image_size=(8, 12), num_classes=num_classes)
 
 
 def check_no_rows(model: nn.Module, output: torch.Tensor, columns: tuple[int, ...]) -> None:
@@ -146,33 +134,6 @@ def test_pretrained_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(images), source(images))
 
 
-def test_generator_shapes_and_rows() -> None:
-    model = generator()
-    noise, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 4])
-    images = model(noise, labels)
-    assert images.shape == (5, 3, 8, 12)
-    assert images.min() >= 0
-    assert images.max() <= 1
-    torch.testing.assert_close(images[1:2], model(noise[1:2], labels[1:2]), rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(images, model(noise, labels.flip(0)))
-    assert generator(None)(noise).shape == (5, 3, 8, 12)
-
-
-def test_generator_without_rows() -> None:
-    model = generator()
-    output = model(torch.randn(0, 4), torch.zeros(0, dtype=torch.int64))
-    check_no_rows(model, output, (3, 8, 12))
-
-
-def test_generator_errors() -> None:
-    with pytest.raises(ConfigError, match=r"6x8 .* 2 doublings.*multiples of 4.*at most 1"):
-        ConvGenerator(ConvGeneratorSettings(), 1, (6, 8))
-    with pytest.raises(ConfigError, match=r"needs class labels \(num_classes is 5\)"):
-        generator()(torch.randn(1, 4))
-    with pytest.raises(ConfigError, match="built without class labels"):
-        generator(None)(torch.randn(1, 4), torch.zeros(1, dtype=torch.int64))
-
-
 def test_width_error_names_the_neighbours() -> None:
     with pytest.raises(ConfigError, match=r"width 20 .*multiple of 8.*use 16 or 24"):
         ResidualEncoder(ResidualEncoderSettings(widths=(20,)), 1)
@@ -203,8 +164,6 @@ def test_settings_choose_the_model() -> None:
     assert build_head(ProjectionHeadSettings(out=3), encoder.dim)(torch.rand(2, 8)).shape == (2, 3)
     vit_settings = choose({"name": "transformers", "model_type": "vit", "config": TINY_VIT})
     assert isinstance(build_encoder(vit_settings, (1, 8, 8)), TransformersEncoder)
-    drawn = build_generator(ConvGeneratorSettings(doublings=1), (2, 6, 6), None)
-    assert drawn(torch.randn(3, 16)).shape == (3, 2, 6, 6)
     with pytest.raises(ValidationError, match="name"):
         choose({"name": "resnet"})
 

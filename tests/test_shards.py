@@ -19,8 +19,8 @@ from PIL import Image
 
 from dist_contrastive.data import ShardIndex, index_folder, pack_digits
 from dist_contrastive.data.collate import collate
+from dist_contrastive.data.digits import _slant
 from dist_contrastive.data.samples import decode_field, scan_samples, write_samples
-from dist_contrastive.data.shards import _slant
 from dist_contrastive.errors import ConfigError, DataError
 
 

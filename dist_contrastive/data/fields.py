@@ -22,7 +22,7 @@ MISSING_CLASS = -1
 class Samples:
     """Rows of this rank, with what identifies each of them in the stream."""
 
-    images: Tensor  # [b, C, H, W] float32 in [0, 1]
+    images: Tensor  # float32: images [b, C, H, W] in [0, 1]; or arrays [b, ...] as they are
     labels: Tensor | None  # [b] int64, -1 where missing; or [b] float64, NaN where missing
     epoch: Tensor  # [b] int64
     index: Tensor  # [b] int64, number of the sample in its data set
@@ -54,7 +54,7 @@ class Fields:
     float64. A label is missing where the sample holds null or NaN, or -1 for a class.
     """
 
-    image: str  # the image
+    image: str  # the image, or what takes its place: an array of floating numbers, as points are
     label: str | None = None  # the label, as "cls" or, inside a JSON object, "json.label"
     num_classes: int | None = None
     pair: str | None = None  # a second modality: a text, an image or an array
@@ -72,15 +72,10 @@ class Fields:
         Raises:
             DataError: a field is missing or is not what it should be, naming the field.
         """
-        images = _field(batch, self.image)
-        if not _are_images(images):
-            raise DataError(
-                f"field {self.image!r} does not hold images of one size: pack them with equal "
-                f"height, width and channels, or name another field as data.image"
-            )
+        images = _images(batch, self.image)
         labels = None if self.label is None else self._batch_labels(batch, self.label)
         pair = None if self.pair is None else _pair(batch, self.pair)
-        return Samples(images.float() / 255, labels, batch["__epoch__"], batch["__index__"], pair)
+        return Samples(images, labels, batch["__epoch__"], batch["__index__"], pair)
 
     def read(self, index: ShardIndex, numbers: Iterable[int]) -> Samples:
         """These samples of a data set, all of which must fit in memory, in their order."""
@@ -171,16 +166,20 @@ def _number(key: str, value: Any, path: str) -> float:
     return float(value)
 
 
+def _images(batch: Batch, name: str) -> Tensor:
+    column = _field(batch, name)
+    if not _are_images(column) and not _are_arrays(column):
+        raise DataError(
+            f"field {name!r} does not hold images of one size: pack them with equal "
+            f"height, width and channels, or name another field as data.image"
+        )
+    return _numbers(batch, name, column)
+
+
 def _pair(batch: Batch, name: str) -> Tensor | tuple[str, ...]:
     column = _field(batch, name)
     if isinstance(column, Tensor):
-        bad = (~column.isfinite()).nonzero()
-        if len(bad):
-            raise DataError(
-                f"sample {batch['__key__'][int(bad[0, 0])]} holds NaN or infinity in {name!r}; "
-                f"repair it, or leave it out and pack again"
-            )
-        return column.float() / 255 if _are_images(column) else column.float()
+        return _numbers(batch, name, column)
     for key, value in zip(batch["__key__"], column, strict=True):
         if not isinstance(value, str):
             raise DataError(
@@ -191,6 +190,20 @@ def _pair(batch: Batch, name: str) -> Tensor | tuple[str, ...]:
     return tuple(column)
 
 
+def _numbers(batch: Batch, name: str, column: Tensor) -> Tensor:
+    """In float32: images in [0, 1], arrays as they are."""
+    if _are_images(column):
+        return column.float() / 255
+    numbers = column.float()
+    bad = (~numbers.isfinite()).nonzero()
+    if len(bad):
+        raise DataError(
+            f"sample {batch['__key__'][int(bad[0, 0])]} holds NaN or infinity in {name!r}; "
+            f"repair it, or leave it out and pack again"
+        )
+    return numbers
+
+
 def _kind(value: Any) -> str:
     shape = getattr(value, "shape", None)
     return type(value).__name__ if shape is None else f"an array of shape {list(shape)}"
@@ -198,6 +211,10 @@ def _kind(value: Any) -> str:
 
 def _are_images(column: Any) -> TypeGuard[Tensor]:
     return isinstance(column, Tensor) and column.dim() == 4 and column.dtype == torch.uint8
+
+
+def _are_arrays(column: Any) -> TypeGuard[Tensor]:
+    return isinstance(column, Tensor) and column.dim() > 1 and column.is_floating_point()
 
 
 def _field(batch: Batch, name: str) -> Any:

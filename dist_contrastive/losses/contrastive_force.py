@@ -1,16 +1,17 @@
 """The contrastive force (seed of this project; family of "Generative Modeling via Drifting",
 Deng et al., arXiv 2602.04770): every generated point is pulled by data and pushed by the others.
 
-Notation: p_i the N positives (data), n_j the M negatives (generated), x = [n; p], B = M + N,
-d the Euclidean distances of x, t a temperature. Per group and temperature::
+Notation: n_j the M generated points (negatives), p_i the N data points (positives), x = [n; p],
+d Euclidean distances, t a temperature, A the weights of pairs. Per group and temperature::
 
-    A      = sqrt(softmax_rows(-d / t) * softmax_columns(-d / t))             [B, B]
+    A      = sqrt(softmax_rows(-d / t) * softmax_columns(-d / t))
     F_j    = sum_i sum_{k != j} A[j, i] A[j, k] (p_i - n_k)                   [M, D]
-    F      = F / sqrt(mean((d * A)**2))                                       mean over B**2
+    F      = F / unit
 """
 
 import math
-from typing import Any, Literal, Unpack
+from dataclasses import replace
+from typing import Any, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -18,12 +19,13 @@ from torch.autograd.function import once_differentiable
 
 from dist_contrastive import collectives
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import PairLoss, PairOptions
-from dist_contrastive.losses.force_inputs import ForceInputs, force_inputs
+from dist_contrastive.losses.base import PairLoss, PairOptions, at_least, one_of
+from dist_contrastive.losses.force_inputs import ForceInputs, KindOfPoints, force_inputs
+from dist_contrastive.losses.force_presets import PRESETS, Preset, Scope
+from dist_contrastive.pairwise import dense_force
 from dist_contrastive.pairwise import force as passes
-
-Preset = Literal["seed", "drift"]
-PRESETS = ("seed", "drift")
+from dist_contrastive.pairwise.points import Points
+from dist_contrastive.pairwise.powers import Powers
 
 
 class ContrastiveForce(PairLoss):
@@ -31,44 +33,90 @@ class ContrastiveForce(PairLoss):
 
     Equals, per group, on the rows of all ranks together::
 
-        scale = cdist(x, x).mean();  n, p = n / scale, p / scale
-        target = n + sum(contrastive_force(p, n, t) for t in temperatures)
-        loss = ((n - target.detach()) ** 2).mean()
+        scale  = mean of the distances that A has
+        n, p   = n / scale, p / scale
+        target = n + sum(F at t for t in temperatures)
+        loss   = ((n - target.detach()) ** 2).mean()
 
-    Its value says little (the force is normalised, so it hardly changes); watch samples instead.
+    Its value says little (the force is normalised, so it hardly changes); watch samples, or
+    `metrics` with ``diagnostics``.
 
     Presets:
-        ``seed``: literally the above. A point takes part in its own softmax (d = 0), which at small
-            temperatures leaves almost no weight to others; gradients also flow through scale.
-        ``drift``: a point is left out of its own softmax, and scale is a constant.
+        ``seed``: x @ x: A is [M + N, M + N], both softmaxes over all points. A point takes part in
+            its own (d = 0), which at small temperatures leaves almost no weight to others.
+            unit = sqrt(mean((d A)^2)) over all of A. Scale and unit per group; gradients also flow
+            through scale.
+        ``drift``: the same, but a point is left out of its own softmaxes, and scale is a constant.
+        ``paper``: Algorithm 2 of the paper and the normalisers of its official code: A is
+            [M, M + N], softmax over each row, and over each column of the M generated points; a
+            point is left out of its own. unit = sqrt(mean(F^2)), so that each temperature counts
+            alike; temperatures 0.02, 0.05, 0.2. Coordinates are n sqrt(D) / scale. Scale and unit
+            are one for all groups of all ranks. ``affinity_floor=1e-3`` is what the official code
+            does on top.
 
     Args:
-        temperatures: one force each, added up; all above 0, in units of the mean distance.
-        options: see `PairLoss`. ``keys_from="local"`` gives every rank groups of its own;
-            ``impl="auto"`` is ``chunked``; ``dense`` with a ring has tiles as large as blocks.
-
-    Scope: scale and normaliser are per group (leading dimensions), over the group's points on all
-    ranks. Labels divide a group further: pairs of different labels do not interact, but scale and
-    normaliser are one for all labels, means over the pairs that do.
+        temperatures: one force each, added up; all above 0, in units of the mean distance. None:
+            those of the preset, for ``seed`` and ``drift`` 0.01, 0.02, 0.05, 0.1, 0.2.
+        preset: see above; the further arguments change one thing of it.
+        scale_scope, norm_scope: over what the mean distance, and the unit, are means: ``group``
+            (each of the leading dimensions; all its labels), ``label`` (each label of each group),
+            ``global`` (all groups, labels and ranks). None: the preset's.
+        affinity_floor: the smallest weight A of a pair, from 0 to below 1.
+        normalise_total: divide the sum over temperatures by its root mean square (`norm_scope`).
+        cache_mb: distances kept from pass to pass, in MiB; those beyond are computed again in each
+            of the four (three for ``contrastive_force``). Of a ring nothing is kept.
+        diagnostics: set `metrics`: ``scale`` (mean over groups), and for each temperature
+            ``force_rms/t`` (before ``paper`` divides by it) and ``neighbours/t``, the effective
+            number 1 / sum(softmax^2) of points that a generated one sees. Costs one more round, and
+            a matrix product for each temperature.
+        options: see `PairLoss`. ``keys_from="local"`` gives every rank groups of its own, of which
+            only means with scope ``global`` cross ranks; ``impl="auto"`` is ``chunked``; ``dense``
+            with a ring has tiles as large as blocks.
 
     Collectives: all-gathers of a few numbers and all-reduces of one point and a few numbers per
-    group; gather: one all-gather of the points, their tags, and one number per point and
+    group; gather: one all-gather of the points, their tags, and a few numbers per point and
     temperature; ring: four rounds over points and tags, two of them with those numbers. Backward:
-    for ``seed`` one all-reduce of a number per group, for ``drift`` none.
+    for ``seed`` one all-reduce of a number per group and label, else none.
     """
 
     takes = "points"
 
     def __init__(
         self,
-        temperatures: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2),
+        temperatures: tuple[float, ...] | None = None,
         preset: Preset = "drift",
+        *,
+        scale_scope: Scope | None = None,
+        norm_scope: Scope | None = None,
+        affinity_floor: float = 0.0,
+        normalise_total: bool = False,
+        cache_mb: float = 16.0,
+        diagnostics: bool = False,
         **options: Unpack[PairOptions],
     ) -> None:
         super().__init__(**options)
-        _check_settings(temperatures, preset)
-        self.temperatures = tuple(temperatures)
-        self.preset = preset
+        one_of("preset", preset, tuple(PRESETS))
+        for name, scope in (("scale_scope", scale_scope), ("norm_scope", norm_scope)):
+            if scope is not None:
+                one_of(name, scope, get_args(Scope))
+        self.preset: Preset = preset
+        rules = PRESETS[preset]
+        self.rules = replace(
+            rules,
+            temperatures=rules.temperatures if temperatures is None else tuple(temperatures),
+            affinity=replace(rules.affinity, floor=affinity_floor),
+            scale_scope=scale_scope or rules.scale_scope,
+            norm_scope=norm_scope or rules.norm_scope,
+        )
+        _check_settings(self.temperatures, affinity_floor, cache_mb)
+        self.normalise_total = normalise_total
+        self.cache_mb = cache_mb
+        self.diagnostics = diagnostics
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """In the order in which they were given."""
+        return self.rules.temperatures
 
     def forward(
         self,
@@ -76,75 +124,183 @@ class ContrastiveForce(PairLoss):
         positive: Tensor,
         negative_labels: Tensor | None = None,
         positive_labels: Tensor | None = None,
+        fixed: Tensor | None = None,
+        fixed_labels: Tensor | None = None,
+        negative_weights: Tensor | None = None,
+        positive_weights: Tensor | None = None,
+        fixed_weights: Tensor | None = None,
     ) -> Tensor:
         """Scalar loss.
 
         Args:
             negative: [..., m, D] generated points. positive: [..., n, D] data; leading dimensions
                 are independent groups, equal on all ranks; m and n may differ between ranks.
-            negative_labels, positive_labels: [m], [n] int64: points of different labels do not
-                interact; each label may have any number of points on any rank.
+            fixed: [..., k, D] further negatives, which push but do not move, as samples without
+                their class for guidance.
+            negative_labels, positive_labels, fixed_labels: [m], [n], [k] int64: points of different
+                labels do not interact; each label may have any number of points on any rank.
+            negative_weights, positive_weights, fixed_weights: [m], [n], [k] or [..., m] and so on,
+                0 or more: the columns of A are multiplied by them after the softmaxes, and
+                distances count with them in scale. None: 1 each.
         """
         # Mixed precision would compute distances in bf16, which t = 0.01 makes errors of A.
         with torch.autocast(negative.device.type, enabled=False):
-            return self._loss(self._inputs(negative, positive, negative_labels, positive_labels))
+            return self._loss(
+                self._inputs(
+                    KindOfPoints(negative, negative_labels, negative_weights),
+                    KindOfPoints(positive, positive_labels, positive_weights),
+                    None if fixed is None else KindOfPoints(fixed, fixed_labels, fixed_weights),
+                )
+            )
+
+    @torch.no_grad()
+    def force(self, negative: Tensor, positive: Tensor, fixed: Tensor | None = None) -> Tensor:
+        """Sum of the forces at all temperatures, without rescaling: the shape of negative."""
+        with torch.autocast(negative.device.type, enabled=False):
+            others = None if fixed is None else KindOfPoints(fixed)
+            given = self._inputs(KindOfPoints(negative), KindOfPoints(positive), others)
+            points = self._points(given)
+            scale = points.rows.new_ones(len(points.rows), given.num_labels)
+            force = self._force(points, given, scale)
+            return force.transpose(0, 1).reshape(negative.shape)
+
+    def _inputs(
+        self, negative: KindOfPoints, positive: KindOfPoints, fixed: KindOfPoints | None
+    ) -> ForceInputs:
+        given = {"negative": negative, "positive": positive}
+        if fixed is not None:
+            given["fixed"] = fixed
+        return force_inputs(self.group, self.keys_from != "local", given)
 
     def _loss(self, given: ForceInputs) -> Tensor:
         with torch.no_grad():
             points = self._points(given)
-            mean, direction = self._mean_distance(points)
-            scale = torch.where(mean > 0, mean, 1.0)[:, None]
-            force = self._force(points, scale)
-        if self.preset == "seed":
-            scale = _AttachGradient.apply(given.rows, scale, direction, self._sum)
-        scaled = given.rows[: len(force)] / scale  # the mean does not mind the order of rows
-        # n - sg(n + F), bracketed so that a small F does not vanish beside n.
+            mean, slopes = self._mean_distance(points, given)
+            scale = torch.where(mean > 0, mean, 1.0)
+            force = self._force(points, given, scale)
+        labels = given.tags[:, 1]
+        if self.rules.scale_gradient:
+            scale = _AttachGradient.apply(given.rows, scale, slopes, labels, self._pool_over_scale)
+        unit = scale / math.sqrt(given.rows.shape[-1]) if self.rules.per_dimension else scale
+        mine = given.labels_of_generated
+        scaled = given.rows[: len(mine)] / unit.T[mine, :, None]
+        # n - sg(n + F), bracketed so that a small F does not vanish beside n. The mean does not
+        # mind the order of rows.
         error = ((scaled - scaled.detach()) - force).square()
         return self.mean(error.sum(), error.numel())
 
-    @torch.no_grad()
-    def force(self, negative: Tensor, positive: Tensor) -> Tensor:
-        """Sum of the forces at all temperatures, without rescaling: the shape of negative."""
-        with torch.autocast(negative.device.type, enabled=False):
-            points = self._points(self._inputs(negative, positive))
-            force = self._force(points, points.rows.new_ones(len(points.rows), 1))
-            return force.transpose(0, 1).reshape(negative.shape)
-
-    def _inputs(self, negative: Tensor, positive: Tensor, *labels: Tensor | None) -> ForceInputs:
-        return force_inputs(self.group, self.keys_from != "local", negative, positive, *labels)
-
-    def _points(self, given: ForceInputs) -> passes.Points:
+    def _points(self, given: ForceInputs) -> Points:
         """This rank's rows, seen from the middle of all points, and the keys of all ranks."""
-        rows = given.rows - self._sum(given.rows.sum(0)) / sum(given.sizes)
+        rows = given.rows.detach()
+        rows = rows - self._over_ranks(rows.sum(0)) / sum(given.sizes)
         chunk_size = max(given.sizes) if self.impl == "dense" else self.chunk_size
-        return passes.Points(self.pairs(rows, rows, given.sizes, given.tags), chunk_size)
+        pairs = self.pairs(rows, rows, given.sizes, given.tags)
+        return Points(pairs, chunk_size, self.cache_mb)
 
-    def _sum(self, x: Tensor) -> Tensor:
-        """Over the ranks that share the groups, without gradient."""
+    def _mean_distance(self, points: Points, given: ForceInputs) -> tuple[Tensor, Tensor | None]:
+        """Mean of d [G, L], and its derivative by the rows [R, G, D] where gradients need it."""
+        kinds = given.with_gradient if self.rules.scale_gradient else frozenset()
+        total, count, slopes = passes.distance_sums(
+            points, self.rules.affinity, given.weights, given.num_labels, kinds
+        )
+        total, count = self._pool(torch.stack([total, count]), self.rules.scale_scope)
+        count = torch.where(count > 0, count, 1.0)  # 0 where nothing interacts
+        if slopes is not None:
+            slopes = slopes.transpose(0, 1) / count.T[given.tags[:, 1], :, None].to(slopes.dtype)
+        return (total / count).to(points.rows.dtype), slopes
+
+    def _force(self, points: Points, given: ForceInputs, scale: Tensor) -> Tensor:
+        """Force on the generated points, in units of scale [G, L]: [m, G, D]."""
+        engine = self._engine(points, given, scale, 1.0)
+        by_force, labels = self.rules.unit == "force", given.labels_of_generated
+        sums = engine.log_sums(with_square=not by_force)
+        log_unit = self._log_largest(sums, labels) if by_force else self._log_length(sums)
+        force = engine.accumulate(sums, log_unit, apart=by_force or self.diagnostics)
+        rms = self._rms(force, given) if by_force or self.diagnostics else None
+        if self.diagnostics and rms is not None:
+            whole = rms * log_unit.exp().nan_to_num(0.0) if by_force else rms
+            half = self._engine(points, given, scale, 0.5).row_logsumexp()
+            self._report(given, scale, whole, engine.row_logsumexp(), half)
+        if by_force and rms is not None:
+            force = _divided(force, rms, labels)
+        force = force.sum(0, keepdim=True)
+        if self.normalise_total:
+            force = _divided(force, self._rms(force, given), labels)
+        return force[0].transpose(0, 1)
+
+    def _engine(
+        self, points: Points, given: ForceInputs, scale: Tensor, factor: float
+    ) -> passes.StreamedForce | dense_force.DenseForce:
+        """At temperatures times factor."""
+        temperatures = scale.new_tensor(self.temperatures)[:, None, None] * factor
+        settings = points, self.rules.affinity, -1 / (temperatures * scale), given.weights
+        if self.impl == "dense" and self.keys_from != "ring":
+            return dense_force.DenseForce(*settings)
+        return passes.StreamedForce(*settings, Powers(self.temperatures))
+
+    def _log_length(self, sums: passes.LogSums) -> Tensor:
+        """log sqrt(mean((d A)^2)): [T, G, L]."""
+        scope, square = self.rules.norm_scope, sums.square
+        num_pairs = self._pool(sums.num_pairs.expand(square.shape[1:]), scope)
+        total = square.logsumexp(_merged(scope), keepdim=True) if _merged(scope) else square
+        if self._crosses_ranks(scope):
+            total = collectives.logsumexp_over_ranks(total, self.group)
+        return (total - num_pairs.clamp(min=1).log()) / 2
+
+    def _log_largest(self, sums: passes.LogSums, labels: Tensor) -> Tensor:
+        """Logarithm of the largest weight that a force may have in it: [T, G, L]."""
+        m, scope = len(labels), self.rules.norm_scope
+        of_rows = (sums.negative + sums.positive)[..., :m]
+        largest = torch.full_like(sums.square, -torch.inf, dtype=of_rows.dtype)
+        largest.scatter_reduce_(-1, labels.expand(of_rows.shape), of_rows, "amax")
+        if _merged(scope):
+            largest = largest.amax(_merged(scope), keepdim=True)
+        if self._crosses_ranks(scope):
+            largest = collectives.all_reduce_max(largest, self.group)
+        return largest.expand(sums.square.shape)
+
+    def _rms(self, force: Tensor, given: ForceInputs) -> Tensor:
+        """Root mean square over points and dimensions of each force [T, G, m, D]: [T, G, L]."""
+        labels, scope = given.labels_of_generated, self.rules.norm_scope
+        sums = force.new_zeros(*force.shape[:2], given.num_labels, dtype=torch.float64)
+        counts = sums.new_zeros(sums.shape[1:])
+        sums.index_add_(-1, labels, force.double().square().sum(-1))
+        counts.index_add_(-1, labels, counts.new_full((len(counts), len(labels)), force.shape[-1]))
+        mean = self._pool(sums, scope) / self._pool(counts, scope).clamp(min=1)
+        return mean.sqrt().to(force.dtype)
+
+    def _pool(self, x: Tensor, scope: Scope) -> Tensor:
+        """Sums over a scope of numbers of groups and labels: [..., G, L], the same shape."""
+        total = x.sum(_merged(scope), keepdim=True) if _merged(scope) else x
+        if self._crosses_ranks(scope):
+            total = collectives.all_reduce_sum(total, self.group)
+        return total.expand(x.shape)
+
+    def _pool_over_scale(self, x: Tensor) -> Tensor:
+        return self._pool(x, self.rules.scale_scope)
+
+    def _crosses_ranks(self, scope: Scope) -> bool:
+        return self.keys_from != "local" or scope == "global"
+
+    def _over_ranks(self, x: Tensor) -> Tensor:
+        """Sum over the ranks that share the groups, without gradient."""
         return x if self.keys_from == "local" else collectives.all_reduce_sum(x, self.group)
 
-    def _mean_distance(self, points: passes.Points) -> tuple[Tensor, Tensor | None]:
-        """Mean of d over interacting pairs [G], and for ``seed`` its derivative by the rows."""
-        total, num_pairs, direction = passes.sum_of_distances(points, self.preset == "seed")
-        totals = self._sum(torch.cat([total, total.new_tensor([num_pairs])]))
-        if direction is not None:
-            direction = (direction * (2 / totals[-1])).transpose(0, 1)
-        return (totals[:-1] / totals[-1]).to(points.rows.dtype), direction
+    def _report(
+        self, given: ForceInputs, scale: Tensor, rms: Tensor, lse: Tensor, lse_of_half: Tensor
+    ) -> None:
+        """Set `metrics`; lse [T, G, R] at each temperature, and at half of it."""
+        m = given.num_generated
+        # sum(softmax^2) is exp(lse at t/2) / exp(lse)^2.
+        neighbours = (2 * lse[..., :m] - lse_of_half[..., :m]).exp()
+        self.metrics = {"scale": self._plain_mean(scale)}
+        for number, t in enumerate(self.temperatures):
+            self.metrics[f"force_rms/{t:g}"] = self._plain_mean(rms[number])
+            self.metrics[f"neighbours/{t:g}"] = self._plain_mean(neighbours[number])
 
-    def _force(self, points: passes.Points, scale: Tensor) -> Tensor:
-        """Force on the negatives, summed over temperatures in units of scale [G, 1]: [m, G, D]."""
-        mask_diagonal = self.preset == "drift"
-        if self.impl == "dense" and self.keys_from != "ring":
-            settings = scale[:, None], self.temperatures, mask_diagonal
-            return passes.dense_force(points, *settings).transpose(0, 1)
-        slope = -1 / (scale.new_tensor(self.temperatures)[:, None, None, None] * scale[:, None])
-        lse = passes.row_logsumexp(points, slope, mask_diagonal)
-        sums = passes.log_sums(points, slope, lse)
-        mean_square = torch.stack([sums.square, sums.num_pairs])
-        if self.keys_from != "local":
-            mean_square = collectives.logsumexp_over_ranks(mean_square, self.group)
-        log_norm = (mean_square[0] - mean_square[1]) / 2
-        return passes.accumulate(points, slope, lse, sums, log_norm).transpose(0, 1)
+    def _plain_mean(self, x: Tensor) -> Tensor:
+        """Over all numbers of all ranks, of which some may have none."""
+        return collectives.global_mean(x.double().sum(), x.numel(), self.group)
 
 
 def contrastive_force(
@@ -152,7 +308,9 @@ def contrastive_force(
     negative: Tensor,
     temperature: float,
     preset: Preset = "seed",
-    **options: Unpack[PairOptions],
+    *,
+    fixed: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Force at one temperature on every negative, in the coordinates as given (no rescaling).
 
@@ -163,6 +321,7 @@ def contrastive_force(
     Args:
         positive: [..., n, D] data. negative: [..., m, D] generated; rows of this rank.
         temperature: in units of the coordinates; above 0.
+        fixed: [..., k, D] further negatives, which do not move.
         preset, options: see `ContrastiveForce`.
 
     Collectives: those of the loss's forward without the round that finds the mean distance.
@@ -170,32 +329,46 @@ def contrastive_force(
     Returns:
         The shape of negative. 0 where the formula is 0/0: points that coincide all together.
     """
-    return ContrastiveForce((temperature,), preset, **options).force(negative, positive)
+    loss = ContrastiveForce((temperature,), preset, **options)
+    return loss.force(negative, positive, fixed)
 
 
 class _AttachGradient(torch.autograd.Function):
-    """scale as a function of the rows, with its derivative given; rows are spread over ranks."""
+    """scale [G, L] as a function of the rows [R, G, D], with its derivative given."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, scale: Tensor, direction: Tensor, sum_over_ranks: Any
+        ctx: Any, rows: Tensor, scale: Tensor, slopes: Tensor, labels: Tensor, pool: Any
     ) -> Tensor:
-        ctx.save_for_backward(direction)
-        ctx.sum_over_ranks = sum_over_ranks
+        ctx.save_for_backward(slopes, labels)
+        ctx.pool = pool
         return scale.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (direction,) = ctx.saved_tensors
-        return ctx.sum_over_ranks(grad) * direction, None, None, None
+        slopes, labels = ctx.saved_tensors
+        return ctx.pool(grad).T[labels, :, None] * slopes, None, None, None, None
 
 
-def _check_settings(temperatures: tuple[float, ...], preset: str) -> None:
-    if preset not in PRESETS:
-        raise ConfigError(f"preset={preset!r} is not known; use one of {', '.join(PRESETS)}")
+def _merged(scope: Scope) -> tuple[int, ...]:
+    """The dimensions of [..., G, L] over which a scope goes."""
+    return {"label": (), "group": (-1,), "global": (-2, -1)}[scope]
+
+
+def _divided(force: Tensor, rms: Tensor, labels: Tensor) -> Tensor:
+    """Forces [T, G, m, D] over a unit [T, G, L]; 0 where that is 0."""
+    return force * torch.where(rms > 0, 1 / rms, 0.0)[..., labels, None]
+
+
+def _check_settings(
+    temperatures: tuple[float, ...], affinity_floor: float, cache_mb: float
+) -> None:
     if not temperatures or not all(0 < t < math.inf for t in temperatures):
         raise ConfigError(
             f"temperatures={tuple(temperatures)} must be one or more positive numbers, "
             f"for instance (0.02, 0.05, 0.2)"
         )
+    if not 0 <= affinity_floor < 1:
+        raise ConfigError(f"affinity_floor={affinity_floor} must be from 0 to below 1, as 1e-3")
+    at_least(0, cache_mb=cache_mb)

@@ -1,4 +1,4 @@
-"""What the contrastive force is given: points of two kinds, checked on all ranks together."""
+"""What the contrastive force is given: points of three kinds, checked on all ranks together."""
 
 import math
 from dataclasses import dataclass
@@ -9,89 +9,148 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Group, RowHeader
 from dist_contrastive.collectives.headers import MAX_DIMS
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import ConfigError, NonFiniteError
 from dist_contrastive.losses.inputs import check_points, is_given
-from dist_contrastive.pairwise.force import NEGATIVE, POSITIVE, sorting
+from dist_contrastive.pairwise.points import FIXED, GENERATED, POSITIVE, sorting
+
+KINDS = {"negative": GENERATED, "fixed": FIXED, "positive": POSITIVE}
+"""The kinds of points by the name of the argument, in the order of rows."""
+
+
+@dataclass(frozen=True)
+class KindOfPoints:
+    """What the loss is given of one kind of points."""
+
+    points: Tensor  # [..., n, D]
+    labels: Tensor | None = None  # [n]
+    weights: Tensor | None = None  # [n] or [..., n]
+
+
+Given = dict[str, KindOfPoints]
+Headers = dict[str, dict[str, RowHeader | None]]
+"""Of one rank: name of the kind -> points, labels, weights."""
 
 
 @dataclass(frozen=True)
 class ForceInputs:
-    """This rank's points, ready to be compared and sent: `pairwise.force.Points` takes them."""
+    """This rank's points, ready to be compared and sent: `pairwise.points.Points` takes them."""
 
-    rows: Tensor  # [R, G, D] in at least fp32: negatives, then positives, each sorted by label
-    tags: Tensor  # [R, 2] int64: kind, and label (0 where there are none)
+    rows: Tensor  # [R, G, D] in at least fp32, sorted by kind and label
+    tags: Tensor  # [R, 2] int64: kind, and label from 0 (all 0 where there are none)
+    weights: Tensor | None  # [R, G]
     sizes: tuple[int, ...]  # R of every rank whose points are compared with these
+    num_labels: int  # of all those ranks
+    num_generated: int  # the first rows of this rank
+    with_gradient: frozenset[int]  # kinds whose points need gradients
+
+    @property
+    def labels_of_generated(self) -> Tensor:
+        """[m] int64."""
+        return self.tags[: self.num_generated, 1]
 
 
-def force_inputs(
-    group: Group,
-    are_compared: bool,
-    negative: Tensor,
-    positive: Tensor,
-    negative_labels: Tensor | None = None,
-    positive_labels: Tensor | None = None,
-) -> ForceInputs:
-    """Points [..., m, D] and [..., n, D] with labels [m] and [n], or None, as rows.
+def force_inputs(group: Group, are_compared: bool, given: Given) -> ForceInputs:
+    """Points with labels and weights as rows.
 
     Args:
+        given: by names of `KINDS`; `fixed` may be left out.
         are_compared: whether the points of different ranks belong to the same groups.
 
     Raises:
         ConfigError, NonFiniteError: on all ranks, naming those where something is wrong.
 
-    Collectives: two all-gathers of a few numbers.
+    Collectives: two all-gathers of a few numbers; with labels one of these.
     """
-    given = {
-        "negative": negative,
-        "positive": positive,
-        "negative_labels": negative_labels,
-        "positive_labels": positive_labels,
-    }
-    table = collectives.exchange_headers(given, group)
-    counts = [
-        _checked_counts(number, dict(zip(table, headers, strict=True)))
-        for number, headers in enumerate(zip(*table.values(), strict=True))
-    ]
-    is_given("labels", table["negative_labels"], is_needed=False)
-    _check_some_of_each(counts, are_compared)
-    rows = _rows(negative, positive)
+    counts = _checked_counts(group, given, are_compared)
+    rows = _rows(given)
     check_points(group, rows, are_compared)
-    tags = _tags(rows, negative.shape[-2], negative_labels, positive_labels)
-    order = sorting(tags)
     sizes = tuple(map(sum, counts)) if are_compared else (len(rows),)
-    return ForceInputs(rows.index_select(0, order), tags[order], sizes)
+    tags, num_labels = _tags(given, sizes if are_compared else None, group)
+    order, weights = sorting(tags), _weights(given, rows)
+    return ForceInputs(
+        rows.index_select(0, order),
+        tags[order],
+        None if weights is None else weights[order],
+        sizes,
+        num_labels,
+        given["negative"].points.shape[-2],
+        frozenset(KINDS[name] for name in given if given[name].points.requires_grad),
+    )
 
 
-def _checked_counts(number: int, given: dict[str, RowHeader | None]) -> tuple[int, int]:
-    """How many points of each kind a rank holds."""
-    negative, positive = given["negative"], given["positive"]
-    assert negative is not None
-    assert positive is not None
-    shapes = [(x.rows, *x.trailing) for x in (negative, positive)]
-    fits = len(shapes[0]) == len(shapes[1]) >= 2 and shapes[0][:-2] == shapes[1][:-2]
-    if not fits or shapes[0][-1] != shapes[1][-1]:
-        raise ConfigError(
-            f"negative and positive have shapes {shapes[0]} and {shapes[1]} on rank {number}; give "
-            f"[..., m, dim] and [..., n, dim] with equal leading dimensions and dim"
-        )
-    dtypes = negative.dtype, positive.dtype
+def _checked_counts(group: Group, given: Given, are_compared: bool) -> list[tuple[int, ...]]:
+    """How many points of each kind every rank holds."""
+    flat: dict[str, Tensor | None] = {}
+    for name in KINDS:
+        of_kind = given.get(name)
+        flat[name] = of_kind and of_kind.points
+        flat[f"{name}_labels"] = of_kind and of_kind.labels
+        flat[f"{name}_weights"] = of_kind and _marked(of_kind.weights)
+    table = collectives.exchange_headers(flat, group)
+    is_given("fixed", table["fixed"], is_needed=False)
+    is_given("labels", table["negative_labels"], is_needed=False)
+    for name in KINDS:
+        is_given(f"{name}_weights", table[f"{name}_weights"], is_needed=False)
+    ranks = [
+        dict(zip(table, headers, strict=True)) for headers in zip(*table.values(), strict=True)
+    ]
+    counts = [_counts_of(number, headers) for number, headers in enumerate(ranks)]
+    _check_some_of_each(counts, are_compared)
+    return counts
+
+
+def _marked(weights: Tensor | None) -> Tensor | None:
+    """Weights with NaN in the place of negative ones, which headers count."""
+    if weights is None or not torch.is_floating_point(weights):
+        return weights
+    return weights.detach().masked_fill(weights < 0, torch.nan)
+
+
+def _counts_of(number: int, headers: dict[str, RowHeader | None]) -> tuple[int, ...]:
+    """Points of each kind of one rank, all of whose headers are looked at."""
+    shapes = {
+        name: (header.rows, *header.trailing)
+        for name in KINDS
+        if (header := headers[name]) is not None
+    }
+    dtypes = [header.dtype for name in shapes if (header := headers[name])]
+    _check_shapes(number, shapes)
     if not all(dtype and dtype.is_floating_point for dtype in dtypes):
         raise ConfigError(
-            f"points must be floating, of at most {MAX_DIMS} dimensions, not {dtypes[0]} and "
-            f"{dtypes[1]} as on rank {number}"
+            f"points must be floating, of at most {MAX_DIMS} dimensions, not "
+            f"{' and '.join(map(str, dtypes))} as on rank {number}"
         )
-    if 0 in (*shapes[0][:-2], shapes[0][-1]):
+    _check_labels(number, shapes, headers)
+    for name, shape in shapes.items():
+        _check_weights(number, name, shape, headers[f"{name}_weights"])
+    return tuple(shapes[name][-2] if name in shapes else 0 for name in KINDS)
+
+
+def _check_shapes(number: int, shapes: dict[str, tuple[int, ...]]) -> None:
+    first = shapes["negative"]
+    fit = all(len(x) >= 2 and (*x[:-2], x[-1]) == (*first[:-2], first[-1]) for x in shapes.values())
+    if not fit:
         raise ConfigError(
-            f"points of shape {shapes[0]} on rank {number} hold no group or no dimension; give some"
+            f"{' and '.join(shapes)} have shapes {' and '.join(map(str, shapes.values()))} on rank "
+            f"{number}; give [..., m, dim] and [..., n, dim] with equal leading dimensions and dim"
         )
-    m, n = shapes[0][-2], shapes[1][-2]
-    labels = given["negative_labels"], given["positive_labels"]
-    if labels != (None, None) and not (_are_labels(labels[0], m) and _are_labels(labels[1], n)):
+    if 0 in (*first[:-2], first[-1]):
         raise ConfigError(
-            f"labels must be integers, one for each point of both kinds: rank {number} has to give "
-            f"{m} negative_labels and {n} positive_labels"
+            f"points of shape {first} on rank {number} hold no group or no dimension; give some"
         )
-    return m, n
+
+
+def _check_labels(
+    number: int, shapes: dict[str, tuple[int, ...]], headers: dict[str, RowHeader | None]
+) -> None:
+    labels = {name: headers[f"{name}_labels"] for name in shapes}
+    wanted = {name: shape[-2] for name, shape in shapes.items()}
+    if any(labels.values()) and not all(_are_labels(labels[x], n) for x, n in wanted.items()):
+        counts = " and ".join(f"{n} {name}_labels" for name, n in wanted.items())
+        raise ConfigError(
+            f"labels must be integers, one for each point of every kind: rank {number} has to give "
+            f"{counts}"
+        )
 
 
 def _are_labels(header: RowHeader | None, count: int) -> bool:
@@ -100,12 +159,30 @@ def _are_labels(header: RowHeader | None, count: int) -> bool:
     return header.rows == count and not header.trailing
 
 
-def _check_some_of_each(counts: list[tuple[int, int]], are_compared: bool) -> None:
+def _check_weights(
+    number: int, name: str, shape: tuple[int, ...], weights: RowHeader | None
+) -> None:
+    if weights is None:
+        return
+    found = (weights.rows, *weights.trailing)
+    floating = weights.dtype is not None and weights.dtype.is_floating_point
+    if not floating or found not in (shape[-2:-1], shape[:-1]):
+        raise ConfigError(
+            f"{name}_weights of shape {found} and {weights.dtype} on rank {number} do not fit "
+            f"points of shape {shape}; give floating numbers {shape[-2:-1]} or {shape[:-1]}"
+        )
+    if weights.bad_rows:
+        raise NonFiniteError(
+            f"{name}_weights on rank {number} hold NaN, infinity or negative numbers; weights must "
+            f"be 0 or more"
+        )
+
+
+def _check_some_of_each(counts: list[tuple[int, ...]], are_compared: bool) -> None:
     holders = {f"rank {number} holds": count for number, count in enumerate(counts)}
     if are_compared:
-        m, n = map(sum, zip(*counts, strict=True))
-        holders = {"the ranks together hold": (m, n)}
-    for who, (m, n) in holders.items():
+        holders = {"the ranks together hold": tuple(map(sum, zip(*counts, strict=True)))}
+    for who, (m, _, n) in holders.items():
         if m < 1 or n < 1:
             raise ConfigError(
                 f"{who} {m} negative (generated) and {n} positive (data) points; the force needs "
@@ -113,19 +190,47 @@ def _check_some_of_each(counts: list[tuple[int, int]], are_compared: bool) -> No
             )
 
 
-def _rows(negative: Tensor, positive: Tensor) -> Tensor:
-    """Both as one [m + n, G, D] in at least fp32."""
-    dtype = collectives.accumulation_dtype(torch.promote_types(negative.dtype, positive.dtype))
-    num_groups, dim = math.prod(negative.shape[:-2]), negative.shape[-1]
-    kinds = (x.to(dtype).reshape(num_groups, -1, dim) for x in (negative, positive))
+def _rows(given: Given) -> Tensor:
+    """All as one [R, G, D] in at least fp32."""
+    points = [given[name].points for name in KINDS if name in given]
+    dtype = torch.float32
+    for x in points:
+        dtype = torch.promote_types(dtype, x.dtype)
+    num_groups, dim = math.prod(points[0].shape[:-2]), points[0].shape[-1]
+    kinds = (x.to(dtype).reshape(num_groups, -1, dim) for x in points)
     return torch.cat([x.transpose(0, 1) for x in kinds])
 
 
-def _tags(rows: Tensor, m: int, *labels: Tensor | None) -> Tensor:
-    """Kind and label of all rows: [R, 2] int64."""
-    tags = torch.zeros(len(rows), 2, dtype=torch.int64, device=rows.device)
-    tags[:m, 0], tags[m:, 0] = NEGATIVE, POSITIVE
-    for part, its_labels in zip((tags[:m], tags[m:]), labels, strict=True):
-        if its_labels is not None:
-            part[:, 1] = its_labels
-    return tags
+def _tags(given: Given, sizes: tuple[int, ...] | None, group: Group) -> tuple[Tensor, int]:
+    """Kind and label of all rows [R, 2] int64, labels numbered from 0 on all ranks alike, and how
+    many labels there are; sizes are None where ranks are not compared."""
+    columns = []
+    for name in KINDS:
+        if name in given:
+            points, labels = given[name].points, given[name].labels
+            kind = torch.full(points.shape[-2:-1], KINDS[name], device=points.device)
+            columns.append(
+                torch.stack([kind, torch.zeros_like(kind) if labels is None else labels])
+            )
+    tags = torch.cat(columns, dim=1).T.contiguous()
+    if given["negative"].labels is None:
+        return tags, 1
+    everyones = tags[:, 1]
+    if sizes is not None:
+        everyones = collectives.gather_rows(everyones.contiguous(), sizes, group)
+    known = everyones.unique()
+    tags[:, 1] = torch.searchsorted(known, tags[:, 1].contiguous())
+    return tags, len(known)
+
+
+def _weights(given: Given, rows: Tensor) -> Tensor | None:
+    """Of all rows [R, G]; None where no kind has any."""
+    if all(of_kind.weights is None for of_kind in given.values()):
+        return None
+    parts = []
+    for name in KINDS:
+        if name in given:
+            points, weights = given[name].points, given[name].weights
+            whole = rows.new_ones(()) if weights is None else weights.detach().to(rows.dtype)
+            parts.append(whole.expand(points.shape[:-1]).reshape(rows.shape[1], -1).T)
+    return torch.cat(parts)

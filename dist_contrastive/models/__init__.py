@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.models.conditioning import ConditionalGenerator
 from dist_contrastive.models.encoders import (
     ProjectionHead,
     ProjectionHeadSettings,
@@ -19,8 +20,14 @@ from dist_contrastive.models.encoders import (
     frozen,
     representations_of,
 )
-from dist_contrastive.models.generators import ConvGenerator, ConvGeneratorSettings
-from dist_contrastive.models.momentum import MomentumCopy, check_row_independent, momentum_at
+from dist_contrastive.models.feature_maps import FeatureMaps, FeatureMapSettings
+from dist_contrastive.models.generators import GeneratorSettings, build_generator
+from dist_contrastive.models.momentum import (
+    MomentumCopy,
+    check_row_independent,
+    ema_decay_at,
+    momentum_at,
+)
 from dist_contrastive.models.text_encoder import TextEncoder, TextEncoderSettings, text_tokens
 from dist_contrastive.models.transformers_encoder import (
     TransformersEncoder,
@@ -29,8 +36,10 @@ from dist_contrastive.models.transformers_encoder import (
 from dist_contrastive.models.vector_encoder import VectorEncoder, VectorEncoderSettings
 
 __all__ = [
-    "ConvGenerator",
+    "ConditionalGenerator",
     "EncoderSettings",
+    "FeatureMapSettings",
+    "FeatureMaps",
     "GeneratorSettings",
     "MomentumCopy",
     "PairEncoder",
@@ -48,6 +57,7 @@ __all__ = [
     "build_head",
     "build_pair_encoder",
     "check_row_independent",
+    "ema_decay_at",
     "frozen",
     "momentum_at",
     "representations_of",
@@ -65,7 +75,6 @@ PairEncoderSettings = Annotated[
     Field(discriminator="name"),
 ]
 PairEncoder = ResidualEncoder | TransformersEncoder | TextEncoder | VectorEncoder
-GeneratorSettings = ConvGeneratorSettings
 
 
 def build_encoder(
@@ -118,24 +127,6 @@ def build_pair_encoder(
 def build_head(settings: ProjectionHeadSettings, dim: int) -> ProjectionHead:
     """The projection head on representations [b, dim]."""
     return ProjectionHead(settings, dim)
-
-
-def build_generator(
-    settings: ConvGeneratorSettings,
-    image_shape: tuple[int, int, int],
-    num_classes: int | None,
-) -> ConvGenerator:
-    """A generator of images [b, *image_shape] in (0, 1).
-
-    Args:
-        settings: sizes.
-        image_shape: (channels, height, width).
-        num_classes: labels that its call takes are 0 ... num_classes - 1; None: it takes none.
-    Raises:
-        ConfigError: an image size that the settings cannot reach.
-    """
-    channels, height, width = image_shape
-    return ConvGenerator(settings, channels, (height, width), num_classes)
 
 
 def _unreadable(name: str, example: Tensor | Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.models.conditioning import AdaptiveGroupNorm
 from dist_contrastive.settings import Settings
 
 GROUPS = 8  # of every GroupNorm; widths are multiples of it
@@ -40,24 +41,29 @@ class ProjectionHeadSettings(Settings):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block; `scale` 0.5 halves the map, 2 doubles it, 1 keeps it."""
+    """Pre-activation residual block; `scale` 0.5 halves the map, 2 doubles it, 1 keeps it.
 
-    def __init__(self, width_in: int, width_out: int, scale: float = 1) -> None:
+    With a `condition_dim`, its second norm takes a condition [b, condition_dim].
+    """
+
+    def __init__(
+        self, width_in: int, width_out: int, scale: float = 1, condition_dim: int = 0
+    ) -> None:
         super().__init__()
         self.scale = scale
         stride = 2 if scale == 0.5 else 1
         self.norm1 = nn.GroupNorm(GROUPS, width_in)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
-        self.norm2 = nn.GroupNorm(GROUPS, width_out)
+        self.norm2 = AdaptiveGroupNorm(GROUPS, width_out, condition_dim)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=False)
         same = width_in == width_out and stride == 1
         self.shortcut = nn.Identity() if same else nn.Conv2d(width_in, width_out, 1, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         h = F.silu(self.norm1(x))
         if self.scale == 2:
             h, x = (F.interpolate(map_, scale_factor=2, mode="nearest") for map_ in (h, x))
-        h = self.conv2(F.silu(self.norm2(self.conv1(h))))
+        h = self.conv2(F.silu(self.norm2(self.conv1(h), condition)))
         return self.shortcut(x) + h
 
 
@@ -67,7 +73,7 @@ class ResidualEncoder(nn.Module):
     def __init__(self, settings: ResidualEncoderSettings, channels: int) -> None:
         super().__init__()
         check_widths(settings.widths)
-        self.dim = settings.widths[-1]
+        self.dim, self.blocks_per_stage = settings.widths[-1], settings.blocks
         self.stem = nn.Conv2d(channels, settings.widths[0], 3, 1, 1, bias=False)
         blocks: list[nn.Module] = []
         width_in = settings.widths[0]
@@ -82,6 +88,21 @@ class ResidualEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         h = self.blocks(self.stem(2 * images - 1))
         return F.silu(self.norm(h)).mean(dim=(2, 3))
+
+    def with_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The representation [b, D], and maps [b, C, h, w]: the stem's, then each stage's.
+
+        Maps are what blocks add to, before any norm, as the next block is given them; the last is
+        that after the final norm and SiLU, so that its mean is the representation.
+        """
+        h = self.stem(2 * images - 1)
+        maps = [h]
+        for number, block in enumerate(self.blocks, start=1):
+            h = block(h)
+            if number % self.blocks_per_stage == 0:
+                maps.append(h)
+        maps[-1] = F.silu(self.norm(h))
+        return maps[-1].mean(dim=(2, 3)), maps
 
 
 class ProjectionHead(nn.Module):

@@ -1,98 +1,51 @@
-"""One-step generators: noise, and optionally a class, to an image in a single pass."""
+"""One-step generators by their settings: noise, a class and a guidance strength to a sample."""
 
-from typing import Literal
+from typing import Annotated
 
-import torch
-from pydantic import NonNegativeInt, PositiveInt
-from torch import Tensor, nn
-from torch.nn import functional as F
+from pydantic import Field
 
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.models.encoders import GROUPS, ResidualBlock, check_widths
-from dist_contrastive.settings import Settings
+from dist_contrastive.models.conditioning import ConditionalGenerator
+from dist_contrastive.models.conv_generator import ConvGenerator, ConvGeneratorSettings
+from dist_contrastive.models.dit_generator import DiTGenerator, DiTGeneratorSettings
+from dist_contrastive.models.mlp_generator import MlpGenerator, MlpGeneratorSettings
+from dist_contrastive.models.unet_generator import UNetGenerator, UNetGeneratorSettings
+
+GeneratorSettings = Annotated[
+    ConvGeneratorSettings | UNetGeneratorSettings | DiTGeneratorSettings | MlpGeneratorSettings,
+    Field(discriminator="name"),
+]
 
 
-class ConvGeneratorSettings(Settings):
-    """A small residual convolutional generator."""
-
-    name: Literal["conv"] = "conv"
-    noise_dim: PositiveInt = 16
-    class_dim: PositiveInt = 32
-    """Dimension of the class embedding; unused without classes."""
-    width: PositiveInt = 16
-    """Channels at full resolution; each halving of the resolution doubles them."""
-    doublings: NonNegativeInt = 2
-    """How often the map grows: an H x W image starts as H/2^doublings x W/2^doublings."""
-    blocks: PositiveInt = 1
-    """Residual blocks at each resolution."""
-
-
-class ConvGenerator(nn.Module):
-    """Noise [b, noise_dim] and labels int64 [b] to images [b, C, H, W] in (0, 1).
-
-    Works for b = 0. Like the encoders it has no batch statistics and no dropout: an image
-    depends on its own noise and label alone.
+def build_generator(
+    settings: GeneratorSettings,
+    sample_shape: tuple[int, ...],
+    num_classes: int | None,
+    guided: bool = False,
+) -> ConditionalGenerator:
+    """A generator of samples [b, *sample_shape]; images are in (0, 1) unless an MLP draws them.
 
     Args:
-        settings: sizes.
-        channels, image_size: shape of the images.
-        num_classes: labels are 0 ... num_classes - 1; None builds an unconditional generator.
+        settings: which one.
+        sample_shape: (channels, height, width) of images; any for an MLP.
+        num_classes: labels that its call takes are 0 ... num_classes - 1; None: it takes none.
+        guided: its call takes a guidance strength for each row.
     Raises:
-        ConfigError: the image size is not divisible by 2^doublings, or a width by the groups.
+        ConfigError: samples that are not images, or of a size that the settings cannot reach.
     """
-
-    def __init__(
-        self,
-        settings: ConvGeneratorSettings,
-        channels: int,
-        image_size: tuple[int, int],
-        num_classes: int | None = None,
-    ) -> None:
-        super().__init__()
-        check_widths((settings.width,))
-        self.start = _start_size(image_size, settings.doublings)
-        self.noise_dim, self.num_classes = settings.noise_dim, num_classes
-        dim = settings.noise_dim + (settings.class_dim if num_classes else 0)
-        width = settings.width * 2**settings.doublings
-        self.class_embedding = (
-            nn.Embedding(num_classes, settings.class_dim) if num_classes else None
-        )
-        self.start_width = width
-        self.project = nn.Linear(dim, width * self.start[0] * self.start[1])
-        self.blocks = nn.Sequential(*_growing_blocks(settings, width))
-        self.norm = nn.GroupNorm(GROUPS, settings.width)
-        self.to_image = nn.Conv2d(settings.width, channels, 3, 1, 1)
-
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        if (labels is None) != (self.class_embedding is None):
-            wanted = "needs" if labels is None else "was built without"
-            raise ConfigError(
-                f"this generator {wanted} class labels (num_classes is {self.num_classes}): "
-                "set num_classes to match the call."
-            )
-        if self.class_embedding is not None:
-            noise = torch.cat([noise, self.class_embedding(labels)], dim=1)
-        h = self.project(noise).view(len(noise), self.start_width, *self.start)
-        return torch.sigmoid(self.to_image(F.silu(self.norm(self.blocks(h)))))
-
-
-def _growing_blocks(settings: ConvGeneratorSettings, width: int) -> list[nn.Module]:
-    """Residual blocks from the start resolution to the full one, halving the width each time."""
-    blocks: list[nn.Module] = [ResidualBlock(width, width) for _ in range(settings.blocks)]
-    for _ in range(settings.doublings):
-        blocks.append(ResidualBlock(width, width // 2, scale=2))
-        width //= 2
-        blocks += [ResidualBlock(width, width) for _ in range(settings.blocks - 1)]
-    return blocks
-
-
-def _start_size(image_size: tuple[int, int], doublings: int) -> tuple[int, int]:
-    factor = 2**doublings
-    height, width = image_size
-    if height % factor or width % factor:
-        most = next(k for k in range(doublings, -1, -1) if not (height % 2**k or width % 2**k))
+    if isinstance(settings, MlpGeneratorSettings):
+        return MlpGenerator(settings, sample_shape, num_classes, guided)
+    if len(sample_shape) != 3:
         raise ConfigError(
-            f"images of {height}x{width} cannot be grown in {doublings} doublings, which need "
-            f"multiples of {factor}: set the generator's doublings to at most {most}."
+            f"generator {settings.name!r} draws images (channels, height, width), not samples of "
+            f"shape {sample_shape}: set name to mlp."
         )
-    return height // factor, width // factor
+    channels, height, width = sample_shape
+    image_shape = channels, height, width
+    match settings:
+        case ConvGeneratorSettings():
+            return ConvGenerator(settings, image_shape, num_classes, guided)
+        case UNetGeneratorSettings():
+            return UNetGenerator(settings, image_shape, num_classes, guided)
+        case DiTGeneratorSettings():
+            return DiTGenerator(settings, image_shape, num_classes, guided)

@@ -1,4 +1,4 @@
-"""A copy of a network that follows it slowly, and what may stand in such a pair (MoCo, BYOL)."""
+"""A copy of a network that follows it slowly (MoCo, BYOL, EMA); what may stand in such a pair."""
 
 import copy
 import math
@@ -71,6 +71,18 @@ def momentum_at(progress: float, start: float) -> float:
     """
     done = min(max(progress, 0.0), 1.0)
     return 1 - (1 - start) * (1 + math.cos(math.pi * done)) / 2
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """Momentum of an average over a training's weights that does not dwell on the first ones.
+
+    min(decay, (1 + step) / (10 + step)) with `step` the optimiser steps before this one: it
+    begins at 0.1 and reaches 0.999 after 8990 steps.
+
+    References:
+        `ExponentialMovingAverage` of TensorFlow 1.
+    """
+    return min(decay, (1 + step) / (10 + step))
 
 
 def check_row_independent(module: nn.Module, why: str) -> None:

@@ -5,6 +5,8 @@
 
 import difflib
 import inspect
+import math
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.settings import Settings
+
+MOST_SPECIAL_TOKENS = 16  # class, distillation and register tokens of known models: 8 at most
 
 
 class TransformersEncoderSettings(Settings):
@@ -80,9 +84,49 @@ class TransformersEncoder(nn.Module):
             return self._representations(images.new_zeros(1, *images.shape[1:]))[:0]
         return self._representations(images)
 
-    def _representations(self, images: Tensor) -> Tensor:
+    def with_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The representation [b, D], and a map [b, C, h, w] of each hidden state, the first one
+        (an embedding, in most models) included.
+
+        Class and register tokens are left out. Maps are the hidden states as the model returns
+        them: in most transformers the last one is that before the final norm.
+
+        Raises:
+            ConfigError: the model returns no hidden states, or not over a grid of positions.
+        """
+        if len(images) == 0:
+            representations, maps = self.with_maps(images.new_zeros(1, *images.shape[1:]))
+            return representations[:0], [map_[:0] for map_ in maps]
+        output = self._run(images, output_hidden_states=True)
+        states = getattr(output, "hidden_states", None) or ()
+        arranged = getattr(output, "reshaped_hidden_states", None) or states
+        pairs = zip(states, arranged, strict=True)
+        return self._pooled(output), [self._map(state, grid) for state, grid in pairs]
+
+    def _map(self, state: Tensor, arranged: Tensor) -> Tensor:
+        """A hidden state as [b, D, h, w]; `arranged` is it, or the model's own way to say that."""
+        if state.ndim == 4:
+            return state
+        if arranged.ndim == 4:  # channels first in Swin, last in Hiera
+            return arranged if arranged.shape[1] == state.shape[2] else arranged.movedim(3, 1)
+        patch = getattr(self.model.config, "patch_size", None)
+        grid = _grid(state.shape[1], self.image_shape[1:], patch) if state.ndim == 3 else None
+        if grid is None:
+            raise ConfigError(
+                f"a hidden state of {_title(self.settings)} has shape {tuple(state.shape)}, which "
+                "is neither [b, D, h, w] nor a grid of positions [b, positions, D]: use its pooled "
+                "representation alone."
+            )
+        return state[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+
+    def _run(self, images: Tensor, **options: bool) -> Any:
         mean, std = self.settings.normalise
-        output = self.model(pixel_values=(images - mean) / std)
+        return self.model(pixel_values=(images - mean) / std, **options)
+
+    def _representations(self, images: Tensor) -> Tensor:
+        return self._pooled(self._run(images))
+
+    def _pooled(self, output: Any) -> Tensor:
         pooled = getattr(output, "pooler_output", None)
         if self.settings.pool == "pooler" and pooled is None:
             raise ConfigError(
@@ -92,6 +136,12 @@ class TransformersEncoder(nn.Module):
         if pooled is not None and self.settings.pool != "mean":
             return pooled.flatten(1)
         hidden = output.last_hidden_state  # [b, positions, D] or [b, D, h, w]
+        if hidden.ndim not in (3, 4):
+            raise ConfigError(
+                f"the last hidden state of {_title(self.settings)} has shape "
+                f"{tuple(hidden.shape)}, which is neither [b, positions, D] nor [b, D, h, w]: use "
+                "a model of single images."
+            )
         return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
 
     def _probe(self) -> int:
@@ -162,6 +212,27 @@ def _config_fields(
     size: int | tuple[int, int] = image_size if len(set(image_size)) == 2 else image_size[0]
     from_data = {"image_size": size, "num_channels": channels}
     return {k: v for k, v in from_data.items() if k in known} | settings.config
+
+
+def _grid(
+    positions: int, image_size: tuple[int, int], patch: int | Sequence[int] | None
+) -> tuple[int, int] | None:
+    """Height and width of the grid in so many positions; special tokens may come before it.
+
+    The grid is that of the patches, or else all positions in the proportions of the image, as
+    where a model merges patches on its way. None where there is no such grid.
+    """
+    height, width = image_size
+    if patch:
+        patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+        rows, columns = height // patch_height, width // patch_width
+        if 0 <= positions - rows * columns <= MOST_SPECIAL_TOKENS:
+            return rows, columns
+    rows = max(1, math.isqrt(positions * height // width))
+    columns = positions // rows
+    return (
+        (rows, columns) if (rows * columns, rows * width) == (positions, columns * height) else None
+    )
 
 
 def _title(settings: TransformersEncoderSettings) -> str:

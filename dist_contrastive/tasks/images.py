@@ -6,6 +6,7 @@ from torch import Tensor
 from dist_contrastive.config.tasks import ImageTaskSettings
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.views import ViewSettings, make_view, view_keys
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.models import build_encoder, build_head, representations_of
 from dist_contrastive.tasks.base import Task, scalars_of
@@ -20,8 +21,7 @@ class ImageTask(Task):
     def __init__(self, settings: ImageTaskSettings, example: Samples, seed: int) -> None:
         super().__init__()
         self.views = settings.views
-        channels, height, width = example.images.shape[1:]
-        self.image_shape = channels, height, width
+        self.image_shape = _image_shape(example.images)
         self.encoder = build_encoder(settings.encoder, seen_shape(self.image_shape, settings.views))
         self.head = build_head(settings.head, self.encoder.dim)
         self.seed = seed
@@ -59,6 +59,19 @@ def seen_shape(image_shape: tuple[int, int, int], views: ViewSettings) -> tuple[
     """(channels, height, width) of a view of an image."""
     channels, height, width = image_shape
     return channels, views.size or height, views.size or width
+
+
+def _image_shape(images: Tensor) -> tuple[int, int, int]:
+    """(channels, height, width) of images [n, C, H, W] in [0, 1]; other arrays are refused."""
+    shape, (low, high) = images.shape[1:], images.aminmax()
+    if len(shape) != 3 or low < 0 or high > 1:
+        raise ConfigError(
+            f"data.image names a field of arrays (shape {list(shape)}, first values from {low:.3g} "
+            f"to {high:.3g}), but an encoder of images needs images in [0, 1]; name a field of "
+            f"8-bit images, as png, or train a generator with the task drift"
+        )
+    channels, height, width = shape
+    return channels, height, width
 
 
 def in_equal_parts(rows: Tensor, count: int) -> tuple[Tensor, ...]:
