@@ -377,12 +377,18 @@ def test_manifold_errors() -> None:
         ConfigError, match=r"need 2 real and 1 generated .* class 1 has 2 real and 0"
     ):
         density_coverage(points, labels, points, 0 * labels, k=1)
+    with pytest.raises(
+        ConfigError, match=r"need 3 real and 1 generated .* class 0 has 2 real and 4"
+    ):
+        density_coverage(points, labels, torch.cat([points, points]), labels.repeat(2), k=2)
     with pytest.raises(ConfigError, match="but k is 0: set 1 or more"):
         density_coverage(points, labels, points, labels, k=0)
     with pytest.raises(
         DataError, match="the generated samples have no labels, but the others have"
     ):
         precision_recall(points, labels, points, None, k=1)
+    with pytest.raises(DataError, match="the real samples have no labels, but the others have"):
+        precision_recall(points, None, points, labels, k=1)
     with pytest.raises(DataError, match=r"4 samples in generated, but .* shape \[3\]: give one"):
         precision_recall(points, labels, points, labels[:3], k=1)
 
@@ -397,6 +403,8 @@ def test_memorisation_by_hand() -> None:
     assert result.held_out_low == pytest.approx(0.15)
     assert result.suspicious == pytest.approx(2 / 5)  # 1 % of 3 steps: up to 0.03
     assert (result.copies, result.held_out_copies) == (1, 1)
+    # Where even held-out samples are copies, a copy is as near as they are.
+    assert memorisation(generated, train, train).suspicious == pytest.approx(1 / 5)
 
 
 def test_memorisation_tells_copies_from_honest_samples() -> None:

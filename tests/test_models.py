@@ -108,6 +108,13 @@ def test_frozen_passes_gradients_to_images_only() -> None:
     assert all(p.grad is None for p in encoder.parameters())
 
 
+@pytest.mark.parametrize("build", [residual, vit, convnext])
+def test_frozen_without_rows_keeps_the_graph(build) -> None:
+    images = torch.rand(0, 3, 8, 8, requires_grad=True)
+    frozen(build())(images).sum().backward()
+    assert images.grad is not None
+
+
 def test_pooling_choices() -> None:
     pooled, mean = vit(pool="pooler"), vit(pool="mean")
     images = torch.rand(2, 3, 8, 8)
@@ -148,6 +155,7 @@ def test_width_error_names_the_neighbours() -> None:
             {"model_type": "vit", "config": {"hiden_size": 8}},
             r"^transformers model 'vit' has no .*'hiden_size': did you mean 'hidden_size'",
         ),
+        ({"model_type": "vit", "config": {"hidden_size": "wide"}}, r"cannot build .*hidden_size"),
         ({"model_type": "vit", "config": TINY_VIT | {"image_size": 16}}, r"images of 3x8x8"),
         ({"pretrained": "/nowhere/at/all"}, r"cannot build transformers model '/nowhere"),
     ],

@@ -107,10 +107,11 @@ def test_packed_points_come_back_as_they_are(tmp_path: Path):
         index = ShardIndex.load(folder / split)
         assert index.shard_names == indexes[split].shard_names
         assert index.shard_samples.tolist() == ([20, 20, 20, 10] if split == "train" else [20, 10])
-        splits[split] = POINTS.read(index, range(count))
+        splits[split] = read = POINTS.read(index, range(count))
         points, parts = toy_points("swiss_roll", count, seed)
-        assert torch.equal(splits[split].images, points)
-        assert torch.equal(splits[split].labels, parts)
+        assert read.labels is not None
+        assert torch.equal(read.images, points)
+        assert torch.equal(read.labels, parts)
         assert index.read(21)["json"]["index"] == 21
     assert not torch.isin(splits["test"].images, splits["train"].images).any()
     stream = ShardStream(ShardIndex.load(folder / "train"), global_batch_size=10, lanes=2, seed=0)
@@ -189,7 +190,7 @@ def test_arrays_that_are_no_points(arrays: list[np.ndarray], words: str, tmp_pat
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_arrays_of_any_shape_are_kept_as_they_are(dtype: type, tmp_path: Path):
-    arrays = [np.arange(8).reshape(2, 4).astype(dtype) - 5 * n for n in range(3)]
+    arrays: list[np.ndarray] = [np.arange(8).reshape(2, 4).astype(dtype) - 5 * n for n in range(3)]
     write_samples(
         tmp_path / "a.tar", [{"__key__": f"s{n}", "npy": a} for n, a in enumerate(arrays)]
     )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.neighbours import Metric, knn_predict
-from dist_contrastive.evaluation.points import as_points, check_labels
+from dist_contrastive.evaluation.point_sets import as_points, check_labels
 
 
 class Classifier:

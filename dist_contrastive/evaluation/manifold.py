@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.errors import ConfigError, DataError
-from dist_contrastive.evaluation.points import as_points, check_labels
+from dist_contrastive.evaluation.point_sets import as_points, check_labels
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_contrastive.evaluation.points import as_points
+from dist_contrastive.evaluation.point_sets import as_points
 
 LOW = 0.05
 """The quantile of distances that stands for the nearest ones."""
@@ -68,9 +68,9 @@ def memorisation(
 def _to_nearest(points: Tensor, keys: Tensor, chunk: int) -> Tensor:
     """Distance [n] of each point to the nearest of `keys`."""
     centre = keys.mean(dim=0)
-    found = []
+    centred, found = keys - centre, []
     for part in points.split(chunk):
-        # Products find the nearest one fast, but only differences say 0 where there is none.
-        nearest = torch.cdist(part - centre, keys - centre).argmin(dim=1)
+        # Products find the nearest one fast, but only differences are exactly 0 for a copy.
+        nearest = torch.cdist(part - centre, centred).argmin(dim=1)
         found.append((part - keys[nearest]).norm(dim=1))
     return torch.cat(found)

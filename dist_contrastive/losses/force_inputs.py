@@ -67,9 +67,11 @@ def force_inputs(group: Group, are_compared: bool, given: Given) -> ForceInputs:
     sizes = tuple(map(sum, counts)) if are_compared else (len(rows),)
     tags, num_labels = _tags(given, sizes if are_compared else None, group)
     order, weights = sorting(tags), _weights(given, rows)
+    if num_labels > 1:
+        rows, tags = rows.index_select(0, order), tags[order]
     return ForceInputs(
-        rows.index_select(0, order),
-        tags[order],
+        rows,
+        tags,
         None if weights is None else weights[order],
         sizes,
         num_labels,

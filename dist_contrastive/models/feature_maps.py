@@ -27,7 +27,7 @@ class FeatureMapSettings(Settings):
     )
     """`pooled`: the representation, 1 group; `locations`: a group for each location of a map;
     `mean`, `std`: over all locations, 1 group each; a map of one location has no `std`."""
-    patches: tuple[Annotated[int, Field(ge=2)], ...] = (2, 4)
+    patches: tuple[Annotated[int, Field(ge=2)], ...] = ()
     """Sizes s: mean and standard deviation over each patch of s x s locations, a group for each
     patch. A map has those of the patches that tile it with two or more."""
 
@@ -40,7 +40,7 @@ class FeatureMapSettings(Settings):
     @property
     def of_maps(self) -> bool:
         """Whether any feature is one of a map."""
-        return self.kinds != ("pooled",) or bool(self.patches)
+        return bool(set(self.kinds) - {"pooled"} or self.patches)
 
 
 class FeatureMaps(nn.Module):
@@ -69,9 +69,9 @@ class FeatureMaps(nn.Module):
     ) -> None:
         super().__init__()
         self.settings, self.encoder = settings, frozen(encoder)
-        device = next((p.device for p in encoder.parameters()), None)
+        like = next(encoder.parameters(), torch.empty(0))
         with torch.no_grad():
-            encoded = self._encoded(torch.full((1, *image_shape), 0.5, device=device))
+            encoded = self._encoded(like.new_full((1, *image_shape), 0.5))
             features = self._features(*encoded)
         self.shapes = {name: (x.shape[1], x.shape[2]) for name, x in features.items()}
         sizes = [f"{map_.shape[2]}x{map_.shape[3]}" for map_ in encoded[1]]
@@ -103,12 +103,16 @@ class FeatureMaps(nn.Module):
         features = {"pooled": pooled.unsqueeze(1)} if "pooled" in self.settings.kinds else {}
         if not self.settings.of_maps:
             return features
-        for stage in self.settings.stages or range(max(1, len(maps))):
+        if not maps:
+            raise ConfigError(
+                "the encoder has no maps, of which locations, mean, std and patches are made: set "
+                "kinds: [pooled] and patches: []."
+            )
+        for stage in self.settings.stages or range(len(maps)):
             if stage >= len(maps):
                 raise ConfigError(
-                    f"stage {stage} of feature maps is asked for, and the encoder has {len(maps)} "
-                    f"maps: set stages below {len(maps)}, or kinds: [pooled] and patches: [] for "
-                    "none."
+                    f"stage {stage} is asked for, and the encoder has {len(maps)} maps: set stages "
+                    f"of 0 to {len(maps) - 1}."
                 )
             found = _features_of(maps[stage], self.settings)
             features |= {f"stage{stage}.{name}": feature for name, feature in found.items()}
@@ -134,14 +138,15 @@ def _mean_and_std(map_: Tensor, height: int, width: int) -> tuple[Tensor, Tensor
     """Of each tile of height x width, row by row: [b, tiles, C] of a map [b, C, h, w]."""
     rows, columns = map_.shape[2] // height, map_.shape[3] // width
     tiles = map_.reshape(*map_.shape[:2], rows, height, columns, width)
-    variance, mean = torch.var_mean(tiles, dim=(3, 5), correction=0)
+    mean = tiles.mean(dim=(3, 5), keepdim=True)
+    variance = (tiles - mean).square().mean(dim=(3, 5))  # torch.var warns where there are no rows
     std = (variance + VARIANCE_FLOOR).sqrt()
-    return mean.flatten(2).transpose(1, 2), std.flatten(2).transpose(1, 2)
+    return mean[:, :, :, 0, :, 0].flatten(2).transpose(1, 2), std.flatten(2).transpose(1, 2)
 
 
 def _check(settings: FeatureMapSettings, names: list[str], sizes: str) -> None:
     for size in settings.patches:
-        if not any(name.endswith(f"patch{size}.mean") for name in names):
+        if not any(name.endswith(f".patch{size}.mean") for name in names):
             raise ConfigError(
                 f"patches of {size}x{size} tile none of the encoder's maps ({sizes}) with two or "
                 "more: leave them out of patches, or choose other stages."

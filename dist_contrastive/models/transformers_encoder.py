@@ -80,8 +80,8 @@ class TransformersEncoder(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        if len(images) == 0:  # many models cannot reshape 0 rows; one blank row keeps the graph
-            return self._representations(images.new_zeros(1, *images.shape[1:]))[:0]
+        if len(images) == 0:
+            return self._representations(_blank(images))[:0]
         return self._representations(images)
 
     def with_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -89,13 +89,14 @@ class TransformersEncoder(nn.Module):
         (an embedding, in most models) included.
 
         Class and register tokens are left out. Maps are the hidden states as the model returns
-        them: in most transformers the last one is that before the final norm.
+        them: in most transformers the last one is that before the final norm. There are none
+        where the model returns none.
 
         Raises:
-            ConfigError: the model returns no hidden states, or not over a grid of positions.
+            ConfigError: hidden states that are not over a grid of positions.
         """
         if len(images) == 0:
-            representations, maps = self.with_maps(images.new_zeros(1, *images.shape[1:]))
+            representations, maps = self.with_maps(_blank(images))
             return representations[:0], [map_[:0] for map_ in maps]
         output = self._run(images, output_hidden_states=True)
         states = getattr(output, "hidden_states", None) or ()
@@ -181,7 +182,7 @@ def _load(
             model = AutoModel.from_config(AutoConfig.for_model(settings.model_type, **fields))
     except ConfigError:
         raise
-    except (ValueError, OSError, TypeError, KeyError) as error:
+    except Exception as error:  # transformers and the hub have kinds of their own
         raise ConfigError(
             f"cannot build {_title(settings)}: {_first(error)}; give model_type a vision model's "
             "name such as vit, dinov2, convnext or swin, or pretrained a folder with safetensors."
@@ -209,9 +210,16 @@ def _config_fields(
                 f"{_title(settings)} has no configuration field {name!r}: "
                 + (f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}.")
             )
-    size: int | tuple[int, int] = image_size if len(set(image_size)) == 2 else image_size[0]
+    as_pair = len(set(image_size)) == 2 or isinstance(known.get("image_size"), list | tuple)
+    size = image_size if as_pair else image_size[0]
     from_data = {"image_size": size, "num_channels": channels}
     return {k: v for k, v in from_data.items() if k in known} | settings.config
+
+
+def _blank(images: Tensor) -> Tensor:
+    """One black image in place of none, which many models cannot reshape; it keeps the graph, to
+    the weights and to `images` [0, C, H, W]."""
+    return images.new_zeros(1, *images.shape[1:]) + images.sum()
 
 
 def _grid(

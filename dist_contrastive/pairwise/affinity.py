@@ -102,7 +102,8 @@ class Exponents:
         """A of a tile's pairs that do not coincide, at every temperature: its number, weight
         [g, r, k] and log_unit [g, r], with ``A * exp(log_factor) = weight * exp(log_unit)``.
 
-        Weights are at most 1; those of each row whose A is not negligible are not all tiny.
+        Weights are at most 1; those of each row whose A is not negligible are not all tiny. They
+        may be changed, and are overwritten by those of the next temperature.
 
         Args:
             log_factor: [T, g, r]; None: 0.
@@ -121,10 +122,11 @@ class Exponents:
             yield from self._one_by_one(tile, log_factor)
             return
         factor = (key_seen - top).exp_()[..., None, :]
-        x = tile.d - (self.near_row / 2)[..., None]
+        weight = powers.scratch.like("weight", tile.d)
+        x = torch.sub(tile.d, (self.near_row / 2)[..., None], out=powers.scratch.like("x", weight))
         x -= (self.near_key / 2)[..., None, :]
         for t, exponential in powers.exponentials(x, self.slope):
-            yield t, exponential * factor[t], unit[t]
+            yield t, torch.mul(exponential, factor[t], out=weight), unit[t]
 
     def _one_by_one(
         self, tile: Tile, log_factor: Tensor | None

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 _CLOSE = 1e-2
 # With more close pairs than one in this many, computing the whole tile from differences is cheaper.
 _MANY = 64
+# And with so few dimensions it always is.
+_FEW_DIMENSIONS = 4
 # The same for slopes, whose exact kernel is slower; and how many close pairs are added at a time.
 _MANY_SLOPES, _PAIRS = 8, 4096
 
@@ -156,19 +158,21 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     """Euclidean distances between rows: [G, r, D], [G, c, D] -> [G, r, c]; 0 exactly where rows
     are equal. One matrix product, repaired where it loses its digits.
     """
-    # Rounding is relative to the norms, which are smallest seen from the middle.
     if 0 in (x.shape[-2], y.shape[-2]):
         return x.new_empty(*x.shape[:-1], y.shape[-2])
+    if x.shape[-1] <= _FEW_DIMENSIONS:
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    # Rounding is relative to the norms, which are smallest seen from the middle.
     middle = y.mean(-2, keepdim=True)
     x_near, y_near = x - middle, y - middle
-    x_square, y_square = x_near.square().sum(-1), y_near.square().sum(-1)
-    magnitude = x_square[..., :, None] + y_square[..., None, :]
-    square = torch.baddbmm(magnitude, x_near, y_near.transpose(-1, -2), alpha=-2)
-    close = square < _CLOSE * magnitude
-    num_close = int(torch.count_nonzero(close))
-    if num_close * _MANY > close.numel():
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    if num_close:
+    x_square, y_square = x_near.square().sum(-1)[..., None], y_near.square().sum(-1)[..., None, :]
+    square = (x_square + y_square).baddbmm_(x_near, y_near.transpose(-1, -2), alpha=-2)
+    largest = x_square + y_square.amax(-1, keepdim=True)  # of the magnitudes in a row
+    if (square.amin(-1, keepdim=True) < _CLOSE * largest).any():
+        close = square < _CLOSE * (x_square + y_square)
+        num_close = int(torch.count_nonzero(close))
+        if num_close * _MANY > close.numel():
+            return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
         group, row, column = close.nonzero(as_tuple=True)
         square[close] = (x[group, row] - y[group, column]).square().sum(-1)
     # Rows in the middle have no magnitude, hence are not "close"; their square is 0 already.

@@ -38,11 +38,18 @@ def distance_sums(
     total, count = points.rows.new_zeros(2, len(points.rows), num_labels, dtype=torch.float64)
     slopes = torch.zeros_like(points.rows) if with_slopes else None
     extras = () if weights is None else (weights,)
-    for tile, of_keys in points.tiles(affinity.has_row, *extras):
+    # Without weights a square A is symmetric: of two kinds of points, one block tells both.
+    twice = affinity.square and weights is None and with_slopes <= {GENERATED}
+
+    def wanted(row_kind: int, key_kind: int) -> bool:
+        return affinity.has_row(row_kind, key_kind) and not (twice and row_kind > key_kind)
+
+    for tile, of_keys in points.tiles(wanted, *extras):
         place, per_key = (tile.g, tile.label), tile.lengths.sum(1)
+        times = 2 if twice and tile.row_kind != tile.kind else 1
         if weights is None:
-            total[place] += per_key.sum(-1).double()
-            count[place] += tile.num_pairs
+            total[place] += times * per_key.sum(-1).double()
+            count[place] += times * tile.num_pairs
         else:
             weight = of_keys[0].T[tile.g]  # [g, k]
             total[place] += (per_key * weight).sum(-1).double()
@@ -112,7 +119,10 @@ class StreamedForce:
             x, moves = e.of_tile(tile, of_keys), tile.row_kind == GENERATED
             side = positive if tile.kind == POSITIVE else negative
             # Lengths in units of the temperature, so that their squares do not underflow.
-            lengths = tile.lengths * -x.slope[0, :, None, None] if with_square else None
+            lengths = None
+            if with_square:
+                lengths = self._powers.scratch.like("lengths", tile.d)
+                torch.mul(tile.lengths, -x.slope[0, :, None, None], out=lengths)
             times = 2 if twice and tile.row_kind != tile.kind else 1
             for t, weight, log_unit in x.weights(tile, self._powers):
                 if moves:
@@ -152,8 +162,11 @@ class StreamedForce:
                 factor = unit.exp()[..., None]
                 if apart:
                     force[t][place] += _moved(tile, weight.mul_(factor), pulls)
+                elif total is None:
+                    total = self._powers.scratch.like("total", weight)
+                    torch.mul(weight, factor, out=total)
                 else:
-                    total = weight.mul_(factor) if total is None else total.addcmul_(weight, factor)
+                    total.addcmul_(weight, factor)
             if total is not None:
                 force[0][place] += _moved(tile, total, pulls)
         return force
@@ -184,7 +197,8 @@ def _row_logsumexp(tile: Tile, slope: Tensor, powers: Powers) -> Tensor:
     slope, near = slope[:, tile.g, tile.label], tile.nearest
     near = near.masked_fill(near == torch.inf, 0.0)
     lse = torch.empty(len(slope), *near.shape, dtype=near.dtype, device=near.device)
-    for t, exponential in powers.exponentials(tile.d - near[..., None], slope):
+    seen = torch.sub(tile.d, near[..., None], out=powers.scratch.like("x", tile.d))
+    for t, exponential in powers.exponentials(seen, slope):
         lse[t] = exponential.sum(-1)
     lse.log_().add_(slope[..., None] * near)
     if tile.coinciding is not None:

@@ -20,8 +20,8 @@ from dist_contrastive.pairwise.pairs import Pairs, chunks
 # The kinds of points, in the order of rows: generated ones, which move; other negatives; data.
 GENERATED, FIXED, POSITIVE = 0, 1, 2
 
-# 768 x 768 fp32 distances are 2.3 MiB; some seven arrays of this size are in use at a time.
-_DEFAULT_CHUNK = 768
+# 512 x 512 fp32 distances are 1 MiB; some ten arrays of this size are in use at a time.
+_DEFAULT_CHUNK = 512
 
 Wanted = Callable[[int, int], bool]
 """Which tiles a pass needs: by the kind of their rows and the kind of their keys."""
@@ -52,10 +52,14 @@ class Tile:
     label: int  # of all
     at: Tensor  # [k] int64: where the keys are in their block
     self_at: Tensor | None  # [r] int64: where in the block the rows are; None: not among the keys
+    mirror: "Tile | None" = None  # with the keys as rows and the rows as keys
 
     @cached_property
     def _found(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Distances, the smallest of each row, and which points coincide."""
+        if self.mirror is not None:
+            d, coinciding = self.mirror.d.mT.contiguous(), self.mirror.coinciding
+            return d, d.amin(-1), None if coinciding is None else coinciding.mT
         d = distances(self.rows, self.keys)
         if self.self_at is not None:
             d.masked_fill_(self.self_at[:, None] == self.at, torch.inf)
@@ -120,6 +124,7 @@ class Points:
         self.pairs = pairs
         self._kept: dict[tuple[int, ...], Tile] = {}
         self._budget = 0.0 if pairs.keys_from == "ring" else cache_mb * 2**20
+        self._keys_are_rows = len(pairs.sizes) == 1
         self._chunk_size = chunk_size or _DEFAULT_CHUNK
         self._runs = _runs(pairs.tags)
         self.num_generated = sum(run.size for run in self._runs if run.kind == GENERATED)
@@ -140,25 +145,30 @@ class Points:
     def _tiles(self, block: Block, wanted: Wanted) -> Iterator[Tile]:
         assert block.tags is not None
         order = sorting(block.tags)
+        in_order = torch.equal(order, torch.arange(len(order), device=order.device))
         for keys in _runs(block.tags[order]):
             row_runs = [
                 x for x in self._runs if x.label == keys.label and wanted(x.kind, keys.kind)
             ]
             for k in chunks(keys.span, self._chunk_size) if row_runs else ():
                 at = order[k]
-                points = block.keys[at].transpose(0, 1).contiguous()
+                points = (block.keys[k] if in_order else block.keys[at]).transpose(0, 1).contiguous()
                 for rows in row_runs:
                     for r in chunks(rows.span, self._chunk_size):
                         self_at = self._own(r, block.first, at) if rows.kind == keys.kind else None
                         for g in self._chunks_of_groups((r.stop - r.start) * len(at)):
-                            place = block.first, k.start, r.start, g.start
-                            yield self._kept.get(place) or self._keep(
-                                place,
+                            yield self._kept.get((k.start, r.start, g.start)) or self._keep(
+                                (k.start, r.start, g.start),
                                 Tile(
                                     g, r, self.rows[g, r], points[g],
                                     rows.kind, keys.kind, keys.label, at, self_at,
+                                    self._mirror(k.start, r.start, g.start),
                                 ),
                             )  # fmt: skip
+
+    def _mirror(self, k: int, r: int, g: int) -> Tile | None:
+        """The tile that is kept of the same points, where rows and keys are in one order."""
+        return self._kept.get((r, k, g)) if self._keys_are_rows and r != k else None
 
     def _own(self, r: slice, first: int, at: Tensor) -> Tensor | None:
         """Where in their block rows are, if some of them are among the keys `at`."""
@@ -172,7 +182,7 @@ class Points:
         return chunks(slice(0, len(self.rows)), max(1, self._chunk_size**2 // num_pairs))
 
     def _keep(self, place: tuple[int, ...], tile: Tile) -> Tile:
-        if tile.num_bytes <= self._budget:
+        if tile.mirror is None and tile.num_bytes <= self._budget:
             self._budget -= tile.num_bytes
             self._kept[place] = tile
         return tile

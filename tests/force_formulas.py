@@ -1,0 +1,248 @@
+"""The contrastive force written out in the most literal way: what the loss must equal."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KINDS = ("negative", "fixed", "positive")
+TEMPERATURES = {
+    "seed": (0.01, 0.02, 0.05, 0.1, 0.2),
+    "drift": (0.01, 0.02, 0.05, 0.1, 0.2),
+    "paper": (0.02, 0.05, 0.2),
+}
+SCOPES = {"seed": "group", "drift": "group", "paper": "global"}
+
+
+def seed_force(positive: Tensor, negative: Tensor, temp: float) -> Tensor:
+    """Seed 001, with its triple loop."""
+    num_positive, num_negative = positive.shape[0], negative.shape[0]
+    concat = torch.cat([negative, positive], dim=0)
+    dist = torch.cdist(concat, concat, p=2)
+    affinity = torch.softmax(-dist / temp, dim=1).pow(0.5)
+    affinity = affinity * torch.softmax(-dist / temp, dim=0).pow(0.5)
+    force = torch.zeros_like(negative)
+    for j in range(num_negative):
+        for i in range(num_positive):
+            for k in range(num_negative):
+                if k != j:
+                    weight = affinity[j, i + num_negative] * affinity[j, k]
+                    force[j] += weight * (positive[i] - negative[k])
+    return force / ((dist * affinity) ** 2).mean().sqrt()
+
+
+def seed_loss(positive: Tensor, negative: Tensor) -> Tensor:
+    concat = torch.cat([positive, negative], dim=0)
+    scale = torch.cdist(concat, concat, p=2).mean()
+    positive, negative = positive / scale, negative / scale
+    forces = [seed_force(positive.detach(), negative.detach(), t) for t in TEMPERATURES["seed"]]
+    return ((negative - (negative + sum(forces)).detach()) ** 2).mean()
+
+
+def drift_force(positive: Tensor, negative: Tensor, temp: float) -> Tensor:
+    """The masked form: a point is left out of its own softmax."""
+    concat = torch.cat([negative, positive])
+    dist = torch.cdist(concat, concat)
+    scores = (-dist / temp).fill_diagonal_(-torch.inf)
+    affinity = (scores.softmax(1) * scores.softmax(0)).sqrt()
+    norm = ((dist * affinity) ** 2).mean().sqrt()
+    m = len(negative)
+    pull, push = affinity[:m, m:], affinity[:m, :m]
+    force = push.sum(1, keepdim=True) * (pull @ positive)
+    return (force - pull.sum(1, keepdim=True) * (push @ negative)) / norm
+
+
+def paper_drift(x: Tensor, y_pos: Tensor, temp: float) -> Tensor:
+    """Algorithm 2 of arXiv 2602.04770, the generated points being the negatives too: V."""
+    far = 1e6 * torch.eye(len(x), dtype=x.dtype)  # a point ignores itself
+    logit = -torch.cat([torch.cdist(x, y_pos), torch.cdist(x, x) + far], dim=1) / temp
+    a = torch.sqrt(logit.softmax(dim=1) * logit.softmax(dim=0))
+    a_pos, a_neg = a[:, : len(y_pos)], a[:, len(y_pos) :]
+    w_pos = a_pos * a_neg.sum(1, keepdim=True)
+    w_neg = a_neg * a_pos.sum(1, keepdim=True)
+    return w_pos @ y_pos - w_neg @ x
+
+
+def paper_loss(groups: Sequence[tuple[Tensor, Tensor]], temps: Sequence[float]) -> Tensor:
+    """The paper's normalisations around it; groups of (x, y_pos) share all statistics."""
+    dists = [torch.cdist(x, torch.cat([x, y])).flatten() for x, y in groups]
+    unit = torch.cat(dists).mean() / math.sqrt(groups[0][0].shape[1])
+    total = 0
+    for t in temps:
+        wide = t * math.sqrt(groups[0][0].shape[1])  # the mean distance is sqrt(D) here
+        v = torch.cat([paper_drift(x / unit, y / unit, wide) for x, y in groups])
+        total = total + v / v.square().mean().sqrt()
+    x = torch.cat([x for x, _ in groups]) / unit.detach()
+    return (x - (x + total).detach()).square().mean()
+
+
+def official_loss(kinds: dict[str, Tensor], weights: dict[str, Tensor], temps: Sequence[float]):
+    """The loss that the paper's authors published; points [B, n, D], weights [B, n]."""
+    x = kinds["negative"]
+    m, dim = x.shape[1:]
+    y, w = (torch.cat([given[name] for name in KINDS], dim=1) for given in (kinds, weights))
+    d = torch.cdist(x, y)
+    scale = (d * w[:, None]).mean() / w.mean()
+    x, y, d = x * dim**0.5 / scale, y * dim**0.5 / scale, d / scale
+    d[:, range(m), range(m)] += 100
+    num_negative = m + kinds["fixed"].shape[1]
+    total = 0
+    for t in temps:
+        rows, columns = (-d / t).softmax(2), (-d / t).softmax(1)
+        a = (rows * columns).clip(min=1e-6).sqrt() * w[:, None]
+        neg, pos = a[..., :num_negative], a[..., num_negative:]
+        c = torch.cat([-neg * pos.sum(2, keepdim=True), pos * neg.sum(2, keepdim=True)], dim=2)
+        force = c @ y - c.sum(2, keepdim=True) * x
+        total = total + force / force.square().mean().sqrt()
+    return (x - (x + total).detach()).square().mean()
+
+
+class Cell(NamedTuple):
+    """The points of one group and label, which alone interact."""
+
+    group: int
+    label: int
+    generated: Tensor  # [m] int64, which of the group's
+    points: Tensor  # [K, D], generated before fixed before data
+    weights: Tensor  # [K]
+    num_negative: int  # generated and fixed
+
+    def distances(self, preset: str) -> Tensor:
+        rows = self.points[: len(self.generated)] if preset == "paper" else self.points
+        return torch.cdist(rows, self.points, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class Naive(NamedTuple):
+    """What the loss finds."""
+
+    loss: Tensor
+    force: Tensor  # as negative, in units of the coordinates that the loss compares
+    metrics: dict[str, Tensor]
+
+
+def naive(
+    preset: str,
+    negative: Tensor,
+    positive: Tensor,
+    negative_labels: Tensor | None = None,
+    positive_labels: Tensor | None = None,
+    fixed: Tensor | None = None,
+    fixed_labels: Tensor | None = None,
+    negative_weights: Tensor | None = None,
+    positive_weights: Tensor | None = None,
+    fixed_weights: Tensor | None = None,
+    *,
+    temperatures: Sequence[float] | None = None,
+    scale_scope: str | None = None,
+    norm_scope: str | None = None,
+    affinity_floor: float = 0.0,
+    normalise_total: bool = False,
+) -> Naive:
+    """Every preset with every option, group by group and label by label."""
+    cells = cells_of(
+        (negative, fixed, positive),
+        (negative_labels, fixed_labels, positive_labels),
+        (negative_weights, fixed_weights, positive_weights),
+    )
+    norm = norm_scope or SCOPES[preset]
+    scales = pooled_scales(cells, preset, scale_scope or SCOPES[preset])
+    metrics = {"scale": torch.stack(scales).mean().detach()}
+    # Coordinates, and so forces, are in these; temperatures in units of the scale.
+    units = [s / math.sqrt(negative.shape[-1]) if preset == "paper" else s for s in scales]
+    units = units if preset == "seed" else [unit.detach() for unit in units]
+    total = [torch.zeros_like(cell.points[: len(cell.generated)]) for cell in cells]
+    for t in temperatures or TEMPERATURES[preset]:
+        found = [
+            force_of(cell, preset, t * scale.item(), unit.item(), affinity_floor)
+            for cell, scale, unit in zip(cells, scales, units, strict=True)
+        ]
+        forces, lengths, neighbours = (list(x) for x in zip(*found, strict=True))
+        rms = pooled_rms(cells, forces, norm)
+        forces = over(forces, rms if preset == "paper" else pooled_rms(cells, lengths, norm))
+        rms = rms if preset == "paper" else pooled_rms(cells, forces, norm)
+        metrics[f"force_rms/{t:g}"] = torch.stack(rms).mean()
+        metrics[f"neighbours/{t:g}"] = torch.cat(neighbours).mean()
+        total = [a + b for a, b in zip(total, forces, strict=True)]
+    if normalise_total:
+        total = over(total, pooled_rms(cells, total, norm))
+    loss, force = negative.new_zeros(()), torch.zeros_like(flat(negative))
+    for cell, unit, f in zip(cells, units, total, strict=True):
+        n = cell.points[: len(cell.generated)] / unit
+        loss = loss + (n - (n + f).detach()).square().sum()
+        force[cell.group, cell.generated] = f
+    return Naive(loss / negative.numel(), force.reshape(negative.shape), metrics)
+
+
+def flat(x: Tensor) -> Tensor:
+    """[..., n, D] -> [G, n, D]."""
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def cells_of(points, labels, weights) -> list[Cell]:
+    """Each of (generated, fixed, data), the second of which may be None."""
+    present = [i for i, x in enumerate(points) if x is not None]
+    labels = {i: torch.zeros(points[i].shape[-2]) if labels[0] is None else labels[i] for i in present}
+    cells = []
+    for group in range(len(flat(points[0]))):
+        for label in torch.cat(list(labels.values())).unique().tolist():
+            chosen = {i: (labels[i] == label).nonzero().flatten() for i in present}
+            x = [flat(points[i])[group, chosen[i]] for i in present]
+            w = [
+                points[i].new_ones(points[i].shape[:-1])
+                if weights[i] is None
+                else weights[i].expand(points[i].shape[:-1])
+                for i in present
+            ]
+            w = [flat(w[n][..., None])[group, chosen[i], 0] for n, i in enumerate(present)]
+            num_negative = sum(len(chosen[i]) for i in present if i < 2)
+            cells.append(Cell(group, label, chosen[0], torch.cat(x), torch.cat(w), num_negative))
+    return cells
+
+
+def pool(cells: list[Cell], parts: list, scope: str) -> list:
+    """For every cell, the list of the parts of all cells that a scope puts with it."""
+    places = {"label": (0, 1), "group": (0,), "global": ()}[scope]
+    keys = [tuple(cell[i] for i in places) for cell in cells]
+    return [[part for k, part in zip(keys, parts, strict=True) if k == key] for key in keys]
+
+
+def pooled_scales(cells: list[Cell], preset: str, scope: str) -> list[Tensor]:
+    """Mean distance, pairs being weighted as their key is."""
+    pairs = []
+    for cell in cells:
+        d = cell.distances(preset)
+        w = cell.weights.expand_as(d)
+        pairs.append(torch.stack([(d * w).sum(), w.sum()]))
+    means = [sum(parts)[0] / sum(parts)[1] for parts in pool(cells, pairs, scope)]
+    return [mean if mean > 0 else torch.ones_like(mean) for mean in means]
+
+
+def pooled_rms(cells: list[Cell], parts: list[Tensor], scope: str) -> list[Tensor]:
+    """Root mean square of all numbers of the parts."""
+    pools = [torch.cat([x.flatten() for x in parts]) for parts in pool(cells, parts, scope)]
+    return [x.square().mean().sqrt() if len(x) else x.new_zeros(()) for x in pools]
+
+
+def over(forces: list[Tensor], units: list[Tensor]) -> list[Tensor]:
+    return [f / u if u > 0 else f for f, u in zip(forces, units, strict=True)]
+
+
+@torch.no_grad()
+def force_of(
+    cell: Cell, preset: str, temperature: float, unit: float, floor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In units: force on the generated points, d A of all pairs; and effective neighbours."""
+    d, m = cell.distances(preset), len(cell.generated)
+    own = torch.eye(len(d), d.shape[1], dtype=torch.bool)
+    scores = -d / temperature
+    if preset != "seed":
+        scores = scores.masked_fill(own, -torch.inf)
+    rows, columns = (scores.softmax(dim).nan_to_num(0.0) for dim in (1, 0))
+    # k != j; what is below the floor is brought to it, a point with itself too.
+    a = (rows * columns).sqrt().masked_fill(own, 0.0).clamp(min=floor) * cell.weights
+    x, a_neg, a_pos = cell.points / unit, a[:m, : cell.num_negative], a[:m, cell.num_negative :]
+    n, p = x[: cell.num_negative], x[cell.num_negative :]
+    force = a_neg.sum(1, keepdim=True) * (a_pos @ p) - a_pos.sum(1, keepdim=True) * (a_neg @ n)
+    return force, d / unit * a, 1 / rows[:m].square().sum(1)
