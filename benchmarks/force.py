@@ -2,58 +2,45 @@
 
     python benchmarks/force.py [--sizes full] [--tables dense products large keops ranks groups]
 
-fp32, on Linux, two threads, M = N points. What it is compared with is in force_baselines.py:
+fp32, on Linux, two threads, as many generated points as data. The other ways are in
+force_baselines.py:
 
-- dense: the seed's code in plain torch, recorded by autograd as in the seed, and without; Algorithm
-  2 of the paper.
-- products: the two matrix products that no way can do without, x @ x.T and w @ x of all points.
+- dense: the seed's code in plain torch, and Algorithm 2 of the paper.
+- products: the two matrix products that nothing can do without, x @ x.T and w @ x of all points.
 - large: more points than fit into matrices.
-- keops: LazyTensors, compiled as by default, and for this processor.
-- ranks: the global batch over two ranks of one thread each; the baseline computes it on both.
-- groups: many small ones, where matrices are no burden.
+- keops: LazyTensors, compiled as by default and for this processor (`pip install pykeops`).
+- ranks: one global batch on two ranks of one thread each; the baseline computes it on both.
+- groups: many small ones, whose matrices are no burden.
 
-Every line is timed in a process of its own, in which the two sides take turns: seconds are medians,
-the ratio is the median over pairs of neighbouring runs, so that a busy machine slows both sides.
-Memory is the growth of the peak in further processes, as in memory.py; of ranks, the largest. Errors
-are relative (norm of the difference over the norm), against the dense code in fp64.
+A line is timed in a process of its own, where both sides take turns: seconds are medians, the ratio
+is the median over pairs of neighbours, so that a busy machine slows both sides of it. Memory is the
+growth of the peak, in further processes, as in memory.py; of ranks, the largest. Ratios are the
+baseline's over ours. Errors are relative (norm of the difference over the norm), of the loss and of
+the gradient, to the dense code in fp64.
 """
 
 import argparse
-import json
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from force_baselines import (
-    HAS_KEOPS,
-    Loss,
-    clouds,
-    gathered_loss,
-    keops_loss,
-    paper_loss,
-    seed_loss,
+from force_baselines import HAS_KEOPS
+from force_runs import (
+    BASELINES,
+    Shape,
+    against_products,
+    in_own_process,
+    once,
+    ours,
+    peak_in_own_process,
+    timed,
 )
-from memory import growth_mib
-from torch import Tensor
 
-from dist_contrastive import collectives, losses
 from dist_contrastive.losses.force_presets import PRESETS
-from dist_contrastive.testing import run_ranks
 
-THREADS = 2  # of one process; ranks have one each
-LIMIT_S = 3600.0
-FOR_THIS_PROCESSOR = "-march=native -ffast-math"
-
-Shape = tuple[int, ...]
-"""[m, D] or [groups, m, D], of the generated points and of the data each."""
-T = TypeVar("T")
+RANKS = 2
 
 
 class Sizes(NamedTuple):
@@ -67,33 +54,134 @@ class Sizes(NamedTuple):
 
 SIZES = {
     "full": Sizes((2048, 256), (16384, 256), (256, 64, 64), 5),
-    "small": Sizes((64, 16), (128, 16), (64, 8, 16), 1),
+    "small": Sizes((64, 16), (128, 16), (64, 8, 16), 2),
 }
-BASELINES: dict[str, Loss] = {
-    "seed": seed_loss,
-    "seed, no graph": partial(seed_loss, with_graph=False),
-    "drift": partial(seed_loss, masked=True),
-    "drift, no graph": partial(seed_loss, masked=True, with_graph=False),
-    "paper, no graph": paper_loss,
-    "drift, KeOps": keops_loss,
-    "drift, gathered": gathered_loss,
-}
-EXACT = {name: BASELINES[f"{name}, no graph"] for name in PRESETS}
-HEAD = "| {} | s baseline / ours | ratio | MiB baseline / ours | ratio | off fp64, loss and gradient: baseline | ours |"
+COMPILERS = {"default flags": "", "-march=native -ffast-math": "-march=native -ffast-math"}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print the tables that are asked for, or answer a call of `in_own_process`."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print a table after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", choices=SIZES, default="full")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--call", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.call:
-        print(json.dumps(answer(*json.loads(args.call))))
-        return
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     for name in args.tables:
-        print()
+        print(f"{name}, at a load of {os.getloadavg()[0]:.1f}:\n")
         TABLES[name](SIZES[args.sizes])
-    print(f"\nload {os.getloadavg()[0]:.1f} at the end")
+        print(flush=True)
+
+
+def dense_table(sizes: Sizes) -> None:
+    """Every preset against dense code."""
+    print_head()
+    for name in BASELINES:
+        if name.endswith("recorded"):
+            print_versus(name, name, "gather", sizes.points, sizes.repeats)
+
+
+def products_table(sizes: Sizes) -> None:
+    """Ours in units of the matrix products."""
+    print("| preset | s ours / products | ratio | ratio of the fastest runs |")
+    print("| --- | --- | --- | --- |")
+    for preset in PRESETS:
+        (times,) = in_own_process(against_products, preset, sizes.points, 2 * sizes.repeats)
+        mine, products = np.array(times)
+        seconds = f"{np.median(mine):.3g} / {np.median(products):.3g}"
+        ratio = f"{np.median(mine / products):.2f} | {mine.min() / products.min():.2f}"
+        print(f"| {preset} | {seconds} | {ratio} |", flush=True)
+
+
+def large_table(sizes: Sizes) -> None:
+    """Ours where matrices would not fit."""
+    print("| preset | M = N | D | s | MiB | loss |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for preset in PRESETS:
+        ours = name_of(preset, "gather")
+        ((seconds, loss),) = in_own_process(once, ours, sizes.large)
+        shape = " | ".join(map(str, sizes.large))
+        peak = peak_in_own_process(ours, sizes.large)
+        print(f"| {preset} | {shape} | {seconds:.1f} | {peak:.0f} | {loss:.6g} |", flush=True)
+
+
+def keops_table(sizes: Sizes) -> None:
+    """The drift field with LazyTensors, which by default takes minutes."""
+    if not HAS_KEOPS:
+        print("KeOps is not installed")
+        return
+    print_head(f"pykeops {version('pykeops')}")
+    for title, flags in COMPILERS.items():
+        repeats = sizes.repeats if flags else 1
+        print_versus(title, "drift, KeOps", "gather", sizes.points, repeats, flags=flags)
+
+
+def ranks_table(sizes: Sizes) -> None:
+    """One global batch on several ranks."""
+    print_head("keys_from")
+    baseline = "drift, computed on all ranks"
+    for keys_from in ("gather", "ring"):
+        print_versus(keys_from, baseline, keys_from, sizes.points, sizes.repeats, ranks=RANKS)
+
+
+def groups_table(sizes: Sizes) -> None:
+    """Many small groups."""
+    print_head(f"{sizes.groups[0]} groups")
+    for name in ("seed, not recorded", "drift, not recorded", "paper, not recorded"):
+        print_versus(name, name, "gather", sizes.groups, sizes.repeats)
+
+
+TABLES: dict[str, Callable[[Sizes], None]] = {
+    "dense": dense_table,
+    "products": products_table,
+    "large": large_table,
+    "keops": keops_table,
+    "ranks": ranks_table,
+    "groups": groups_table,
+}
+
+
+def print_head(title: str = "") -> None:
+    """Of a table of `print_versus`."""
+    print(f"| {title} | s baseline / ours | ratio | MiB baseline / ours | ratio | baseline errs | ")
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+
+
+def print_versus(
+    title: str,
+    baseline: str,
+    keys_from: str,
+    shape: Shape,
+    repeats: int,
+    *,
+    ranks: int = 1,
+    flags: str = "",
+) -> None:
+    """Measure one of the BASELINES and ours of the same preset, and print a line.
+
+    Args:
+        flags: what KeOps compiles with.
+    """
+    preset = baseline.partition(",")[0]
+    names = baseline, name_of(preset, keys_from)
+    found = in_own_process(timed, names, preset, shape, repeats, ranks=ranks, CXXFLAGS=flags)
+    times, errors = (np.max(x, axis=0) for x in zip(*found, strict=True))  # over ranks
+    peaks = [peak_in_own_process(name, shape, ranks=ranks, CXXFLAGS=flags) for name in names]
+    print(as_row(title, times, errors, peaks), flush=True)
+
+
+def as_row(title: str, times: np.ndarray, errors: np.ndarray, peaks: list[float]) -> str:
+    """A line of the table.
+
+    Args:
+        times: [2, repeats] in s. errors: [2, 2], of loss and gradient. peaks: [2] in MiB. The
+            baseline comes first in each.
+    """
+    took = [f"{x:.3g}" for x in np.median(times, axis=1)]
+    held = [f"{x:.3g}" if x < 10 else f"{x:.0f}" for x in peaks]
+    off = [f"{loss:.0e}, {gradient:.0e}" for loss, gradient in errors]
+    cells = [title, " / ".join(took), f"{np.median(times[0] / times[1]):.1f}"]
+    cells += [" / ".join(held), f"{peaks[0] / peaks[1]:.1f}", *off]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 HAS_KEOPS = find_spec("pykeops") is not None
 
 
+def clouds(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    """Generated points, as a leaf tensor, and data, whose clouds differ in place and width."""
+    random = torch.Generator().manual_seed(seed)
+    negative, positive = (torch.randn(*shape, generator=random).to(dtype) for _ in range(2))
+    return [(0.8 * negative + 0.1).requires_grad_(), positive]
+
+
 def seed_force(
     positive: Tensor, negative: Tensor, temperature: float, *, masked: bool = False
 ) -> Tensor:

@@ -15,13 +15,21 @@ from typing import Any, Unpack, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dist_contrastive import collectives
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss, PairOptions, at_least, one_of
 from dist_contrastive.losses.force_inputs import ForceInputs, KindOfPoints, force_inputs
-from dist_contrastive.losses.force_presets import PRESETS, Preset, Scope
+from dist_contrastive.losses.force_presets import PRESETS, Preset
+from dist_contrastive.losses.force_units import (
+    AttachGradient,
+    Pool,
+    Scope,
+    log_largest,
+    log_length,
+    root_mean_square,
+    with_unit_rms,
+)
 from dist_contrastive.pairwise import dense_force
 from dist_contrastive.pairwise import force as passes
 from dist_contrastive.pairwise.points import Points
@@ -109,6 +117,8 @@ class ContrastiveForce(PairLoss):
             norm_scope=norm_scope or rules.norm_scope,
         )
         _check_settings(self.temperatures, affinity_floor, cache_mb)
+        self._pool_scale = Pool(self.rules.scale_scope, self.keys_from == "local", self.group)
+        self._pool_norm = Pool(self.rules.norm_scope, self.keys_from == "local", self.group)
         self.normalise_total = normalise_total
         self.cache_mb = cache_mb
         self.diagnostics = diagnostics
@@ -180,7 +190,7 @@ class ContrastiveForce(PairLoss):
             force = self._force(points, given, scale)
         labels = given.tags[:, 1]
         if self.rules.scale_gradient:
-            scale = _AttachGradient.apply(given.rows, scale, slopes, labels, self._pool_over_scale)
+            scale = AttachGradient.apply(given.rows, scale, slopes, labels, self._pool_scale.sum)
         unit = scale / math.sqrt(given.rows.shape[-1]) if self.rules.per_dimension else scale
         mine = given.labels_of_generated
         scaled = given.rows[: len(mine)] / unit.T[mine, :, None]
@@ -203,7 +213,7 @@ class ContrastiveForce(PairLoss):
         total, count, slopes = passes.distance_sums(
             points, self.rules.affinity, given.weights, given.num_labels, kinds
         )
-        total, count = self._pool(torch.stack([total, count]), self.rules.scale_scope)
+        total, count = self._pool_scale.sum(torch.stack([total, count]))
         count = torch.where(count > 0, count, 1.0)  # 0 where nothing interacts
         if slopes is not None:
             slopes = slopes.transpose(0, 1) / count.T[given.tags[:, 1], :, None].to(slopes.dtype)
@@ -212,20 +222,20 @@ class ContrastiveForce(PairLoss):
     def _force(self, points: Points, given: ForceInputs, scale: Tensor) -> Tensor:
         """Force on the generated points, in units of scale [G, L]: [m, G, D]."""
         engine = self._engine(points, given, scale, 1.0)
-        by_force, labels = self.rules.unit == "force", given.labels_of_generated
-        sums = engine.log_sums(with_square=not by_force)
-        log_unit = self._log_largest(sums, labels) if by_force else self._log_length(sums)
+        labels, by_force = given.labels_of_generated, self.rules.unit == "force"
+        sums, pool = engine.log_sums(with_square=not by_force), self._pool_norm
+        log_unit = log_largest(sums, labels, pool) if by_force else log_length(sums, pool)
         force = engine.accumulate(sums, log_unit, apart=by_force or self.diagnostics)
-        rms = self._rms(force, given) if by_force or self.diagnostics else None
-        if self.diagnostics and rms is not None:
-            whole = rms * log_unit.exp().nan_to_num(0.0) if by_force else rms
+        if self.diagnostics:
+            rms = root_mean_square(force, labels, given.num_labels, pool)
             half = self._engine(points, given, scale, 0.5).row_logsumexp()
+            whole = rms * log_unit.exp() if by_force else rms
             self._report(given, scale, whole, engine.row_logsumexp(), half)
-        if by_force and rms is not None:
-            force = _divided(force, rms, labels)
+        if by_force:
+            force = with_unit_rms(force, labels, given.num_labels, pool)
         force = force.sum(0, keepdim=True)
         if self.normalise_total:
-            force = _divided(force, self._rms(force, given), labels)
+            force = with_unit_rms(force, labels, given.num_labels, pool)
         return force[0].transpose(0, 1)
 
     def _engine(
@@ -237,54 +247,6 @@ class ContrastiveForce(PairLoss):
         if self.impl == "dense" and self.keys_from != "ring":
             return dense_force.DenseForce(*settings)
         return passes.StreamedForce(*settings, Powers(self.temperatures))
-
-    def _log_length(self, sums: passes.LogSums) -> Tensor:
-        """log sqrt(mean((d A)^2)): [T, G, L]."""
-        scope, square = self.rules.norm_scope, sums.square
-        num_pairs = self._pool(sums.num_pairs.expand(square.shape[1:]), scope)
-        total = square.logsumexp(_merged(scope), keepdim=True) if _merged(scope) else square
-        if self._crosses_ranks(scope):
-            total = collectives.logsumexp_over_ranks(total, self.group)
-        return (total - num_pairs.clamp(min=1).log()) / 2
-
-    def _log_largest(self, sums: passes.LogSums, labels: Tensor) -> Tensor:
-        """Logarithm of the largest weight that a force may have in it: [T, G, L]."""
-        m, scope = len(labels), self.rules.norm_scope
-        of_rows = (sums.negative + sums.positive)[..., :m]
-        largest = torch.full_like(sums.square, -torch.inf, dtype=of_rows.dtype)
-        largest.scatter_reduce_(-1, labels.expand(of_rows.shape), of_rows, "amax")
-        if _merged(scope):
-            largest = largest.amax(_merged(scope), keepdim=True)
-        if self._crosses_ranks(scope):
-            largest = collectives.all_reduce_max(largest, self.group)
-        return largest.expand(sums.square.shape)
-
-    def _rms(self, force: Tensor, given: ForceInputs) -> Tensor:
-        """Root mean square over points and dimensions of each force [T, G, m, D]: [T, G, L]."""
-        labels, scope = given.labels_of_generated, self.rules.norm_scope
-        sums = force.new_zeros(*force.shape[:2], given.num_labels, dtype=torch.float64)
-        counts = sums.new_zeros(sums.shape[1:])
-        sums.index_add_(-1, labels, force.double().square().sum(-1))
-        counts.index_add_(-1, labels, counts.new_full((len(counts), len(labels)), force.shape[-1]))
-        mean = self._pool(sums, scope) / self._pool(counts, scope).clamp(min=1)
-        return mean.sqrt().to(force.dtype)
-
-    def _pool(self, x: Tensor, scope: Scope) -> Tensor:
-        """Sums over a scope of numbers of groups and labels: [..., G, L], the same shape."""
-        total = x.sum(_merged(scope), keepdim=True) if _merged(scope) else x
-        if self._crosses_ranks(scope):
-            total = collectives.all_reduce_sum(total, self.group)
-        return total.expand(x.shape)
-
-    def _pool_over_scale(self, x: Tensor) -> Tensor:
-        return self._pool(x, self.rules.scale_scope)
-
-    def _crosses_ranks(self, scope: Scope) -> bool:
-        return self.keys_from != "local" or scope == "global"
-
-    def _over_ranks(self, x: Tensor) -> Tensor:
-        """Sum over the ranks that share the groups, without gradient."""
-        return x if self.keys_from == "local" else collectives.all_reduce_sum(x, self.group)
 
     def _report(
         self, given: ForceInputs, scale: Tensor, rms: Tensor, lse: Tensor, lse_of_half: Tensor
@@ -331,34 +293,6 @@ def contrastive_force(
     """
     loss = ContrastiveForce((temperature,), preset, **options)
     return loss.force(negative, positive, fixed)
-
-
-class _AttachGradient(torch.autograd.Function):
-    """scale [G, L] as a function of the rows [R, G, D], with its derivative given."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, scale: Tensor, slopes: Tensor, labels: Tensor, pool: Any
-    ) -> Tensor:
-        ctx.save_for_backward(slopes, labels)
-        ctx.pool = pool
-        return scale.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slopes, labels = ctx.saved_tensors
-        return ctx.pool(grad).T[labels, :, None] * slopes, None, None, None, None
-
-
-def _merged(scope: Scope) -> tuple[int, ...]:
-    """The dimensions of [..., G, L] over which a scope goes."""
-    return {"label": (), "group": (-1,), "global": (-2, -1)}[scope]
-
-
-def _divided(force: Tensor, rms: Tensor, labels: Tensor) -> Tensor:
-    """Forces [T, G, m, D] over a unit [T, G, L]; 0 where that is 0."""
-    return force * torch.where(rms > 0, 1 / rms, 0.0)[..., labels, None]
 
 
 def _check_settings(

@@ -27,8 +27,6 @@ class KindOfPoints:
 
 
 Given = dict[str, KindOfPoints]
-Headers = dict[str, dict[str, RowHeader | None]]
-"""Of one rank: name of the kind -> points, labels, weights."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,11 @@ def _checked_counts(group: Group, given: Given, are_compared: bool) -> list[tupl
     flat: dict[str, Tensor | None] = {}
     for name in KINDS:
         of_kind = given.get(name)
-        flat[name] = of_kind and of_kind.points
-        flat[f"{name}_labels"] = of_kind and of_kind.labels
-        flat[f"{name}_weights"] = of_kind and _marked(of_kind.weights)
+        points, labels, weights = (None,) * 3
+        if of_kind is not None:
+            points, labels, weights = of_kind.points, of_kind.labels, of_kind.weights
+        flat[name] = points
+        flat[f"{name}_labels"], flat[f"{name}_weights"] = labels, _marked(weights)
     table = collectives.exchange_headers(flat, group)
     is_given("fixed", table["fixed"], is_needed=False)
     is_given("labels", table["negative_labels"], is_needed=False)

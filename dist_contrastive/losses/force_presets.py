@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dist_contrastive.losses.force_units import Scope
 from dist_contrastive.pairwise.affinity import Affinity
 
 Preset = Literal["seed", "drift", "paper"]
-Scope = Literal["label", "group", "global"]
 
 
 @dataclass(frozen=True)

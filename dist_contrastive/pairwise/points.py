@@ -152,7 +152,9 @@ class Points:
             ]
             for k in chunks(keys.span, self._chunk_size) if row_runs else ():
                 at = order[k]
-                points = (block.keys[k] if in_order else block.keys[at]).transpose(0, 1).contiguous()
+                points = (
+                    (block.keys[k] if in_order else block.keys[at]).transpose(0, 1).contiguous()
+                )
                 for rows in row_runs:
                     for r in chunks(rows.span, self._chunk_size):
                         self_at = self._own(r, block.first, at) if rows.kind == keys.kind else None
