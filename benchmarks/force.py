@@ -21,7 +21,7 @@ the gradient, to the dense code in fp64.
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ from force_runs import (
 )
 
 from dist_contrastive.losses.force_presets import PRESETS
+from dist_contrastive.pairwise import KeysFrom
 
 RANKS = 2
 
@@ -56,80 +57,80 @@ SIZES = {
     "full": Sizes((2048, 256), (16384, 256), (256, 64, 64), 5),
     "small": Sizes((64, 16), (128, 16), (64, 8, 16), 2),
 }
-COMPILERS = {"default flags": "", "-march=native -ffast-math": "-march=native -ffast-math"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and print a table after the other."""
+    """Measure, and print one table after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", choices=SIZES, default="full")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     args = parser.parse_args(arguments)
     for name in args.tables:
         print(f"{name}, at a load of {os.getloadavg()[0]:.1f}:\n")
-        TABLES[name](SIZES[args.sizes])
-        print(flush=True)
+        for line in TABLES[name](SIZES[args.sizes]):
+            print(line, flush=True)
+        print()
 
 
-def dense_table(sizes: Sizes) -> None:
+def dense_table(sizes: Sizes) -> Iterator[str]:
     """Every preset against dense code."""
-    print_head()
+    yield from head("preset", *COMPARED)
     for name in BASELINES:
         if name.endswith("recorded"):
-            print_versus(name, name, "gather", sizes.points, sizes.repeats)
+            yield row(name, *compared(name, sizes.points, sizes.repeats))
 
 
-def products_table(sizes: Sizes) -> None:
+def products_table(sizes: Sizes) -> Iterator[str]:
     """Ours in units of the matrix products."""
-    print("| preset | s ours / products | ratio | ratio of the fastest runs |")
-    print("| --- | --- | --- | --- |")
+    yield from head("preset", "s ours / products", "ratio", "ratio of the fastest runs")
     for preset in PRESETS:
         (times,) = in_own_process(against_products, preset, sizes.points, 2 * sizes.repeats)
         mine, products = np.array(times)
-        seconds = f"{np.median(mine):.3g} / {np.median(products):.3g}"
-        ratio = f"{np.median(mine / products):.2f} | {mine.min() / products.min():.2f}"
-        print(f"| {preset} | {seconds} | {ratio} |", flush=True)
+        took = f"{np.median(mine):.3g} / {np.median(products):.3g}"
+        fastest = mine.min() / products.min()
+        yield row(preset, took, f"{np.median(mine / products):.2f}", f"{fastest:.2f}")
 
 
-def large_table(sizes: Sizes) -> None:
+def large_table(sizes: Sizes) -> Iterator[str]:
     """Ours where matrices would not fit."""
-    print("| preset | M = N | D | s | MiB | loss |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    points, dim = map(str, sizes.large)
+    yield from head("preset", "M = N", "D", "s", "MiB", "loss")
     for preset in PRESETS:
-        ours = name_of(preset, "gather")
-        ((seconds, loss),) = in_own_process(once, ours, sizes.large)
-        shape = " | ".join(map(str, sizes.large))
-        peak = peak_in_own_process(ours, sizes.large)
-        print(f"| {preset} | {shape} | {seconds:.1f} | {peak:.0f} | {loss:.6g} |", flush=True)
+        ((seconds, loss),) = in_own_process(once, ours(preset), sizes.large)
+        peak = peak_in_own_process(ours(preset), sizes.large)
+        yield row(preset, points, dim, f"{seconds:.1f}", f"{peak:.0f}", f"{loss:.6g}")
 
 
-def keops_table(sizes: Sizes) -> None:
-    """The drift field with LazyTensors, which by default takes minutes."""
+def keops_table(sizes: Sizes) -> Iterator[str]:
+    """The drift field with LazyTensors, which take minutes as they are compiled by default."""
     if not HAS_KEOPS:
-        print("KeOps is not installed")
+        yield "KeOps is not installed"
         return
-    print_head(f"pykeops {version('pykeops')}")
-    for title, flags in COMPILERS.items():
-        repeats = sizes.repeats if flags else 1
-        print_versus(title, "drift, KeOps", "gather", sizes.points, repeats, flags=flags)
+    yield from head(f"pykeops {version('pykeops')}", *COMPARED)
+    for flags, repeats in (("", 1), ("-march=native -ffast-math", sizes.repeats)):
+        cells = compared("drift, KeOps", sizes.points, repeats, flags=flags)
+        yield row(flags or "default flags", *cells)
 
 
-def ranks_table(sizes: Sizes) -> None:
+def ranks_table(sizes: Sizes) -> Iterator[str]:
     """One global batch on several ranks."""
-    print_head("keys_from")
+    yield from head("keys_from", *COMPARED)
     baseline = "drift, computed on all ranks"
-    for keys_from in ("gather", "ring"):
-        print_versus(keys_from, baseline, keys_from, sizes.points, sizes.repeats, ranks=RANKS)
+    ways: tuple[KeysFrom, ...] = ("gather", "ring")
+    for keys_from in ways:
+        cells = compared(baseline, sizes.points, sizes.repeats, keys_from=keys_from, ranks=RANKS)
+        yield row(keys_from, *cells)
 
 
-def groups_table(sizes: Sizes) -> None:
+def groups_table(sizes: Sizes) -> Iterator[str]:
     """Many small groups."""
-    print_head(f"{sizes.groups[0]} groups")
-    for name in ("seed, not recorded", "drift, not recorded", "paper, not recorded"):
-        print_versus(name, name, "gather", sizes.groups, sizes.repeats)
+    yield from head("preset", *COMPARED)
+    for preset in PRESETS:
+        name = f"{preset}, not recorded"
+        yield row(name, *compared(name, sizes.groups, sizes.repeats))
 
 
-TABLES: dict[str, Callable[[Sizes], None]] = {
+TABLES: dict[str, Callable[[Sizes], Iterator[str]]] = {
     "dense": dense_table,
     "products": products_table,
     "large": large_table,
@@ -137,49 +138,59 @@ TABLES: dict[str, Callable[[Sizes], None]] = {
     "ranks": ranks_table,
     "groups": groups_table,
 }
+COMPARED = (
+    "s baseline / ours",
+    "ratio",
+    "MiB baseline / ours",
+    "ratio",
+    "baseline off",
+    "ours off",
+)
 
 
-def print_head(title: str = "") -> None:
-    """Of a table of `print_versus`."""
-    print(f"| {title} | s baseline / ours | ratio | MiB baseline / ours | ratio | baseline errs | ")
-    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-
-
-def print_versus(
-    title: str,
+def compared(
     baseline: str,
-    keys_from: str,
     shape: Shape,
     repeats: int,
     *,
+    keys_from: KeysFrom = "gather",
     ranks: int = 1,
     flags: str = "",
-) -> None:
-    """Measure one of the BASELINES and ours of the same preset, and print a line.
+) -> list[str]:
+    """Cells below `COMPARED`: one of BASELINES and ours of the same preset, measured.
 
     Args:
         flags: what KeOps compiles with.
     """
     preset = baseline.partition(",")[0]
-    names = baseline, name_of(preset, keys_from)
+    names = baseline, ours(preset, keys_from)
     found = in_own_process(timed, names, preset, shape, repeats, ranks=ranks, CXXFLAGS=flags)
     times, errors = (np.max(x, axis=0) for x in zip(*found, strict=True))  # over ranks
     peaks = [peak_in_own_process(name, shape, ranks=ranks, CXXFLAGS=flags) for name in names]
-    print(as_row(title, times, errors, peaks), flush=True)
+    return as_cells(times, errors, peaks)
 
 
-def as_row(title: str, times: np.ndarray, errors: np.ndarray, peaks: list[float]) -> str:
-    """A line of the table.
+def as_cells(times: np.ndarray, errors: np.ndarray, peaks: list[float]) -> list[str]:
+    """Cells below `COMPARED`.
 
     Args:
         times: [2, repeats] in s. errors: [2, 2], of loss and gradient. peaks: [2] in MiB. The
             baseline comes first in each.
     """
     took = [f"{x:.3g}" for x in np.median(times, axis=1)]
-    held = [f"{x:.3g}" if x < 10 else f"{x:.0f}" for x in peaks]
+    held = [f"{x:.0f}" for x in peaks]
     off = [f"{loss:.0e}, {gradient:.0e}" for loss, gradient in errors]
-    cells = [title, " / ".join(took), f"{np.median(times[0] / times[1]):.1f}"]
-    cells += [" / ".join(held), f"{peaks[0] / peaks[1]:.1f}", *off]
+    ratios = f"{np.median(times[0] / times[1]):.1f}", f"{peaks[0] / peaks[1]:.1f}"
+    return [" / ".join(took), ratios[0], " / ".join(held), ratios[1], *off]
+
+
+def head(*titles: str) -> list[str]:
+    """The first two lines of a table."""
+    return [row(*titles), row(*["---"] * len(titles))]
+
+
+def row(*cells: str) -> str:
+    """A line of a table."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -98,7 +98,9 @@ def gathered_loss(negative: Tensor, positive: Tensor) -> Tensor:
         everyones = [_gathered(negative), _gathered(positive)]
         scale = _distances(*[torch.cat(everyones)] * 2).mean()
         n, p = (x / scale for x in everyones)
-        force = sum(seed_force(p, n, t, masked=True) for t in PRESETS["drift"].temperatures)
+        force = torch.zeros_like(n)
+        for temperature in PRESETS["drift"].temperatures:
+            force += seed_force(p, n, temperature, masked=True)
         mine = force.chunk(dist.get_world_size())[dist.get_rank()]
     n = negative / scale
     return ((n - (n + mine).detach()) ** 2).mean()

@@ -1,6 +1,6 @@
 """The runs behind the tables of force.py, each in a process of its own.
 
-    python benchmarks/force_runs.py CALL     # the answer to `in_own_process`, as JSON
+python benchmarks/force_runs.py CALL     # the answer to `in_own_process`, as JSON
 """
 
 import json
@@ -19,7 +19,6 @@ from memory import growth_mib
 from torch import Tensor
 
 from dist_contrastive import collectives, losses
-from dist_contrastive.losses.force_presets import Preset
 from dist_contrastive.pairwise import KeysFrom
 from dist_contrastive.testing import run_ranks
 
@@ -49,7 +48,7 @@ def loss_of(name: str) -> Loss:
     return losses.ContrastiveForce(preset=preset, keys_from=keys_from)  # type: ignore[arg-type]
 
 
-def ours(preset: Preset, keys_from: KeysFrom = "gather") -> str:
+def ours(preset: str, keys_from: KeysFrom = "gather") -> str:
     """The name by which `loss_of` knows ours."""
     return f"{preset} {keys_from}"
 

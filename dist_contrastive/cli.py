@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if "" not in sys.path:  # a reward function may lie in the current folder, as for `python -m`
         sys.path.insert(0, "")
     with reporting_errors() as outcome:
-        outcome.code = args.run(args)
+        outcome.code = args.command(args)
     return outcome.code
 
 
@@ -81,18 +81,29 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train, or go on with the run in run_dir")
     train.add_argument("config", help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    train.set_defaults(run=_train)
+    train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("eval", help="measure trained runs, print one table")
     evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(command=_evaluate)
+
+    sample = commands.add_parser("sample", help="write samples of a trained generator")
+    sample.add_argument("run", type=Path, metavar="RUN", help="run directory of task drift")
+    sample.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/samples")
+    sample.add_argument("--count", type=int, default=80, help="how many (default 80)")
+    sample.add_argument("--classes", type=int, nargs="+", metavar="C", help="default: all in turn")
+    sample.add_argument(
+        "--guidance", type=float, default=1.0, metavar="S", help="strength, 1 (none) or more"
+    )
+    sample.add_argument("--seed", type=int, default=0)
+    sample.set_defaults(command=_sample)
 
     audit = commands.add_parser(
         "audit", help="prove every loss's gradient on several ranks against one process"
     )
     audit.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="W")
     audit.add_argument("--only", default="", metavar="TEXT", help="losses whose name contains it")
-    audit.set_defaults(run=_audit)
+    audit.set_defaults(command=_audit)
 
     shards = commands.add_parser("shards", help="make and index shards of samples")
     _add_shards(shards.add_subparsers(required=True, metavar="COMMAND"))
@@ -104,11 +115,11 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     sources = "; ".join(f"{name}: {what}" for name, (_, what) in _SOURCES.items())
     pack.add_argument("source", choices=_SOURCES, help=sources)
     pack.add_argument("folder", type=Path, help="gets one folder of shards per split")
-    pack.set_defaults(run=_pack)
+    pack.set_defaults(command=_pack)
 
     index = commands.add_parser("index", help="write the index that the stream reads by")
     index.add_argument("folder", type=Path, help="folder of .tar shards")
-    index.set_defaults(run=_index)
+    index.set_defaults(command=_index)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -122,6 +133,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     from dist_contrastive.tasks.evaluate import evaluate_runs, print_table
 
     print_table(evaluate_runs(args.runs))
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from dist_contrastive.tasks.sample import write_samples
+
+    out = args.out or args.run / "samples"
+    grid = write_samples(args.run, out, args.count, args.classes, args.guidance, args.seed)
+    print(f"{args.count} samples in {out}, all in {grid}")
     return 0
 
 

@@ -82,13 +82,13 @@ def embedding_map(
 def sample_grid(
     generated: Tensor,
     generated_labels: Tensor,
-    real: Tensor,
-    real_labels: Tensor,
-    path: str | Path,
+    real: Tensor | None = None,
+    real_labels: Tensor | None = None,
+    path: str | Path = "samples.png",
     per_class: int = 8,
     title: str = "",
 ) -> None:
-    """Generated samples beside real ones, a class to each row.
+    """Generated samples, a class to each row; beside real ones, if these are given.
 
     Args:
         generated, real: images [n, C, H, W] in [0, 1], C 1 or 3.
@@ -99,11 +99,13 @@ def sample_grid(
     """
     classes = generated_labels.unique().tolist()
     shape = (generated.shape[-2] + 1) * len(classes) / ((generated.shape[-1] + 1) * per_class)
-    figure = Figure(figsize=(8.4, 3.9 * shape + 0.7), layout="constrained")  # panels 3.9 wide
+    sides = [("generated", generated, generated_labels)]
+    if real is not None and real_labels is not None:
+        sides.append(("real", real, real_labels))
+    figure = Figure(figsize=(4.2 * len(sides), 3.9 * shape + 0.7), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    sides = (("generated", generated, generated_labels), ("real", real, real_labels))
     for column, (name, images, labels) in enumerate(sides):
-        axes = figure.add_subplot(1, 2, column + 1)
+        axes = figure.add_subplot(1, len(sides), column + 1)
         axes.imshow(
             _mosaic(images, labels, classes, per_class),
             cmap="gray", vmin=0, vmax=1, interpolation="nearest",
@@ -116,6 +118,51 @@ def sample_grid(
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     _save(figure, path)
+
+
+def point_clouds(clouds: Mapping[str, Tensor], path: str | Path, title: str = "") -> None:
+    """Points [n, 2] by the name of their panel, all panels on the axes of the last."""
+    figure = Figure(figsize=(3.6 * len(clouds), 3.9), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    *_, last = clouds.values()
+    for i, (name, points) in enumerate(clouds.items()):
+        axes = figure.add_subplot(1, len(clouds), i + 1)
+        x, y = points.detach().cpu().numpy().T
+        axes.scatter(x, y, s=4, color=_BLUE, alpha=0.5, linewidths=0)
+        _frame(axes, last)
+        axes.set_title(name, fontsize=10)
+    _save(figure, path)
+
+
+def force_field(
+    at: Tensor, force: Tensor, generated: Tensor, data: Tensor, path: str | Path, title: str = ""
+) -> None:
+    """Arrows [k, 2] at places [k, 2], over generated points and data [n, 2]. Their direction is
+    that of the force, their length its logarithm, since forces span orders of magnitude."""
+    figure = Figure(figsize=(5.2, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    for points, colour, name in ((data, _GREY, "data"), (generated, _BLUE, "generated")):
+        x, y = points.detach().cpu().numpy().T
+        axes.scatter(x, y, s=6, color=colour, alpha=0.6, linewidths=0, label=name)
+    size = force.norm(dim=1, keepdim=True)
+    arrows = force / size.clamp(min=1e-30) * (1 + 10 * size).log()
+    axes.quiver(*at.cpu().numpy().T, *arrows.cpu().numpy().T, color="#c2410c", width=0.003)
+    _frame(axes, at)
+    axes.legend(frameon=False, loc="upper right", fontsize=8)
+    axes.set_title(title, fontsize=11)
+    _save(figure, path)
+
+
+def _frame(axes: Axes, points: Tensor) -> None:
+    """Equal units, and room for the points."""
+    low, high = points.amin(0).tolist(), points.amax(0).tolist()
+    margin = [0.08 * (b - a) for a, b in zip(low, high, strict=True)]
+    axes.set(
+        aspect="equal",
+        xlim=(low[0] - margin[0], high[0] + margin[0]),
+        ylim=(low[1] - margin[1], high[1] + margin[1]),
+    )
+    axes.tick_params(labelsize=7)
 
 
 def _classes(axes: Axes, place: np.ndarray, classes: np.ndarray) -> None:

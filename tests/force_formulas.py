@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KINDS = ("negative", "fixed", "positive")
 TEMPERATURES = {
     "seed": (0.01, 0.02, 0.05, 0.1, 0.2),
     "drift": (0.01, 0.02, 0.05, 0.1, 0.2),
@@ -78,25 +77,30 @@ def paper_loss(groups: Sequence[tuple[Tensor, Tensor]], temps: Sequence[float]) 
     return (x - (x + total).detach()).square().mean()
 
 
-def official_loss(kinds: dict[str, Tensor], weights: dict[str, Tensor], temps: Sequence[float]):
-    """The loss that the paper's authors published; points [B, n, D], weights [B, n]."""
-    x = kinds["negative"]
-    m, dim = x.shape[1:]
-    y, w = (torch.cat([given[name] for name in KINDS], dim=1) for given in (kinds, weights))
-    d = torch.cdist(x, y)
+def official_loss(
+    gen: Tensor,
+    pos: Tensor,
+    neg: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    temps: Sequence[float],
+) -> Tensor:
+    """The loss that the authors of the paper published: points [B, n, D], their weights [B, n]."""
+    m, num_negative, dim = gen.shape[1], gen.shape[1] + neg.shape[1], gen.shape[2]
+    y = torch.cat([gen, neg, pos], dim=1)
+    w = torch.cat([weights[0], weights[2], weights[1]], dim=1)
+    d = torch.cdist(gen, y)
     scale = (d * w[:, None]).mean() / w.mean()
-    x, y, d = x * dim**0.5 / scale, y * dim**0.5 / scale, d / scale
-    d[:, range(m), range(m)] += 100
-    num_negative = m + kinds["fixed"].shape[1]
+    gen, y, d = gen * dim**0.5 / scale.detach(), y * dim**0.5 / scale, d / scale
+    d[:, range(m), range(m)] += 100  # a point ignores itself
     total = 0
     for t in temps:
-        rows, columns = (-d / t).softmax(2), (-d / t).softmax(1)
-        a = (rows * columns).clip(min=1e-6).sqrt() * w[:, None]
-        neg, pos = a[..., :num_negative], a[..., num_negative:]
-        c = torch.cat([-neg * pos.sum(2, keepdim=True), pos * neg.sum(2, keepdim=True)], dim=2)
-        force = c @ y - c.sum(2, keepdim=True) * x
+        a = ((-d / t).softmax(2) * (-d / t).softmax(1)).clip(min=1e-6).sqrt() * w[:, None]
+        a_neg, a_pos = a[..., :num_negative], a[..., num_negative:]
+        neg_part, pos_part = -a_neg * a_pos.sum(2)[..., None], a_pos * a_neg.sum(2)[..., None]
+        coefficients = torch.cat([neg_part, pos_part], dim=2)
+        force = coefficients @ y - coefficients.sum(2)[..., None] * gen
         total = total + force / force.square().mean().sqrt()
-    return (x - (x + total).detach()).square().mean()
+    return (gen - (gen + total).detach()).square().mean()
 
 
 class Cell(NamedTuple):
@@ -180,24 +184,22 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def cells_of(points, labels, weights) -> list[Cell]:
-    """Each of (generated, fixed, data), the second of which may be None."""
-    present = [i for i, x in enumerate(points) if x is not None]
-    labels = {i: torch.zeros(points[i].shape[-2]) if labels[0] is None else labels[i] for i in present}
+def cells_of(points: Sequence, labels: Sequence, weights: Sequence) -> list[Cell]:
+    """Each of (generated, fixed, data); None for no fixed, no labels, all weights 1."""
+    kinds = [i for i, x in enumerate(points) if x is not None]
+    x = {i: flat(points[i]) for i in kinds}
+    tags = {i: torch.zeros(x[i].shape[1]) if labels[i] is None else labels[i] for i in kinds}
+    w = {i: torch.ones_like(points[i][..., 0]) for i in kinds}
+    w = {i: w[i] if weights[i] is None else w[i] * weights[i] for i in kinds}
+    w = {i: w[i].reshape(x[i].shape[:-1]) for i in kinds}
     cells = []
-    for group in range(len(flat(points[0]))):
-        for label in torch.cat(list(labels.values())).unique().tolist():
-            chosen = {i: (labels[i] == label).nonzero().flatten() for i in present}
-            x = [flat(points[i])[group, chosen[i]] for i in present]
-            w = [
-                points[i].new_ones(points[i].shape[:-1])
-                if weights[i] is None
-                else weights[i].expand(points[i].shape[:-1])
-                for i in present
-            ]
-            w = [flat(w[n][..., None])[group, chosen[i], 0] for n, i in enumerate(present)]
-            num_negative = sum(len(chosen[i]) for i in present if i < 2)
-            cells.append(Cell(group, label, chosen[0], torch.cat(x), torch.cat(w), num_negative))
+    for g in range(len(x[0])):
+        for label in torch.cat(list(tags.values())).unique().tolist():
+            at = {i: (tags[i] == label).nonzero().flatten() for i in kinds}
+            of_kinds = torch.cat([x[i][g, at[i]] for i in kinds])
+            num_negative = sum(len(at[i]) for i in kinds if i < 2)
+            weight = torch.cat([w[i][g, at[i]] for i in kinds])
+            cells.append(Cell(g, label, at[0], of_kinds, weight, num_negative))
     return cells
 
 
@@ -226,6 +228,7 @@ def pooled_rms(cells: list[Cell], parts: list[Tensor], scope: str) -> list[Tenso
 
 
 def over(forces: list[Tensor], units: list[Tensor]) -> list[Tensor]:
+    """Quotients; 0/0 is 0."""
     return [f / u if u > 0 else f for f, u in zip(forces, units, strict=True)]
 
 
@@ -233,7 +236,8 @@ def over(forces: list[Tensor], units: list[Tensor]) -> list[Tensor]:
 def force_of(
     cell: Cell, preset: str, temperature: float, unit: float, floor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In units: force on the generated points, d A of all pairs; and effective neighbours."""
+    """Force on the generated points and d A of all pairs, in units; and how many points each
+    generated one sees."""
     d, m = cell.distances(preset), len(cell.generated)
     own = torch.eye(len(d), d.shape[1], dtype=torch.bool)
     scores = -d / temperature
@@ -245,4 +249,5 @@ def force_of(
     x, a_neg, a_pos = cell.points / unit, a[:m, : cell.num_negative], a[:m, cell.num_negative :]
     n, p = x[: cell.num_negative], x[cell.num_negative :]
     force = a_neg.sum(1, keepdim=True) * (a_pos @ p) - a_pos.sum(1, keepdim=True) * (a_neg @ n)
-    return force, d / unit * a, 1 / rows[:m].square().sum(1)
+    seen = rows[:m].square().sum(1)
+    return force, d / unit * a, torch.where(seen > 0, 1 / seen, 0.0)

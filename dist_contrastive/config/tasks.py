@@ -4,17 +4,17 @@ Each says what it needs of the data, so that a config that cannot work is refuse
 read.
 """
 
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
 from dist_contrastive.config.data import DataSettings
+from dist_contrastive.config.drift import DriftSettings
+from dist_contrastive.config.task import TaskSettingsBase
 from dist_contrastive.data.order import nearest_multiples
 from dist_contrastive.data.views import ViewSettings
 from dist_contrastive.losses.settings import (
     AnyLossSettings,
-    ContrastiveForceSettings,
     InfoNCESettings,
     LabelLossSettings,
     SelfDiagonalSettings,
@@ -23,7 +23,6 @@ from dist_contrastive.losses.settings import (
 )
 from dist_contrastive.models import (
     EncoderSettings,
-    GeneratorSettings,
     PairEncoderSettings,
     ProjectionHeadSettings,
 )
@@ -31,34 +30,7 @@ from dist_contrastive.schedule import Schedule
 from dist_contrastive.settings import Settings
 
 
-class _TaskSettings(Settings):
-    """Base of the settings of tasks."""
-
-    uses_labels: ClassVar[bool] = False
-    """Whether labels take part in training."""
-    labels_required: ClassVar[bool] = False
-    """Whether each sample must have one."""
-    uses_pair: ClassVar[bool] = False
-    """Whether a second modality of the samples takes part."""
-
-    def check(self, data: DataSettings) -> None:
-        """Raise ValueError, worded as a sentence, where the data does not fit the task."""
-        for name in ("labels_per_class", "balance"):
-            if getattr(data, name) is not None and not self.uses_labels:
-                raise ValueError(
-                    f"data.{name} is set, but the task does not train with labels; leave it out, "
-                    f"or use the task labelled or hybrid"
-                )
-        if data.pair is not None and not self.uses_pair:
-            raise ValueError(
-                f"data.pair={data.pair} is set, but the task has no second modality; leave it out, "
-                f"or use the task paired"
-            )
-        if self.uses_labels and data.label is None:
-            raise ValueError("the task needs labels; set data.label to the field that holds them")
-
-
-class _ImageTaskSettings(_TaskSettings):
+class _ImageTaskSettings(TaskSettingsBase):
     """What tasks that train an encoder of images share."""
 
     encoder: EncoderSettings
@@ -222,40 +194,6 @@ class HybridSettings(_ImageTaskSettings):
                 "task supervised, reward and contrastive are all absent or have weight 0; give one "
                 "of them a weight"
             )
-
-
-class PixelFeatures(Settings):
-    """The force acts on pixels."""
-
-    name: Literal["pixels"]
-
-
-class RunFeatures(Settings):
-    """The force acts on the representation of an encoder that an earlier run trained."""
-
-    name: Literal["run"]
-    run_dir: Path
-
-
-FeatureSettings = Annotated[PixelFeatures | RunFeatures, Field(discriminator="name")]
-
-
-class DriftSettings(_TaskSettings):
-    """A one-step generator trained by the contrastive force."""
-
-    labels_required: ClassVar[bool] = True
-
-    name: Literal["drift"]
-    generator: GeneratorSettings
-    features: tuple[FeatureSettings, ...] = Field(min_length=1)
-    """Spaces in which the force acts; their losses are added."""
-    loss: ContrastiveForceSettings = ContrastiveForceSettings()
-
-    def check(self, data: DataSettings) -> None:
-        """Labels, where there are some, are classes."""
-        super().check(data)
-        if data.label is not None and data.num_classes is None:
-            raise ValueError("the task drift generates by class; set data.num_classes")
 
 
 ImageTaskSettings = (

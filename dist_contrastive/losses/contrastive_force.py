@@ -202,7 +202,10 @@ class ContrastiveForce(PairLoss):
     def _points(self, given: ForceInputs) -> Points:
         """This rank's rows, seen from the middle of all points, and the keys of all ranks."""
         rows = given.rows.detach()
-        rows = rows - self._over_ranks(rows.sum(0)) / sum(given.sizes)
+        total = rows.sum(0)
+        if self.keys_from != "local":
+            total = collectives.all_reduce_sum(total, self.group)
+        rows = rows - total / sum(given.sizes)
         chunk_size = max(given.sizes) if self.impl == "dense" else self.chunk_size
         pairs = self.pairs(rows, rows, given.sizes, given.tags)
         return Points(pairs, chunk_size, self.cache_mb)

@@ -6,9 +6,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from dist_contrastive.losses.barlow_twins import BarlowTwins
 from dist_contrastive.losses.base import LARGEST_SCALE, SMALLEST_SCALE, PairLoss
-from dist_contrastive.losses.contrastive_force import ContrastiveForce, Preset
+from dist_contrastive.losses.contrastive_force import ContrastiveForce
 from dist_contrastive.losses.cosine_embedding import CosineEmbedding
 from dist_contrastive.losses.dcl import DCL
+from dist_contrastive.losses.force_presets import Preset
+from dist_contrastive.losses.force_units import Scope
 from dist_contrastive.losses.infonce import InfoNCE
 from dist_contrastive.losses.koleo import KoLeo
 from dist_contrastive.losses.ntxent import NTXent
@@ -172,11 +174,19 @@ class ContrastiveForceSettings(_LossSettings):
     """The force of data and of other generated points on generated points."""
 
     name: Literal["contrastive_force"] = "contrastive_force"
-    temperatures: tuple[PositiveFloat, ...] = Field(
-        default=(0.01, 0.02, 0.05, 0.1, 0.2), min_length=1
-    )
-    """In units of the mean distance."""
+    temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
+    """In units of the mean distance; null: those of the preset."""
     preset: Preset = "drift"
+    scale_scope: Scope | None = None
+    """Over what the mean distance is a mean: label, group or global; null: the preset's."""
+    norm_scope: Scope | None = None
+    """The same for what a force is divided by."""
+    affinity_floor: float = Field(default=0.0, ge=0, lt=1)
+    """Smallest weight of a pair."""
+    normalise_total: bool = False
+    """Divide the sum over temperatures by its root mean square."""
+    cache_mb: NonNegativeFloat = 16.0
+    """Distances that are kept from pass to pass, in MiB."""
 
 
 _ViewLosses = (

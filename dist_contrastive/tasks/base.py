@@ -22,6 +22,9 @@ class Task(nn.Module, ABC):
     progress = 0.0
     """Steps done over steps of the run, set before each step: schedules are functions of it."""
 
+    is_logged = False
+    """Whether `scalars` of this step will be read, set before each step; then they may be dear."""
+
     @abstractmethod
     def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
         """What `embed` takes for these rows."""

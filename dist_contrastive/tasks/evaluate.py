@@ -61,9 +61,12 @@ def _evaluate(run: Path) -> list[Measure]:
         lines = measure_encoder(task, splits, run)
     else:
         assert isinstance(task, Drift)
-        splits = with_labels(splits)
-        labels = labels_of(splits.test).repeat(GENERATED_PER_HELD_OUT)
-        before = task.generate(labels, len(labels), seed=0)  # as initialised
+        labels, count = None, len(splits.test.images) * GENERATED_PER_HELD_OUT
+        if config.data.num_classes is not None:
+            splits = with_labels(splits)
+            labels = labels_of(splits.test).repeat(GENERATED_PER_HELD_OUT)
+            count = len(labels)
+        before = task.generate(labels, count, seed=0)  # as initialised
         load_weights(task, run)
         lines = measure_generator(task, before, labels, splits, run)
     rows = metrics.read_rows(run)

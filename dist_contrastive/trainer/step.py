@@ -18,7 +18,7 @@ def train_step(run: Run, samples: Samples, is_logged: bool) -> dict[str, Any]:
     """One step on this rank's rows of a global batch; the row to log, if it is."""
     config, step = run.config, run.progress.step
     seed_everything(config.seed * 1_000_003 + step * 1009 + run.backend.rank)
-    run.task.progress = step / config.train.steps
+    run.task.progress, run.task.is_logged = step / config.train.steps, is_logged
     embeddings = run.module(*run.task.inputs(samples))
     terms = _compare(run, embeddings, samples)
     loss = torch.stack(list(terms.values())).sum()

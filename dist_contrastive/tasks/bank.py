@@ -1,0 +1,72 @@
+"""A bank of past samples of every class, the same on all ranks."""
+
+import torch
+from torch import Tensor, nn
+
+from dist_contrastive import collectives
+from dist_contrastive.data import keyed_random
+
+_BYTE = 255  # images are kept as bytes, in which they were read
+
+
+class SampleBank(nn.Module):
+    """The newest samples of each class, in the order of the global batches.
+
+    Its buffers are part of the task's weights, hence of checkpoints, and know nothing of the number
+    of ranks. Memory: classes x capacity samples on each rank; images take a byte a number.
+
+    Args:
+        num_classes: labels are 0 ... num_classes - 1.
+        capacity: samples of each class.
+        sample_shape: (channels, height, width) of images in [0, 1], or any other shape.
+    """
+
+    samples: Tensor
+    added: Tensor
+
+    def __init__(self, num_classes: int, capacity: int, sample_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self._are_images = len(sample_shape) == 3
+        dtype = torch.uint8 if self._are_images else torch.float32
+        shape = num_classes, capacity, *sample_shape
+        self.register_buffer("samples", torch.zeros(shape, dtype=dtype))
+        self.register_buffer("added", torch.zeros(num_classes, dtype=torch.int64))
+
+    @property
+    def capacity(self) -> int:
+        """Samples of each class."""
+        return self.samples.shape[1]
+
+    @torch.no_grad()
+    def add(self, samples: Tensor, labels: Tensor) -> None:
+        """The samples of all ranks replace the oldest of their classes.
+
+        Collectives: two all-gathers, with their sizes.
+        """
+        if self._are_images:
+            samples = (samples * _BYTE).round().to(torch.uint8)
+        everyones, _ = collectives.all_gather_rows(samples.to(self.samples.dtype))
+        labels, _ = collectives.all_gather_rows(labels)
+        for label in labels.unique().tolist():
+            newest = everyones[labels == label]
+            slots = int(self.added[label]) + torch.arange(len(newest), device=labels.device)
+            kept = slice(max(0, len(newest) - self.capacity), None)
+            self.samples[label, slots[kept] % self.capacity] = newest[kept]
+            self.added[label] += len(newest)
+
+    def draw(self, key: tuple[int, ...], label: int | None, count: int) -> Tensor:
+        """Places [n] of up to `count` different samples of a class, or of all (label None).
+
+        Args:
+            key: the same gives the same samples, wherever they are drawn.
+        """
+        held = self.added.clamp(max=self.capacity).tolist()
+        classes = range(len(held)) if label is None else [label]
+        places = [c * self.capacity + torch.arange(held[c]) for c in classes]
+        found = torch.cat(places).to(self.added.device)
+        return found[keyed_random.combine(*key, found).argsort()[:count]]
+
+    def take(self, places: Tensor) -> Tensor:
+        """The samples [n, ...] at places of `draw`, float32."""
+        found = self.samples.flatten(0, 1)[places].float()
+        return found / _BYTE if self._are_images else found

@@ -1,0 +1,89 @@
+"""Samples of a trained generator, written as files."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dist_contrastive import config as configs
+from dist_contrastive import report
+from dist_contrastive.data.index import ShardIndex
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.tasks import Drift, build_task
+from dist_contrastive.tasks.runs import load_weights
+
+PER_CLASS_IN_GRID = 8
+
+
+def write_samples(
+    run: Path,
+    out: Path,
+    count: int = 80,
+    classes: list[int] | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+) -> Path:
+    """Samples of a run's newest checkpoint: OUT/sample-00000.png ... and OUT/grid.png, or of points
+    OUT/samples.npy and OUT/grid.png.
+
+    Args:
+        count: how many, of the classes in turn.
+        classes: None: all that there are.
+        guidance: strength, 1 or more; above 1 only of runs that trained with guidance.
+        seed: the same gives the same samples.
+
+    Returns:
+        The path of the picture of all.
+
+    Raises:
+        ConfigError: the run trains no generator, has no checkpoint, or not such classes.
+    """
+    if count < 1 or not guidance >= 1:
+        raise ConfigError(
+            f"count={count} and guidance={guidance:g} must both be 1 or more; guidance of 1 is none"
+        )
+    config = configs.load_run(run)
+    example = config.fields.read(ShardIndex.load(config.data.train), [0])
+    task = build_task(config, example).eval()
+    if not isinstance(task, Drift):
+        raise ConfigError(
+            f"{run} is a run of task {config.task.name!r}, which trains no generator; sample a run "
+            f"of task drift"
+        )
+    load_weights(task, run)
+    labels = _labels(config.data.num_classes, classes, count)
+    made = task.generate(labels, count, seed, guidance)
+    out.mkdir(parents=True, exist_ok=True)
+    if made.dim() != 4:
+        np.save(out / "samples.npy", made.numpy())
+    else:
+        for number, image in enumerate(made):
+            name = f"sample-{number:05d}" + ("" if labels is None else f"-class-{labels[number]}")
+            _image(image).save(out / f"{name}.png")
+    grid = out / "grid.png"
+    if made.dim() == 4:
+        shown = torch.zeros(count, dtype=torch.int64) if labels is None else labels
+        report.sample_grid(made, shown, path=grid, per_class=PER_CLASS_IN_GRID, title=str(run))
+    elif made[0].numel() == 2:
+        report.point_clouds({"generated": made.flatten(1)}, grid, str(run))
+    return grid
+
+
+def _labels(num_classes: int | None, classes: list[int] | None, count: int) -> Tensor | None:
+    if num_classes is None:
+        if classes:
+            raise ConfigError(f"classes={classes}, but this generator was trained without classes")
+        return None
+    chosen = classes or list(range(num_classes))
+    wrong = [c for c in chosen if not 0 <= c < num_classes]
+    if wrong:
+        raise ConfigError(f"classes {wrong} are not among 0 ... {num_classes - 1}; choose of these")
+    return torch.tensor(chosen).repeat(-(-count // len(chosen)))[:count]
+
+
+def _image(image: Tensor) -> Image.Image:
+    """[C, H, W] in [0, 1], C 1 or 3."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
