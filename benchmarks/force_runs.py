@@ -19,6 +19,7 @@ from memory import growth_mib
 from torch import Tensor
 
 from dist_contrastive import collectives, losses
+from dist_contrastive.losses.force_presets import PRESETS
 from dist_contrastive.pairwise import KeysFrom
 from dist_contrastive.testing import run_ranks
 
@@ -54,7 +55,7 @@ def ours(preset: str, keys_from: KeysFrom = "gather") -> str:
 
 
 def in_own_process(function: Callable, *args: Any, ranks: int = 1, **environment: str) -> list:
-    """What a function of CALLS returns on each rank of a fresh process, or in that process."""
+    """What a function of CALLS returns in a fresh process, or on each rank that it starts."""
     argv = [sys.executable, __file__, json.dumps([function.__name__, args, ranks])]
     done = subprocess.run(
         argv, check=True, stdout=subprocess.PIPE, env={**os.environ, **environment}
@@ -99,10 +100,12 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
     return [value_error.item(), ((found[1] - mine).norm() / mine.norm()).item()]
 
 
-def against_products(preset: str, shape: Shape, repeats: int) -> list[list[float]]:
-    """Seconds of every run of ours, and of the two matrix products into memory that they have."""
-    loss = loss_of(ours(preset))
-    step(loss, *clouds((WARM_UP, *shape[1:])))
+def against_products(shape: Shape, repeats: int) -> list[list[float]]:
+    """Seconds of every run of each of PRESETS, then of the two matrix products, whose results go
+    into memory that is there."""
+    all_losses = [loss_of(ours(preset)) for preset in PRESETS]
+    for loss in all_losses:
+        step(loss, *clouds((WARM_UP, *shape[1:])))
     points = clouds(shape)
     x = torch.cat(points).detach()
     square, wide = torch.empty(len(x), len(x)), torch.empty_like(x)
@@ -112,7 +115,8 @@ def against_products(preset: str, shape: Shape, repeats: int) -> list[list[float
         torch.mm(square, x, out=wide)
 
     products()
-    times, _ = taking_turns([partial(step, loss, *points), products], repeats)
+    steps = [partial(step, loss, *points) for loss in all_losses]
+    times, _ = taking_turns([*steps, products], repeats)
     return times
 
 

@@ -3,14 +3,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from dist_contrastive.data import pack_digits
+from dist_contrastive import config as configs
+from dist_contrastive.data import pack_digits, pack_glyphs, pack_toy
+from dist_contrastive.data.toys import TOYS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+POINTS = {"train_samples": 1280, "test_samples": 256, "samples_per_shard": 160}
+DATA_SETS: dict[str, Callable[[Path], object]] = {  # small ones, by the folder that configs name
+    "digits": pack_digits,
+    "glyphs": partial(pack_glyphs, per_glyph=2),
+    **{name: partial(pack_toy, name, **POINTS) for name in TOYS},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -21,24 +30,42 @@ def _deterministic():
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory) -> Path:
-    """The packed digits: real shards of real images."""
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    pack_digits(folder)
-    return folder
+def data_set(tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a packed data set, which is made when it is first asked for."""
+    root = tmp_path_factory.mktemp("data")
+
+    @cache
+    def packed(name: str) -> Path:
+        DATA_SETS[name](root / name)
+        return root / name
+
+    return packed
 
 
 @pytest.fixture(scope="session")
-def overrides(digits) -> Callable[..., list[str]]:
-    """Overrides that make a config of the demo short and put it into another folder."""
+def digits(data_set) -> Path:
+    """The packed digits: real shards of real images."""
+    return data_set("digits")
 
-    def make(run_dir: Path, *more: str) -> list[str]:
-        data = [f"data.train={digits}/train", f"data.test={digits}/test"]
+
+@pytest.fixture(scope="session")
+def overrides(data_set) -> Callable[..., list[str]]:
+    """Overrides that make a config short, put it into another folder, and let it read a data set
+    of `DATA_SETS`."""
+
+    def make(run_dir: Path, *more: str, data_name: str = "digits") -> list[str]:
+        folder = data_set(data_name)
+        data = [f"data.train={folder}/train", f"data.test={folder}/test"]
         short = ["data.global_batch_size=64", "train.steps=12", "optim.warmup_steps=2"]
         log = ["train.log_every=1", "train.save_every=5", "train.ledger=true"]
         return [*data, *short, *log, f"run_dir={run_dir}", *more]
 
     return make
+
+
+def data_of(config: Path) -> str:
+    """The data set that a config reads."""
+    return configs.load(config).data.train.parent.name
 
 
 def command(*args: str | Path, ranks: int | None = None) -> list[str]:

@@ -4,28 +4,31 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CONFIGS, command, global_batches, run
+from conftest import CONFIGS, command, data_of, global_batches, run
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.cli import main
-from dist_contrastive.config import RunConfig
+from dist_contrastive.config import DriftSettings, RunConfig
 from dist_contrastive.data import ShardIndex
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.metrics import read_rows
-from dist_contrastive.tasks import ImageTask, Moco, Task, TwoView, build_task
+from dist_contrastive.tasks import Drift, ImageTask, Moco, Task, TwoView, build_task
 from dist_contrastive.testing import run_ranks
 
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+SETTINGS = {path.stem: configs.load(path) for path in CONFIGS.glob("*.yaml")}
+NAMES = sorted(SETTINGS, key=lambda name: (isinstance(SETTINGS[name].task, DriftSettings), name))
 README = CONFIGS.parent / "README.md"
 ROWS = 24
 SPLITS = {1: [24], 2: [9, 15], 3: [4, 0, 20], 4: [6, 6, 6, 6]}
@@ -36,16 +39,42 @@ class Step(NamedTuple):
 
     terms: dict[str, Tensor]
     gradients: dict[str, Tensor]
-    buffers: dict[str, Tensor]
+    state: dict[str, Tensor]
+
+
+def short(name: str, overrides, run_dir: Path, *more: str) -> list[str]:
+    """The config's path and overrides."""
+    path = CONFIGS / f"{name}.yaml"
+    return [str(path), *overrides(run_dir, *more, data_name=data_of(path))]
 
 
 def small(name: str, overrides, run_dir: Path, *more: str) -> RunConfig:
-    pixels = ["task.features=[{name: pixels}]"] if name == "digits_generator" else []
-    return configs.load(CONFIGS / f"{name}.yaml", overrides(run_dir, *pixels, *more))
+    path, *options = short(name, overrides, run_dir, *untrained_features(name), *more)
+    return configs.load(path, options)
+
+
+def untrained_features(name: str) -> list[str]:
+    """For a generator in the features of a run: the same ones of a fresh encoder."""
+
+    def untrained(feature: dict) -> dict:
+        if feature["name"] != "run":
+            return feature
+        encoder = SETTINGS[Path(feature["run_dir"]).name].task.encoder.model_dump(mode="json")
+        return {"name": "encoder", "encoder": encoder, "maps": feature["maps"]}
+
+    return changed_features(name, untrained)
+
+
+def changed_features(name: str, change: Callable[[dict], dict]) -> list[str]:
+    task = SETTINGS[name].task
+    if not isinstance(task, DriftSettings):
+        return []
+    features = [change(feature.model_dump(mode="json")) for feature in task.features]
+    return [f"task.features={json.dumps(features)}"]
 
 
 def batch_of(config: RunConfig) -> Samples:
-    """Real digits; where labels take part some are missing."""
+    """The first samples; where labels take part some are missing."""
     samples = config.fields.read(ShardIndex.load(config.data.train), range(ROWS))
     if config.task.uses_labels:
         samples.labels[2::5] = -1 if config.data.num_classes else torch.nan
@@ -53,13 +82,17 @@ def batch_of(config: RunConfig) -> Samples:
 
 
 def prepared(config: RunConfig, example: Samples) -> Task:
-    """The task in fp64, in the middle of a run, with some keys queued."""
+    """The task in fp64, in the middle of a run, with some keys queued, or samples banked."""
     task = build_task(config, example).double()
     task.progress = 0.4
     if isinstance(task, Moco):
         torch.manual_seed(3)
         task.queue.normal_()
         task.num_queued += len(task.queue) // 2
+    if isinstance(task, Drift) and task.bank is not None:
+        torch.manual_seed(3)
+        task.bank.samples.copy_(torch.randn(task.bank.samples.shape) * 50)
+        task.bank.added += task.bank.capacity // 2
     return task
 
 
@@ -70,12 +103,15 @@ def step_of(config: RunConfig, rows: slice) -> Step:
     inputs = [x.double() if x.is_floating_point() else x for x in task.inputs(samples)]
     module = DistributedDataParallel(task) if dist.is_initialized() else task
     embeddings = module(*inputs)
+    # Frozen encoders are in fp64 too; only their data are not made by `inputs`.
+    samples = replace(samples, images=samples.images.double())
     terms = task.compare(embeddings, samples)
     torch.stack(list(terms.values())).sum().backward()
     task.finish_step(embeddings)
     gradients = {name: p.grad for name, p in task.named_parameters() if p.requires_grad}
     found = {name: term.detach() for name, term in terms.items()}
-    return Step(found, gradients, dict(task.named_buffers()))
+    state = {name: x for name, x in task.state_dict().items() if name not in gradients}
+    return Step(found, gradients, state)
 
 
 def steps_of(all_configs: list[RunConfig]) -> list[Step]:
@@ -99,16 +135,17 @@ def right(all_configs) -> list[Step]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_gradient_contract(world_size, all_configs, right):
-    """Uneven rows, and a rank without any: terms, gradients and queues are those of one process."""
+    """Uneven rows, and a rank without any: terms, gradients and the rest of the state (queues,
+    banks, slow copies) are those of one process."""
     for rank, steps in enumerate(run_ranks(steps_of, world_size, all_configs)):
         for name, found, expected in zip(NAMES, steps, right, strict=True):
             where = f"{name}, rank {rank} of {world_size}"
-            for kind in ("terms", "gradients", "buffers"):
+            for kind in ("terms", "gradients", "state"):
                 mine, theirs = getattr(found, kind), getattr(expected, kind)
                 assert mine.keys() == theirs.keys(), where
                 for key, x in theirs.items():
-                    scale = x.abs().max().item() or 1.0
-                    error = (mine[key] - x).abs().max().item() / scale
+                    scale = x.double().abs().max().item() or 1.0
+                    error = (mine[key].double() - x.double()).abs().max().item() / scale
                     assert error < 1e-9, f"{where}: {kind} {key} off by {error}"
 
 
@@ -124,19 +161,28 @@ def test_every_parameter_is_trained(right):
 STEPS = ("train.steps=6", "optim.warmup_steps=20", "train.log_every=1")
 
 
+def features_of_runs(name: str, folder: Path) -> list[str]:
+    """Those of the config, from the runs in a folder."""
+
+    def moved(feature: dict) -> dict:
+        if feature["name"] != "run":
+            return feature
+        return {**feature, "run_dir": str(folder / Path(feature["run_dir"]).name)}
+
+    return changed_features(name, moved)
+
+
 def train_all(folder: Path, world_size: int, overrides) -> Path:
     """Every config, trained on so many ranks with 0, 1 or 2 workers each."""
     folder.mkdir()
     jobs = folder / "jobs.jsonl"
-    features = f"task.features=[{{name: pixels}}, {{name: run, run_dir: {folder}/digits_encoder}}]"
     lines = []
-    for name in NAMES:  # the encoder comes before the generator
-        path = CONFIGS / f"{name}.yaml"
-        batch = f"data.global_batch_size={configs.load(path).data.global_batch_size}"
-        more = [features] if name == "digits_generator" else []
+    for name in NAMES:  # encoders come before generators
+        batch = f"data.global_batch_size={SETTINGS[name].data.global_batch_size}"
         workers = f"data.num_workers={world_size // 2}"
-        options = overrides(folder / name, *STEPS, batch, workers, *more)
-        lines.append(json.dumps([str(path), *options]) + "\n")
+        features = features_of_runs(name, folder)
+        arguments = short(name, overrides, folder / name, *STEPS, batch, workers, *features)
+        lines.append(json.dumps(arguments) + "\n")
     jobs.write_text("".join(lines))
     script = [str(Path(__file__).with_name("train_many.py")), str(jobs)]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
