@@ -178,7 +178,7 @@ def train_all(folder: Path, world_size: int, overrides) -> Path:
     jobs = folder / "jobs.jsonl"
     lines = []
     for name in NAMES:  # encoders come before generators
-        batch = f"data.global_batch_size={SETTINGS[name].data.global_batch_size}"
+        batch = f"data.global_batch_size={min(256, SETTINGS[name].data.global_batch_size)}"
         workers = f"data.num_workers={world_size // 2}"
         features = features_of_runs(name, folder)
         arguments = short(name, overrides, folder / name, *STEPS, batch, workers, *features)

@@ -1,7 +1,9 @@
 """The config of a run: composed from the settings of its parts; nothing below imports it.
 
     data.py       where samples come from
+    task.py       what the settings of all tasks share
     tasks.py      what is trained by which objective
+    drift.py      the task of one-step generators
     run.py        the whole, and what a resumed run may change
     files.py      YAML files and key=value overrides
     sentences.py  what is wrong with a config, in words

@@ -72,7 +72,7 @@ class ContrastiveForce(PairLoss):
         affinity_floor: the smallest weight A of a pair, from 0 to below 1.
         normalise_total: divide the sum over temperatures by its root mean square (`norm_scope`).
         cache_mb: distances kept from pass to pass, in MiB; those beyond are computed again in each
-            of the four (three for ``contrastive_force``). Of a ring nothing is kept.
+            of the four (three for `contrastive_force`). Of a ring nothing is kept.
         diagnostics: set `metrics`: ``scale`` (mean over groups), and for each temperature
             ``force_rms/t`` (before ``paper`` divides by it) and ``neighbours/t``, the effective
             number 1 / sum(softmax^2) of points that a generated one sees. Costs one more round, and
@@ -104,9 +104,6 @@ class ContrastiveForce(PairLoss):
     ) -> None:
         super().__init__(**options)
         one_of("preset", preset, tuple(PRESETS))
-        for name, scope in (("scale_scope", scale_scope), ("norm_scope", norm_scope)):
-            if scope is not None:
-                one_of(name, scope, get_args(Scope))
         self.preset: Preset = preset
         rules = PRESETS[preset]
         self.rules = replace(
@@ -116,6 +113,8 @@ class ContrastiveForce(PairLoss):
             scale_scope=scale_scope or rules.scale_scope,
             norm_scope=norm_scope or rules.norm_scope,
         )
+        one_of("scale_scope", self.rules.scale_scope, get_args(Scope))
+        one_of("norm_scope", self.rules.norm_scope, get_args(Scope))
         _check_settings(self.temperatures, affinity_floor, cache_mb)
         self._pool_scale = Pool(self.rules.scale_scope, self.keys_from == "local", self.group)
         self._pool_norm = Pool(self.rules.norm_scope, self.keys_from == "local", self.group)
@@ -177,9 +176,8 @@ class ContrastiveForce(PairLoss):
     def _inputs(
         self, negative: KindOfPoints, positive: KindOfPoints, fixed: KindOfPoints | None
     ) -> ForceInputs:
-        given = {"negative": negative, "positive": positive}
-        if fixed is not None:
-            given["fixed"] = fixed
+        further = {} if fixed is None else {"fixed": fixed}
+        given = {"negative": negative, "positive": positive, **further}
         return force_inputs(self.group, self.keys_from != "local", given)
 
     def _loss(self, given: ForceInputs) -> Tensor:
@@ -229,6 +227,7 @@ class ContrastiveForce(PairLoss):
         sums, pool = engine.log_sums(with_square=not by_force), self._pool_norm
         log_unit = log_largest(sums, labels, pool) if by_force else log_length(sums, pool)
         force = engine.accumulate(sums, log_unit, apart=by_force or self.diagnostics)
+        self.metrics = {}
         if self.diagnostics:
             rms = root_mean_square(force, labels, given.num_labels, pool)
             half = self._engine(points, given, scale, 0.5).row_logsumexp()
