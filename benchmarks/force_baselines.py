@@ -22,10 +22,11 @@ HAS_KEOPS = find_spec("pykeops") is not None
 
 
 def clouds(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
-    """Generated points, as a leaf tensor, and data, whose clouds differ in place and width."""
+    """Generated points, as a leaf tensor, and data, whose clouds differ in place and width; in each
+    dtype the same ones, rounded to fp32."""
     random = torch.Generator().manual_seed(seed)
-    negative, positive = (torch.randn(*shape, generator=random).to(dtype) for _ in range(2))
-    return [(0.8 * negative + 0.1).requires_grad_(), positive]
+    negative, positive = (torch.randn(*shape, generator=random) for _ in range(2))
+    return [(0.8 * negative + 0.1).to(dtype).requires_grad_(), positive.to(dtype)]
 
 
 def seed_force(
@@ -37,7 +38,8 @@ def seed_force(
         masked: leave each point out of its own softmaxes, as preset ``drift`` does.
     """
     m = negative.shape[-2]
-    d = _distances(*[torch.cat([negative, positive], dim=-2)] * 2)
+    points = torch.cat([negative, positive], dim=-2)
+    d = _distances(points, points)
     scores = -d / temperature
     if masked:
         _diagonal(scores).fill_(-torch.inf)
@@ -95,9 +97,10 @@ def gathered_loss(negative: Tensor, positive: Tensor) -> Tensor:
     """Preset ``drift`` on ranks with equally many points: each gathers all and computes the whole
     force, of which it takes its own rows. The mean over this rank's rows."""
     with torch.no_grad():
-        everyones = [_gathered(negative), _gathered(positive)]
-        scale = _distances(*[torch.cat(everyones)] * 2).mean()
-        n, p = (x / scale for x in everyones)
+        n, p = _gathered(negative), _gathered(positive)
+        points = torch.cat([n, p])
+        scale = _distances(points, points).mean()
+        n, p = n / scale, p / scale
         force = torch.zeros_like(n)
         for temperature in PRESETS["drift"].temperatures:
             force += seed_force(p, n, temperature, masked=True)

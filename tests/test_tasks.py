@@ -157,8 +157,8 @@ def test_every_parameter_is_trained(right):
             assert gradient.abs().max() > 0, f"{name}: {key}"
 
 
-# Batches as large as the configs' own: small ones of a young generator amplify rounding.
 STEPS = ("train.steps=6", "optim.warmup_steps=20", "train.log_every=1")
+BATCH = 256  # at most; small ones of a young generator amplify rounding
 
 
 def features_of_runs(name: str, folder: Path) -> list[str]:
@@ -178,7 +178,7 @@ def train_all(folder: Path, world_size: int, overrides) -> Path:
     jobs = folder / "jobs.jsonl"
     lines = []
     for name in NAMES:  # encoders come before generators
-        batch = f"data.global_batch_size={min(256, SETTINGS[name].data.global_batch_size)}"
+        batch = f"data.global_batch_size={min(BATCH, SETTINGS[name].data.global_batch_size)}"
         workers = f"data.num_workers={world_size // 2}"
         features = features_of_runs(name, folder)
         arguments = short(name, overrides, folder / name, *STEPS, batch, workers, *features)

@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss, PairOptions, at_least, one_of
-from dist_contrastive.losses.force_inputs import ForceInputs, KindOfPoints, force_inputs
+from dist_contrastive.losses.force_inputs import ForceInputs, KindOfPoints, amid, force_inputs
 from dist_contrastive.losses.force_presets import PRESETS, Preset
 from dist_contrastive.losses.force_units import (
     AttachGradient,
@@ -81,8 +81,8 @@ class ContrastiveForce(PairLoss):
             only means with scope ``global`` cross ranks; ``impl="auto"`` is ``chunked``; ``dense``
             with a ring has tiles as large as blocks.
 
-    Collectives: all-gathers of a few numbers and all-reduces of one point and a few numbers per
-    group; gather: one all-gather of the points, their tags, and a few numbers per point and
+    Collectives: all-gathers of a few numbers and one point per group, all-reduces of a few numbers
+    per group; gather: one all-gather of the points, their tags, and a few numbers per point and
     temperature; ring: four rounds over points and tags, two of them with those numbers. Backward:
     for ``seed`` one all-reduce of a number per group and label, else none.
     """
@@ -198,12 +198,9 @@ class ContrastiveForce(PairLoss):
         return self.mean(error.sum(), error.numel())
 
     def _points(self, given: ForceInputs) -> Points:
-        """This rank's rows, seen from the middle of all points, and the keys of all ranks."""
+        """This rank's rows, seen from amid all points, and the keys of all ranks."""
         rows = given.rows.detach()
-        total = rows.sum(0)
-        if self.keys_from != "local":
-            total = collectives.all_reduce_sum(total, self.group)
-        rows = rows - total / sum(given.sizes)
+        rows = rows - amid(rows, self.keys_from != "local", self.group)
         chunk_size = max(given.sizes) if self.impl == "dense" else self.chunk_size
         pairs = self.pairs(rows, rows, given.sizes, given.tags)
         return Points(pairs, chunk_size, self.cache_mb)

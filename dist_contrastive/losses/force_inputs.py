@@ -28,6 +28,8 @@ class KindOfPoints:
 
 Given = dict[str, KindOfPoints]
 
+_ENOUGH_ROWS = 256  # for a median
+
 
 @dataclass(frozen=True)
 class ForceInputs:
@@ -78,6 +80,20 @@ def force_inputs(group: Group, are_compared: bool, given: Given) -> ForceInputs:
     )
 
 
+def amid(rows: Tensor, are_compared: bool, group: Group) -> Tensor:
+    """A place near most of the rows of all ranks [R, G, D], however far away some are: [G, D]. In
+    each dimension the median of the ranks' medians, each of some hundred rows.
+
+    Collectives: one all-gather of a point per group, with its sizes, if ranks are compared.
+    """
+    medians = (
+        rows[:: max(1, len(rows) // _ENOUGH_ROWS)].median(0).values[None] if len(rows) else rows
+    )
+    if are_compared:
+        medians, _ = collectives.all_gather_rows(medians, group)
+    return medians.median(0).values
+
+
 def _checked_counts(group: Group, given: Given, are_compared: bool) -> list[tuple[int, ...]]:
     """How many points of each kind every rank holds."""
     flat: dict[str, Tensor | None] = {}
@@ -102,10 +118,10 @@ def _checked_counts(group: Group, given: Given, are_compared: bool) -> list[tupl
 
 
 def _marked(weights: Tensor | None) -> Tensor | None:
-    """Weights with NaN in the place of negative ones, which headers count."""
-    if weights is None or not torch.is_floating_point(weights):
+    """Weights [..., 1], as rows, of which headers count those with NaN: here negative ones too."""
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
         return weights
-    return weights.detach().masked_fill(weights < 0, torch.nan)
+    return weights.detach().masked_fill(weights < 0, torch.nan)[..., None]
 
 
 def _counts_of(number: int, headers: dict[str, RowHeader | None]) -> tuple[int, ...]:
@@ -166,7 +182,7 @@ def _check_weights(
 ) -> None:
     if weights is None:
         return
-    found = (weights.rows, *weights.trailing)
+    found = (weights.rows, *weights.trailing)[:-1]
     floating = weights.dtype is not None and weights.dtype.is_floating_point
     if not floating or found not in (shape[-2:-1], shape[:-1]):
         raise ConfigError(
