@@ -25,7 +25,7 @@ class DataSettings(Settings):
     test: Path | None = None
     """Folder of held-out shards for `eval`."""
     image: str = "png"
-    """Field of a sample that holds the image."""
+    """Field of a sample that holds the image, or, for generators of points, an array of numbers."""
     pair: str | None = None
     """Field that holds a second modality of the same sample, as `txt` or `npy`."""
     label: str | None = None
