@@ -1,6 +1,7 @@
 """The contrastive force on several ranks: that of one process which holds all points."""
 
 import functools
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,7 +23,10 @@ SPLITS = {  # points of every rank, some of which have none of a kind, or none a
     4: {"negative": (2, 5, 0, 4), "fixed": (4, 1, 0, 0), "positive": (0, 6, 0, 7)},
 }
 BATCHES = ("plain", "labels", "groups", "coinciding", "everything")
-WAYS = [("gather", "chunked", 4), ("ring", "chunked", 4), ("ring", "dense", None)]
+WAYS = [  # the latter in tiles of whole blocks
+    {"keys_from": "gather", "impl": "chunked", "chunk_size": 6},
+    {"keys_from": "ring", "impl": "dense"},
+]
 Arguments = dict[str, Tensor]
 
 
@@ -57,8 +61,13 @@ def share(given: Arguments) -> Arguments:
     for name, x in given.items():
         sizes = SPLITS[dist.get_world_size()][name.split("_")[0]]
         of_points = "_" not in name
-        found[name] = x.split(sizes, -2 if of_points else -1)[dist.get_rank()].clone()
-    return found
+        found[name] = x.split(sizes, -2 if of_points else -1)[dist.get_rank()]
+    return leaves(found)
+
+
+def leaves(given: Arguments) -> Arguments:
+    """Copies, of which the points require gradients."""
+    return {name: x.clone().requires_grad_(name in SPLITS[1]) for name, x in given.items()}
 
 
 def cases() -> list[tuple[str, str, dict]]:
@@ -66,64 +75,82 @@ def cases() -> list[tuple[str, str, dict]]:
     plain = [(preset, name, {}) for preset in PRESETS for name in BATCHES]
     apart = {"scale_scope": "label", "norm_scope": "label", "affinity_floor": 1e-3}
     wide = {"scale_scope": "global", "norm_scope": "group", "normalise_total": True}
+    wide["diagnostics"] = True
     return [*plain, *((p, "everything", options) for p in PRESETS for options in (apart, wide))]
 
 
-Result = tuple[Tensor, list[Tensor], dict[str, Tensor]]
+class Result(NamedTuple):
+    value: Tensor
+    gradients: list[Tensor]  # of all points
+    force: Tensor | None  # where nothing but the points is given
+    metrics: dict[str, Tensor]
 
 
 def computed(given: Arguments, preset: str, **options) -> Result:
-    """Value, gradients of all points, and metrics."""
-    points = [given[kind].requires_grad_() for kind in SPLITS[1] if kind in given]
-    loss = losses.ContrastiveForce(TEMPERATURES, preset, diagnostics=True, **options)
+    """By the loss."""
+    loss = losses.ContrastiveForce(TEMPERATURES, preset, **options)
     value = loss(**given)
-    gradients = torch.autograd.grad(value, points, allow_unused=True, materialize_grads=True)
-    return value.detach(), list(gradients), loss.metrics
+    gradients = derived(value, given)
+    metrics, force = loss.metrics, None
+    if len(given) == 2:
+        force = loss.force(given["negative"], given["positive"])
+    return Result(value.detach(), gradients, force, metrics)
+
+
+def derived(value: Tensor, given: Arguments) -> list[Tensor]:
+    """By all points that the value was computed of."""
+    points = [given[kind] for kind in SPLITS[1] if kind in given]
+    return list(torch.autograd.grad(value, points, allow_unused=True, materialize_grads=True))
 
 
 def on_ranks() -> list[Result]:
-    found = []
-    for preset, name, settings in cases():
-        for keys_from, impl, chunk_size in WAYS:
-            how = {"keys_from": keys_from, "impl": impl, "chunk_size": chunk_size}
-            found.append(computed(share(batch(name)), preset, **settings, **how))
-    return found
+    return [
+        computed(share(batch(name)), preset, **settings, **way)
+        for preset, name, settings in cases()
+        for way in WAYS
+    ]
 
 
 @pytest.fixture(scope="module")
-def right() -> list[tuple[Tensor, list[Tensor], Tensor, dict[str, Tensor]]]:
-    """Of every case, what one process finds: the naive form's numbers, and all metrics."""
+def right() -> list[Result]:
+    """Of every case what the naive form finds; and what one process does, densely."""
     found = []
     for preset, name, settings in cases():
-        given = {k: x.clone() for k, x in batch(name).items()}
-        points = [given[kind].requires_grad_() for kind in SPLITS[1] if kind in given]
+        given = leaves(batch(name))
+        dense = computed(given, preset, impl="dense", **settings)
+        settings = {k: x for k, x in settings.items() if k != "diagnostics"}
         expected = naive(preset, **given, temperatures=TEMPERATURES, **settings)
-        gradients = torch.autograd.grad(
-            expected.loss, points, allow_unused=True, materialize_grads=True
-        )
-        *_, metrics = computed(given, preset, impl="dense", **settings)
-        found.append((expected.loss.detach(), gradients, expected.metrics["scale"], metrics))
+        gradients = derived(expected.loss, given)
+        metrics = {
+            k: expected.metrics["scale"] if k == "scale" else x for k, x in dense.metrics.items()
+        }
+        found.append(Result(expected.loss.detach(), gradients, dense.force, metrics))
     return found
 
 
 @pytest.mark.parametrize("world_size", SPLITS)
-def test_loss_gradient_and_scale_are_those_of_one_process(world_size, right):
-    of_ranks = zip(*run_ranks(on_ranks, world_size), strict=True)
+def test_ranks_find_what_one_process_finds(world_size, right):
+    """Gathered and in a ring."""
+    of_ranks = list(zip(*run_ranks(on_ranks, world_size), strict=True))
+    names = [f"{case}, {way}" for case in cases() for way in WAYS]
     expected = [x for x in right for _ in WAYS]
-    names = [(*case, *way) for case in cases() for way in WAYS]
-    for name, found, (value, gradients, scale, metrics) in zip(
-        names, of_ranks, expected, strict=True
-    ):
-        close = functools.partial(closely, message=f"{name}")
-        for mine, _, reported in found:  # the same on all ranks
-            close(mine, value)
-            close(reported["scale"], scale)
-            assert reported.keys() == metrics.keys()
-            for key, number in metrics.items():
-                close(reported[key], number)
-        # Gradients are W times a rank's share: the mean that DDP takes is exact.
-        for parts, correct in zip(zip(*(x[1] for x in found), strict=True), gradients, strict=True):
-            close(torch.cat(parts, -2) / world_size, correct)
+    for name, found, correct in zip(names, of_ranks, expected, strict=True):
+        for rank in found:  # the same on all ranks
+            closely(rank.value, correct.value, name)
+            assert rank.metrics.keys() == correct.metrics.keys()
+            for key, number in correct.metrics.items():
+                closely(rank.metrics[key], number, f"{name}, {key}")
+        check_gradients([rank.gradients for rank in found], correct.gradients, name)
+        if correct.force is not None:
+            closely(torch.cat([rank.force for rank in found], -2), correct.force, name)
+
+
+def check_gradients(
+    of_ranks: list[list[Tensor]], right: list[Tensor], name: str, dim: int = -2
+) -> None:
+    """They are W times a rank's share: the mean that DDP takes is exact."""
+    for parts, correct in zip(zip(*of_ranks, strict=True), right, strict=True):
+        closely(torch.cat(parts, dim) / len(of_ranks), correct, name)
 
 
 def closely(found: Tensor, expected: Tensor, message: str) -> None:
@@ -133,35 +160,8 @@ def closely(found: Tensor, expected: Tensor, message: str) -> None:
     )
 
 
-def forces_on_ranks() -> list[Tensor]:
-    found = []
-    for preset in PRESETS:
-        for keys_from, impl, chunk_size in WAYS:
-            how = {"keys_from": keys_from, "impl": impl, "chunk_size": chunk_size}
-            for name in ("plain", "groups", "coinciding"):
-                given = share(batch(name))
-                force = losses.contrastive_force(
-                    given["positive"], given["negative"], 0.3, preset, **how
-                )
-                found.append(force)
-    return found
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_force_is_that_of_one_process(world_size):
-    of_ranks = zip(*run_ranks(forces_on_ranks, world_size), strict=True)
-    for preset in PRESETS:
-        for _ in WAYS:
-            for name in ("plain", "groups", "coinciding"):
-                given = batch(name)
-                expected = losses.contrastive_force(
-                    given["positive"], given["negative"], 0.3, preset, impl="dense"
-                )
-                closely(torch.cat(next(of_ranks), -2), expected, f"{preset} {name}")
-
-
-GROUPS = {1: (6,), 2: (4, 2), 3: (1, 3, 2), 4: (2, 1, 2, 1)}  # of every rank
-SCOPES = [("group", "group"), ("global", "global"), ("global", "group"), ("label", "label")]
+GROUPS = {2: (4, 2), 3: (1, 3, 2), 4: (2, 1, 2, 1)}  # of every rank
+SCOPES = [("group", "group"), ("global", "global"), ("global", "label")]
 
 
 def many_groups() -> Arguments:
@@ -178,40 +178,38 @@ def many_groups() -> Arguments:
     return given
 
 
+def settings_of_groups() -> list[tuple[str, dict[str, str]]]:
+    return [
+        (preset, {"scale_scope": scale, "norm_scope": norm})
+        for preset in PRESETS
+        for scale, norm in SCOPES
+    ]
+
+
 def groups_on_ranks() -> list[Result]:
     sizes, rank = GROUPS[dist.get_world_size()], dist.get_rank()
     mine = {
-        name: x if name.endswith("labels") else x.split(sizes)[rank].clone()
+        name: x if name.endswith("labels") else x.split(sizes)[rank]
         for name, x in many_groups().items()
     }
     return [
-        computed(mine, preset, keys_from="local", scale_scope=a, norm_scope=b, impl=impl)
-        for preset in PRESETS
-        for a, b in SCOPES
-        for impl in ("chunked", "dense")
+        computed(leaves(mine), preset, keys_from="local", diagnostics=True, **scopes)
+        for preset, scopes in settings_of_groups()
     ]
 
 
 @pytest.mark.parametrize("world_size", GROUPS)
 def test_groups_of_their_own_are_those_of_one_process(world_size):
     of_ranks = zip(*run_ranks(groups_on_ranks, world_size), strict=True)
-    given = many_groups()
-    points = [given[kind].requires_grad_() for kind in SPLITS[1]]
-    for preset in PRESETS:
-        for a, b in SCOPES:
-            expected = naive(
-                preset, **given, temperatures=TEMPERATURES, scale_scope=a, norm_scope=b
-            )
-            gradients = torch.autograd.grad(expected.loss, points, materialize_grads=True)
-            for _ in ("chunked", "dense"):
-                found, message = next(of_ranks), f"{preset}, {a}, {b}"
-                for value, _, metrics in found:
-                    closely(value, expected.loss.detach(), message)
-                    for name in ("scale", *(f"neighbours/{t:g}" for t in TEMPERATURES)):
-                        closely(metrics[name], expected.metrics[name], f"{message}, {name}")
-                parts = zip(*(gradients for _, gradients, _ in found), strict=True)
-                for part, correct in zip(parts, gradients, strict=True):
-                    closely(torch.cat(part) / world_size, correct, message)
+    for (preset, scopes), found in zip(settings_of_groups(), of_ranks, strict=True):
+        given, name = leaves(many_groups()), f"{preset}, {scopes}"
+        expected = naive(preset, **given, temperatures=TEMPERATURES, **scopes)
+        for rank in found:
+            closely(rank.value, expected.loss.detach(), name)
+            for key in ("scale", *(f"neighbours/{t:g}" for t in TEMPERATURES)):
+                closely(rank.metrics[key], expected.metrics[key], f"{name}, {key}")
+        correct = derived(expected.loss, given)
+        check_gradients([rank.gradients for rank in found], correct, name, 0)
 
 
 class Sent(TorchDispatchMode):
