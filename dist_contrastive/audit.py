@@ -74,12 +74,13 @@ class Case:
     labels: tuple[Tensor, ...] = ()
     opposite: tuple[int, ...] = ()  # inputs whose rows need not be split as those of the first
     shared: dict[str, Tensor] = field(default_factory=dict)  # whole on all ranks, past the encoder
+    named: tuple[str, ...] = ()  # the last inputs, which the loss takes by these names
 
     def build(self, keys_from: str, impl: str) -> "Encoded":
         """The same encoder and loss in every process."""
         torch.manual_seed(0)
         options: dict[str, Any] = {"keys_from": keys_from, "impl": impl, "chunk_size": _CHUNK}
-        return Encoded(self.loss(**self.settings, **options))
+        return Encoded(self.loss(**self.settings, **options), self.named)
 
     def rows(self) -> list[Tensor]:
         """All inputs of the global batch."""
@@ -100,10 +101,11 @@ class Case:
 class Encoded(nn.Module):
     """An encoder before a loss; integer and one-dimensional inputs are labels and pass it by."""
 
-    def __init__(self, loss: PairLoss) -> None:
+    def __init__(self, loss: PairLoss, named: tuple[str, ...]) -> None:
         super().__init__()
         self.encoder = nn.Linear(_DIM_IN, _DIM, dtype=torch.float64)
         self.loss = loss.double()
+        self.named = named
 
     def forward(self, *inputs: Tensor, **shared: Tensor) -> Tensor:
         """The loss; what is shared has no gradient."""
@@ -111,7 +113,9 @@ class Encoded(nn.Module):
         self.embeddings = [x for x in inputs if x.requires_grad]
         for x in self.embeddings:
             x.retain_grad()
-        return self.loss(*inputs, **shared)
+        first = len(inputs) - len(self.named)
+        named = dict(zip(self.named, inputs[first:], strict=True))
+        return self.loss(*inputs[:first], **named, **shared)
 
 
 def audit(world_sizes: Sequence[int], cases: dict[str, Case] | None = None) -> list[Finding]:
@@ -222,15 +226,20 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 _CLASSES = torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 1, 4, 0, 2])
+_TWO_CLASSES = (_CLASSES, _CLASSES.flip(0))
 _SOME_MISSING = torch.tensor([0, -1, 1, 0, -1, 1, 2, -1, 1, 2, 0, 2])
 _CONTINUOUS = torch.tensor([0.1, 0.9, 0.3, 0.15, torch.nan, 0.5, 0.55, 0.95, 0.35, 0.0, 0.7, 0.6])
 _BANK = torch.randn(7, _DIM, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 _LEARNABLE = {"learnable": True}
-_FORCE = {"temperatures": (0.05, 0.2, 1.0)}
+_WEIGHTS = torch.linspace(0, 2, _ROWS, dtype=torch.float64)
 
 
 def _triplet(mining: str, distance: str, **settings: Any) -> dict[str, Any]:
     return {"mining": mining, "distance": distance, "margin": 0.5, **settings}
+
+
+def _force(preset: str, **settings: Any) -> dict[str, Any]:
+    return {"preset": preset, "temperatures": (0.05, 0.2, 1.0), **settings}
 
 
 CASES: dict[str, Case] = {
@@ -273,18 +282,26 @@ CASES: dict[str, Case] = {
     "VICReg": Case(losses.VICReg, {}, 2),
     "BarlowTwins": Case(losses.BarlowTwins, {}, 2),
     "KoLeo": Case(losses.KoLeo),
-    "ContrastiveForce, seed": Case(
-        losses.ContrastiveForce, {"preset": "seed", **_FORCE}, 2, opposite=(1,)
-    ),
-    "ContrastiveForce, drift": Case(
-        losses.ContrastiveForce, {"preset": "drift", **_FORCE}, 2, opposite=(1,)
-    ),
+    "ContrastiveForce, seed": Case(losses.ContrastiveForce, _force("seed"), 2, opposite=(1,)),
+    "ContrastiveForce, drift": Case(losses.ContrastiveForce, _force("drift"), 2, opposite=(1,)),
     "ContrastiveForce, drift, labels": Case(
+        losses.ContrastiveForce, _force("drift"), 2, labels=_TWO_CLASSES, opposite=(1, 3)
+    ),
+    "ContrastiveForce, paper, fixed, weights": Case(
         losses.ContrastiveForce,
-        {"preset": "drift", **_FORCE},
-        2,
-        labels=(_CLASSES, _CLASSES.flip(0)),
-        opposite=(1, 3),
+        _force("paper", affinity_floor=1e-3, normalise_total=True),
+        3,
+        labels=(_WEIGHTS, _WEIGHTS.flip(0)),
+        opposite=(1, 4),
+        named=("fixed", "negative_weights", "positive_weights"),
+    ),
+    "ContrastiveForce, seed, labels, fixed, weights, scopes": Case(
+        losses.ContrastiveForce,
+        _force("seed", scale_scope="global", norm_scope="label"),
+        3,
+        labels=(*_TWO_CLASSES, _CLASSES.roll(3), _WEIGHTS),
+        opposite=(1, 4),
+        named=("fixed", "negative_labels", "positive_labels", "fixed_labels", "fixed_weights"),
     ),
 }
 """The losses with the settings that change what is exchanged between ranks."""

@@ -1,10 +1,12 @@
-"""Pictures of a run as PNG: loss curves, a map of the representations, a grid of samples.
+"""Pictures of a run as PNG: loss curves, a map of the representations, a grid of samples,
+points and forces in the plane.
 
 Drawn with matplotlib's objects rather than pyplot: no display, no global state.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -120,37 +122,70 @@ def sample_grid(
     _save(figure, path)
 
 
+class Panel(NamedTuple):
+    """Points in the plane, and arrows over them."""
+
+    title: str
+    clouds: Mapping[str, Tensor]
+    """Points [n, 2] by what they are; `data` are grey, others blue. Several have a legend."""
+    arrows: tuple[Tensor, Tensor] | None = None
+    """Places and forces, both [k, 2]. An arrow has the direction of the force and the logarithm of
+    its length, since forces span orders of magnitude."""
+
+
+def point_panels(
+    rows: Sequence[tuple[Tensor, Sequence[Panel]]],
+    path: str | Path,
+    title: str = "",
+    side: float = 3.6,
+) -> None:
+    """Rows of panels.
+
+    Args:
+        rows: in each the points [n, 2] that must be in sight, and as many panels as in the others.
+        path: PNG to write.
+        title: above them.
+        side: of a panel, in inches.
+    """
+    columns = len(rows[0][1])
+    figure = Figure(figsize=(side * columns, side * len(rows) + 0.3), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for i, (in_sight, panels) in enumerate(rows):
+        for j, panel in enumerate(panels):
+            axes = figure.add_subplot(len(rows), columns, i * columns + j + 1)
+            _draw_panel(axes, panel)
+            _frame(axes, in_sight)
+    _save(figure, path)
+
+
 def point_clouds(clouds: Mapping[str, Tensor], path: str | Path, title: str = "") -> None:
     """Points [n, 2] by the name of their panel, all panels on the axes of the last."""
-    figure = Figure(figsize=(3.6 * len(clouds), 3.9), layout="constrained")
-    figure.suptitle(title, fontsize=11)
     *_, last = clouds.values()
-    for i, (name, points) in enumerate(clouds.items()):
-        axes = figure.add_subplot(1, len(clouds), i + 1)
-        x, y = points.detach().cpu().numpy().T
-        axes.scatter(x, y, s=4, color=_BLUE, alpha=0.5, linewidths=0)
-        _frame(axes, last)
-        axes.set_title(name, fontsize=10)
-    _save(figure, path)
+    panels = [Panel(name, {name: points}) for name, points in clouds.items()]
+    point_panels([(last, panels)], path, title)
 
 
 def force_field(
     at: Tensor, force: Tensor, generated: Tensor, data: Tensor, path: str | Path, title: str = ""
 ) -> None:
-    """Arrows [k, 2] at places [k, 2], over generated points and data [n, 2]. Their direction is
-    that of the force, their length its logarithm, since forces span orders of magnitude."""
-    figure = Figure(figsize=(5.2, 5.2), layout="constrained")
-    axes = figure.add_subplot()
-    for points, colour, name in ((data, _GREY, "data"), (generated, _BLUE, "generated")):
+    """Arrows [k, 2] at places [k, 2], over generated points and data [n, 2]."""
+    panel = Panel("", {"data": data, "generated": generated}, (at, force))
+    point_panels([(at, [panel])], path, title, side=5.2)
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    for name, points in panel.clouds.items():
         x, y = points.detach().cpu().numpy().T
-        axes.scatter(x, y, s=6, color=colour, alpha=0.6, linewidths=0, label=name)
-    size = force.norm(dim=1, keepdim=True)
-    arrows = force / size.clamp(min=1e-30) * (1 + 10 * size).log()
-    axes.quiver(*at.cpu().numpy().T, *arrows.cpu().numpy().T, color="#c2410c", width=0.003)
-    _frame(axes, at)
-    axes.legend(frameon=False, loc="upper right", fontsize=8)
-    axes.set_title(title, fontsize=11)
-    _save(figure, path)
+        colour = _GREY if name == "data" else _BLUE
+        axes.scatter(x, y, s=4, color=colour, alpha=0.5, linewidths=0, label=name)
+    if panel.arrows is not None:
+        at, force = panel.arrows
+        size = force.norm(dim=1, keepdim=True)
+        arrows = force / size.clamp(min=1e-30) * (1 + 10 * size).log()
+        axes.quiver(*at.cpu().numpy().T, *arrows.cpu().numpy().T, color="#c2410c", width=0.003)
+    if len(panel.clouds) > 1:
+        axes.legend(frameon=False, loc="upper right", fontsize=8)
+    axes.set_title(panel.title, fontsize=10)
 
 
 def _frame(axes: Axes, points: Tensor) -> None:

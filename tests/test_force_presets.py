@@ -24,7 +24,11 @@ SCOPES = ("label", "group", "global")
 WARM = (0.05, 0.2, 1.0)  # where nothing underflows in a naive form
 IMPLS = [{"impl": "dense"}, {"impl": "chunked", "chunk_size": 4}, {"impl": "chunked"}]
 SIZES = {"negative": 6, "fixed": 4, "positive": 7}
-LABELS = {"negative": [0, 5, 5, 0, 2, 5], "fixed": [0, 5, 5, 3], "positive": [5, 0, 0, 5, -1, 0, -1]}
+LABELS = {
+    "negative": [0, 5, 5, 0, 2, 5],
+    "fixed": [0, 5, 5, 3],
+    "positive": [5, 0, 0, 5, -1, 0, -1],
+}
 
 
 def randn(*shape: int) -> Tensor:

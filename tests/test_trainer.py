@@ -48,6 +48,10 @@ def generator_features(encoder_run) -> str:
     return f"task.features=[{{name: pixels}}, {{name: run, run_dir: {encoder_run}}}]"
 
 
+REMEMBERED = (  # what a generator's next step takes from those before it, besides weights
+    *("task.bank={capacity: 8, positives: 4}", "task.guidance={unconditional: 6}"),
+    *("task.ema=0.5", "task.loss.temperatures=[0.05]"),
+)
 RESUMED = ("encoder", "generator", "semisupervised", "moco", "hybrid")
 
 
@@ -56,7 +60,7 @@ def test_stopped_and_resumed_bitwise(name, tmp_path, overrides, generator_featur
     """Three legs, stopped between and at checkpoints, end with the weights of one."""
     path = CONFIGS / f"digits_{name}.yaml"
     more = {
-        "generator": [generator_features],
+        "generator": [generator_features, *REMEMBERED],
         "semisupervised": ["data.balance={classes: 5, samples_per_class: 4}"],
         "moco": ["task.queue_size=192"],  # three batches: it is full and goes round
         "hybrid": ["data.balance=null", "task.reward.baseline=running_mean"],

@@ -6,29 +6,30 @@ from torch import Tensor, nn
 from dist_contrastive import collectives
 from dist_contrastive.data import keyed_random
 
-_BYTE = 255  # images are kept as bytes, in which they were read
+_BYTE = 255
 
 
 class SampleBank(nn.Module):
     """The newest samples of each class, in the order of the global batches.
 
     Its buffers are part of the task's weights, hence of checkpoints, and know nothing of the number
-    of ranks. Memory: classes x capacity samples on each rank; images take a byte a number.
+    of ranks. Memory: classes x capacity samples on each rank; images take a byte a number, as they
+    were read, and arrays four.
 
     Args:
         num_classes: labels are 0 ... num_classes - 1.
         capacity: samples of each class.
-        sample_shape: (channels, height, width) of images in [0, 1], or any other shape.
+        example: a sample [1, ...], which tells the shape, and whether these are images.
     """
 
     samples: Tensor
     added: Tensor
 
-    def __init__(self, num_classes: int, capacity: int, sample_shape: tuple[int, ...]) -> None:
+    def __init__(self, num_classes: int, capacity: int, example: Tensor) -> None:
         super().__init__()
-        self._are_images = len(sample_shape) == 3
+        self._are_images = _is_image(example)
         dtype = torch.uint8 if self._are_images else torch.float32
-        shape = num_classes, capacity, *sample_shape
+        shape = num_classes, capacity, *example.shape[1:]
         self.register_buffer("samples", torch.zeros(shape, dtype=dtype))
         self.register_buffer("added", torch.zeros(num_classes, dtype=torch.int64))
 
@@ -70,3 +71,11 @@ class SampleBank(nn.Module):
         """The samples [n, ...] at places of `draw`, float32."""
         found = self.samples.flatten(0, 1)[places].float()
         return found / _BYTE if self._are_images else found
+
+
+def _is_image(example: Tensor) -> bool:
+    """Whether its numbers [1, C, H, W] are bytes over 255; those of other arrays are not."""
+    in_bytes = example * _BYTE
+    whole = (in_bytes - in_bytes.round()).abs().max() < 1e-4  # which fp32 rounds by less
+    within = example.min() >= 0 and example.max() <= 1
+    return example.dim() == 4 and bool(whole and within)

@@ -60,7 +60,7 @@ class Drift(Task):
         self.average = None if settings.ema is None else MomentumCopy(self.generator)
         self.bank = None
         if settings.bank is not None:
-            self.bank = SampleBank(self.num_classes, settings.bank.capacity, self.sample_shape)
+            self.bank = SampleBank(self.num_classes, settings.bank.capacity, example.images[:1])
         self.loss, self._loss_of_whole_groups = _losses(settings)
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
         self._spaces = FeatureSpaces(settings.features, self.sample_shape)
@@ -170,8 +170,8 @@ class Drift(Task):
         part = keyed_random.uniform(keys, 1)[:, 0]
         if power == 1:
             return low * (high / low) ** part
-        rest = 1 - power
-        return (low**rest + part * (high**rest - low**rest)) ** (1 / rest)
+        rest = 1 - power  # near 0 it takes fp64
+        return ((low**rest + part.double() * (high**rest - low**rest)) ** (1 / rest)).float()
 
     def _drawn(self, cells: Cells) -> tuple[_Drawn | None, _Drawn | None]:
         """This rank's share of data of the classes, and of samples that push; None without any."""

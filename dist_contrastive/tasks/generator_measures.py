@@ -150,20 +150,23 @@ def force_field(loss: ContrastiveForce, generated: Tensor, data: Tensor) -> tupl
     """What one more generated point would feel at the places of a grid.
 
     Args:
-        loss: whose force; distances are brought to mean 1 as it does.
+        loss: whose preset and temperatures; distances are brought to mean 1 as it does.
         generated: [m, 2]. data: [n, 2].
 
     Returns:
-        Places [k, 2] and forces [k, 2] in units of the mean distance.
+        Places [k, 2], k = FIELD_SIDE², around all points, and forces [k, 2] in the units of the
+        preset.
     """
     points = torch.cat([generated, data])
     low, high = points.amin(0), points.amax(0)
     axes = [torch.linspace(float(a), float(b), FIELD_SIDE) for a, b in zip(low, high, strict=True)]
     at = torch.cartesian_prod(*axes)
     scale = torch.cdist(points, points).mean()
-    fixed, positive = ((x / scale).expand(len(at), *x.shape) for x in (generated, data))
+    # A group for each place, in which the point there comes first.
+    others, positive = (x.expand(len(at), *x.shape) for x in (generated, data))
+    negative = torch.cat([at[:, None], others], dim=1)
     alone = ContrastiveForce(loss.temperatures, loss.preset, keys_from="local")
-    return at, alone.force((at / scale)[:, None], positive, fixed)[:, 0]
+    return at, alone.force(negative / scale, positive / scale)[:, 0]
 
 
 def _as_many_of_each(samples: Samples, labels: Tensor) -> Tensor:
