@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
 from dist_contrastive.config.data import DataSettings
 from dist_contrastive.config.task import TaskSettingsBase
@@ -86,7 +86,7 @@ class DriftSettings(TaskSettingsBase):
 
     name: Literal["drift"]
     generator: GeneratorSettings
-    features: tuple[FeatureSettings, ...] = Field(min_length=1)
+    features: tuple[FeatureSettings, ...]
     """Spaces in which the force acts; their losses are added."""
     loss: ContrastiveForceSettings = ContrastiveForceSettings()
     groups: PositiveInt = 1
@@ -95,6 +95,13 @@ class DriftSettings(TaskSettingsBase):
     """Decay of the averaged generator that `eval` and `sample` use; null: none, the last one."""
     bank: BankSettings | None = None
     guidance: GuidanceSettings | None = None
+
+    @field_validator("features")
+    @classmethod
+    def _some_space(cls, features: tuple[FeatureSettings, ...]) -> tuple[FeatureSettings, ...]:
+        if not features:
+            raise ValueError("the force needs a space to act in; name one, as [{name: pixels}]")
+        return features
 
     def check(self, data: DataSettings) -> None:
         """Labels, where there are some, are classes; whole groups."""

@@ -186,9 +186,9 @@ class ContrastiveForce(PairLoss):
             mean, slopes = self._mean_distance(points, given)
             scale = torch.where(mean > 0, mean, 1.0)
             force = self._force(points, given, scale)
-        labels = given.tags[:, 1]
         if self.rules.scale_gradient:
-            scale = AttachGradient.apply(given.rows, scale, slopes, labels, self._pool_scale.sum)
+            labels, pool = given.tags[:, 1], self._pool_scale.sum
+            scale = AttachGradient.apply(given.rows, scale, slopes, labels, pool)
         unit = scale / math.sqrt(given.rows.shape[-1]) if self.rules.per_dimension else scale
         mine = given.labels_of_generated
         scaled = given.rows[: len(mine)] / unit.T[mine, :, None]
@@ -222,8 +222,11 @@ class ContrastiveForce(PairLoss):
         engine = self._engine(points, given, scale, 1.0)
         labels, by_force = given.labels_of_generated, self.rules.unit == "force"
         sums, pool = engine.log_sums(with_square=not by_force), self._pool_norm
+        # Lengths and forces in units of each scale, since units may be means over several of these.
+        log_scale = scale.double().log()
+        sums = replace(sums, square=sums.square - 2 * log_scale)
         log_unit = log_largest(sums, labels, pool) if by_force else log_length(sums, pool)
-        force = engine.accumulate(sums, log_unit, apart=by_force or self.diagnostics)
+        force = engine.accumulate(sums, log_unit + log_scale, by_force or self.diagnostics)
         self.metrics = {}
         if self.diagnostics:
             rms = root_mean_square(force, labels, given.num_labels, pool)
@@ -252,8 +255,8 @@ class ContrastiveForce(PairLoss):
     ) -> None:
         """Set `metrics`; lse [T, G, R] at each temperature, and at half of it."""
         m = given.num_generated
-        # sum(softmax^2) is exp(lse at t/2) / exp(lse)^2.
-        neighbours = (2 * lse[..., :m] - lse_of_half[..., :m]).exp()
+        # sum(softmax^2) is exp(lse at t/2) / exp(lse)^2; who sees nobody has 0 neighbours.
+        neighbours = (2 * lse[..., :m] - lse_of_half[..., :m]).exp().nan_to_num(0.0)
         self.metrics = {"scale": self._plain_mean(scale)}
         for number, t in enumerate(self.temperatures):
             self.metrics[f"force_rms/{t:g}"] = self._plain_mean(rms[number])

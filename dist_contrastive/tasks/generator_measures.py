@@ -10,6 +10,7 @@ from torch import Tensor
 from dist_contrastive import report
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.evaluation import generative
+from dist_contrastive.evaluation.distances import MEDIAN_POINTS
 from dist_contrastive.evaluation.generative import Classifier
 from dist_contrastive.losses import ContrastiveForce
 from dist_contrastive.models import representations_of
@@ -57,18 +58,25 @@ def _distances(
     here = energy.pop("made")
     way = (energy["untrained"] - here) / (energy["untrained"] - energy["train data"])
     few = min(len(real), len(data), len(generated))
+    mmd = partial(generative.mmd, bandwidth=_bandwidth(real))
     lines: list[Line] = [
         (f"energy distance, {name}", here, energy),
         (f"part of the way to train data, {name}", way, {}),
     ]
     for title, measure in (
-        ("MMD^2", generative.mmd),
+        ("MMD^2", mmd),
         ("sliced Wasserstein", generative.sliced_wasserstein),
         ("Fréchet distance", generative.frechet_distance),
     ):
         beside = {"train data": measure(data[:few], real[:few])}
         lines.append((f"{title}, {name}", measure(generated[:few], real[:few]), beside))
     return lines
+
+
+def _bandwidth(real: Tensor) -> float | None:
+    """One for all that is compared: the median distance of held-out samples, or of some of them."""
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    return torch.pdist(real[order[:MEDIAN_POINTS]].double()).median().item() or None
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Samples of a trained generator, written as files."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,8 @@ def write_samples(
     guidance: float = 1.0,
     seed: int = 0,
 ) -> Path:
-    """Samples of a run's newest checkpoint: OUT/sample-00000.png ... and OUT/grid.png, or of points
-    OUT/samples.npy and OUT/grid.png.
+    """Samples of a run's newest checkpoint: OUT/sample-00000.png ... and OUT/grid.png, or of arrays
+    OUT/samples.npy, and OUT/grid.png if they are points of the plane.
 
     Args:
         count: how many, of the classes in turn.
@@ -35,14 +36,16 @@ def write_samples(
         seed: the same gives the same samples.
 
     Returns:
-        The path of the picture of all.
+        The path of the grid, or of the array if there is none.
 
     Raises:
-        ConfigError: the run trains no generator, has no checkpoint, or not such classes.
+        ConfigError: the run trains no generator, has no checkpoint, or not such classes; OUT cannot
+            be written.
     """
-    if count < 1 or not guidance >= 1:
+    if count < 1 or not 1 <= guidance < math.inf:
         raise ConfigError(
-            f"count={count} and guidance={guidance:g} must both be 1 or more; guidance of 1 is none"
+            f"count={count} and guidance={guidance:g} must both be 1 or more, and finite; guidance "
+            f"of 1 is none"
         )
     config = configs.load_run(run)
     example = config.fields.read(ShardIndex.load(config.data.train), [0])
@@ -55,19 +58,28 @@ def write_samples(
     load_weights(task, run)
     labels = _labels(config.data.num_classes, classes, count)
     made = task.generate(labels, count, seed, guidance)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return _write(made, labels, out, str(run))
+    except OSError as error:
+        raise ConfigError(
+            f"samples cannot be written to {out} ({error.strerror}); choose another folder"
+        ) from error
+
+
+def _write(made: Tensor, labels: Tensor | None, out: Path, title: str) -> Path:
+    grid = out / "grid.png"
     if made.dim() != 4:
         np.save(out / "samples.npy", made.numpy())
-    else:
-        for number, image in enumerate(made):
-            name = f"sample-{number:05d}" + ("" if labels is None else f"-class-{labels[number]}")
-            _image(image).save(out / f"{name}.png")
-    grid = out / "grid.png"
-    if made.dim() == 4:
-        shown = torch.zeros(count, dtype=torch.int64) if labels is None else labels
-        report.sample_grid(made, shown, path=grid, per_class=PER_CLASS_IN_GRID, title=str(run))
-    elif made[0].numel() == 2:
-        report.point_clouds({"generated": made.flatten(1)}, grid, str(run))
+        if made[0].numel() != 2:
+            return out / "samples.npy"
+        report.point_clouds({"generated": made.flatten(1)}, grid, title)
+        return grid
+    for number, image in enumerate(made):
+        name = f"sample-{number:05d}" + ("" if labels is None else f"-class-{labels[number]}")
+        _image(image).save(out / f"{name}.png")
+    shown = torch.zeros(len(made), dtype=torch.int64) if labels is None else labels
+    report.sample_grid(made, shown, path=grid, per_class=PER_CLASS_IN_GRID, title=title)
     return grid
 
 
