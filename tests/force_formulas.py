@@ -99,7 +99,7 @@ def official_loss(
         neg_part, pos_part = -a_neg * a_pos.sum(2)[..., None], a_pos * a_neg.sum(2)[..., None]
         coefficients = torch.cat([neg_part, pos_part], dim=2)
         force = coefficients @ y - coefficients.sum(2)[..., None] * gen
-        total = total + force / force.square().mean().sqrt()
+        total = total + force / force.square().mean().clip(min=1e-8).sqrt()
     return (gen - (gen + total).detach()).square().mean()
 
 

@@ -124,7 +124,7 @@ class ContrastiveForce(PairLoss):
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """In the order in which they were given."""
+        """As given."""
         return self.rules.temperatures
 
     def forward(
@@ -192,8 +192,7 @@ class ContrastiveForce(PairLoss):
         unit = scale / math.sqrt(given.rows.shape[-1]) if self.rules.per_dimension else scale
         mine = given.labels_of_generated
         scaled = given.rows[: len(mine)] / unit.T[mine, :, None]
-        # n - sg(n + F), bracketed so that a small F does not vanish beside n. The mean does not
-        # mind the order of rows.
+        # n - sg(n + F), bracketed so that a small F does not vanish beside n.
         error = ((scaled - scaled.detach()) - force).square()
         return self.mean(error.sum(), error.numel())
 
@@ -222,7 +221,7 @@ class ContrastiveForce(PairLoss):
         engine = self._engine(points, given, scale, 1.0)
         labels, by_force = given.labels_of_generated, self.rules.unit == "force"
         sums, pool = engine.log_sums(with_square=not by_force), self._pool_norm
-        # Lengths and forces in units of each scale, since units may be means over several of these.
+        # In units of each scale, since a unit may be a mean over several of these.
         log_scale = scale.double().log()
         sums = replace(sums, square=sums.square - 2 * log_scale)
         log_unit = log_largest(sums, labels, pool) if by_force else log_length(sums, pool)
@@ -231,7 +230,8 @@ class ContrastiveForce(PairLoss):
         if self.diagnostics:
             rms = root_mean_square(force, labels, given.num_labels, pool)
             half = self._engine(points, given, scale, 0.5).row_logsumexp()
-            whole = rms * log_unit.exp() if by_force else rms
+            order = math.sqrt(force.shape[-1]) if self.rules.per_dimension else 1.0
+            whole = rms * order * log_unit.exp() if by_force else rms
             self._report(given, scale, whole, engine.row_logsumexp(), half)
         if by_force:
             force = with_unit_rms(force, labels, given.num_labels, pool)
