@@ -26,6 +26,7 @@ from dist_contrastive.tasks.splits import read_splits
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = ("train.steps=3", "data.global_batch_size=64")
 SIDE_IN = 1.9  # of a panel
+DRAWN = 1024  # points, of each kind
 
 
 def row_of(toy: str, folder: Path, tiny: bool) -> tuple[torch.Tensor, list[Panel]]:
@@ -40,10 +41,10 @@ def row_of(toy: str, folder: Path, tiny: bool) -> tuple[torch.Tensor, list[Panel
     splits = read_splits(config)
     task = build_task(config, splits.train).eval()
     assert isinstance(task, Drift)
-    data = splits.test.images.flatten(1)
-    untrained = task.generate(None, len(data), seed=0).flatten(1)
+    data = splits.test.images[:DRAWN].flatten(1)
+    untrained = task.generate(None, DRAWN, seed=0).flatten(1)
     load_weights(task, config.run_dir)
-    trained = task.generate(None, len(data), seed=0).flatten(1)
+    trained = task.generate(None, DRAWN, seed=0).flatten(1)
     panels = [
         Panel(f"{toy.replace('_', ' ')}: untrained", {"generated": untrained}),
         Panel("trained", {"generated": trained}),

@@ -127,7 +127,7 @@ class Panel(NamedTuple):
 
     title: str
     clouds: Mapping[str, Tensor]
-    """Points [n, 2] by what they are; `data` are grey, others blue. Several have a legend."""
+    """Points [n, 2] by what they are; `data` are grey, others blue."""
     arrows: tuple[Tensor, Tensor] | None = None
     """Places and forces, both [k, 2]. An arrow has the direction of the force and the logarithm of
     its length, since forces span orders of magnitude."""
@@ -138,6 +138,7 @@ def point_panels(
     path: str | Path,
     title: str = "",
     side: float = 3.6,
+    legend: bool = False,
 ) -> None:
     """Rows of panels.
 
@@ -146,6 +147,7 @@ def point_panels(
         path: PNG to write.
         title: above them.
         side: of a panel, in inches.
+        legend: what the points in each panel are.
     """
     columns = len(rows[0][1])
     figure = Figure(figsize=(side * columns, side * len(rows) + 0.3), layout="constrained")
@@ -155,6 +157,8 @@ def point_panels(
             axes = figure.add_subplot(len(rows), columns, i * columns + j + 1)
             _draw_panel(axes, panel)
             _frame(axes, in_sight)
+            if legend:
+                axes.legend(frameon=False, loc="upper right", fontsize=8)
     _save(figure, path)
 
 
@@ -170,7 +174,7 @@ def force_field(
 ) -> None:
     """Arrows [k, 2] at places [k, 2], over generated points and data [n, 2]."""
     panel = Panel("", {"data": data, "generated": generated}, (at, force))
-    point_panels([(at, [panel])], path, title, side=5.2)
+    point_panels([(at, [panel])], path, title, side=5.2, legend=True)
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -183,8 +187,6 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         size = force.norm(dim=1, keepdim=True)
         arrows = force / size.clamp(min=1e-30) * (1 + 10 * size).log()
         axes.quiver(*at.cpu().numpy().T, *arrows.cpu().numpy().T, color="#c2410c", width=0.003)
-    if len(panel.clouds) > 1:
-        axes.legend(frameon=False, loc="upper right", fontsize=8)
     axes.set_title(panel.title, fontsize=10)
 
 

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dist_contrastive import config as configs
 from dist_contrastive.data import pack_digits, pack_glyphs, pack_toy
@@ -94,3 +96,13 @@ def global_batches(run_dir: Path) -> list[list[str]]:
         lines = [json.loads(line) for line in text.splitlines()]
         ranks.append({line["step"]: line["keys"] for line in lines})
     return [[key for rank in ranks for key in rank[step]] for step in sorted(ranks[0])]
+
+
+def pixels_of(picture: Path) -> np.ndarray:
+    """Red, green and blue [height, width, 3], 0 to 255."""
+    return np.array(Image.open(picture).convert("RGB")).astype(int)
+
+
+def num_colours(picture: Path) -> int:
+    """How many different ones it has; a blank one has 1."""
+    return len(np.unique(pixels_of(picture) @ [1, 256, 65536]))

@@ -1,5 +1,6 @@
 """The config: precedence, strictness, and the sentences a mistake is answered with."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ ENCODER = CONFIGS / "digits_encoder.yaml"
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_loads_and_says_how_to_run_it(path):
     configs.load(path)
-    assert path.read_text().startswith(f"# python -m launch.local configs/{path.name}")
+    first, *_ = path.read_text().splitlines()
+    assert re.match(
+        rf"# (python -m launch.local|dist-contrastive train) configs/{path.name}", first
+    )
 
 
 def test_defaults_then_file_then_overrides():
@@ -60,6 +64,49 @@ def test_defaults_then_file_then_overrides():
 def test_mistakes_are_answered_with_one_sentence(override, words):
     with pytest.raises(ConfigError) as caught:
         configs.load(ENCODER, [override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["task.groups=3"],
+            "task.groups=3 does not divide data.global_batch_size=512 into equal groups of 2 or "
+            "more; set data.global_batch_size to 510 or 513",
+        ),
+        (["task.groups=512"], "groups of 2 or more; set data.global_batch_size to 1024"),
+        (["task.guidance={}"], "all classes from the bank; set task.bank, data.label and data.num"),
+        (
+            ["task.bank={capacity: 4, positives: 5}"],
+            "task.bank: positives=5 of a bank of capacity=4; set positives to at most 4",
+        ),
+        (
+            ["task.guidance={strengths: [4, 1]}"],
+            "task.guidance: strengths=(4.0, 1.0); give the smaller one first",
+        ),
+        (
+            ["task.guidance={strengths: [0.5, 2]}"],
+            "task.guidance.strengths.0=0.5: should be greater than or equal to 1; set 1.0 or more",
+        ),
+        (["task.guidance={strengths: [1, .inf]}"], "strengths.1=inf: should be a finite number"),
+        (["task.ema=1"], "task.ema=1: should be less than 1"),
+        (["task.features=[]"], "task.features=[]: the force needs a space to act in; name one, as"),
+        (["data.num_classes=null"], "the task drift generates by class; set data.num_classes"),
+        (
+            [
+                *("data.num_classes=null", "data.label=null", "task.guidance={}"),
+                "task.bank={capacity: 4, positives: 4}",
+            ],
+            "task.guidance pushes with samples of all classes from the bank; set",
+        ),
+        (["data.balance={classes: 2, samples_per_class: 2}"], "the task does not train with label"),
+    ],
+)
+def test_mistakes_with_generators(overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        configs.load(CONFIGS / "digits_generator.yaml", overrides)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 

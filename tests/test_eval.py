@@ -2,29 +2,36 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIGS
+from conftest import CONFIGS, num_colours, pixels_of
+from sklearn.svm import SVC
 from torch import Tensor
 
 from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.cli import main
-from dist_contrastive.config import RunConfig
-from dist_contrastive.data import ShardIndex, index_folder
+from dist_contrastive.config import DriftSettings, RunConfig
+from dist_contrastive.data import ShardIndex, index_folder, keyed_random
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.samples import write_samples
-from dist_contrastive.tasks import build_task
+from dist_contrastive.evaluation import generative
+from dist_contrastive.tasks import Drift, build_task
+from dist_contrastive.tasks.drift import NOISE_STREAM
 
 TINY = "task.encoder.widths=[8, 16]"
 
 
 def load(name: str, overrides, run_dir: Path, *more: str) -> RunConfig:
-    return configs.load(CONFIGS / f"{name}.yaml", overrides(run_dir, TINY, *more))
+    path = CONFIGS / f"{name}.yaml"
+    tiny = [] if isinstance(configs.load(path).task, DriftSettings) else [TINY]
+    return configs.load(path, overrides(run_dir, *tiny, *more))
 
 
 def digits_of(config: RunConfig, *numbers: int) -> Samples:
@@ -204,3 +211,187 @@ def test_eval_of_partners(name, some_digits, overrides, tmp_path):
     ]
     assert [found[line]["value"] for line in lines] == pytest.approx(shares)
     assert shares[0] != shares[1]
+
+
+# ---------------------------------------------------------------------------- generators
+
+
+GENERATES = (
+    *("train.steps=8", "task.bank={capacity: 8, positives: 4}", "task.loss.temperatures=[0.1]"),
+    *("task.generator={name: conv, noise_dim: 8, width: 16}", "optim.lr=0.01", "task.ema=0.5"),
+    "task.features=[{name: pixels}, {name: encoder, encoder: {name: residual, widths: [8, 16]}}]",
+)
+DISTANCES = ("MMD^2", "sliced Wasserstein", "Fréchet distance")
+MANIFOLD = ("precision", "recall", "density", "coverage")
+COPIES = (
+    *("distance to the nearest training sample, median", "the same, 5 % quantile"),
+    *("nearer than 99 % of held-out data are", "copies of training samples"),
+)
+
+
+class Generator(NamedTuple):
+    """A short run, and what its generator made before and after it of the same noise."""
+
+    lines: dict[str, dict]
+    before: Tensor
+    made: Tensor
+    task: Drift
+    train: Samples
+    test: Samples
+    run: Path
+
+
+def generator(name: str, data: Path, overrides, run_dir: Path, *more: str) -> Generator:
+    lines, task, train, test = evaluated(name, data, overrides, run_dir, *more)
+    untrained = build_task(configs.load_run(run_dir), train)
+    keys = keyed_random.combine(0, NOISE_STREAM, torch.arange(4 * len(test.images)))
+    noise = keyed_random.normal(keys, task.generator.noise_dim)
+    classes = [] if test.labels is None else [test.labels.repeat(4)]
+    with torch.no_grad():
+        before, made = untrained.generator(noise, *classes), task.average(noise, *classes)
+    return Generator(lines, before, made, task, train, test, run_dir)
+
+
+@pytest.fixture(scope="module")
+def digits_made(tmp_path_factory, some_digits, overrides) -> Generator:
+    folder = tmp_path_factory.mktemp("digits_generator")
+    return generator("digits_generator", some_digits, overrides, folder, *GENERATES)
+
+
+@pytest.fixture(scope="module")
+def points_made(tmp_path_factory, data_set, overrides) -> Generator:
+    """Points without classes; their past ones are kept too."""
+    folder, data = tmp_path_factory.mktemp("points"), data_set("eight_gaussians")
+    return generator("eight_gaussians", data, overrides, folder, *GENERATES[:2])
+
+
+def naive_energy(x: Tensor, y: Tensor) -> float:
+    x, y = x.flatten(1).double(), y.flatten(1).double()
+    apart = (x[:, None] - y).norm(dim=2).mean()
+    within = [(z[:, None] - z).norm(dim=2).sum() / (len(z) * (len(z) - 1)) for z in (x, y)]
+    return (2 * apart - sum(within)).item()
+
+
+def check_distances(found: Generator, name: str, space: Callable[[Tensor], Tensor]) -> None:
+    """Generated, training and untrained ones against the held-out ones, in one space."""
+    with torch.no_grad():
+        made, train, before, test = (
+            space(x).flatten(1)
+            for x in (found.made, found.train.images, found.before, found.test.images)
+        )
+    line, few = found.lines[f"energy distance, {name}"], len(test)
+    assert line["value"] == pytest.approx(naive_energy(made, test), rel=1e-6, abs=1e-9)
+    beside = {"train data": naive_energy(train, test), "untrained": naive_energy(before, test)}
+    assert line["beside"] == pytest.approx(beside, rel=1e-6, abs=1e-9)
+    way = (beside["untrained"] - line["value"]) / (beside["untrained"] - beside["train data"])
+    line = found.lines[f"part of the way to train data, {name}"]
+    assert line == {**line, "value": pytest.approx(way, rel=1e-6), "beside": {}}
+    width = torch.pdist(test.double()).median().item()
+    measures = (
+        lambda x: generative.mmd(x, test, bandwidth=width),
+        lambda x: generative.sliced_wasserstein(x, test),
+        lambda x: generative.frechet_distance(x, test),
+    )
+    for title, measure in zip(DISTANCES, measures, strict=True):
+        line = found.lines[f"{title}, {name}"]
+        assert line["value"] == pytest.approx(measure(made[:few]), rel=1e-6)
+        assert line["beside"] == {"train data": pytest.approx(measure(train[:few]), rel=1e-6)}
+
+
+def names_of_distances(space: str) -> list[str]:
+    titles = ("energy distance", "part of the way to train data", *DISTANCES)
+    return [f"{title}, {space}" for title in titles]
+
+
+def test_eval_of_a_generator_in_its_spaces(digits_made):
+    classes = [f"{name} agrees with the class asked for" for name in ("classifier", "kNN")]
+    spaces = names_of_distances("pixels") + names_of_distances("encoder")
+    assert list(digits_made.lines) == [*spaces, *classes, *MANIFOLD, *COPIES]
+    check_distances(digits_made, "pixels", lambda x: x)
+    check_distances(digits_made, "encoder", digits_made.task.encoder_spaces()["encoder"])
+
+
+def test_eval_of_the_classes_of_a_generator(digits_made):
+    made, train, test = digits_made.made, digits_made.train, digits_made.test
+    labels = test.labels.repeat(4)
+    points = [x.flatten(1).double() for x in (train.images, made, test.images)]
+    machine = SVC(C=10).fit(points[0], train.labels)
+    line = digits_made.lines["classifier agrees with the class asked for"]
+    assert line["value"] == pytest.approx(share(list(machine.predict(points[1]) == labels.numpy())))
+    right = list(machine.predict(points[2]) == test.labels.numpy())
+    assert line["beside"] == {"held-out data": pytest.approx(share(right))}
+    line = digits_made.lines["kNN agrees with the class asked for"]
+    for images, asked, found in (
+        (made, labels, line["value"]),
+        (test.images, test.labels, line["beside"]["held-out data"]),
+    ):
+        agreed = generative.class_agreement(train.images, train.labels, images, asked)
+        assert 0 < found == pytest.approx(agreed)
+
+
+def check_manifold_and_copies(found: Generator) -> None:
+    """As many generated ones, and training ones of each class, as there are held out."""
+    train, test, made = found.train, found.test, found.made[: len(found.test.images)]
+    chosen, train_labels = list(range(len(test.images))), None
+    if test.labels is not None:
+        chosen, left = [], Counter(test.labels.tolist())
+        for number, label in enumerate(train.labels.tolist()):
+            if left[label]:
+                left[label] -= 1
+                chosen.append(number)
+        train_labels = train.labels[chosen]
+    for names, measure in (
+        (MANIFOLD[:2], generative.precision_recall),
+        (MANIFOLD[2:], generative.density_coverage),
+    ):
+        ours = measure(test.images, test.labels, made, test.labels)
+        beside = measure(test.images, test.labels, train.images[chosen], train_labels)
+        for name in names:
+            line = found.lines[name]
+            assert line["value"] == pytest.approx(getattr(ours, name))
+            assert line["beside"] == {"train data": pytest.approx(getattr(beside, name))}
+    generated, held_out = (
+        torch.stack([(x - train.images).flatten(1).norm(dim=1).min() for x in images]).double()
+        for images in (made, test.images)
+    )
+    expected = [
+        *((generated.quantile(q), held_out.quantile(q)) for q in (0.5, 0.05)),
+        ((generated <= held_out.quantile(0.01)).double().mean(), 0.01),
+        ((generated == 0).sum(), (held_out == 0).sum()),
+    ]
+    for name, (ours, theirs) in zip(COPIES, expected, strict=True):
+        line = found.lines[name]
+        assert line["value"] == pytest.approx(float(ours), rel=1e-5)
+        assert line["beside"] == {"held-out data": pytest.approx(float(theirs), rel=1e-5)}
+
+
+def test_eval_of_the_manifold_and_of_copies(digits_made, points_made):
+    check_manifold_and_copies(digits_made)
+    check_manifold_and_copies(points_made)
+
+
+def test_eval_of_points(points_made):
+    """Without classes."""
+    assert list(points_made.lines) == [*names_of_distances("pixels"), *MANIFOLD, *COPIES]
+    check_distances(points_made, "pixels", lambda x: x)
+
+
+def test_pictures_of_generators(digits_made, points_made):
+    """Nothing is blank: generated points are blue, those of data bluish grey, forces orange."""
+    for found, names in ((digits_made, {"samples"}), (points_made, {"samples", "force"})):
+        assert {path.stem for path in (found.run / "plots").iterdir()} == {*names, "loss"}
+        for name in (*names, "loss"):
+            assert num_colours(found.run / "plots" / f"{name}.png") > 30, name
+    generated, data = np.array_split(blueness(points_made.run / "plots" / "samples.png"), 2, axis=1)
+    assert (generated > 50).sum() > 100
+    assert (data > 50).sum() == 0
+    assert (data > 5).sum() > 1000
+    more_blue = blueness(points_made.run / "plots" / "force.png")
+    assert (more_blue > 50).sum() > 100
+    assert (more_blue < -100).sum() > 1000
+
+
+def blueness(picture: Path) -> np.ndarray:
+    """Blue less red, of every pixel."""
+    pixels = pixels_of(picture)
+    return pixels[..., 2] - pixels[..., 0]

@@ -42,10 +42,12 @@ def gradients(case: Case, dtype: torch.dtype, inputs: list[Tensor], autocast: bo
     """Value and slopes of a case's loss, of embeddings in a dtype and labels."""
     given = [x if x.dim() == 1 else x.detach().to(dtype).requires_grad_() for x in inputs]
     loss = case.loss(**case.settings, impl="chunked", chunk_size=4)
+    first = len(given) - len(case.named)
+    named = dict(zip(case.named, given[first:], strict=True))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        value = (loss.double() if dtype == torch.float64 else loss)(*given)
+        value = (loss.double() if dtype == torch.float64 else loss)(*given[:first], **named)
     value.backward()
-    return [value.detach(), *(x.grad for x in given if x.requires_grad)]
+    return [value.detach(), *(x.grad for x in given if x.grad is not None)]
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -72,7 +72,7 @@ def log_largest(sums: LogSums, labels: Tensor, pool: Pool) -> Tensor:
     Args:
         labels: of the generated points [m].
     """
-    of_rows = (sums.negative + sums.positive)[..., : len(labels)]
+    of_rows = sums.moving[..., : len(labels)]
     largest = torch.full_like(sums.square, -torch.inf, dtype=of_rows.dtype)
     largest.scatter_reduce_(-1, labels.expand(of_rows.shape), of_rows, "amax")
     return pool.max(largest)
@@ -88,9 +88,10 @@ def root_mean_square(force: Tensor, labels: Tensor, num_labels: int, pool: Pool)
 
 
 def with_unit_rms(force: Tensor, labels: Tensor, num_labels: int, pool: Pool) -> Tensor:
-    """The forces [T, G, m, D] over their root mean square; 0 where that is 0."""
+    """The forces [T, G, m, D] over their root mean square; 0 where that is 0, or too small for the
+    dtype, which has lost the digits of such numbers."""
     rms = root_mean_square(force, labels, num_labels, pool)
-    factor = torch.where(rms > 0, 1 / rms, 0.0).to(force.dtype)
+    factor = torch.where(rms >= torch.finfo(force.dtype).tiny, 1 / rms, 0.0).to(force.dtype)
     return force * factor[..., labels, None]
 
 

@@ -118,7 +118,10 @@ class Exponents:
         top = _finite(key_seen.amax(-1, keepdim=True))
         lowest = key_seen.masked_fill(key_seen == -torch.inf, torch.inf).amin(-1, keepdim=True)
         unit = row_seen + top
-        if (top - lowest > _SAFE).any() or (unit > _SAFE).any():
+        # Also the largest of a row may be tiny here, where keys of the tile are far from it only.
+        far = tile.nearest - (self.near_row + self.near_key.amin(-1, keepdim=True)) / 2
+        vanishing = (-self.slope.amin(0)[:, None] * far).masked_fill(far == torch.inf, 0.0) > _SAFE
+        if (top - lowest > _SAFE).any() or (unit > _SAFE).any() or vanishing.any():
             yield from self._one_by_one(tile, log_factor)
             return
         factor = (key_seen - top).exp_()[..., None, :]
@@ -137,9 +140,11 @@ class Exponents:
             log_a = self._floored(log_a)
             if tile.coinciding is not None:
                 log_a.masked_fill_(tile.coinciding, -torch.inf)
-            top = _finite(log_a.amax(-1))
-            log_unit = top if log_factor is None else top + log_factor[t]
-            yield t, log_a.sub_(top[..., None]).exp_(), log_unit
+            log_unit = log_a.amax(-1)  # -inf where all weights are 0
+            log_a.sub_(_finite(log_unit)[..., None])
+            if log_factor is not None:
+                log_unit = torch.where(log_unit == -torch.inf, log_unit, log_unit + log_factor[t])
+            yield t, log_a.exp_(), log_unit
 
     def _floored(self, log_a: Tensor) -> Tensor:
         """In place: not below the floor, and with the keys' weights [g, r, k]."""

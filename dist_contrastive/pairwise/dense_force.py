@@ -70,12 +70,18 @@ class DenseForce:
         same = (self._labels[self._mine, None] == self._labels).sum(1)
         num_pairs = torch.zeros(num_labels, dtype=torch.float64, device=same.device)
         num_pairs.index_add_(0, self._labels[self._mine], same.double())
-        sides = (~self._is_positive, self._is_positive)
-        negative, positive = (
-            self._log_a.masked_fill(~side, -torch.inf).logsumexp(-1)[..., self._mine]
-            for side in sides
+        negative, positive = self._row_sums(self._log_a)
+        of_others = self._row_sums(self._log_a.masked_fill(self._d == 0, -torch.inf))
+        moving = torch.logaddexp(positive + of_others[0], negative + of_others[1])
+        return LogSums(negative, positive, moving, square, num_pairs)
+
+    def _row_sums(self, log_a: Tensor) -> list[Tensor]:
+        """Logarithms of the sums over negatives and over positives, for this rank's rows."""
+        of_sides = (
+            log_a.masked_fill(other, -torch.inf)
+            for other in (self._is_positive, ~self._is_positive)
         )
-        return LogSums(negative, positive, square, num_pairs)
+        return [x.logsumexp(-1)[..., self._mine] for x in of_sides]
 
     def accumulate(self, sums: LogSums, log_unit: Tensor, apart: bool) -> Tensor:
         """``F_j = S_neg[j] (A_pos (p - x_j))_j - S_pos[j] (A_neg (n - x_j))_j`` over the unit, S

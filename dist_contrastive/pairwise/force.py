@@ -68,6 +68,7 @@ class LogSums:
 
     negative: Tensor  # [T, G, R], sum of A over negatives other than the row itself
     positive: Tensor  # [T, G, R], sum of A over positives
+    moving: Tensor  # [T, G, R], sum of the weights that the force moves the row with
     square: Tensor  # [T, G, L] fp64, sum of (d * A)**2 over all rows and keys, if it was asked for
     num_pairs: Tensor  # [L] fp64, over how many pairs of a group; not a logarithm
 
@@ -105,7 +106,8 @@ class StreamedForce:
     def log_sums(self, with_square: bool) -> LogSums:
         """The sums that the force needs: over keys for rows that move, over pairs for all rows."""
         e, affinity = self._e, self._affinity
-        negative, positive = (torch.full_like(e.row, -torch.inf) for _ in range(2))
+        # By side: over negatives, over positives; of keys that coincide with the row, of others.
+        coincide, apart = (e.row.new_full((2, *e.row.shape), -torch.inf) for _ in range(2))
         square = torch.full_like(e.slope, -torch.inf, dtype=torch.float64)
         num_pairs = square.new_zeros(square.shape[-1])
         # Without weights a square A is symmetric: of two kinds of points, one block tells both.
@@ -117,7 +119,7 @@ class StreamedForce:
 
         for tile, of_keys in self._points.tiles(wanted, *e.travelling()):
             x, moves = e.of_tile(tile, of_keys), tile.row_kind == GENERATED
-            side = positive if tile.kind == POSITIVE else negative
+            side = int(tile.kind == POSITIVE)
             # Lengths in units of the temperature, so that their squares do not underflow.
             lengths = None
             if with_square:
@@ -126,17 +128,21 @@ class StreamedForce:
             times = 2 if twice and tile.row_kind != tile.kind else 1
             for t, weight, log_unit in x.weights(tile, self._powers):
                 if moves:
-                    _add_log(side[t], (tile.g, tile.r), weight.sum(-1).log_().add_(log_unit))
+                    part = weight.sum(-1).log_().add_(log_unit)
+                    _add_log(apart[side, t], (tile.g, tile.r), part)
                 if lengths is not None:
                     norm = torch.linalg.vector_norm(weight.mul_(lengths), dim=-1).log_()
                     log_square = (2 * norm.add_(log_unit).double()).logsumexp(-1)
                     log_square += math.log(times) - 2 * (-x.slope[0].double()).log()
                     _add_log(square[t], (tile.g, tile.label), log_square)
             if moves and tile.coinciding is not None:
-                _add_log(side, (slice(None), tile.g, tile.r), x.of_coinciding(tile.coinciding))
+                place = (slice(None), tile.g, tile.r)
+                _add_log(coincide[side], place, x.of_coinciding(tile.coinciding))
             if tile.g.start == 0:
                 num_pairs[tile.label] += times * tile.num_pairs
-        return LogSums(negative, positive, square, num_pairs)
+        negative, positive = torch.logaddexp(coincide, apart)
+        moving = torch.logaddexp(positive + apart[0], negative + apart[1])
+        return LogSums(negative, positive, moving, square, num_pairs)
 
     def accumulate(self, sums: LogSums, log_unit: Tensor, apart: bool) -> Tensor:
         """Force on every generated point, in units: [1, G, m, D], or [T, G, m, D] if `apart`.
