@@ -2,7 +2,7 @@
 
     python benchmarks/force.py [--sizes full] [--tables dense products large keops ranks groups]
 
-fp32, on Linux, two threads that sleep while they wait for each other (OMP_WAIT_POLICY), as many
+fp32, on Linux, two threads, as many
 generated points as data. The other ways are in force_baselines.py:
 
 - dense: the seed's code in plain torch, and Algorithm 2 of the paper.

@@ -57,8 +57,7 @@ def ours(preset: str, keys_from: KeysFrom = "gather") -> str:
 def in_own_process(function: Callable, *args: Any, ranks: int = 1, **environment: str) -> list:
     """What a function of CALLS returns in a fresh process, or on each rank that it starts."""
     argv = [sys.executable, __file__, json.dumps([function.__name__, args, ranks])]
-    # A thread that spins while it waits keeps the one it waits for from a core of a busy machine.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **environment}
+    environment = {**os.environ, **environment}
     done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, env=environment)
     return json.loads(done.stdout.splitlines()[-1])  # KeOps prints too
 

@@ -98,7 +98,7 @@ class ContrastiveForce(PairLoss):
         norm_scope: Scope | None = None,
         affinity_floor: float = 0.0,
         normalise_total: bool = False,
-        cache_mb: float = 16.0,
+        cache_mb: float = 24.0,
         diagnostics: bool = False,
         **options: Unpack[PairOptions],
     ) -> None:

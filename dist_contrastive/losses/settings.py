@@ -185,7 +185,7 @@ class ContrastiveForceSettings(_LossSettings):
     """Smallest weight of a pair."""
     normalise_total: bool = False
     """Divide the sum over temperatures by its root mean square."""
-    cache_mb: NonNegativeFloat = 16.0
+    cache_mb: NonNegativeFloat = 24.0
     """Distances that are kept from pass to pass, in MiB."""
 
 

@@ -16,7 +16,7 @@ from dist_contrastive.pairwise.points import GENERATED, Tile
 from dist_contrastive.pairwise.powers import Powers
 
 # Exponents up to this size neither over- nor underflow in fp32, nor do sums of them.
-_SAFE = 60.0
+SAFE = 60.0
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class Exponents:
         unit = row_seen + top
         # Also the largest of a row may be tiny here, where keys of the tile are far from it only.
         far = tile.nearest - (self.near_row + self.near_key.amin(-1, keepdim=True)) / 2
-        vanishing = (-self.slope.amin(0)[:, None] * far).masked_fill(far == torch.inf, 0.0) > _SAFE
-        if (top - lowest > _SAFE).any() or (unit > _SAFE).any() or vanishing.any():
+        vanishing = (-self.slope.amin(0)[:, None] * far).masked_fill(far == torch.inf, 0.0) > SAFE
+        if (top - lowest > SAFE).any() or (unit > SAFE).any() or vanishing.any():
             yield from self._one_by_one(tile, log_factor)
             return
         factor = (key_seen - top).exp_()[..., None, :]

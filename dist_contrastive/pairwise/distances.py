@@ -165,7 +165,8 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     # Rounding is relative to the norms, which are smallest seen from the middle.
     middle = y.mean(-2, keepdim=True)
     x_near, y_near = x - middle, y - middle
-    x_square, y_square = x_near.square().sum(-1)[..., None], y_near.square().sum(-1)[..., None, :]
+    x_square = torch.linalg.vector_norm(x_near, dim=-1, keepdim=True).square_()
+    y_square = torch.linalg.vector_norm(y_near, dim=-1).square_()[..., None, :]
     square = (x_square + y_square).baddbmm_(x_near, y_near.transpose(-1, -2), alpha=-2)
     largest = x_square + y_square.amax(-1, keepdim=True)  # of the magnitudes in a row
     if (square.amin(-1, keepdim=True) < _CLOSE * largest).any():
@@ -175,5 +176,5 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
             return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
         group, row, column = close.nonzero(as_tuple=True)
         square[close] = (x[group, row] - y[group, column]).square().sum(-1)
-    # Rows in the middle have no magnitude, hence are not "close"; their square is 0 already.
-    return square.clamp_(min=0).sqrt_()
+    # What is not close is not negative. Two points in the middle, without magnitude, have 0 already.
+    return square.sqrt_()

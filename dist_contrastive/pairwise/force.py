@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_contrastive.pairwise.affinity import Affinity, Exponents
+from dist_contrastive.pairwise.affinity import SAFE, Affinity, Exponents
 from dist_contrastive.pairwise.points import GENERATED, POSITIVE, Points, Tile
 from dist_contrastive.pairwise.powers import Powers
 
@@ -38,15 +38,20 @@ def distance_sums(
     total, count = points.rows.new_zeros(2, len(points.rows), num_labels, dtype=torch.float64)
     slopes = torch.zeros_like(points.rows) if with_slopes else None
     extras = () if weights is None else (weights,)
-    # Without weights a square A is symmetric: of two kinds of points, one block tells both.
-    twice = affinity.square and weights is None and with_slopes <= {GENERATED}
+    is_symmetric = weights is None
+    # Then one block tells what the keys say of the rows and the rows of the keys.
+    twice = affinity.square and is_symmetric and with_slopes <= {GENERATED}
 
     def wanted(row_kind: int, key_kind: int) -> bool:
         return affinity.has_row(row_kind, key_kind) and not (twice and row_kind > key_kind)
 
-    for tile, of_keys in points.tiles(wanted, *extras):
+    def once(row_kind: int, key_kind: int) -> bool:
+        return is_symmetric and row_kind == key_kind
+
+    for tile, of_keys in points.tiles(wanted, once, *extras):
         place, per_key = (tile.g, tile.label), tile.lengths.sum(1)
-        times = 2 if twice and tile.row_kind != tile.kind else 1
+        keys_r = tile.keys_r if once(tile.row_kind, tile.kind) else None
+        times = 2 if keys_r or (twice and tile.row_kind != tile.kind) else 1
         if weights is None:
             total[place] += times * per_key.sum(-1).double()
             count[place] += times * tile.num_pairs
@@ -58,7 +63,9 @@ def distance_sums(
             steep = tile.d.clamp(min=_TINY).reciprocal_()
             # A point is a row, and a key of the other rows.
             steep *= 2.0 if weights is None else weights.T[tile.g, tile.r, None] + weight[:, None]
-            slopes[tile.g, tile.r] += steep.sum(-1, keepdim=True) * tile.rows - steep @ tile.keys
+            slopes[tile.g, tile.r] += _summed_ways(steep, tile.keys, tile.rows)
+            if keys_r:
+                slopes[tile.g, keys_r] += _summed_ways(steep.mT, tile.rows, tile.keys)
     return total, count, slopes
 
 
@@ -107,7 +114,7 @@ class StreamedForce:
         """The sums that the force needs: over keys for rows that move, over pairs for all rows."""
         e, affinity = self._e, self._affinity
         # By side: over negatives, over positives; of keys that coincide with the row, of others.
-        coincide, apart = (e.row.new_full((2, *e.row.shape), -torch.inf) for _ in range(2))
+        coincide, others = (e.row.new_full((2, *e.row.shape), -torch.inf) for _ in range(2))
         square = torch.full_like(e.slope, -torch.inf, dtype=torch.float64)
         num_pairs = square.new_zeros(square.shape[-1])
         # Without weights a square A is symmetric: of two kinds of points, one block tells both.
@@ -117,32 +124,45 @@ class StreamedForce:
             with_row = with_square and affinity.has_row(row_kind, key_kind)
             return row_kind == GENERATED or (with_row and not (twice and row_kind > key_kind))
 
-        for tile, of_keys in self._points.tiles(wanted, *e.travelling()):
+        def once(row_kind: int, key_kind: int) -> bool:
+            return twice and row_kind == key_kind and row_kind != GENERATED
+
+        for tile, of_keys in self._points.tiles(wanted, once, *e.travelling()):
             x, moves = e.of_tile(tile, of_keys), tile.row_kind == GENERATED
-            side = int(tile.kind == POSITIVE)
-            # Lengths in units of the temperature, so that their squares do not underflow.
-            lengths = None
-            if with_square:
-                lengths = self._powers.scratch.like("lengths", tile.d)
-                torch.mul(tile.lengths, -x.slope[0, :, None, None], out=lengths)
-            times = 2 if twice and tile.row_kind != tile.kind else 1
-            for t, weight, log_unit in x.weights(tile, self._powers):
-                if moves:
-                    part = weight.sum(-1).log_().add_(log_unit)
-                    _add_log(apart[side, t], (tile.g, tile.r), part)
-                if lengths is not None:
-                    norm = torch.linalg.vector_norm(weight.mul_(lengths), dim=-1).log_()
-                    log_square = (2 * norm.add_(log_unit).double()).logsumexp(-1)
-                    log_square += math.log(times) - 2 * (-x.slope[0].double()).log()
-                    _add_log(square[t], (tile.g, tile.label), log_square)
+            is_both = once(tile.row_kind, tile.kind) and tile.keys_r is not None
+            times = 2 if is_both or (twice and tile.row_kind != tile.kind) else 1
+            of_rows, of_tile = self._tile_sums(x, tile, moves, with_square)
+            place, side = (slice(None), tile.g, tile.r), int(tile.kind == POSITIVE)
+            if moves:
+                _add_log(others[side], place, of_rows)
             if moves and tile.coinciding is not None:
-                place = (slice(None), tile.g, tile.r)
                 _add_log(coincide[side], place, x.of_coinciding(tile.coinciding))
+            if with_square:
+                _add_log(square, (slice(None), tile.g, tile.label), of_tile + math.log(times))
             if tile.g.start == 0:
                 num_pairs[tile.label] += times * tile.num_pairs
-        negative, positive = torch.logaddexp(coincide, apart)
-        moving = torch.logaddexp(positive + apart[0], negative + apart[1])
+        negative, positive = torch.logaddexp(coincide, others)
+        moving = torch.logaddexp(positive + others[0], negative + others[1])
         return LogSums(negative, positive, moving, square, num_pairs)
+
+    def _tile_sums(
+        self, x: Exponents, tile: Tile, moves: bool, with_square: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Logarithms of the sums of A over keys that do not coincide [T, g, r], and of the sums of
+        (d A)**2 over rows too [T, g] fp64; without sense where they were not asked for."""
+        sums, norms, units = (torch.empty_like(x.row) for _ in range(3))
+        # Lengths in units of the temperature, so that their squares do not underflow.
+        lengths = self._powers.scratch.like("lengths", tile.d)
+        if with_square:
+            torch.mul(tile.lengths, -x.slope[0, :, None, None], out=lengths)
+        for t, weight, log_unit in x.weights(tile, self._powers):
+            units[t] = log_unit
+            if moves:
+                torch.sum(weight, -1, out=sums[t])
+            if with_square:
+                torch.linalg.vector_norm(weight.mul_(lengths), dim=-1, out=norms[t])
+        log_square = (2 * norms.log_().add_(units).double()).logsumexp(-1)
+        return sums.log_().add_(units), log_square - 2 * (-x.slope[0].double()).log()
 
     def accumulate(self, sums: LogSums, log_unit: Tensor, apart: bool) -> Tensor:
         """Force on every generated point, in units: [1, G, m, D], or [T, G, m, D] if `apart`.
@@ -159,7 +179,7 @@ class StreamedForce:
         log_unit = torch.where(log_unit == -torch.inf, torch.inf, log_unit).to(e.row.dtype)
         moving = points.rows[:, : points.num_generated]
         force = moving.new_zeros(len(e.slope) if apart else 1, *moving.shape)
-        for tile, of_keys in points.tiles(_moves, *e.travelling()):
+        for tile, of_keys in points.tiles(_moves, _never, *e.travelling()):
             place, pulls, total = (tile.g, tile.r), tile.kind == POSITIVE, None
             other = (sums.negative if pulls else sums.positive)[:, *place]
             log_factor = other - log_unit[:, tile.g, tile.label, None]
@@ -190,26 +210,75 @@ def _log_sum_exps(
     near = [points.rows.new_full(shape[1:], torch.inf)]
     if not affinity.square:
         lse, near = [*lse, lse[0].clone()], [*near, near[0].clone()]
-    for tile, _ in points.tiles(affinity.in_softmax):
-        part, place = _row_logsumexp(tile, slope, powers), (tile.g, tile.r)
-        for side in affinity.sides(tile.row_kind, tile.kind):
-            _add_log(lse[side], (slice(None), *place), part)
-            near[side][place] = torch.minimum(near[side][place], tile.nearest)
+    for tile, _ in points.tiles(affinity.in_softmax, _always):
+        by_rows, by_keys = _tile_logsumexp(tile, slope, powers)
+        found = [(tile.row_kind, tile.kind, tile.r, by_rows, tile.nearest)]
+        if tile.keys_r is not None and by_keys is not None:
+            found.append((tile.kind, tile.row_kind, tile.keys_r, by_keys, tile.nearest_of_keys))
+        for row_kind, key_kind, r, part, nearest in found:
+            for side in affinity.sides(row_kind, key_kind):
+                _add_log(lse[side], (slice(None), tile.g, r), part)
+                near[side][tile.g, r] = torch.minimum(near[side][tile.g, r], nearest)
     return (lse[0], lse[-1]), (near[0], near[-1])
 
 
-def _row_logsumexp(tile: Tile, slope: Tensor, powers: Powers) -> Tensor:
-    """Of -d/t over the keys of a tile: [T, g, r]. Seen from the nearest key, no sum underflows."""
-    slope, near = slope[:, tile.g, tile.label], tile.nearest
-    near = near.masked_fill(near == torch.inf, 0.0)
+def _tile_logsumexp(tile: Tile, slope: Tensor, powers: Powers) -> tuple[Tensor, Tensor | None]:
+    """Of -d/t over the keys of a tile [T, g, r], and over its rows for the keys [T, g, k] where the
+    mirrored tile is left out."""
+    slope, d, coinciding = slope[:, tile.g, tile.label], tile.d, tile.coinciding
+    if tile.keys_r is None:
+        return _logsumexp(d, tile.nearest, coinciding, slope, powers), None
+    by_both = _logsumexps(tile, slope, powers)
+    if by_both is None:
+        turned = None if coinciding is None else coinciding.mT
+        return (
+            _logsumexp(d, tile.nearest, coinciding, slope, powers),
+            _logsumexp(d.mT.contiguous(), tile.nearest_of_keys, turned, slope, powers),
+        )
+    return by_both
+
+
+def _logsumexp(
+    d: Tensor, nearest: Tensor, coinciding: Tensor | None, slope: Tensor, powers: Powers
+) -> Tensor:
+    """Of slope * d over keys, from slope [T, g] and d [g, r, k]: [T, g, r]. Seen from the nearest
+    key, no sum underflows."""
+    near = nearest.masked_fill(nearest == torch.inf, 0.0)
     lse = torch.empty(len(slope), *near.shape, dtype=near.dtype, device=near.device)
-    seen = torch.sub(tile.d, near[..., None], out=powers.scratch.like("x", tile.d))
+    seen = torch.sub(d, near[..., None], out=powers.scratch.like("x", d))
     for t, exponential in powers.exponentials(seen, slope):
         lse[t] = exponential.sum(-1)
-    lse.log_().add_(slope[..., None] * near)
-    if tile.coinciding is not None:
-        lse = torch.logaddexp(lse, tile.coinciding.sum(-1).to(lse.dtype).log())
-    return lse
+    return _with_coinciding(lse.log_().add_(slope[..., None] * near), coinciding)
+
+
+def _logsumexps(tile: Tile, slope: Tensor, powers: Powers) -> tuple[Tensor, Tensor] | None:
+    """`_logsumexp` of rows and of keys from the same exponentials, seen from half of both nearest
+    distances; None where these are too different for it."""
+    near_row, near_key = tile.nearest, tile.nearest_of_keys
+    low = torch.minimum(near_row.amin(), near_key.amin())
+    high = torch.maximum(near_row.amax(), near_key.amax())
+    if not bool((high - low) * -slope.amin() < 2 * SAFE):
+        return None
+    half = slope[..., None] / 2
+    row_factor, key_factor = ((half * (x - low)).exp_() for x in (near_row, near_key))
+    lse_row, lse_key = torch.empty_like(row_factor), torch.empty_like(key_factor)
+    x = torch.sub(tile.d, (near_row / 2)[..., None], out=powers.scratch.like("x", tile.d))
+    x -= (near_key / 2)[..., None, :]
+    for t, exponential in powers.exponentials(x, slope):
+        lse_row[t] = (exponential @ key_factor[t, ..., None])[..., 0]
+        lse_key[t] = (row_factor[t, ..., None, :] @ exponential)[..., 0, :]
+    lse_row.log_().add_(half * (near_row + low))
+    lse_key.log_().add_(half * (near_key + low))
+    coinciding = tile.coinciding
+    turned = None if coinciding is None else coinciding.mT
+    return _with_coinciding(lse_row, coinciding), _with_coinciding(lse_key, turned)
+
+
+def _with_coinciding(lse: Tensor, coinciding: Tensor | None) -> Tensor:
+    """With the keys at a distance of 0, each of which adds exp(0)."""
+    if coinciding is None:
+        return lse
+    return torch.logaddexp(lse, coinciding.sum(-1).to(lse.dtype).log())
 
 
 def _add_log(sums: Tensor, place: tuple[slice | int, ...], part: Tensor) -> None:
@@ -219,9 +288,22 @@ def _add_log(sums: Tensor, place: tuple[slice | int, ...], part: Tensor) -> None
 
 def _moved(tile: Tile, weight: Tensor, pulls: bool) -> Tensor:
     """Weighted sum of the ways from rows to keys, or back: [g, r, D]."""
-    to_keys = weight @ tile.keys - weight.sum(-1, keepdim=True) * tile.rows
-    return to_keys if pulls else -to_keys
+    back = _summed_ways(weight, tile.keys, tile.rows)
+    return -back if pulls else back
+
+
+def _summed_ways(weight: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
+    """``sum_k weight[j, k] (rows[j] - keys[k])``: [g, r, D]."""
+    return weight.sum(-1, keepdim=True) * rows - weight @ keys
 
 
 def _moves(row_kind: int, key_kind: int) -> bool:
     return row_kind == GENERATED
+
+
+def _always(row_kind: int, key_kind: int) -> bool:
+    return True
+
+
+def _never(row_kind: int, key_kind: int) -> bool:
+    return False

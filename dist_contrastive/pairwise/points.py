@@ -23,8 +23,8 @@ GENERATED, FIXED, POSITIVE = 0, 1, 2
 # 512 x 512 fp32 distances are 1 MiB; some ten arrays of this size are in use at a time.
 _DEFAULT_CHUNK = 512
 
-Wanted = Callable[[int, int], bool]
-"""Which tiles a pass needs: by the kind of their rows and the kind of their keys."""
+OfKinds = Callable[[int, int], bool]
+"""Something about tiles, by the kind of their rows and the kind of their keys."""
 
 
 class _Run(NamedTuple):
@@ -52,7 +52,8 @@ class Tile:
     label: int  # of all
     at: Tensor  # [k] int64: where the keys are in their block
     self_at: Tensor | None  # [r] int64: where in the block the rows are; None: not among the keys
-    mirror: "Tile | None" = None  # with the keys as rows and the rows as keys
+    keys_r: slice | None  # which rows the keys are, where the mirrored tile, of these, comes later
+    mirror: "Tile | None"  # the mirrored tile, where it came before and is kept
 
     @cached_property
     def _found(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -79,6 +80,11 @@ class Tile:
     def nearest(self) -> Tensor:
         """The smallest distance of each row [g, r]."""
         return self._found[1]
+
+    @cached_property
+    def nearest_of_keys(self) -> Tensor:
+        """The smallest distance of each key [g, k]."""
+        return self.d.amin(-2)
 
     @property
     def coinciding(self) -> Tensor | None:
@@ -129,20 +135,24 @@ class Points:
         self._runs = _runs(pairs.tags)
         self.num_generated = sum(run.size for run in self._runs if run.kind == GENERATED)
 
-    def tiles(self, wanted: Wanted, *extras: Tensor) -> Iterator[tuple[Tile, tuple[Tensor, ...]]]:
+    def tiles(
+        self, wanted: OfKinds, once: OfKinds, *extras: Tensor
+    ) -> Iterator[tuple[Tile, tuple[Tensor, ...]]]:
         """All pairs that interact, and the extras of each tile's keys, each [k, ...].
 
         Args:
             wanted: which of the tiles.
+            once: of which tiles the mirrored ones are left out, where there are such: all keys are
+                rows of this rank.
             extras: numbers of the rows of this rank [R, ...], which travel with them as keys.
 
         Collectives: those of one round over the keys, see `KeySource.blocks`.
         """
         for block in self.source.blocks(*extras):
-            for tile in self._tiles(block, wanted):
+            for tile in self._tiles(block, wanted, once):
                 yield tile, tuple(x[tile.at] for x in block.extras)
 
-    def _tiles(self, block: Block, wanted: Wanted) -> Iterator[Tile]:
+    def _tiles(self, block: Block, wanted: OfKinds, once: OfKinds) -> Iterator[Tile]:
         assert block.tags is not None
         order = sorting(block.tags)
         in_order = torch.equal(order, torch.arange(len(order), device=order.device))
@@ -156,7 +166,10 @@ class Points:
                     (block.keys[k] if in_order else block.keys[at]).transpose(0, 1).contiguous()
                 )
                 for rows in row_runs:
+                    alone = self._keys_are_rows and once(rows.kind, keys.kind)
                     for r in chunks(rows.span, self._chunk_size):
+                        if alone and r.start > k.start:
+                            continue
                         self_at = self._own(r, block.first, at) if rows.kind == keys.kind else None
                         for g in self._chunks_of_groups((r.stop - r.start) * len(at)):
                             yield self._kept.get((k.start, r.start, g.start)) or self._keep(
@@ -164,6 +177,7 @@ class Points:
                                 Tile(
                                     g, r, self.rows[g, r], points[g],
                                     rows.kind, keys.kind, keys.label, at, self_at,
+                                    k if self._keys_are_rows and r.start < k.start else None,
                                     self._mirror(k.start, r.start, g.start),
                                 ),
                             )  # fmt: skip
