@@ -2,8 +2,8 @@
 
     python benchmarks/force.py [--sizes full] [--tables dense products large keops ranks groups]
 
-fp32, on Linux, two threads, as many
-generated points as data. The other ways are in force_baselines.py:
+fp32, on Linux, two threads, as many generated points as data. The other ways are in
+force_baselines.py:
 
 - dense: the seed's code in plain torch, and Algorithm 2 of the paper.
 - products: the two matrix products that nothing can do without, x @ x.T and w @ x of all points.

@@ -154,27 +154,39 @@ def _exact_slopes(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
     return by_x, by_y
 
 
-def distances(x: Tensor, y: Tensor) -> Tensor:
+def distances(x: Tensor, y: Tensor, apart: Tensor | None = None) -> Tensor:
     """Euclidean distances between rows: [G, r, D], [G, c, D] -> [G, r, c]; 0 exactly where rows
     are equal. One matrix product, repaired where it loses its digits.
+
+    Args:
+        apart: bool [r, c], pairs whose distance is taken as infinite.
     """
     if 0 in (x.shape[-2], y.shape[-2]):
         return x.new_empty(*x.shape[:-1], y.shape[-2])
-    if x.shape[-1] <= _FEW_DIMENSIONS:
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    square = None if x.shape[-1] <= _FEW_DIMENSIONS else _squares(x, y, apart)
+    if square is not None:
+        return square.sqrt_()
+    d = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    return d if apart is None else d.masked_fill_(apart, torch.inf)
+
+
+def _squares(x: Tensor, y: Tensor, apart: Tensor | None) -> Tensor | None:
+    """Squares of `distances`; None where many must be repaired."""
     # Rounding is relative to the norms, which are smallest seen from the middle.
     middle = y.mean(-2, keepdim=True)
     x_near, y_near = x - middle, y - middle
     x_square = torch.linalg.vector_norm(x_near, dim=-1, keepdim=True).square_()
     y_square = torch.linalg.vector_norm(y_near, dim=-1).square_()[..., None, :]
     square = (x_square + y_square).baddbmm_(x_near, y_near.transpose(-1, -2), alpha=-2)
+    if apart is not None:
+        square.masked_fill_(apart, torch.inf)
     largest = x_square + y_square.amax(-1, keepdim=True)  # of the magnitudes in a row
     if (square.amin(-1, keepdim=True) < _CLOSE * largest).any():
         close = square < _CLOSE * (x_square + y_square)
         num_close = int(torch.count_nonzero(close))
         if num_close * _MANY > close.numel():
-            return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+            return None
         group, row, column = close.nonzero(as_tuple=True)
         square[close] = (x[group, row] - y[group, column]).square().sum(-1)
-    # What is not close is not negative. Two points in the middle, without magnitude, have 0 already.
-    return square.sqrt_()
+    # What is not close is not negative; two points in the middle, without magnitude, have 0.
+    return square

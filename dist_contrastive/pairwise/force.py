@@ -50,8 +50,8 @@ def distance_sums(
 
     for tile, of_keys in points.tiles(wanted, once, *extras):
         place, per_key = (tile.g, tile.label), tile.lengths.sum(1)
-        keys_r = tile.keys_r if once(tile.row_kind, tile.kind) else None
-        times = 2 if keys_r or (twice and tile.row_kind != tile.kind) else 1
+        is_both = tile.is_mirrored and once(tile.row_kind, tile.kind)
+        times = 2 if is_both or (twice and tile.row_kind != tile.kind) else 1
         if weights is None:
             total[place] += times * per_key.sum(-1).double()
             count[place] += times * tile.num_pairs
@@ -64,8 +64,8 @@ def distance_sums(
             # A point is a row, and a key of the other rows.
             steep *= 2.0 if weights is None else weights.T[tile.g, tile.r, None] + weight[:, None]
             slopes[tile.g, tile.r] += _summed_ways(steep, tile.keys, tile.rows)
-            if keys_r:
-                slopes[tile.g, keys_r] += _summed_ways(steep.mT, tile.rows, tile.keys)
+            if is_both:
+                slopes[tile.g, tile.k] += _summed_ways(steep.mT, tile.rows, tile.keys)
     return total, count, slopes
 
 
@@ -129,7 +129,7 @@ class StreamedForce:
 
         for tile, of_keys in self._points.tiles(wanted, once, *e.travelling()):
             x, moves = e.of_tile(tile, of_keys), tile.row_kind == GENERATED
-            is_both = once(tile.row_kind, tile.kind) and tile.keys_r is not None
+            is_both = tile.is_mirrored and once(tile.row_kind, tile.kind)
             times = 2 if is_both or (twice and tile.row_kind != tile.kind) else 1
             of_rows, of_tile = self._tile_sums(x, tile, moves, with_square)
             place, side = (slice(None), tile.g, tile.r), int(tile.kind == POSITIVE)
@@ -213,8 +213,8 @@ def _log_sum_exps(
     for tile, _ in points.tiles(affinity.in_softmax, _always):
         by_rows, by_keys = _tile_logsumexp(tile, slope, powers)
         found = [(tile.row_kind, tile.kind, tile.r, by_rows, tile.nearest)]
-        if tile.keys_r is not None and by_keys is not None:
-            found.append((tile.kind, tile.row_kind, tile.keys_r, by_keys, tile.nearest_of_keys))
+        if by_keys is not None:
+            found.append((tile.kind, tile.row_kind, tile.k, by_keys, tile.nearest_of_keys))
         for row_kind, key_kind, r, part, nearest in found:
             for side in affinity.sides(row_kind, key_kind):
                 _add_log(lse[side], (slice(None), tile.g, r), part)
@@ -226,7 +226,7 @@ def _tile_logsumexp(tile: Tile, slope: Tensor, powers: Powers) -> tuple[Tensor, 
     """Of -d/t over the keys of a tile [T, g, r], and over its rows for the keys [T, g, k] where the
     mirrored tile is left out."""
     slope, d, coinciding = slope[:, tile.g, tile.label], tile.d, tile.coinciding
-    if tile.keys_r is None:
+    if not tile.is_mirrored:
         return _logsumexp(d, tile.nearest, coinciding, slope, powers), None
     by_both = _logsumexps(tile, slope, powers)
     if by_both is None:

@@ -45,6 +45,7 @@ class Tile:
 
     g: slice  # which groups
     r: slice  # which rows
+    k: slice  # which keys, in the order of `sorting`
     rows: Tensor  # [g, r, D]
     keys: Tensor  # [g, k, D]
     row_kind: int
@@ -52,7 +53,7 @@ class Tile:
     label: int  # of all
     at: Tensor  # [k] int64: where the keys are in their block
     self_at: Tensor | None  # [r] int64: where in the block the rows are; None: not among the keys
-    keys_r: slice | None  # which rows the keys are, where the mirrored tile, of these, comes later
+    is_mirrored: bool  # whether the keys are rows k, and the tile of these comes later
     mirror: "Tile | None"  # the mirrored tile, where it came before and is kept
 
     @cached_property
@@ -61,9 +62,8 @@ class Tile:
         if self.mirror is not None:
             d, coinciding = self.mirror.d.mT.contiguous(), self.mirror.coinciding
             return d, d.amin(-1), None if coinciding is None else coinciding.mT
-        d = distances(self.rows, self.keys)
-        if self.self_at is not None:
-            d.masked_fill_(self.self_at[:, None] == self.at, torch.inf)
+        same = None if self.self_at is None else self.self_at[:, None] == self.at
+        d = distances(self.rows, self.keys, same)
         nearest, coinciding = d.amin(-1), None
         if (nearest == 0).any():
             coinciding = d == 0
@@ -149,13 +149,17 @@ class Points:
         Collectives: those of one round over the keys, see `KeySource.blocks`.
         """
         for block in self.source.blocks(*extras):
-            for tile in self._tiles(block, wanted, once):
-                yield tile, tuple(x[tile.at] for x in block.extras)
+            assert block.tags is not None
+            order = sorting(block.tags)
+            in_order = torch.equal(order, torch.arange(len(order), device=order.device))
+            sorted_extras = block.extras if in_order else [x[order] for x in block.extras]
+            for tile in self._tiles(block, order, in_order, wanted, once):
+                yield tile, tuple(x[tile.k] for x in sorted_extras)
 
-    def _tiles(self, block: Block, wanted: OfKinds, once: OfKinds) -> Iterator[Tile]:
+    def _tiles(
+        self, block: Block, order: Tensor, in_order: bool, wanted: OfKinds, once: OfKinds
+    ) -> Iterator[Tile]:
         assert block.tags is not None
-        order = sorting(block.tags)
-        in_order = torch.equal(order, torch.arange(len(order), device=order.device))
         for keys in _runs(block.tags[order]):
             row_runs = [
                 x for x in self._runs if x.label == keys.label and wanted(x.kind, keys.kind)
@@ -175,9 +179,9 @@ class Points:
                             yield self._kept.get((k.start, r.start, g.start)) or self._keep(
                                 (k.start, r.start, g.start),
                                 Tile(
-                                    g, r, self.rows[g, r], points[g],
+                                    g, r, k, self.rows[g, r], points[g],
                                     rows.kind, keys.kind, keys.label, at, self_at,
-                                    k if self._keys_are_rows and r.start < k.start else None,
+                                    self._keys_are_rows and r.start < k.start,
                                     self._mirror(k.start, r.start, g.start),
                                 ),
                             )  # fmt: skip
