@@ -64,7 +64,7 @@ class Setup(NamedTuple):
 
 SETUPS = {
     "eight_gaussians": Setup(
-        "eight Gaussians", "eight_gaussians", "eight_gaussians", 1, 512, (1, 4, 16, 64), 600,
+        "eight Gaussians", "eight_gaussians", "eight_gaussians", 1, 512, (1, 4, 16, 64, 128), 600,
         (),
     ),
     "digits": Setup(
