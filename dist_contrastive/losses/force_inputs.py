@@ -119,9 +119,12 @@ def _checked_counts(group: Group, given: Given, are_compared: bool) -> list[tupl
 
 def _marked(weights: Tensor | None) -> Tensor | None:
     """Weights [..., 1], as rows, of which headers count those with NaN: here negative ones too."""
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+    if not isinstance(weights, Tensor):
         return weights
-    return weights.detach().masked_fill(weights < 0, torch.nan)[..., None]
+    weights = weights.detach()
+    if weights.is_floating_point():
+        weights = weights.masked_fill(weights < 0, torch.nan)
+    return weights[..., None]
 
 
 def _counts_of(number: int, headers: dict[str, RowHeader | None]) -> tuple[int, ...]:
