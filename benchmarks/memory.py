@@ -1,6 +1,6 @@
 """Memory of the losses, backward included: how it grows with the global batch.
 
-    python benchmarks/memory.py [--sizes 2048 4096 8192 16384] [--dim 64]
+    python benchmarks/memory.py [--sizes 2048 4096 8192 16384] [--dim 64] [--losses LOSS ...]
 
 One process, fp32, on Linux. Every line is measured in a process of its own: the peak of its
 resident memory during forward and backward minus what it held before. Freed blocks go back at
@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
     parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--ranks", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> None:
         print(json.dumps([peak_on_ranks(args.ranks[0], int(args.ranks[1]))]))
     else:
         print(f"{'loss':18} {'impl':8} " + " ".join(f"{x:>8}" for x in args.sizes) + "  slope")
-        for name in LOSSES:
+        for name in args.losses:
             for impl in ("dense", "chunked"):
                 report(name, impl, args.sizes, args.dim)
         world_sizes = (2, 4)
