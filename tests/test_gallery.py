@@ -90,9 +90,9 @@ def test_a_sweep_is_drawn_and_not_done_twice(setup, tmp_path, monkeypatch, capsy
 
 
 def test_cells_of_the_table():
-    seeds = [{"energy distance": x, "sliced Wasserstein": 2 * x} for x in (0.1, 0.2, 0.3)]
+    seeds = [{"energy distance": x, "datum to nearest sample": 2 * x} for x in (0.1, 0.2, 0.3)]
     setup = group_size.SETUPS["eight_gaussians"]
-    swept = Sweep(setup, {4: seeds}, {"energy distance": -0.01, "sliced Wasserstein": 0.02})
+    swept = Sweep(setup, {4: seeds}, {"energy distance": -0.01, "datum to nearest sample": 0.02})
     assert group_size.as_markdown(swept)[2:] == [
         f"| 4 | {setup.batch // 4} | 0.2000 ± 0.1000 | 0.4000 ± 0.2000 |",
         "| training data | | -0.0100 | 0.0200 |",
