@@ -5,7 +5,7 @@
 Trains configs/eight_gaussians.yaml, configs/checkerboard.yaml and configs/swiss_roll.yaml by the
 trainer. Each is a row: samples of the untrained and of the trained generator, held-out data, and
 the force on one more generated point, first and last. Runs are kept in the folder: what is trained
-is not trained again. Six minutes of one core.
+is not trained again. Ten minutes of one core.
 """
 
 import argparse
