@@ -1,6 +1,6 @@
 # make demo    train an encoder and a generator on real digits over two ranks, and evaluate them
 # make test    prove the contracts          make check   format, lint, types
-# make bench   memory, speed, precision, and what each supervision is worth (an hour)
+# make bench   memory, speed, precision, what each supervision and larger groups are worth (hours)
 # make clean   remove what these made
 #
 # Each builds .venv by itself when it is missing or older than what it is made from.
@@ -32,7 +32,11 @@ bench: .venv/stamp
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/force.py
+	$(BIN)/python benchmarks/force_precision.py
 	$(BIN)/python benchmarks/supervision.py
+	$(BIN)/python benchmarks/gallery.py
+	$(BIN)/python benchmarks/group_size.py
 
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv

@@ -81,6 +81,11 @@ def embedding_map(
     _save(figure, path)
 
 
+def are_images(samples: Tensor) -> bool:
+    """Whether they can be shown as such: [n, C, H, W] of 1 or 3 channels."""
+    return samples.dim() == 4 and samples.shape[1] in (1, 3)
+
+
 def sample_grid(
     generated: Tensor,
     generated_labels: Tensor,

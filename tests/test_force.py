@@ -173,7 +173,7 @@ BAD = {  # what two ranks give, and words of the refusal
     ),
     "integers": (
         [POINTS, {"negative": TWO, "positive": TWO.long()}],
-        "torch.float32 and torch.int64 as on rank 1",
+        "rank 1 gives torch.float32 and torch.int64",
     ),
     "no dimension": (
         [{"negative": TWO[:, :0], "positive": TWO[:, :0]}] * 2,
@@ -190,6 +190,18 @@ BAD = {  # what two ranks give, and words of the refusal
     "nothing generated": (
         [{"negative": TWO[:0], "positive": TWO, "fixed": TWO}] * 2,
         "ranks together hold 0 negative (generated) and 4 positive",
+    ),
+    "no positive on one rank": (
+        [POINTS, {"negative": TWO, "positive": None}],
+        "positive are missing on ranks [1]; give them on all ranks",
+    ),
+    "points that are no tensor": (
+        [POINTS, {"negative": TWO.numpy(), "positive": THREE}],
+        "points must be floating tensors of at most 6 dimensions; rank 1 gives no such tensor and",
+    ),
+    "weights that overflow": (
+        [{**POINTS, "negative_weights": x} for x in (TWO[:, 0], TWO[:, 0].double() * 1e100)],
+        "negative_weights on rank 1 hold NaN, infinity or negative numbers",
     ),
     "fixed on one rank": (
         [{**POINTS, "fixed": TWO}, POINTS],
@@ -265,6 +277,8 @@ def test_bad_points_are_refused_on_all_ranks_in_the_same_words():
             ({"temperatures": t}, f"temperatures={t} must be one or more positive numbers")
             for t in ((), (0.1, 0.0), (-0.1,), (torch.nan,), (torch.inf,))
         ),
+        ({"temperatures": 0.1}, "temperatures=0.1 must be one or more positive numbers"),
+        ({"temperatures": ["0.1"]}, "temperatures=['0.1'] must be one or more positive numbers"),
         ({"preset": "paint"}, "preset='paint' is not known; use one of seed, drift, paper"),
         ({"scale_scope": "rank"}, "scale_scope='rank' is not known; use one of label, group"),
         ({"norm_scope": "groups"}, "norm_scope='groups' is not known"),

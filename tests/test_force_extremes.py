@@ -40,6 +40,9 @@ def clouds(name: str, dim: int) -> tuple[Tensor, Tensor]:
         "one alone": (torch.cat([y[:1].repeat(M, 1), x[:1]]), y[:1].repeat(N, 1)),
         "one of each": (x[:1], y[:1]),
         "two and one": (x[:2], y[:1]),
+        "tight modes": tuple(
+            4 * z[:8].repeat(-(-len(z) // 8), 1)[: len(z)] + 1e-2 * z for z in (x, y)
+        ),
         "outlier in the data": (x, torch.cat([y, torch.full((1, dim), 1e6)])),
         "outlier generated": (torch.cat([x, torch.full((1, dim), 1e6)]), y),
         "tiny": (1e-15 * x, 1e-15 * y),
@@ -50,7 +53,7 @@ def clouds(name: str, dim: int) -> tuple[Tensor, Tensor]:
 NAMES = (
     "plain", "away from the origin", "all equal", "collapsed", "collapsed, one positive",
     "collapsed to a point", "collapsed to a point, one positive", "exact pairs", "on the data",
-    "close pairs", "one alone", "one of each", "two and one", "outlier in the data",
+    "close pairs", "tight modes", "one alone", "one of each", "two and one", "outlier in the data",
     "outlier generated", "tiny", "huge",
 )  # fmt: skip
 
@@ -223,6 +226,25 @@ def test_never_nan(options, preset, temperature, case):
 
 def far_points() -> list[Tensor]:
     return [0.8 * normal(11, 256, 6) + 0.1, normal(13, 256, 7)]
+
+
+def beside_an_outlier() -> Tensor:
+    """Rank 0 has a far point and nothing else; slopes of the points that are not far."""
+    negative, positive = far_points()
+    if dist.get_rank() == 0:
+        negative, positive = torch.full((1, 256), -1e5), positive[:0]
+    negative.requires_grad_()
+    losses.ContrastiveForce(impl="chunked")(negative, positive).backward()
+    return negative.grad
+
+
+def test_the_outlier_of_one_rank_costs_no_digits():
+    _, found = run_ranks(beside_an_outlier, 2)
+    negative, positive = (x.double() for x in far_points())
+    negative = torch.cat([torch.full((1, 256), -1e5).double(), negative]).requires_grad_()
+    losses.ContrastiveForce(impl="dense")(negative, positive).backward()
+    right = 2 * negative.grad[1:]
+    assert (found.double() - right).norm() <= 1e-5 * right.norm()
 
 
 RING = [(preset, t) for preset in PRESETS for t in ((0.001,), (0.01,), FIVE)]

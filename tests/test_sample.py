@@ -9,13 +9,15 @@ from conftest import CONFIGS, num_colours
 from PIL import Image
 from torch import Tensor
 
-from dist_contrastive import checkpoint, trainer
+from dist_contrastive import checkpoint, report, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.cli import main
 from dist_contrastive.data import ShardIndex, keyed_random
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.models import build_generator
 from dist_contrastive.tasks import build_task
 from dist_contrastive.tasks.drift import NOISE_STREAM
+from dist_contrastive.tasks.runs import load_encoder
 
 SHORT = ("train.steps=3", "train.log_every=10")
 PIXELS = "task.features=[{name: pixels}]"
@@ -149,10 +151,15 @@ def test_points_are_an_array_and_a_picture(name, runs, tmp_path):
     ("run", "options", "words"),
     [
         ("plain", ["--guidance", "2"], "guidance=2, but this generator was trained without"),
+        ("plain", ["--count", "1000001"], "count=1000001 and guidance=1 must both be 1 or more"),
         ("plain", ["--count", "0"], "count=0 and guidance=1 must both be 1 or more"),
         ("guided", ["--guidance", "0.5"], "guidance=0.5 must both be 1 or more"),
         ("guided", ["--guidance", "nan"], "guidance=nan must both be 1 or more"),
-        ("guided", ["--guidance", "inf"], "guidance=inf must both be 1 or more, and finite"),
+        (
+            "guided",
+            ["--guidance", "inf"],
+            "guidance=inf must both be 1 or more, count up to 1000000",
+        ),
         ("guided", ["--classes", "3", "10", "-1"], "classes [10, -1] are not among 0 ... 9"),
         ("points", ["--classes", "0"], "this generator was trained without classes"),
         ("encoder", [], "is a run of task 'two_view', which trains no generator"),
@@ -176,3 +183,18 @@ def test_wrong_folders(runs, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["sample", str(runs["plain"]), "--out", str(tmp_path / "file")]) == 64
     assert f"samples cannot be written to {tmp_path}/file (File exists)" in capsys.readouterr().err
+
+
+def test_an_encoder_of_other_images_is_refused(runs):
+    with pytest.raises(ConfigError) as caught:
+        load_encoder(runs["encoder"], (3, 8, 8))
+    assert f"the encoder of {runs['encoder']} does not fit images of shape (3, 8, 8)" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((2, 1, 8, 8), True), ((2, 3, 8, 8), True), ((2, 2, 8, 8), False)]
+)
+def test_what_is_an_image(shape, expected):
+    assert report.are_images(torch.zeros(shape)) == expected

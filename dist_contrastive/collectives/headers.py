@@ -115,7 +115,8 @@ def _count_bad_rows(x: Tensor) -> int:
     low, high = x.detach().flatten(1).aminmax(dim=1)
     largest = torch.maximum(low.abs(), high.abs()).to(accumulation_dtype(x.dtype))
     # A norm is the root of a sum of squares; normalising by an infinite one would give zeros.
-    limit = math.sqrt(torch.finfo(largest.dtype).max / x[0].numel())
+    # Differences of rows are twice as large, and the sum of two of these squares eight times.
+    limit = math.sqrt(torch.finfo(largest.dtype).max / (8 * x[0].numel()))
     return int((~(largest <= limit)).sum())
 
 

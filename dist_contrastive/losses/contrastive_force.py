@@ -10,17 +10,17 @@ d Euclidean distances, t a temperature, A the weights of pairs. Per group and te
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Unpack, get_args
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import PairLoss, PairOptions, at_least, one_of
+from dist_contrastive.losses.base import PairLoss, PairOptions, at_least
 from dist_contrastive.losses.force_inputs import ForceInputs, KindOfPoints, amid, force_inputs
-from dist_contrastive.losses.force_presets import PRESETS, Preset
+from dist_contrastive.losses.force_presets import Preset, rules_of
 from dist_contrastive.losses.force_units import (
     AttachGradient,
     Pool,
@@ -81,17 +81,17 @@ class ContrastiveForce(PairLoss):
             only means with scope ``global`` cross ranks; ``impl="auto"`` is ``chunked``; ``dense``
             with a ring has tiles as large as blocks.
 
-    Collectives: all-gathers of a few numbers and one point per group, all-reduces of a few numbers
-    per group; gather: one all-gather of the points, their tags, and a few numbers per point and
-    temperature; ring: four rounds over points and tags, two of them with those numbers. Backward:
-    for ``seed`` one all-reduce of a number per group and label, else none.
+    Collectives: all-gathers of a few numbers and of some 256 points, all-reduces of a few numbers
+    per group; gather: one all-gather of the points and their tags, two of a few numbers per point
+    and temperature, one of weights; ring: four rounds over points and tags, with those numbers.
+    Backward: for ``seed`` one all-reduce of a number per group and label, else none.
     """
 
     takes = "points"
 
     def __init__(
         self,
-        temperatures: tuple[float, ...] | None = None,
+        temperatures: Sequence[float] | None = None,
         preset: Preset = "drift",
         *,
         scale_scope: Scope | None = None,
@@ -103,19 +103,9 @@ class ContrastiveForce(PairLoss):
         **options: Unpack[PairOptions],
     ) -> None:
         super().__init__(**options)
-        one_of("preset", preset, tuple(PRESETS))
         self.preset: Preset = preset
-        rules = PRESETS[preset]
-        self.rules = replace(
-            rules,
-            temperatures=rules.temperatures if temperatures is None else tuple(temperatures),
-            affinity=replace(rules.affinity, floor=affinity_floor),
-            scale_scope=scale_scope or rules.scale_scope,
-            norm_scope=norm_scope or rules.norm_scope,
-        )
-        one_of("scale_scope", self.rules.scale_scope, get_args(Scope))
-        one_of("norm_scope", self.rules.norm_scope, get_args(Scope))
-        _check_settings(self.temperatures, affinity_floor, cache_mb)
+        self.rules = rules_of(preset, temperatures, scale_scope, norm_scope, affinity_floor)
+        at_least(0, cache_mb=cache_mb)
         self._pool_scale = Pool(self.rules.scale_scope, self.keys_from == "local", self.group)
         self._pool_norm = Pool(self.rules.norm_scope, self.keys_from == "local", self.group)
         self.normalise_total = normalise_total
@@ -152,22 +142,21 @@ class ContrastiveForce(PairLoss):
                 0 or more: the columns of A are multiplied by them after the softmaxes, and
                 distances count with them in scale. None: 1 each.
         """
+        given = self._inputs(
+            KindOfPoints(negative, negative_labels, negative_weights),
+            KindOfPoints(positive, positive_labels, positive_weights),
+            None if fixed is None else KindOfPoints(fixed, fixed_labels, fixed_weights),
+        )
         # Mixed precision would compute distances in bf16, which t = 0.01 makes errors of A.
-        with torch.autocast(negative.device.type, enabled=False):
-            return self._loss(
-                self._inputs(
-                    KindOfPoints(negative, negative_labels, negative_weights),
-                    KindOfPoints(positive, positive_labels, positive_weights),
-                    None if fixed is None else KindOfPoints(fixed, fixed_labels, fixed_weights),
-                )
-            )
+        with torch.autocast(given.rows.device.type, enabled=False):
+            return self._loss(given)
 
     @torch.no_grad()
     def force(self, negative: Tensor, positive: Tensor, fixed: Tensor | None = None) -> Tensor:
         """Sum of the forces at all temperatures, without rescaling: the shape of negative."""
-        with torch.autocast(negative.device.type, enabled=False):
-            others = None if fixed is None else KindOfPoints(fixed)
-            given = self._inputs(KindOfPoints(negative), KindOfPoints(positive), others)
+        others = None if fixed is None else KindOfPoints(fixed)
+        given = self._inputs(KindOfPoints(negative), KindOfPoints(positive), others)
+        with torch.autocast(given.rows.device.type, enabled=False):
             points = self._points(given)
             scale = points.rows.new_ones(len(points.rows), given.num_labels)
             force = self._force(points, given, scale)
@@ -199,7 +188,7 @@ class ContrastiveForce(PairLoss):
     def _points(self, given: ForceInputs) -> Points:
         """This rank's rows, seen from amid all points, and the keys of all ranks."""
         rows = given.rows.detach()
-        rows = rows - amid(rows, self.keys_from != "local", self.group)
+        rows = rows - amid(rows, given.sizes, self.keys_from != "local", self.group)
         chunk_size = max(given.sizes) if self.impl == "dense" else self.chunk_size
         pairs = self.pairs(rows, rows, given.sizes, given.tags)
         return Points(pairs, chunk_size, self.cache_mb)
@@ -295,16 +284,3 @@ def contrastive_force(
     """
     loss = ContrastiveForce((temperature,), preset, **options)
     return loss.force(negative, positive, fixed)
-
-
-def _check_settings(
-    temperatures: tuple[float, ...], affinity_floor: float, cache_mb: float
-) -> None:
-    if not temperatures or not all(0 < t < math.inf for t in temperatures):
-        raise ConfigError(
-            f"temperatures={tuple(temperatures)} must be one or more positive numbers, "
-            f"for instance (0.02, 0.05, 0.2)"
-        )
-    if not 0 <= affinity_floor < 1:
-        raise ConfigError(f"affinity_floor={affinity_floor} must be from 0 to below 1, as 1e-3")
-    at_least(0, cache_mb=cache_mb)

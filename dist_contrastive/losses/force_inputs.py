@@ -80,18 +80,16 @@ def force_inputs(group: Group, are_compared: bool, given: Given) -> ForceInputs:
     )
 
 
-def amid(rows: Tensor, are_compared: bool, group: Group) -> Tensor:
+def amid(rows: Tensor, sizes: tuple[int, ...], are_compared: bool, group: Group) -> Tensor:
     """A place near most of the rows of all ranks [R, G, D], however far away some are: [G, D]. In
-    each dimension the median of the ranks' medians, each of some hundred rows.
+    each dimension the median of some hundred rows, of every rank in proportion to its `sizes`.
 
-    Collectives: one all-gather of a point per group, with its sizes, if ranks are compared.
+    Collectives: one all-gather of these rows, with how many they are, if ranks are compared.
     """
-    medians = (
-        rows[:: max(1, len(rows) // _ENOUGH_ROWS)].median(0).values[None] if len(rows) else rows
-    )
+    some = rows[:: max(1, sum(sizes) // _ENOUGH_ROWS)]
     if are_compared:
-        medians, _ = collectives.all_gather_rows(medians, group)
-    return medians.median(0).values
+        some, _ = collectives.all_gather_rows(some, group)
+    return some.median(0).values
 
 
 def _checked_counts(group: Group, given: Given, are_compared: bool) -> list[tuple[int, ...]]:
@@ -103,9 +101,10 @@ def _checked_counts(group: Group, given: Given, are_compared: bool) -> list[tupl
         if of_kind is not None:
             points, labels, weights = of_kind.points, of_kind.labels, of_kind.weights
         flat[name] = points
-        flat[f"{name}_labels"], flat[f"{name}_weights"] = labels, _marked(weights)
+        flat[f"{name}_labels"], flat[f"{name}_weights"] = labels, _marked(weights, points)
     table = collectives.exchange_headers(flat, group)
-    is_given("fixed", table["fixed"], is_needed=False)
+    for name in KINDS:
+        is_given(name, table[name], is_needed=name != "fixed")
     is_given("labels", table["negative_labels"], is_needed=False)
     for name in KINDS:
         is_given(f"{name}_weights", table[f"{name}_weights"], is_needed=False)
@@ -117,12 +116,15 @@ def _checked_counts(group: Group, given: Given, are_compared: bool) -> list[tupl
     return counts
 
 
-def _marked(weights: Tensor | None) -> Tensor | None:
-    """Weights [..., 1], as rows, of which headers count those with NaN: here negative ones too."""
+def _marked(weights: Tensor | None, points: Tensor | None) -> Tensor | None:
+    """Weights [..., 1] as the points are compared with them, as rows, of which headers count those
+    with NaN: here negative ones too."""
     if not isinstance(weights, Tensor):
         return weights
     weights = weights.detach()
     if weights.is_floating_point():
+        if isinstance(points, Tensor):
+            weights = weights.to(collectives.accumulation_dtype(points.dtype))
         weights = weights.masked_fill(weights < 0, torch.nan)
     return weights[..., None]
 
@@ -135,12 +137,13 @@ def _counts_of(number: int, headers: dict[str, RowHeader | None]) -> tuple[int, 
         if (header := headers[name]) is not None
     }
     dtypes = [header.dtype for name in shapes if (header := headers[name])]
-    _check_shapes(number, shapes)
     if not all(dtype and dtype.is_floating_point for dtype in dtypes):
+        found = " and ".join("no such tensor" if x is None else str(x) for x in dtypes)
         raise ConfigError(
-            f"points must be floating, of at most {MAX_DIMS} dimensions, not "
-            f"{' and '.join(map(str, dtypes))} as on rank {number}"
+            f"points must be floating tensors of at most {MAX_DIMS} dimensions; rank {number} gives "
+            f"{found}"
         )
+    _check_shapes(number, shapes)
     _check_labels(number, shapes, headers)
     for name, shape in shapes.items():
         _check_weights(number, name, shape, headers[f"{name}_weights"])
@@ -188,9 +191,10 @@ def _check_weights(
     found = (weights.rows, *weights.trailing)[:-1]
     floating = weights.dtype is not None and weights.dtype.is_floating_point
     if not floating or found not in (shape[-2:-1], shape[:-1]):
+        wanted = " or ".join(map(str, dict.fromkeys((shape[-2:-1], shape[:-1]))))
         raise ConfigError(
             f"{name}_weights of shape {found} and {weights.dtype} on rank {number} do not fit "
-            f"points of shape {shape}; give floating numbers {shape[-2:-1]} or {shape[:-1]}"
+            f"points of shape {shape}; give floating numbers {wanted}"
         )
     if weights.bad_rows:
         raise NonFiniteError(

@@ -1,8 +1,12 @@
 """The forms of the contrastive force that are in use, as settings of one computation."""
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses.base import one_of
 from dist_contrastive.losses.force_units import Scope
 from dist_contrastive.pairwise.affinity import Affinity
 
@@ -56,3 +60,43 @@ PRESETS: dict[str, ForceRules] = {
         per_dimension=True,
     ),
 }
+
+
+def rules_of(
+    preset: str,
+    temperatures: Sequence[float] | None,
+    scale_scope: Scope | None,
+    norm_scope: Scope | None,
+    affinity_floor: float,
+) -> ForceRules:
+    """Those of a preset, with what is given, rather than None, in the place of its own.
+
+    Raises:
+        ConfigError: unknown names, numbers out of range.
+    """
+    one_of("preset", preset, tuple(PRESETS))
+    rules = PRESETS[preset]
+    if temperatures is not None:
+        if not _are_positive(temperatures):
+            raise ConfigError(
+                f"temperatures={temperatures!r} must be one or more positive numbers, "
+                f"for instance (0.02, 0.05, 0.2)"
+            )
+        rules = replace(rules, temperatures=tuple(temperatures))
+    if not 0 <= affinity_floor < 1:
+        raise ConfigError(f"affinity_floor={affinity_floor} must be from 0 to below 1, as 1e-3")
+    rules = replace(
+        rules,
+        affinity=replace(rules.affinity, floor=affinity_floor),
+        scale_scope=scale_scope or rules.scale_scope,
+        norm_scope=norm_scope or rules.norm_scope,
+    )
+    one_of("scale_scope", rules.scale_scope, get_args(Scope))
+    one_of("norm_scope", rules.norm_scope, get_args(Scope))
+    return rules
+
+
+def _are_positive(numbers: Any) -> bool:
+    if not isinstance(numbers, Sequence) or not numbers:
+        return False
+    return all(isinstance(x, int | float) and 0 < x < math.inf for x in numbers)

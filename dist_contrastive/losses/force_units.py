@@ -67,13 +67,13 @@ def log_length(sums: LogSums, pool: Pool) -> Tensor:
 
 
 def log_largest(sums: LogSums, labels: Tensor, pool: Pool) -> Tensor:
-    """Logarithm of the largest sum of weights that a force has in it: [T, G, L].
+    """Logarithm of the largest sum of weights that a force has in it: [T, G, L] fp64.
 
     Args:
         labels: of the generated points [m].
     """
-    of_rows = sums.moving[..., : len(labels)]
-    largest = torch.full_like(sums.square, -torch.inf, dtype=of_rows.dtype)
+    of_rows = sums.moving[..., : len(labels)].double()
+    largest = torch.full_like(sums.square, -torch.inf)
     largest.scatter_reduce_(-1, labels.expand(of_rows.shape), of_rows, "amax")
     return pool.max(largest)
 

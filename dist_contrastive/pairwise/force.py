@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_contrastive.pairwise.affinity import SAFE, Affinity, Exponents
+from dist_contrastive.pairwise.affinity import Affinity, Exponents
+from dist_contrastive.pairwise.log_sum_exps import add_log, log_sum_exps
 from dist_contrastive.pairwise.points import GENERATED, POSITIVE, Points, Tile
 from dist_contrastive.pairwise.powers import Powers
 
@@ -63,9 +64,10 @@ def distance_sums(
             steep = tile.d.clamp(min=_TINY).reciprocal_()
             # A point is a row, and a key of the other rows.
             steep *= 2.0 if weights is None else weights.T[tile.g, tile.r, None] + weight[:, None]
-            slopes[tile.g, tile.r] += _summed_ways(steep, tile.keys, tile.rows)
+            slopes[tile.g, tile.r] += _summed_ways(steep, tile.keys, tile.rows, tile.has_close)
             if is_both:
-                slopes[tile.g, tile.k] += _summed_ways(steep.mT, tile.rows, tile.keys)
+                by_keys = _summed_ways(steep.mT, tile.rows, tile.keys, tile.has_close)
+                slopes[tile.g, tile.k] += by_keys
     return total, count, slopes
 
 
@@ -102,7 +104,7 @@ class StreamedForce:
         powers: Powers,
     ) -> None:
         self._points, self._affinity, self._powers = points, affinity, powers
-        lse, near = _log_sum_exps(points, affinity, slope, powers)
+        lse, near = log_sum_exps(points, affinity, slope, powers)
         self._lse = lse[0]
         self._e = Exponents.of(slope, lse, near, weights, affinity.floor)
 
@@ -134,11 +136,11 @@ class StreamedForce:
             of_rows, of_tile = self._tile_sums(x, tile, moves, with_square)
             place, side = (slice(None), tile.g, tile.r), int(tile.kind == POSITIVE)
             if moves:
-                _add_log(others[side], place, of_rows)
+                add_log(others[side], place, of_rows)
             if moves and tile.coinciding is not None:
-                _add_log(coincide[side], place, x.of_coinciding(tile.coinciding))
+                add_log(coincide[side], place, x.of_coinciding(tile.coinciding))
             if with_square:
-                _add_log(square, (slice(None), tile.g, tile.label), of_tile + math.log(times))
+                add_log(square, (slice(None), tile.g, tile.label), of_tile + math.log(times))
             if tile.g.start == 0:
                 num_pairs[tile.label] += times * tile.num_pairs
         negative, positive = torch.logaddexp(coincide, others)
@@ -198,111 +200,21 @@ class StreamedForce:
         return force
 
 
-def _log_sum_exps(
-    points: Points, affinity: Affinity, slope: Tensor, powers: Powers
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Log-sum-exps of -d/t [T, G, R], over keys for each row and over rows for each key; and the
-    distances of the nearest points that take part in these [G, R]. For square A both are the same.
-    """
-    shape = *slope.shape[:2], points.rows.shape[1]
-    # A point that is in its own softmax adds exp(0).
-    lse = [points.rows.new_full(shape, -torch.inf if affinity.mask_self else 0.0)]
-    near = [points.rows.new_full(shape[1:], torch.inf)]
-    if not affinity.square:
-        lse, near = [*lse, lse[0].clone()], [*near, near[0].clone()]
-    for tile, _ in points.tiles(affinity.in_softmax, _always):
-        by_rows, by_keys = _tile_logsumexp(tile, slope, powers)
-        found = [(tile.row_kind, tile.kind, tile.r, by_rows, tile.nearest)]
-        if by_keys is not None:
-            found.append((tile.kind, tile.row_kind, tile.k, by_keys, tile.nearest_of_keys))
-        for row_kind, key_kind, r, part, nearest in found:
-            for side in affinity.sides(row_kind, key_kind):
-                _add_log(lse[side], (slice(None), tile.g, r), part)
-                near[side][tile.g, r] = torch.minimum(near[side][tile.g, r], nearest)
-    return (lse[0], lse[-1]), (near[0], near[-1])
-
-
-def _tile_logsumexp(tile: Tile, slope: Tensor, powers: Powers) -> tuple[Tensor, Tensor | None]:
-    """Of -d/t over the keys of a tile [T, g, r], and over its rows for the keys [T, g, k] where the
-    mirrored tile is left out."""
-    slope, d, coinciding = slope[:, tile.g, tile.label], tile.d, tile.coinciding
-    if not tile.is_mirrored:
-        return _logsumexp(d, tile.nearest, coinciding, slope, powers), None
-    by_both = _logsumexps(tile, slope, powers)
-    if by_both is None:
-        turned = None if coinciding is None else coinciding.mT
-        return (
-            _logsumexp(d, tile.nearest, coinciding, slope, powers),
-            _logsumexp(d.mT.contiguous(), tile.nearest_of_keys, turned, slope, powers),
-        )
-    return by_both
-
-
-def _logsumexp(
-    d: Tensor, nearest: Tensor, coinciding: Tensor | None, slope: Tensor, powers: Powers
-) -> Tensor:
-    """Of slope * d over keys, from slope [T, g] and d [g, r, k]: [T, g, r]. Seen from the nearest
-    key, no sum underflows."""
-    near = nearest.masked_fill(nearest == torch.inf, 0.0)
-    lse = torch.empty(len(slope), *near.shape, dtype=near.dtype, device=near.device)
-    seen = torch.sub(d, near[..., None], out=powers.scratch.like("x", d))
-    for t, exponential in powers.exponentials(seen, slope):
-        lse[t] = exponential.sum(-1)
-    return _with_coinciding(lse.log_().add_(slope[..., None] * near), coinciding)
-
-
-def _logsumexps(tile: Tile, slope: Tensor, powers: Powers) -> tuple[Tensor, Tensor] | None:
-    """`_logsumexp` of rows and of keys from the same exponentials, seen from half of both nearest
-    distances; None where these are too different for it."""
-    near_row, near_key = tile.nearest, tile.nearest_of_keys
-    low = torch.minimum(near_row.amin(), near_key.amin())
-    high = torch.maximum(near_row.amax(), near_key.amax())
-    if not bool((high - low) * -slope.amin() < 2 * SAFE):
-        return None
-    half = slope[..., None] / 2
-    row_factor, key_factor = ((half * (x - low)).exp_() for x in (near_row, near_key))
-    lse_row, lse_key = torch.empty_like(row_factor), torch.empty_like(key_factor)
-    x = torch.sub(tile.d, (near_row / 2)[..., None], out=powers.scratch.like("x", tile.d))
-    x -= (near_key / 2)[..., None, :]
-    for t, exponential in powers.exponentials(x, slope):
-        lse_row[t] = (exponential @ key_factor[t, ..., None])[..., 0]
-        lse_key[t] = (row_factor[t, ..., None, :] @ exponential)[..., 0, :]
-    lse_row.log_().add_(half * (near_row + low))
-    lse_key.log_().add_(half * (near_key + low))
-    coinciding = tile.coinciding
-    turned = None if coinciding is None else coinciding.mT
-    return _with_coinciding(lse_row, coinciding), _with_coinciding(lse_key, turned)
-
-
-def _with_coinciding(lse: Tensor, coinciding: Tensor | None) -> Tensor:
-    """With the keys at a distance of 0, each of which adds exp(0)."""
-    if coinciding is None:
-        return lse
-    return torch.logaddexp(lse, coinciding.sum(-1).to(lse.dtype).log())
-
-
-def _add_log(sums: Tensor, place: tuple[slice | int, ...], part: Tensor) -> None:
-    """log(exp(sums) + exp(part)) at a place, in place."""
-    sums[place] = torch.logaddexp(sums[place], part)
-
-
 def _moved(tile: Tile, weight: Tensor, pulls: bool) -> Tensor:
     """Weighted sum of the ways from rows to keys, or back: [g, r, D]."""
-    back = _summed_ways(weight, tile.keys, tile.rows)
+    back = _summed_ways(weight, tile.keys, tile.rows, tile.has_close)
     return -back if pulls else back
 
 
-def _summed_ways(weight: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
-    """``sum_k weight[j, k] (rows[j] - keys[k])``: [g, r, D]."""
+def _summed_ways(weight: Tensor, keys: Tensor, rows: Tensor, has_close: bool) -> Tensor:
+    """``sum_k weight[j, k] (rows[j] - keys[k])``: [g, r, D]; by way of fp64 where much cancels."""
+    if has_close:
+        return _summed_ways(weight.double(), keys.double(), rows.double(), False).to(rows.dtype)
     return weight.sum(-1, keepdim=True) * rows - weight @ keys
 
 
 def _moves(row_kind: int, key_kind: int) -> bool:
     return row_kind == GENERATED
-
-
-def _always(row_kind: int, key_kind: int) -> bool:
-    return True
 
 
 def _never(row_kind: int, key_kind: int) -> bool:

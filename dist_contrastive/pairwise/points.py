@@ -23,6 +23,8 @@ GENERATED, FIXED, POSITIVE = 0, 1, 2
 # 512 x 512 fp32 distances are 1 MiB; some ten arrays of this size are in use at a time.
 _DEFAULT_CHUNK = 512
 
+_CLOSE = 0.1
+
 OfKinds = Callable[[int, int], bool]
 """Something about tiles, by the kind of their rows and the kind of their keys."""
 
@@ -53,7 +55,7 @@ class Tile:
     label: int  # of all
     at: Tensor  # [k] int64: where the keys are in their block
     self_at: Tensor | None  # [r] int64: where in the block the rows are; None: not among the keys
-    is_mirrored: bool  # whether the keys are rows k, and the tile of these comes later
+    is_mirrored: bool  # whether the keys are rows k too; the tile of these, if wanted, comes later
     mirror: "Tile | None"  # the mirrored tile, where it came before and is kept
 
     @cached_property
@@ -85,6 +87,13 @@ class Tile:
     def nearest_of_keys(self) -> Tensor:
         """The smallest distance of each key [g, k]."""
         return self.d.amin(-2)
+
+    @cached_property
+    def has_close(self) -> bool:
+        """Whether some rows are much closer to a key than to the origin: then sums of keys, less
+        sums of rows, have lost the digits of their difference."""
+        origin = torch.linalg.vector_norm(self.rows, dim=-1)
+        return bool((self.nearest < _CLOSE * origin).any())
 
     @property
     def coinciding(self) -> Tensor | None:

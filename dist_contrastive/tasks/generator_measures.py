@@ -139,7 +139,7 @@ def _copies(made: Tensor, train: Samples, test: Samples) -> list[Line]:
 
 def _draw(task: Drift, made: Tensor, labels: Tensor | None, splits: Splits, run: Path) -> None:
     test, path = splits.test, run / "plots" / "samples.png"
-    if made.dim() == 4:
+    if report.are_images(made):
         shown = torch.zeros(len(made), dtype=torch.int64) if labels is None else labels
         real = torch.zeros(len(test.images), dtype=torch.int64)
         report.sample_grid(
@@ -158,7 +158,8 @@ def force_field(loss: ContrastiveForce, generated: Tensor, data: Tensor) -> tupl
     """What one more generated point would feel at the places of a grid.
 
     Args:
-        loss: whose preset and temperatures; distances are brought to mean 1 as it does.
+        loss: whose preset, temperatures and `affinity_floor`; at a mean distance of all points of
+            1, and with a unit for all places together where that of the preset is global.
         generated: [m, 2]. data: [n, 2].
 
     Returns:
@@ -173,7 +174,10 @@ def force_field(loss: ContrastiveForce, generated: Tensor, data: Tensor) -> tupl
     # A group for each place, in which the point there comes first.
     others, positive = (x.expand(len(at), *x.shape) for x in (generated, data))
     negative = torch.cat([at[:, None], others], dim=1)
-    alone = ContrastiveForce(loss.temperatures, loss.preset, keys_from="local")
+    floor = loss.rules.affinity.floor
+    alone = ContrastiveForce(
+        loss.temperatures, loss.preset, affinity_floor=floor, keys_from="local"
+    )
     return at, alone.force(negative / scale, positive / scale)[:, 0]
 
 

@@ -29,9 +29,14 @@ def load_encoder(run_dir: Path, image_shape: tuple[int, int, int]) -> nn.Module:
     encoder = build_encoder(settings.encoder, seen_shape(image_shape, settings.views))
     prefix = "encoder."
     weights = _newest(run_dir).weights()
-    encoder.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    )
+    weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the encoder of {run_dir} does not fit images of shape {image_shape} (channels, "
+            f"height, width); use a run that trained on such images"
+        ) from error
     return encoder
 
 

@@ -16,6 +16,7 @@ from dist_contrastive.tasks import Drift, build_task
 from dist_contrastive.tasks.runs import load_weights
 
 PER_CLASS_IN_GRID = 8
+MOST_SAMPLES = 1_000_000  # they are made in memory, then written
 
 
 def write_samples(
@@ -42,10 +43,10 @@ def write_samples(
         ConfigError: the run trains no generator, has no checkpoint, or not such classes; OUT cannot
             be written.
     """
-    if count < 1 or not 1 <= guidance < math.inf:
+    if not 1 <= count <= MOST_SAMPLES or not 1 <= guidance < math.inf:
         raise ConfigError(
-            f"count={count} and guidance={guidance:g} must both be 1 or more, and finite; guidance "
-            f"of 1 is none"
+            f"count={count} and guidance={guidance:g} must both be 1 or more, count up to "
+            f"{MOST_SAMPLES}, guidance finite; guidance of 1 is none"
         )
     config = configs.load_run(run)
     example = config.fields.read(ShardIndex.load(config.data.train), [0])
@@ -69,7 +70,7 @@ def write_samples(
 
 def _write(made: Tensor, labels: Tensor | None, out: Path, title: str) -> Path:
     grid = out / "grid.png"
-    if made.dim() != 4:
+    if not report.are_images(made):
         np.save(out / "samples.npy", made.numpy())
         if made[0].numel() != 2:
             return out / "samples.npy"
