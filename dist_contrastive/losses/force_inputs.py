@@ -140,8 +140,8 @@ def _counts_of(number: int, headers: dict[str, RowHeader | None]) -> tuple[int, 
     if not all(dtype and dtype.is_floating_point for dtype in dtypes):
         found = " and ".join("no such tensor" if x is None else str(x) for x in dtypes)
         raise ConfigError(
-            f"points must be floating tensors of at most {MAX_DIMS} dimensions; rank {number} gives "
-            f"{found}"
+            f"points must be floating tensors of at most {MAX_DIMS} dimensions; rank {number} "
+            f"gives {found}"
         )
     _check_shapes(number, shapes)
     _check_labels(number, shapes, headers)
