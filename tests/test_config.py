@@ -1,6 +1,5 @@
 """The config: precedence, strictness, and the sentences a mistake is answered with."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,7 @@ ENCODER = CONFIGS / "digits_encoder.yaml"
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_loads_and_says_how_to_run_it(path):
     configs.load(path)
-    first, *_ = path.read_text().splitlines()
-    assert re.match(
-        rf"# (python -m launch.local|dist-contrastive train) configs/{path.name}", first
-    )
+    assert path.read_text().startswith(f"# python -m launch.local configs/{path.name}")
 
 
 def test_defaults_then_file_then_overrides():

@@ -49,7 +49,7 @@ def distance_sums(
     def once(row_kind: int, key_kind: int) -> bool:
         return is_symmetric and row_kind == key_kind
 
-    for tile, of_keys in points.tiles(wanted, once, *extras):
+    for tile, of_keys in points.tiles(wanted, *extras, once=once):
         place, per_key = (tile.g, tile.label), tile.lengths.sum(1)
         is_both = tile.is_mirrored and once(tile.row_kind, tile.kind)
         times = 2 if is_both or (twice and tile.row_kind != tile.kind) else 1
@@ -129,18 +129,16 @@ class StreamedForce:
         def once(row_kind: int, key_kind: int) -> bool:
             return twice and row_kind == key_kind and row_kind != GENERATED
 
-        for tile, of_keys in self._points.tiles(wanted, once, *e.travelling()):
+        for tile, of_keys in self._points.tiles(wanted, *e.travelling(), once=once):
             x, moves = e.of_tile(tile, of_keys), tile.row_kind == GENERATED
             is_both = tile.is_mirrored and once(tile.row_kind, tile.kind)
             times = 2 if is_both or (twice and tile.row_kind != tile.kind) else 1
             of_rows, of_tile = self._tile_sums(x, tile, moves, with_square)
             place, side = (slice(None), tile.g, tile.r), int(tile.kind == POSITIVE)
-            if moves:
-                add_log(others[side], place, of_rows)
+            add_log(others[side], place, of_rows)
             if moves and tile.coinciding is not None:
                 add_log(coincide[side], place, x.of_coinciding(tile.coinciding))
-            if with_square:
-                add_log(square, (slice(None), tile.g, tile.label), of_tile + math.log(times))
+            add_log(square, (slice(None), tile.g, tile.label), of_tile + math.log(times))
             if tile.g.start == 0:
                 num_pairs[tile.label] += times * tile.num_pairs
         negative, positive = torch.logaddexp(coincide, others)
@@ -151,8 +149,9 @@ class StreamedForce:
         self, x: Exponents, tile: Tile, moves: bool, with_square: bool
     ) -> tuple[Tensor, Tensor]:
         """Logarithms of the sums of A over keys that do not coincide [T, g, r], and of the sums of
-        (d A)**2 over rows too [T, g] fp64; without sense where they were not asked for."""
-        sums, norms, units = (torch.empty_like(x.row) for _ in range(3))
+        (d A)**2 over rows too [T, g] fp64; -inf where rows do not move, and where none was asked
+        for."""
+        sums, norms, units = (torch.zeros_like(x.row) for _ in range(3))
         # Lengths in units of the temperature, so that their squares do not underflow.
         lengths = self._powers.scratch.like("lengths", tile.d)
         if with_square:
@@ -181,7 +180,7 @@ class StreamedForce:
         log_unit = torch.where(log_unit == -torch.inf, torch.inf, log_unit).to(e.row.dtype)
         moving = points.rows[:, : points.num_generated]
         force = moving.new_zeros(len(e.slope) if apart else 1, *moving.shape)
-        for tile, of_keys in points.tiles(_moves, _never, *e.travelling()):
+        for tile, of_keys in points.tiles(_moves, *e.travelling()):
             place, pulls, total = (tile.g, tile.r), tile.kind == POSITIVE, None
             other = (sums.negative if pulls else sums.positive)[:, *place]
             log_factor = other - log_unit[:, tile.g, tile.label, None]
@@ -215,7 +214,3 @@ def _summed_ways(weight: Tensor, keys: Tensor, rows: Tensor, has_close: bool) ->
 
 def _moves(row_kind: int, key_kind: int) -> bool:
     return row_kind == GENERATED
-
-
-def _never(row_kind: int, key_kind: int) -> bool:
-    return False

@@ -23,7 +23,7 @@ def log_sum_exps(
     near = [points.rows.new_full(shape[1:], torch.inf)]
     if not affinity.square:
         lse, near = [*lse, lse[0].clone()], [*near, near[0].clone()]
-    for tile, _ in points.tiles(affinity.in_softmax, _always):
+    for tile, _ in points.tiles(affinity.in_softmax, once=affinity.in_softmax):
         by_rows, by_keys = _tile_logsumexp(tile, slope, powers)
         found = [(tile.row_kind, tile.kind, tile.r, by_rows, tile.nearest)]
         if by_keys is not None:
@@ -39,21 +39,21 @@ def _tile_logsumexp(tile: Tile, slope: Tensor, powers: Powers) -> tuple[Tensor, 
     """Of -d/t over the keys of a tile [T, g, r], and over its rows for the keys [T, g, k] where the
     mirrored tile is left out."""
     slope, d, coinciding = slope[:, tile.g, tile.label], tile.d, tile.coinciding
+    by_keys: Tensor | None = None
     if not tile.is_mirrored:
-        return _logsumexp(d, tile.nearest, coinciding, slope, powers), None
-    by_both = _logsumexps(tile, slope, powers)
-    if by_both is None:
-        turned = None if coinciding is None else coinciding.mT
-        return (
-            _logsumexp(d, tile.nearest, coinciding, slope, powers),
-            _logsumexp(d.mT.contiguous(), tile.nearest_of_keys, turned, slope, powers),
-        )
-    return by_both
+        by_rows = _logsumexp(d, tile.nearest, slope, powers)
+    elif _is_even(tile, slope):
+        by_rows, by_keys = _logsumexps(tile, slope, powers)
+    else:
+        by_rows = _logsumexp(d, tile.nearest, slope, powers)
+        by_keys = _logsumexp(d.mT.contiguous(), tile.nearest_of_keys, slope, powers)
+    if coinciding is not None:
+        by_rows = _with_coinciding(by_rows, coinciding)
+        by_keys = None if by_keys is None else _with_coinciding(by_keys, coinciding.mT)
+    return by_rows, by_keys
 
 
-def _logsumexp(
-    d: Tensor, nearest: Tensor, coinciding: Tensor | None, slope: Tensor, powers: Powers
-) -> Tensor:
+def _logsumexp(d: Tensor, nearest: Tensor, slope: Tensor, powers: Powers) -> Tensor:
     """Of slope * d over keys, from slope [T, g] and d [g, r, k]: [T, g, r]. Seen from the nearest
     key, no sum underflows."""
     near = nearest.masked_fill(nearest == torch.inf, 0.0)
@@ -61,17 +61,21 @@ def _logsumexp(
     seen = torch.sub(d, near[..., None], out=powers.scratch.like("x", d))
     for t, exponential in powers.exponentials(seen, slope):
         lse[t] = exponential.sum(-1)
-    return _with_coinciding(lse.log_().add_(slope[..., None] * near), coinciding)
+    return lse.log_().add_(slope[..., None] * near)
 
 
-def _logsumexps(tile: Tile, slope: Tensor, powers: Powers) -> tuple[Tensor, Tensor] | None:
+def _is_even(tile: Tile, slope: Tensor) -> bool:
+    """Whether nearest distances are alike enough for `_logsumexps`; infinite ones are not."""
+    nearest = torch.cat([tile.nearest, tile.nearest_of_keys], dim=-1)
+    spread = nearest.amax() - nearest.amin()
+    return bool(spread * -slope.amin() < 2 * SAFE)
+
+
+def _logsumexps(tile: Tile, slope: Tensor, powers: Powers) -> tuple[Tensor, Tensor]:
     """`_logsumexp` of rows and of keys from the same exponentials, seen from half of both nearest
-    distances; None where these are too different for it."""
+    distances."""
     near_row, near_key = tile.nearest, tile.nearest_of_keys
     low = torch.minimum(near_row.amin(), near_key.amin())
-    high = torch.maximum(near_row.amax(), near_key.amax())
-    if not bool((high - low) * -slope.amin() < 2 * SAFE):
-        return None
     half = slope[..., None] / 2
     row_factor, key_factor = ((half * (x - low)).exp_() for x in (near_row, near_key))
     lse_row, lse_key = torch.empty_like(row_factor), torch.empty_like(key_factor)
@@ -80,24 +84,16 @@ def _logsumexps(tile: Tile, slope: Tensor, powers: Powers) -> tuple[Tensor, Tens
     for t, exponential in powers.exponentials(x, slope):
         lse_row[t] = (exponential @ key_factor[t, ..., None])[..., 0]
         lse_key[t] = (row_factor[t, ..., None, :] @ exponential)[..., 0, :]
-    lse_row.log_().add_(half * (near_row + low))
-    lse_key.log_().add_(half * (near_key + low))
-    coinciding = tile.coinciding
-    turned = None if coinciding is None else coinciding.mT
-    return _with_coinciding(lse_row, coinciding), _with_coinciding(lse_key, turned)
+    return lse_row.log_().add_(half * (near_row + low)), lse_key.log_().add_(
+        half * (near_key + low)
+    )
 
 
-def _with_coinciding(lse: Tensor, coinciding: Tensor | None) -> Tensor:
+def _with_coinciding(lse: Tensor, coinciding: Tensor) -> Tensor:
     """With the keys at a distance of 0, each of which adds exp(0)."""
-    if coinciding is None:
-        return lse
     return torch.logaddexp(lse, coinciding.sum(-1).to(lse.dtype).log())
 
 
 def add_log(sums: Tensor, place: tuple[slice | int, ...], part: Tensor) -> None:
     """log(exp(sums) + exp(part)) at a place, in place."""
     sums[place] = torch.logaddexp(sums[place], part)
-
-
-def _always(row_kind: int, key_kind: int) -> bool:
-    return True

@@ -145,15 +145,15 @@ class Points:
         self.num_generated = sum(run.size for run in self._runs if run.kind == GENERATED)
 
     def tiles(
-        self, wanted: OfKinds, once: OfKinds, *extras: Tensor
+        self, wanted: OfKinds, *extras: Tensor, once: OfKinds | None = None
     ) -> Iterator[tuple[Tile, tuple[Tensor, ...]]]:
         """All pairs that interact, and the extras of each tile's keys, each [k, ...].
 
         Args:
             wanted: which of the tiles.
-            once: of which tiles the mirrored ones are left out, where there are such: all keys are
-                rows of this rank.
             extras: numbers of the rows of this rank [R, ...], which travel with them as keys.
+            once: of which tiles the mirrored ones are left out, where there are such: all keys are
+                rows of this rank. None: of none.
 
         Collectives: those of one round over the keys, see `KeySource.blocks`.
         """
@@ -166,7 +166,7 @@ class Points:
                 yield tile, tuple(x[tile.k] for x in sorted_extras)
 
     def _tiles(
-        self, block: Block, order: Tensor, in_order: bool, wanted: OfKinds, once: OfKinds
+        self, block: Block, order: Tensor, in_order: bool, wanted: OfKinds, once: OfKinds | None
     ) -> Iterator[Tile]:
         assert block.tags is not None
         for keys in _runs(block.tags[order]):
@@ -179,9 +179,9 @@ class Points:
                     (block.keys[k] if in_order else block.keys[at]).transpose(0, 1).contiguous()
                 )
                 for rows in row_runs:
-                    alone = self._keys_are_rows and once(rows.kind, keys.kind)
+                    alone = once is not None and once(rows.kind, keys.kind)
                     for r in chunks(rows.span, self._chunk_size):
-                        if alone and r.start > k.start:
+                        if alone and self._keys_are_rows and r.start > k.start:
                             continue
                         self_at = self._own(r, block.first, at) if rows.kind == keys.kind else None
                         for g in self._chunks_of_groups((r.stop - r.start) * len(at)):
