@@ -16,7 +16,7 @@ import torch
 from dist_contrastive import config as configs
 from dist_contrastive import report, trainer
 from dist_contrastive.data import pack_toy
-from dist_contrastive.data.toys import TOYS
+from dist_contrastive.data.packing.toys import TOYS
 from dist_contrastive.report import Panel
 from dist_contrastive.tasks import Drift, build_task
 from dist_contrastive.tasks.generator_measures import FIELD_POINTS, force_field

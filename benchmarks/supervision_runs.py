@@ -12,8 +12,8 @@ from dist_contrastive import config as configs
 from dist_contrastive import trainer
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Fields, Samples
-from dist_contrastive.data.index import ShardIndex
 from dist_contrastive.data.labels import keep_per_class
+from dist_contrastive.data.shards.index_file import load_index
 from dist_contrastive.evaluation.neighbours import knn_accuracy
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
 from dist_contrastive.tasks import Hybrid, ImageTask, build_task
@@ -138,7 +138,7 @@ def trained(how: How, config: RunConfig) -> tuple[ImageTask | None, Results]:
         return task_of_theirs.eval(), {FIRST_STEP: differences[0], ANY_STEP: max(differences)}
     if how == "our trainer" and trainer.train(config) != trainer.EXIT_DONE:
         raise RuntimeError("stopped before its end; start again and it goes on")
-    task = build_task(config, config.fields.read(ShardIndex.load(config.data.train), [0]))
+    task = build_task(config, config.fields.read(load_index(config.data.train), [0]))
     assert isinstance(task, ImageTask)
     if how == "our trainer":
         load_weights(task, config.run_dir)
@@ -193,5 +193,5 @@ def both_splits(config: RunConfig) -> tuple[Samples, Samples]:
 @cache
 def digits_of(folder: Path) -> Samples:
     """All digits of a folder, with their labels."""
-    index = ShardIndex.load(folder)
+    index = load_index(folder)
     return Fields("png", "json.label", CLASSES).read(index, range(len(index)))

@@ -15,6 +15,16 @@ class DataError(UserError):
     """Shards, an index or samples that cannot be used as they are."""
 
 
+class UnreadableSample(DataError):
+    """A sample that is damaged or missing; a stream may replace a bounded number of them."""
+
+
+class UnreachableError(DataError):
+    """A server that did not answer, however often it was asked. Later it may: start again."""
+
+    exit_code = 75
+
+
 class NonFiniteError(RuntimeError):
     """NaN or infinity in embeddings, loss or gradients; names the step and the ranks."""
 

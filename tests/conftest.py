@@ -13,7 +13,7 @@ from PIL import Image
 
 from dist_contrastive import config as configs
 from dist_contrastive.data import pack_digits, pack_glyphs, pack_toy
-from dist_contrastive.data.toys import TOYS
+from dist_contrastive.data.packing.toys import TOYS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 POINTS = {"train_samples": 1280, "test_samples": 256, "samples_per_shard": 160}

@@ -28,7 +28,7 @@ WITHIN = {("trainer", "tasks"), ("losses", "testing")}
 DOORS = {
     "accelerate": {"backend.py"},
     "deepspeed": {"backend.py"},
-    "webdataset": {"samples.py"},
+    "webdataset": {"tars.py"},
     "transformers": {"transformers_encoder.py"},
     "kornia": {"views.py"},
     "submitit": {"slurm.py"},

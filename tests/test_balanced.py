@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_contrastive.data import Balance, Fields, ShardIndex, ShardStream
-from dist_contrastive.data.balanced import BalancedOrder
+from dist_contrastive.data import Balance, Fields, ShardStream
+from dist_contrastive.data.keyed_random import keyed_permutation
 from dist_contrastive.data.labels import keep_per_class
-from dist_contrastive.data.order import keyed_permutation
+from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.stream.balanced import BalancedOrder
 from dist_contrastive.errors import ConfigError
 
 # More workers than cores are slow, not wrong.
@@ -184,7 +185,7 @@ FIELDS = Fields("png", "json.label", 10)
 @pytest.fixture(scope="module")
 def semi(digits: Path) -> Balance:
     """12 labels of each class, 240 samples without."""
-    table = FIELDS.labels(ShardIndex.load(digits / "test"), range(360))
+    table = FIELDS.labels(load_index(digits / "test"), range(360))
     return Balance(keep_per_class(table, 12, seed=0), classes=5, samples_per_class=4)
 
 

@@ -34,7 +34,7 @@ def starts(arguments: list[str], capsys: pytest.CaptureFixture[str], ranks: int)
         ("data.global_batch_size=100", "global_batch_size=100"),
         ("data.global_batch_size=1", "greater than or equal to 2"),
         ("data.global_batch_size=4096", "1437"),
-        ("data.num_workers=3", "lanes=8 is not divisible by world_size="),
+        ("data.lanes=7 data.num_workers=3", "lanes=7"),
         ("task.loss.name=magic", "task.loss.name=magic is not known"),
         ("data.imaeg=png", "did you mean image?"),
     ],

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_contrastive import config as configs
 from dist_contrastive.config import RunConfig
-from dist_contrastive.data import ShardIndex
+from dist_contrastive.data import load_index
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.tasks import Drift, build_task
@@ -44,7 +44,7 @@ def load(overrides, run_dir: Path, *more: str) -> RunConfig:
 def samples_of(config: RunConfig, step: int = 0) -> Samples:
     """Digits, different ones in each step, called 0 or 1 so that each class has several."""
     numbers = range(ROWS * step, ROWS * (step + 1))
-    samples = config.fields.read(ShardIndex.load(config.data.train), numbers)
+    samples = config.fields.read(load_index(config.data.train), numbers)
     return replace(samples, images=samples.images.double(), labels=samples.labels % 2)
 
 
@@ -255,7 +255,7 @@ def toy(overrides, run_dir: Path, *more: str) -> RunConfig:
 
 
 def points_of(config: RunConfig, numbers: Sequence[int] = range(ROWS)) -> Samples:
-    samples = config.fields.read(ShardIndex.load(config.data.train), numbers)
+    samples = config.fields.read(load_index(config.data.train), numbers)
     return replace(samples, images=samples.images.double())
 
 

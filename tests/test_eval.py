@@ -18,9 +18,9 @@ from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.cli import main
 from dist_contrastive.config import DriftSettings, RunConfig
-from dist_contrastive.data import ShardIndex, index_folder, keyed_random
+from dist_contrastive.data import index_folder, keyed_random, load_index
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.data.samples import write_samples
+from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.evaluation import generative
 from dist_contrastive.tasks import Drift, build_task
 from dist_contrastive.tasks.drift import NOISE_STREAM
@@ -35,7 +35,7 @@ def load(name: str, overrides, run_dir: Path, *more: str) -> RunConfig:
 
 
 def digits_of(config: RunConfig, *numbers: int) -> Samples:
-    return config.fields.read(ShardIndex.load(config.data.train), numbers)
+    return config.fields.read(load_index(config.data.train), numbers)
 
 
 LESSONS = ("train.steps=25", "optim.lr=0.003", "data.global_batch_size=64", "train.save_every=100")
@@ -61,7 +61,7 @@ def uneven_digits(tmp_path_factory, digits) -> Path:
 
 def packed(folder: Path, digits: Path, without: dict[str, int]) -> Path:
     for split, count in (("train", 150), ("test", 120)):
-        index = ShardIndex.load(digits / split)
+        index = load_index(digits / split)
         samples = [index.read(number) for number in range(count)]
         for sample in samples[::3]:
             sample["txt"] = sample["txt"].replace("a handwritten", "by hand:")
@@ -79,7 +79,7 @@ def evaluated(name: str, data: Path, overrides, run_dir: Path, *more: str):
     assert trainer.train(config) == trainer.EXIT_DONE
     assert main(["eval", str(run_dir)]) == 0
     lines = json.loads((run_dir / "eval.json").read_text())
-    indexes = [ShardIndex.load(data / split) for split in ("train", "test")]
+    indexes = [load_index(data / split) for split in ("train", "test")]
     train, test = (config.fields.read(index, range(len(index))) for index in indexes)
     task = build_task(config, train)
     task.load_state_dict(checkpoint.newest(run_dir / "checkpoints").weights())

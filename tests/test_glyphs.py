@@ -10,8 +10,9 @@ import torch
 from fontTools.ttLib import TTFont
 from torch.nn.functional import avg_pool2d
 
-from dist_contrastive.data import Fields, ShardIndex, pack_glyphs
-from dist_contrastive.data.glyphs import CHARACTERS, FONTS, _code, draw_font
+from dist_contrastive.data import Fields, pack_glyphs
+from dist_contrastive.data.packing.glyphs import CHARACTERS, FONTS, _code, draw_font
+from dist_contrastive.data.shards.index_file import load_index
 from dist_contrastive.errors import ConfigError, DataError
 
 GLYPHS = len(CHARACTERS) * len(FONTS)
@@ -27,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(folder: Path) -> dict[str, list[dict]]:
-    indexes = {split: ShardIndex.load(folder / split) for split in ("train", "test")}
+    indexes = {split: load_index(folder / split) for split in ("train", "test")}
     return {split: [i.read(n) for n in range(len(i))] for split, i in indexes.items()}
 
 
@@ -126,7 +127,7 @@ def test_an_eighth_of_every_class_is_held_out(samples: dict[str, list[dict]]):
 
 
 def test_fields_read_them(folder: Path):
-    read = Fields("png", "json.label", 34, "txt").read(ShardIndex.load(folder / "test"), range(5))
+    read = Fields("png", "json.label", 34, "txt").read(load_index(folder / "test"), range(5))
     assert read.images.shape == (5, 1, 32, 32)
     assert 0 <= read.images.min() < 0.01 < 0.5 < read.images.max() <= 1
     assert read.labels is not None

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from dist_contrastive.data import Fields, ShardIndex, ShardStream, index_folder
 from dist_contrastive.data.collate import collate, without_rows
 from dist_contrastive.data.labels import check_labels, keep_per_class, read_label_table
-from dist_contrastive.data.samples import write_samples
+from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.errors import ConfigError, DataError
 from dist_contrastive.testing import RankError, run_ranks
 
@@ -138,7 +139,7 @@ def test_labels_are_read_without_decoding_images(tmp_path: Path):
 
 
 def test_second_modalities(digits: Path):
-    index = ShardIndex.load(digits / "test")
+    index = load_index(digits / "test")
     decoded = [index.read(n) for n in range(4)]
     texts, profiles, images = (
         Fields("png", pair=name).read(index, range(4)).pair for name in ("txt", "npy", "png")
@@ -154,7 +155,7 @@ def test_second_modalities(digits: Path):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_samples_move_with_all_their_tensors(digits: Path, device: str):
-    index = ShardIndex.load(digits / "test")
+    index = load_index(digits / "test")
     for pair in ("txt", "npy"):
         moved = Fields("png", "json.label", 10, pair).read(index, range(2)).to(torch.device(device))
         columns = [moved.images, moved.labels, moved.epoch, moved.index, moved.pair]
@@ -185,7 +186,7 @@ def test_other_values_are_no_second_modality(tmp_path: Path):
     ],
 )
 def test_batches_without_rows_keep_their_types(digits: Path, fields: Fields, label_dtype):
-    index = ShardIndex.load(digits / "test")
+    index = load_index(digits / "test")
     rows = [{**index.read(n), "__epoch__": 0, "__index__": n} for n in range(2)]
     whole, empty = (fields.samples(b) for b in (collate(rows), without_rows(collate(rows))))
     assert empty.images.shape == (0, 1, 8, 8)
@@ -225,12 +226,12 @@ def test_labels_do_not_depend_on_what_else_is_in_the_batch(tmp_path: Path, num_w
 
 
 def read_table_on_rank(folder: Path, fields: Fields) -> torch.Tensor:
-    return read_label_table(ShardIndex.load(folder), fields)
+    return read_label_table(load_index(folder), fields)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_label_table_on_all_ranks(digits: Path, ranks: int):
-    index = ShardIndex.load(digits / "test")
+    index = load_index(digits / "test")
     rows = [index.read(n)["json"] for n in range(len(index))]
     for name, classes, dtype in (("label", 10, torch.int64), ("slant", None, torch.float64)):
         expected = torch.tensor([row[name] for row in rows], dtype=dtype)
@@ -272,7 +273,7 @@ def test_wrong_label_of_one_rank_is_raised_on_all(tmp_path: Path):
 
 
 def test_keep_per_class(digits: Path):
-    labels = Fields("png", "json.label", 10).labels(ShardIndex.load(digits / "test"), range(360))
+    labels = Fields("png", "json.label", 10).labels(load_index(digits / "test"), range(360))
     before = labels.clone()
     kept = {n: keep_per_class(labels, n, seed=3) for n in (1, 5, 30)}
     assert torch.equal(labels, before)

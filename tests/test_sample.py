@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_contrastive import checkpoint, report, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.cli import main
-from dist_contrastive.data import ShardIndex, keyed_random
+from dist_contrastive.data import keyed_random, load_index
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.models import build_generator
 from dist_contrastive.tasks import build_task
@@ -129,7 +129,7 @@ def test_same_seed_same_files(runs, tmp_path):
 
 def test_samples_do_not_depend_on_the_chunk(runs):
     config = configs.load_run(runs["plain"])
-    task = build_task(config, config.fields.read(ShardIndex.load(config.data.train), [0])).eval()
+    task = build_task(config, config.fields.read(load_index(config.data.train), [0])).eval()
     labels = torch.arange(20) % 10
     whole = task.generate(labels, 20, seed=5)
     torch.testing.assert_close(task.generate(labels, 20, seed=5, chunk=7), whole)

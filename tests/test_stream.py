@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_contrastive.data import ShardIndex, ShardStream, index_folder
+from dist_contrastive.data import ShardStream, index_folder, load_index
 from dist_contrastive.data.collate import collate, join_batches, without_rows
-from dist_contrastive.data.order import SampleOrder, keyed_permutation
-from dist_contrastive.data.samples import write_samples
+from dist_contrastive.data.keyed_random import keyed_permutation
+from dist_contrastive.data.shards.tars import write_samples
+from dist_contrastive.data.stream.order import SampleOrder
 from dist_contrastive.errors import ConfigError, DataError
 
 # More workers than cores are slow, not wrong.
@@ -203,7 +204,7 @@ def test_any_world_size_gives_the_same_global_batches(folder: Path, world_size: 
 
 
 @pytest.mark.parametrize(
-    ("world_size", "num_workers"), [(1, 1), (1, 2), (1, 3), (1, 4), (2, 2), (3, 2), (2, 3)]
+    ("world_size", "num_workers"), [(1, 1), (1, 2), (1, 5), (3, 2), (2, 3), (4, 7)]
 )
 def test_any_number_of_workers_gives_the_same_global_batches(folder, world_size, num_workers):
     ours = global_batches(folder, world_size, num_workers, epochs=2)
@@ -369,7 +370,8 @@ def test_damage_met_while_reading_is_one_sentence(tmp_path: Path, num_workers: i
     local = ShardStream(
         tmp_path, global_batch_size=4, lanes=2, seed=0, num_workers=num_workers, epochs=1
     )
-    with pytest.raises(DataError, match=r"a\.tar is damaged or was changed: sample 17 ") as error:
+    message = r"a\.tar is damaged or was changed: field 'cls' of sample 17 "
+    with pytest.raises(DataError, match=message) as error:
         list(local)
     assert "Traceback" not in str(error.value)
     assert "\n" not in str(error.value)
@@ -396,9 +398,8 @@ def test_field_missing_in_a_sample(tmp_path: Path, num_workers: int):
         ({"global_batch_size": 84}, "=84 is larger than the 73 samples .*set .*=72 or less"),
         ({"global_batch_size": 96, "lanes": 96}, "larger than the 73 samples.*set fewer lanes"),
         ({"lanes": 0}, "lanes=0 is below 1; set lanes=1 or more"),
-        ({"world_size": 5}, "lanes=12 is .*world_size=5 x num_workers=0.*lanes=10 or 15"),
-        ({"world_size": 8}, "world_size=8 .*; set lanes=8"),
-        ({"world_size": 2, "num_workers": 4}, "makes 8 readers; set num_workers=3 or set lanes=8"),
+        ({"world_size": 5}, "lanes=12 is .*world_size=5;.*lanes=10 or 15"),
+        ({"world_size": 8}, "world_size=8; set lanes=8"),
         ({"num_workers": -1}, "num_workers=-1 is negative; set num_workers=0"),
         ({"world_size": 0}, "world_size=0 is below 1"),
         ({"rank": 2, "world_size": 2}, r"rank=2 is outside 0\.\.1 for world_size=2; set rank=1"),
@@ -421,7 +422,6 @@ def test_impossible_settings_say_how_to_mend_them(folder: Path, changed: dict, m
 def test_suggested_settings_work(folder: Path):
     for fixed in (
         {"world_size": 8, "lanes": 8},
-        {"world_size": 2, "num_workers": 3},
         {"global_batch_size": 72},
         {"global_batch_size": 108 // 2 - 6, "lanes": 12},
     ):
@@ -431,6 +431,6 @@ def test_suggested_settings_work(folder: Path):
 def test_index_may_be_given_in_three_ways(folder: Path):
     keys = [
         next(iter(stream(given)))["__key__"]
-        for given in (folder, str(folder / "index.npz"), ShardIndex.load(folder))
+        for given in (folder, str(folder / "index.npz"), load_index(folder))
     ]
     assert keys[0] == keys[1] == keys[2]

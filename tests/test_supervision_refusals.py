@@ -9,8 +9,8 @@ from conftest import CONFIGS, command, run
 
 from dist_contrastive.cli import main
 from dist_contrastive.config import load
-from dist_contrastive.data import ShardIndex, index_folder
-from dist_contrastive.data.samples import write_samples
+from dist_contrastive.data import index_folder, load_index
+from dist_contrastive.data.shards.tars import write_samples
 
 HYBRID, MOCO, CAPTIONS, SUPCON, SLANT = (
     f"digits_{name}" for name in ("hybrid", "moco", "captions", "supcon", "slant")
@@ -88,7 +88,7 @@ def test_refused_before_the_first_step(
 
 def relabelled(digits: Path, folder: Path, label: int | None) -> Path:
     """The first 80 training digits, all with one label."""
-    index = ShardIndex.load(digits / "train")
+    index = load_index(digits / "train")
     samples = [index.read(number) for number in range(80)]
     folder.mkdir()
     rows = [{**s, "json": {**s["json"], "label": label}} for s in samples]
@@ -116,7 +116,7 @@ def test_a_text_that_yaml_makes_of_a_number(tmp_path, overrides):
 
 def packed(digits: Path, folder: Path, change) -> Path:
     """Two shards of 40 digits each; `change` makes the samples of the second."""
-    index = ShardIndex.load(digits / "train")
+    index = load_index(digits / "train")
     samples = [index.read(number) for number in range(80)]
     folder.mkdir()
     write_samples(folder / "a.tar", samples[:40])

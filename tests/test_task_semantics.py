@@ -20,7 +20,7 @@ from dist_contrastive import config as configs
 from dist_contrastive import trainer
 from dist_contrastive.checkpoint import Progress
 from dist_contrastive.config import RunConfig
-from dist_contrastive.data import ShardIndex
+from dist_contrastive.data import load_index
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.metrics import read_rows
 from dist_contrastive.tasks import Hybrid, Moco, Task, TwoView, build_task
@@ -36,7 +36,7 @@ def load(name: str, overrides, run_dir: Path, *more: str) -> RunConfig:
 
 
 def digits_of(config: RunConfig, *numbers: int) -> Samples:
-    return config.fields.read(ShardIndex.load(config.data.train), numbers)
+    return config.fields.read(load_index(config.data.train), numbers)
 
 
 def double(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -121,7 +121,7 @@ def test_hidden_labels_stay_hidden(name, overrides, tmp_path):
     """Over an epoch and a bit the task sees 3 labels of each class, the right ones."""
     options = ["data.labels_per_class=3", "data.balance=null", "data.global_batch_size=128"]
     config = load(name, overrides, tmp_path, *options)
-    index = ShardIndex.load(config.data.train)
+    index = load_index(config.data.train)
     seen: dict[int, set[int]] = {}
     for samples in first_samples(config, steps=12):
         for number, label in zip(samples.index.tolist(), samples.labels.tolist(), strict=True):
@@ -167,7 +167,7 @@ def test_rows_stay_together(overrides, tmp_path):
         samples = replace(digits_of(config, *range(12)), epoch=torch.arange(12) * 10)
         order = [7, 0, 3, 3, 11]
         chosen = samples.rows(torch.tensor(order))
-        index = ShardIndex.load(config.data.train)
+        index = load_index(config.data.train)
         for place, number in enumerate(order):
             sample = index.read(number)
             assert torch.equal(chosen.images[place], sample["png"].float() / 255)

@@ -20,7 +20,7 @@ from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.cli import main
 from dist_contrastive.config import DriftSettings, RunConfig
-from dist_contrastive.data import ShardIndex
+from dist_contrastive.data import load_index
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.metrics import read_rows
@@ -75,7 +75,7 @@ def changed_features(name: str, change: Callable[[dict], dict]) -> list[str]:
 
 def batch_of(config: RunConfig) -> Samples:
     """The first samples; where labels take part some are missing."""
-    samples = config.fields.read(ShardIndex.load(config.data.train), range(ROWS))
+    samples = config.fields.read(load_index(config.data.train), range(ROWS))
     if config.task.uses_labels:
         samples.labels[2::5] = -1 if config.data.num_classes else torch.nan
     return samples

@@ -13,14 +13,14 @@ from sklearn.datasets import make_swiss_roll
 from dist_contrastive.cli import main
 from dist_contrastive.data import (
     Fields,
-    ShardIndex,
     ShardStream,
     index_folder,
+    load_index,
     pack_toy,
     toy_points,
 )
-from dist_contrastive.data.samples import write_samples
-from dist_contrastive.data.toys import TOYS
+from dist_contrastive.data.packing.toys import TOYS
+from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.errors import ConfigError, DataError
 
 POINTS = Fields("npy", "json.label", 8)
@@ -104,7 +104,7 @@ def test_packed_points_come_back_as_they_are(tmp_path: Path):
     indexes = pack_toy("swiss_roll", folder, 70, 30, samples_per_shard=20)
     splits = {}
     for seed, (split, count) in enumerate({"train": 70, "test": 30}.items()):
-        index = ShardIndex.load(folder / split)
+        index = load_index(folder / split)
         assert index.shard_names == indexes[split].shard_names
         assert index.shard_samples.tolist() == ([20, 20, 20, 10] if split == "train" else [20, 10])
         splits[split] = read = POINTS.read(index, range(count))
@@ -114,7 +114,7 @@ def test_packed_points_come_back_as_they_are(tmp_path: Path):
         assert torch.equal(read.labels, parts)
         assert index.read(21)["json"]["index"] == 21
     assert not torch.isin(splits["test"].images, splits["train"].images).any()
-    stream = ShardStream(ShardIndex.load(folder / "train"), global_batch_size=10, lanes=2, seed=0)
+    stream = ShardStream(load_index(folder / "train"), global_batch_size=10, lanes=2, seed=0)
     rows = POINTS.samples(next(iter(stream)))
     assert torch.equal(rows.images, splits["train"].images[rows.index])
 
@@ -130,7 +130,7 @@ def test_packing_a_toy_again_gives_the_same_bytes(tmp_path: Path):
     pack_toy("checkerboard", folder, 30, 10)
     assert packed_files(folder) == before
     pack_toy("checkerboard", folder, 20, 10)
-    assert len(ShardIndex.load(folder / "train")) == 20
+    assert len(load_index(folder / "train")) == 20
 
 
 def test_the_command_packs_whole_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -138,7 +138,7 @@ def test_the_command_packs_whole_sets(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert f"{tmp_path}/train: 8192 samples in 8 shards" in printed
     assert f"{tmp_path}/test: 2048 samples in 2 shards" in printed
-    found = POINTS.read(ShardIndex.load(tmp_path / "test"), range(8))
+    found = POINTS.read(load_index(tmp_path / "test"), range(8))
     assert torch.equal(found.images, toy_points("checkerboard", 8, 1)[0])
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, mode
 
 from dist_contrastive.config.data import DataSettings
 from dist_contrastive.config.task import TaskSettingsBase
-from dist_contrastive.data.order import nearest_multiples
+from dist_contrastive.data.stream.order import nearest_multiples
 from dist_contrastive.losses.settings import ContrastiveForceSettings
 from dist_contrastive.models import EncoderSettings, FeatureMapSettings, GeneratorSettings
 from dist_contrastive.settings import Settings

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 from dist_contrastive.config.data import DataSettings
 from dist_contrastive.config.drift import DriftSettings
 from dist_contrastive.config.task import TaskSettingsBase
-from dist_contrastive.data.order import nearest_multiples
+from dist_contrastive.data.stream.order import nearest_multiples
 from dist_contrastive.data.views import ViewSettings
 from dist_contrastive.losses.settings import (
     AnyLossSettings,

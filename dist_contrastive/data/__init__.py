@@ -1,21 +1,25 @@
 """Shards, their index, and the stream that reads them in an order fixed by the config."""
 
-from dist_contrastive.data.balanced import Balance
-from dist_contrastive.data.digits import pack_digits
 from dist_contrastive.data.fields import Fields, Samples
-from dist_contrastive.data.glyphs import pack_glyphs
-from dist_contrastive.data.index import ShardIndex
-from dist_contrastive.data.shards import index_folder
-from dist_contrastive.data.stream import ShardStream
-from dist_contrastive.data.toys import pack_toy, toy_points
+from dist_contrastive.data.packing.digits import pack_digits
+from dist_contrastive.data.packing.glyphs import pack_glyphs
+from dist_contrastive.data.packing.toys import pack_toy, toy_points
+from dist_contrastive.data.shards.block_cache import CacheSettings
+from dist_contrastive.data.shards.index import ShardIndex
+from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.indexing import index_folder
+from dist_contrastive.data.stream.balanced import Balance
+from dist_contrastive.data.stream.shard_stream import ShardStream
 
 __all__ = [
     "Balance",
+    "CacheSettings",
     "Fields",
     "Samples",
     "ShardIndex",
     "ShardStream",
     "index_folder",
+    "load_index",
     "pack_digits",
     "pack_glyphs",
     "pack_toy",

@@ -9,10 +9,11 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_contrastive.data.collate import Batch, collate
-from dist_contrastive.data.index import ShardIndex
+from dist_contrastive.data.shards.index import ABSENT, ShardIndex
 from dist_contrastive.errors import DataError
 
 MISSING_CLASS = -1
@@ -66,6 +67,23 @@ class Fields:
         label = None if self.label is None else self.label.partition(".")[0]
         return frozenset(name for name in (self.image, label, self.pair) if name is not None)
 
+    def check(self, index: ShardIndex, max_missing: int = 0) -> None:
+        """Refuse a data set of which too many samples lack a field that is needed.
+
+        Args:
+            max_missing: how many may.
+
+        Raises:
+            DataError: no sample has it, a whole shard lacks it, or more than `max_missing` do.
+        """
+        for name in sorted(self.names):
+            if name not in index.fields:
+                raise DataError(_no_field(name, index.fields))
+            column = index.fields.index(name)
+            missing = index.shard_samples - index.field_counts()[:, column]
+            if missing.sum() > max_missing:
+                raise DataError(_missing_in(index, name, missing))
+
     def samples(self, batch: Batch) -> Samples:
         """Images, labels and second modality of a batch of `ShardStream`; it may have no rows.
 
@@ -78,7 +96,12 @@ class Fields:
         return Samples(images, labels, batch["__epoch__"], batch["__index__"], pair)
 
     def read(self, index: ShardIndex, numbers: Iterable[int]) -> Samples:
-        """These samples of a data set, all of which must fit in memory, in their order."""
+        """These samples of a data set, all of which must fit in memory, in their order.
+
+        Raises:
+            DataError: as `check` and `samples`.
+        """
+        self.check(index, len(index) - 1)
         names = self.names
         rows = [{**index.read(i, names), "__epoch__": 0, "__index__": i} for i in numbers]
         return self.samples(collate(rows))
@@ -94,6 +117,8 @@ class Fields:
         if self.label is None:
             raise DataError("data.label is null; set it to the field that holds the labels")
         name, found = self.label.partition(".")[0], []
+        if name not in index.fields:
+            raise DataError(_no_field(name, index.fields))
         for number in numbers:
             sample = index.read(number, only={name})
             found.append(self._label(sample["__key__"], _field(sample, name), self.label))
@@ -219,9 +244,34 @@ def _are_arrays(column: Any) -> TypeGuard[Tensor]:
 
 def _field(batch: Batch, name: str) -> Any:
     if name not in batch:
-        known = [key for key in batch if not key.startswith("__")]
-        raise DataError(
-            f"samples have no field {name!r}; set data.image, data.label and data.pair to fields "
-            f"that they have: {', '.join(known) or 'none'}"
-        )
+        raise DataError(_no_field(name, [key for key in batch if not key.startswith("__")]))
     return batch[name]
+
+
+def _no_field(name: str, known: Iterable[str]) -> str:
+    return (
+        f"samples have no field {name!r}; set data.image, data.label and data.pair to fields "
+        f"that they have: {', '.join(known) or 'none'}"
+    )
+
+
+def _missing_in(index: ShardIndex, name: str, missing: NDArray[np.int64]) -> str:
+    """Where samples lack a field: a whole shard, or some samples of one."""
+    shard = int(missing.argmax())
+    count, total = int(missing[shard]), int(index.shard_samples[shard])
+    if count == total:
+        counts = index.field_counts()[shard]
+        others = [field for field, n in zip(index.fields, counts, strict=True) if n]
+        return (
+            f"shard {index.shards[shard]} has other fields than the rest: its {total} samples hold "
+            f"{', '.join(others)}, but none {name!r}; pack all shards alike, or leave it out"
+        )
+    column = index.fields.index(name)
+    first = int(index.shard_starts[shard])
+    lacking = index.member_start[first : first + total, column] == ABSENT
+    key = index.key(first + int(lacking.argmax()))
+    return (
+        f"{int(missing.sum())} of {len(index)} samples have no field {name!r}, as {key!r} in shard "
+        f"{index.shards[shard]} ({count} there); pack them with one, leave them out, or let them "
+        f"be replaced: data.max_skipped={int(missing.sum())}"
+    )

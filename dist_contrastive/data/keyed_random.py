@@ -10,7 +10,9 @@ number generators"), used as a counter-based generator. Not for cryptography.
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, as a signed integer
@@ -64,6 +66,24 @@ def normal(keys: Tensor, count: int) -> Tensor:
     radius, angle = (-2 * radius_from.log()).sqrt(), 2 * math.pi * angle_from
     pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return pairs[:, :count].float()
+
+
+def keyed_permutation(length: int, seed: int, *key: int) -> NDArray[np.int64]:
+    """Permutation of range(length) that depends on `seed` and `key` alone.
+
+    It sorts raw Philox words instead of calling `Generator.permutation`: NumPy keeps the raw
+    stream fixed over versions, but not the algorithms above it, and a run may be resumed with
+    another version.
+    """
+    sequence = np.random.SeedSequence(entropy=seed, spawn_key=key)
+    words = np.random.Philox(sequence).random_raw(length)
+    return np.argsort(words, kind="stable").astype(np.int64)
+
+
+def keyed_number(below: int, seed: int, *key: int) -> int:
+    """A whole number in [0, below) that depends on `seed` and `key` alone, nearly uniform."""
+    sequence = np.random.SeedSequence(entropy=seed, spawn_key=key)
+    return int(np.random.Philox(sequence).random_raw(1)[0]) % below
 
 
 def _bits(keys: Tensor, count: int) -> Tensor:

@@ -7,7 +7,7 @@ from dist_contrastive import collectives
 from dist_contrastive.collectives import Group
 from dist_contrastive.data import keyed_random
 from dist_contrastive.data.fields import MISSING_CLASS, Fields
-from dist_contrastive.data.index import ShardIndex
+from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.errors import ConfigError
 
 _KEEP_STREAM = 0x6B656570  # "keep": keeps these keys apart from other uses of the same seed

@@ -7,12 +7,13 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.checkpoint import Progress
 from dist_contrastive.config import RunConfig
-from dist_contrastive.data.balanced import Balance
 from dist_contrastive.data.collate import Batch
 from dist_contrastive.data.fields import Fields, Samples
-from dist_contrastive.data.index import ShardIndex
 from dist_contrastive.data.labels import check_labels, keep_per_class, read_label_table
-from dist_contrastive.data.stream import ShardStream
+from dist_contrastive.data.shards.index import ShardIndex
+from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.stream.balanced import Balance
+from dist_contrastive.data.stream.shard_stream import ShardStream
 from dist_contrastive.errors import DataError
 
 Content = Tensor | tuple[str, ...] | None
@@ -61,7 +62,7 @@ def open_data(config: RunConfig, progress: Progress, rank: int, world_size: int)
     """The stream from where the run is; what is wrong on one rank is raised on all."""
     data, fields = config.data, config.fields
     with collectives.raised_together():
-        index = ShardIndex.load(data.train)
+        index = load_index(data.train)
         example = fields.read(index, [0])
     labels, balance = None, None
     if config.task.uses_labels:

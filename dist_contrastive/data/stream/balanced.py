@@ -17,14 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dist_contrastive.data.fields import MISSING_CLASS
-from dist_contrastive.data.order import check_batch, keyed_permutation, nearest_multiples
+from dist_contrastive.data.keyed_random import keyed_permutation
+from dist_contrastive.data.stream.order import Rows, check_batch, check_whole_batches
 from dist_contrastive.errors import ConfigError
 
 # First word of a generator's key; `order` has 0 and 1.
 _ROUND_KEY, _CLASS_KEY, _UNLABELLED_KEY = 2, 3, 4
-
-
-_Rows = tuple[NDArray[np.int64], NDArray[np.int64]]  # passes, sample numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +94,7 @@ class BalancedOrder:
         unlabelled = np.flatnonzero(table == MISSING_CLASS)
         rest = global_batch_size - classes * samples_per_class
         _check_rest(rest, len(unlabelled), global_batch_size, classes, samples_per_class)
+        self._table = table
         self.num_samples = len(table)
         self.global_batch_size = global_batch_size
         self.lanes = lanes
@@ -109,7 +108,7 @@ class BalancedOrder:
             for number, members in zip(found.tolist(), by_class, strict=True)
         ]
         self._unlabelled = _Pool(unlabelled, rest, seed, (_UNLABELLED_KEY,)) if rest else None
-        self._last: tuple[int, _Rows] | None = None
+        self._batches: dict[int, Rows] = {}
 
     @property
     def samples_per_epoch(self) -> int:
@@ -120,7 +119,7 @@ class BalancedOrder:
         """Position of `lane` after `consumed` samples, in whole batches, of all lanes together."""
         return consumed // self.lanes
 
-    def samples(self, lane: int, start: int, stop: int) -> _Rows:
+    def samples(self, lane: int, start: int, stop: int) -> Rows:
         """Passes and sample numbers at positions [start, stop) of a lane, int64 both."""
         per_lane = self.global_batch_size // self.lanes
         passes: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
@@ -134,34 +133,28 @@ class BalancedOrder:
             start += left
         return np.concatenate(passes), np.concatenate(numbers)
 
+    def upcoming(self, lane: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The samples of these rows of the next batch."""
+        per_lane = self.global_batch_size // self.lanes
+        return self.samples(lane, start + per_lane, stop + per_lane)[1]
+
+    def alternatives(self, number: int) -> NDArray[np.int64]:
+        """Samples of the same class, or without label too."""
+        return np.flatnonzero(self._table == self._table[number])
+
     def check_consumed(self, consumed: int, epochs: int | None) -> None:
-        """Refuse a resume point at which no batch begins, and epochs.
+        """Refuse a resume point at which no batch begins, and epochs, by a ConfigError."""
+        check_whole_batches(consumed, epochs, self.global_batch_size, "class-balanced batches")
 
-        Raises:
-            ConfigError: `consumed` is negative or between two batches; `epochs` are given.
-        """
-        if epochs is not None:
-            raise ConfigError(
-                f"epochs={epochs} do not apply to class-balanced batches, which have no end; "
-                f"leave out epochs or the balance"
-            )
-        if consumed < 0:
-            raise ConfigError(f"consumed={consumed} is negative; start at consumed=0")
-        batch = self.global_batch_size
-        if consumed % batch:
-            raise ConfigError(
-                f"consumed={consumed} is not a multiple of global_batch_size={batch}, which "
-                f"class-balanced batches need; use {nearest_multiples(consumed, batch, 0)}, "
-                f"or the settings of the run that is resumed"
-            )
+    def _batch(self, step: int) -> Rows:
+        """Passes and numbers of the rows of one step; two are kept for the other lanes."""
+        if step not in self._batches:
+            while len(self._batches) > 1:
+                del self._batches[min(self._batches)]
+            self._batches[step] = self._make_batch(step)
+        return self._batches[step]
 
-    def _batch(self, step: int) -> _Rows:
-        """Passes and numbers of the rows of one step; the last one is kept for the other lanes."""
-        if self._last is None or self._last[0] != step:
-            self._last = (step, self._make_batch(step))
-        return self._last[1]
-
-    def _make_batch(self, step: int) -> _Rows:
+    def _make_batch(self, step: int) -> Rows:
         per_step = self._classes_per_step
         number, place = divmod(step, len(self._classes) // per_step)
         order = keyed_permutation(len(self._classes), self.seed, _ROUND_KEY, number)

@@ -1,4 +1,4 @@
-"""Folders of shards made ready for the stream: indexing any tars, packing whole data sets."""
+"""Data sets of two splits, packed whole: written aside, moved into place."""
 
 import os
 import re
@@ -11,26 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_contrastive.data.index import ShardIndex
-from dist_contrastive.data.order import keyed_permutation
-from dist_contrastive.data.samples import write_samples
+from dist_contrastive.data.keyed_random import keyed_permutation
+from dist_contrastive.data.shards.index import ShardIndex
+from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.indexing import index_folder
+from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.errors import ConfigError, DataError
 
 _SPLITS = ("train", "test")
 _SPLIT_SEED = 0
 
 MakeSplits = Callable[[], Mapping[str, Iterable[Mapping[str, Any]]]]
-
-
-def index_folder(folder: Path | str) -> ShardIndex:
-    """Index the tars of a folder, whoever wrote them, and save the index beside them.
-
-    Raises:
-        DataError: see `ShardIndex.build`.
-    """
-    index = ShardIndex.build(folder)
-    index.save()
-    return index
 
 
 def pack_splits(
@@ -70,7 +61,7 @@ def pack_splits(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
-    return {split: ShardIndex.load(folder / split) for split in _SPLITS}
+    return {split: load_index(folder / split) for split in _SPLITS}
 
 
 def split_by_class(labels: NDArray[np.int64], test_samples: int) -> dict[str, NDArray[np.int64]]:

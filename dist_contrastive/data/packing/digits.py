@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_contrastive.data.index import ShardIndex
-from dist_contrastive.data.shards import pack_splits, split_by_class
+from dist_contrastive.data.packing.splits import pack_splits, split_by_class
+from dist_contrastive.data.shards.index import ShardIndex
 
 _TEST_SAMPLES = 360
 _NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

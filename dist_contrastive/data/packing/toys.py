@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.data import keyed_random
-from dist_contrastive.data.index import ShardIndex
-from dist_contrastive.data.shards import pack_splits
+from dist_contrastive.data.packing.splits import pack_splits
+from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.errors import ConfigError
 
 _STREAM, _NOISE_STREAM = 0x746F79, 0x6E6F697365  # "toy", "noise": not other uses of the same seed

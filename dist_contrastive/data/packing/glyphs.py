@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from dist_contrastive.data import keyed_random
-from dist_contrastive.data.index import ShardIndex
-from dist_contrastive.data.shards import pack_splits, split_by_class
+from dist_contrastive.data.packing.splits import pack_splits, split_by_class
+from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.views import ViewSettings, make_view
 from dist_contrastive.errors import ConfigError, DataError
 

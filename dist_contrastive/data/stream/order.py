@@ -13,30 +13,22 @@ A global batch takes B / L samples of every lane. When c samples have been consu
 lanes, lane l stands at position floor((c + l) / L): one number describes the whole state.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dist_contrastive.data.keyed_random import keyed_permutation
 from dist_contrastive.errors import ConfigError
 
 Tail = Literal["carry", "drop"]
+Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Epochs and sample numbers, int64 [n] both."""
 
 # First word of a generator's key. Without it the shards of an epoch and a window could share a
 # stream: SeedSequence pads short keys with zeros.
 _SHARD_KEY, _WINDOW_KEY = 0, 1
-
-
-def keyed_permutation(length: int, seed: int, *key: int) -> NDArray[np.int64]:
-    """Permutation of range(length) that depends on `seed` and `key` alone.
-
-    It sorts raw Philox words instead of calling `Generator.permutation`: NumPy keeps the raw
-    stream fixed over versions, but not the algorithms above it, and a run may be resumed with
-    another version.
-    """
-    sequence = np.random.SeedSequence(entropy=seed, spawn_key=key)
-    words = np.random.Philox(sequence).random_raw(length)
-    return np.argsort(words, kind="stable").astype(np.int64)
 
 
 def nearest_multiples(value: int, step: int, lowest: int = 1, highest: int | None = None) -> str:
@@ -70,13 +62,21 @@ class Order(Protocol):
     def lanes(self) -> int:
         """L, equal parts in which each batch is read."""
 
+    @property
+    def seed(self) -> int:
+        """What the order depends on besides the data set."""
+
     def position(self, lane: int, consumed: int) -> int:
         """Position of `lane` after `consumed` samples of all lanes together."""
 
-    def samples(
-        self, lane: int, start: int, stop: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Epochs and sample numbers at positions [start, stop) of a lane, int64 both."""
+    def samples(self, lane: int, start: int, stop: int) -> Rows:
+        """Epochs and sample numbers at positions [start, stop) of a lane."""
+
+    def upcoming(self, lane: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Numbers of samples to fetch while these positions are read, since they come soon."""
+
+    def alternatives(self, number: int) -> Sequence[int] | NDArray[np.int64]:
+        """Numbers of samples of which one may take the place of this one."""
 
     def check_consumed(self, consumed: int, epochs: int | None) -> None:
         """Refuse a resume point at which no batch of this order begins, by a ConfigError."""
@@ -145,10 +145,8 @@ class SampleOrder:
         """Position of `lane` after `consumed` samples of all lanes together."""
         return (consumed + lane) // self.lanes
 
-    def samples(
-        self, lane: int, start: int, stop: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Epochs and sample numbers at positions [start, stop) of a lane, int64 both."""
+    def samples(self, lane: int, start: int, stop: int) -> Rows:
+        """Epochs and sample numbers at positions [start, stop) of a lane."""
         epochs: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
         numbers: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
         while start < stop:
@@ -160,6 +158,25 @@ class SampleOrder:
             epochs.append(np.full(len(part), epoch, np.int64))
             start += len(part)
         return np.concatenate(epochs), np.concatenate(numbers)
+
+    def upcoming(self, lane: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Samples one window further on, in the order of the tars.
+
+        So, when the lane enters a window, all of it has been named, at an even pace.
+        """
+        start, stop = start + self.shuffle_window, stop + self.shuffle_window
+        numbers = [np.empty(0, np.int64)]
+        while start < stop:
+            epoch, offset, left = self._locate(lane, start)
+            layout, count = self._layout(epoch), min(stop - start, left)
+            first = int(layout.lane_starts[lane]) + offset
+            numbers.append(self._numbers(layout, np.arange(first, first + count)))
+            start += count
+        return np.concatenate(numbers)
+
+    def alternatives(self, number: int) -> range:
+        """All samples."""
+        return range(self.num_samples)
 
     def check_consumed(self, consumed: int, epochs: int | None) -> None:
         """Refuse a resume point at which no batch of this order begins.
@@ -254,6 +271,26 @@ def check_batch(batch: int, lanes: int, seed: int) -> None:
         )
     if seed < 0:
         raise ConfigError(f"seed={seed} is negative; set seed=0 or more")
+
+
+def check_whole_batches(consumed: int, epochs: int | None, batch: int, what: str) -> None:
+    """Of orders without end, refuse a resume point at which no batch begins, and epochs.
+
+    Raises:
+        ConfigError: `consumed` is negative or between two batches; `epochs` are given.
+    """
+    if epochs is not None:
+        raise ConfigError(
+            f"epochs={epochs} do not apply to {what}, which have no end; leave out epochs"
+        )
+    if consumed < 0:
+        raise ConfigError(f"consumed={consumed} is negative; start at consumed=0")
+    if consumed % batch:
+        raise ConfigError(
+            f"consumed={consumed} is not a multiple of global_batch_size={batch}, which {what} "
+            f"need; use {nearest_multiples(consumed, batch, 0)}, or the settings of the run that "
+            f"is resumed"
+        )
 
 
 def _check_reading(shuffle_window: int, tail: str) -> None:

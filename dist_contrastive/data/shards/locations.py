@@ -1,0 +1,95 @@
+"""Which shards a text names: a folder, a pattern such as `train-{00000..00099}.tar`, a URL of
+either."""
+
+from pathlib import Path
+
+import braceexpand
+
+from dist_contrastive.data.shards import remote
+from dist_contrastive.errors import DataError
+
+INDEX_NAME = "index.npz"
+_MAGIC = ("*", "?", "[")
+
+
+def is_url(location: str) -> bool:
+    """Whether it is opened by fsspec rather than as a path."""
+    return "://" in location
+
+
+def is_pattern(location: str) -> bool:
+    """Whether it names shards one by one rather than a folder or an index."""
+    return location.endswith((".tar", "}", "*"))
+
+
+def folder_of(location: str) -> str:
+    """What comes before the last slash of a path or URL."""
+    head, slash, _ = location.rpartition("/")
+    return head if slash else "."
+
+
+def join(folder: str, name: str) -> str:
+    """A shard of a folder, unless the name is a whole path or URL already."""
+    if is_url(name) or name.startswith("/"):
+        return name
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def find_shards(location: str) -> list[str]:
+    """The shards of a folder (sorted by name) or of a pattern (in the order of its braces).
+
+    Raises:
+        DataError: no such folder; no shard matches.
+    """
+    if is_pattern(location):
+        return _expand(location)
+    if is_url(location):
+        return _checked(remote.glob(f"{location.rstrip('/')}/*.tar"), location)
+    folder = Path(location)
+    if not folder.is_dir():
+        raise DataError(f"the shard folder {folder} does not exist; give a folder that holds tars")
+    return _checked(sorted(str(path) for path in folder.glob("*.tar")), location)
+
+
+def _expand(pattern: str) -> list[str]:
+    """Braces make lists, whose shards must exist when they are read; * finds what there is."""
+    try:
+        names = list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(
+            f"the pattern {pattern} cannot be read ({error}); close its braces"
+        ) from error
+    found: list[str] = []
+    for name in names:
+        if not any(sign in name for sign in _MAGIC):
+            found.append(name)
+        elif is_url(name):
+            found += sorted(remote.glob(name))
+        else:
+            path = Path(name)
+            found += sorted(str(x) for x in path.parent.glob(path.name))
+    found = [name for name in found if name.endswith(".tar")]
+    missing = [name for name in found if not is_url(name) and not Path(name).is_file()]
+    if missing:
+        raise DataError(
+            f"shard {missing[0]} of the pattern {pattern} does not exist ({len(missing)} of "
+            f"{len(found)} do not); correct the pattern, or restore it"
+        )
+    if not found:
+        raise DataError(f"no shard matches {pattern}; give a pattern of files that end in .tar")
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise DataError(f"the pattern {pattern} names {twice} twice; name every shard once")
+    return found
+
+
+def _checked(names: list[str], folder: str) -> list[str]:
+    if names:
+        return names
+    below = [] if is_url(folder) else sorted({str(x.parent) for x in Path(folder).glob("*/*.tar")})
+    fix = "pack some with `dist-contrastive shards pack`"
+    if is_url(folder):
+        fix = "its server may not list files: name them, as in train-{00000..00099}.tar"
+    if below:
+        fix = f"give one of its folders that does: {', '.join(below[:4])}"
+    raise DataError(f"{folder} holds 0 files that end in .tar; {fix}")

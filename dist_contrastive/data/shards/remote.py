@@ -1,0 +1,131 @@
+"""Bytes of files on a server, through fsspec, asked for again until they come or time is up."""
+
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import fsspec
+
+from dist_contrastive.errors import DataError, UnreachableError, UnreadableSample
+
+_T = TypeVar("_T")
+
+_ASK_AGAIN = (408, 425, 429)  # client errors that pass: timeout, too early, too many requests
+
+
+class Retries(NamedTuple):
+    """How long a server is asked. Waits double from the first to the longest, and vary by half so
+    that ranks do not return all at once."""
+
+    attempts: int = 10
+    first_wait_s: float = 0.25
+    longest_wait_s: float = 30.0
+    timeout_s: float = 60.0
+    """Without a byte, after which a request counts as failed."""
+
+
+retries = Retries()
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a remote file.
+
+    Raises:
+        UnreadableSample: there is no such file, or the server refuses it.
+        UnreachableError: no attempt brought all the bytes.
+        DataError: fsspec does not know the protocol, or lacks a package for it.
+    """
+
+    def ask() -> bytes:
+        data = _file_system(url).cat_file(url, start=start, end=stop)
+        if len(data) != stop - start:
+            raise OSError(f"{stop - start} bytes from {start} on were asked for, {len(data)} came")
+        return data
+
+    return _persist(ask, url)
+
+
+def read_all(url: str) -> bytes:
+    """The whole of a small remote file. Raises: as `read_range`."""
+    return _persist(lambda: _file_system(url).cat_file(url), url)
+
+
+def size(url: str) -> int | None:
+    """Bytes of a remote file, or None if the server does not tell. Raises: as `read_range`."""
+    return _persist(lambda: _file_system(url).info(url)["size"], url)
+
+
+def glob(pattern: str) -> list[str]:
+    """URLs that match, sorted, as far as the server lists files. Raises: as `read_range`."""
+    system, protocol = _file_system(pattern), pattern.partition("://")[0]
+
+    def ask() -> list[str]:
+        return sorted(str(path) for path in system.glob(pattern))
+
+    found = _persist(ask, pattern)
+    return [path if "://" in path else f"{protocol}://{path.lstrip('/')}" for path in found]
+
+
+def _persist(ask: Callable[[], _T], url: str) -> _T:
+    begin, wait_s = time.monotonic(), retries.first_wait_s
+    for attempt in range(1, retries.attempts + 1):
+        try:
+            return ask()
+        except DataError:
+            raise
+        except Exception as error:  # every protocol has its own
+            reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+            if _is_final(error):
+                raise UnreadableSample(
+                    f"{url} is not there or may not be read ({reason}); restore it, or leave it "
+                    f"out of the index"
+                ) from error
+            if attempt == retries.attempts:
+                raise UnreachableError(
+                    f"{url} could not be read in {attempt} attempts over "
+                    f"{time.monotonic() - begin:.0f} s ({reason}); see to the server or the "
+                    f"network, then start again"
+                ) from error
+        time.sleep(wait_s * random.uniform(0.5, 1))
+        wait_s = min(2 * wait_s, retries.longest_wait_s)
+    raise AssertionError("no attempt is left, and none has failed")
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether asking again is of no use."""
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+        return True
+    status = getattr(error, "status", None)
+    return isinstance(status, int) and 400 <= status < 500 and status not in _ASK_AGAIN
+
+
+_systems: dict[tuple[int, str], Any] = {}
+
+
+def _file_system(url: str) -> Any:
+    """The file system of a URL; a forked process opens its own."""
+    protocol = url.partition("://")[0]
+    key = (os.getpid(), protocol)
+    if key not in _systems:
+        try:
+            _systems[key] = fsspec.filesystem(protocol, **_options(protocol))
+        except (ValueError, ImportError) as error:
+            raise DataError(
+                f"{url} cannot be opened ({error}); use file, http, https or another protocol of "
+                f"fsspec whose package is installed (s3: pip install 'dist-contrastive[s3]')"
+            ) from error
+    return _systems[key]
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    if protocol not in ("http", "https"):
+        return {}
+    import aiohttp  # with http only
+
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=retries.timeout_s, sock_read=retries.timeout_s
+    )
+    # Shards must arrive as they lie: a server that compresses on the way changes the length.
+    return {"client_kwargs": {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}}

@@ -1,0 +1,169 @@
+"""Samples in plain webdataset tars: writing and finding them.
+
+A sample is a run of tar members that share a key: `cat.png`, `cat.json`. The rules of what
+belongs together are webdataset's, whose functions are used here and nowhere else.
+"""
+
+import io
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from webdataset import TarWriter
+from webdataset.tariterators import base_plus_ext
+
+from dist_contrastive.data.shards.encoding import encode_field
+from dist_contrastive.errors import DataError
+
+BLOCK = 512  # bytes; tar headers and data are padded to it
+_META_NAME = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
+
+
+class Member(NamedTuple):
+    """One field of a sample: its headers, then its content."""
+
+    field: str  # extension, in lower case
+    start: int  # byte of the tar at which its headers begin
+    header: int  # bytes of headers
+    size: int  # bytes of content
+
+
+class SampleSlice(NamedTuple):
+    """Where one sample lies in its tar."""
+
+    key: str
+    members: tuple[Member, ...]
+
+    @property
+    def offset(self) -> int:
+        """Byte at which it begins."""
+        return self.members[0].start
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+class ShardWriter:
+    """Writes samples to one webdataset tar. Equal samples give equal bytes: times and owners are
+    fixed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._tar = TarWriter(self._file, encoder=False, compress=False, mtime=0, user="", group="")
+
+    def write(self, sample: Mapping[str, Any]) -> None:
+        """Add a sample: `__key__` and fields by extension, as `encode_field` takes them."""
+        fields = {
+            name: encode_field(name, value) for name, value in sample.items() if name != "__key__"
+        }
+        self._tar.write({"__key__": sample["__key__"], **fields})
+
+    def close(self) -> None:
+        """End the tar."""
+        self._tar.close()
+        self._file.close()
+
+
+def write_samples(path: Path, samples: Iterable[Mapping[str, Any]]) -> int:
+    """Write a tar of these samples, replacing it if it exists, and return their number."""
+    count = 0
+    writer = ShardWriter(path)
+    try:
+        for sample in samples:
+            writer.write(sample)
+            count += 1
+    finally:
+        writer.close()
+    return count
+
+
+def tar_bytes(fields: Iterable[bytes]) -> int:
+    """Bytes that a sample with these contents takes in a tar, headers and padding included."""
+    return sum(BLOCK + -(-len(content) // BLOCK) * BLOCK for content in fields)
+
+
+# ---------------------------------------------------------------------------- finding
+
+
+def scan_samples(file: BinaryIO, shard: str) -> Iterator[SampleSlice]:
+    """Find the samples of a tar, in its order, from its headers alone.
+
+    Args:
+        file: the tar, open for seeking.
+        shard: its name, for messages.
+
+    Raises:
+        DataError: not a plain tar, truncated or damaged, or a sample has a field twice.
+    """
+    key: str | None = None
+    members: list[Member] = []
+    for name, start, header, size in _scan_members(file, shard):
+        member_key, extension = base_plus_ext(name)
+        if member_key is None:
+            continue
+        if member_key != key:
+            if key is not None:
+                yield SampleSlice(key, tuple(members))
+            key, members = member_key, []
+        extension = extension.lower()
+        if any(extension == member.field for member in members) or extension == "__key__":
+            raise DataError(
+                f"shard {shard} gives the field {extension!r} of sample {key!r} twice, again at "
+                f"byte {start}; write every field once, and every sample under its own key"
+            )
+        members.append(Member(extension, start, header, size))
+    if key is not None:
+        yield SampleSlice(key, tuple(members))
+
+
+def member_key(data: bytes) -> str:
+    """The key of the sample to which a member belongs, from its headers."""
+    return base_plus_ext(_member_name(data))[0]
+
+
+def _member_name(data: bytes) -> str:
+    # Most members have one plain header, whose name is read many times faster than by `tarfile`.
+    is_plain = data[156:157] in (b"0", b"\0") and data[345:346] == b"\0"
+    if is_plain:
+        return data[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    padding = bytes(-len(data) % BLOCK + 2 * BLOCK)
+    with tarfile.TarFile(fileobj=io.BytesIO(data + padding)) as archive:
+        member = archive.next()
+        assert member is not None
+        return member.name
+
+
+def _scan_members(file: BinaryIO, shard: str) -> Iterator[tuple[str, int, int, int]]:
+    """Name, first byte, bytes of headers and of content of every member that webdataset reads."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # it would keep all
+                if member.isreg() and not _META_NAME.match(member.name):
+                    # `offset` is that of the extended headers, if the member has any.
+                    header = member.offset_data - member.offset
+                    yield member.name, member.offset, header, member.size
+            end = archive.offset
+    except tarfile.TarError as error:
+        raise DataError(
+            f"shard {shard} ({file.seek(0, io.SEEK_END)} bytes) is truncated or not a plain tar "
+            f"({error}); write or copy it again"
+        ) from error
+    _check_end(file, end, shard)
+
+
+def _check_end(file: BinaryIO, end: int, shard: str) -> None:
+    """A tar must end in zeros; `tarfile` takes a cut between members for an end."""
+    file.seek(end)
+    block = file.read(BLOCK)
+    if len(block) < BLOCK:
+        raise DataError(
+            f"shard {shard} is truncated: its {file.seek(0, io.SEEK_END)} bytes lack the end mark "
+            f"that should follow at byte {end}; write or copy it again"
+        )
+    if any(block):
+        raise DataError(
+            f"shard {shard} is damaged: no tar header at byte {end}; write or copy it again"
+        )

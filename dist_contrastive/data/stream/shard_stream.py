@@ -1,0 +1,232 @@
+"""The stream: batches as a function of the index, the seed and the number of samples consumed.
+
+The order of samples is that of `order`, `balanced` or `weighted`. Here ranks divide the lanes of
+each batch among themselves, and their workers the rows. Neither changes what a global batch is.
+"""
+
+from collections.abc import Collection, Generator, Sequence
+from pathlib import Path
+
+from dist_contrastive.data.collate import Batch
+from dist_contrastive.data.shards.index import ShardIndex, concatenate
+from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.stream.balanced import Balance
+from dist_contrastive.data.stream.order import Order, SampleOrder, Tail, nearest_multiples
+from dist_contrastive.data.stream.reader import Reader, Transform
+from dist_contrastive.data.stream.unreadable import Skipped, check_skipped
+from dist_contrastive.data.stream.weighted import WeightedOrder
+from dist_contrastive.data.stream.workers import StartMethod, read_by_workers
+from dist_contrastive.errors import ConfigError
+
+Indexes = ShardIndex | Path | str | Sequence[ShardIndex | Path | str]
+
+
+class ShardStream:
+    """Iterates this rank's part of every global batch.
+
+    A local batch is a dict: `__key__` (list of b strings), `__epoch__` and `__index__` (int64
+    [b]; the sample's number in the index), and each decoded field: equal-shaped tensors as
+    [b, ...], numbers as [b], all else as lists. Rows come lane by lane, and rank r owns the lanes
+    [r L / W, (r + 1) L / W): the local batches of all ranks, one after the other, are the same
+    global batch for any number of ranks that divides the lanes, and any number of workers.
+
+    All ranks yield the same number of batches. Only the last batch of finite `epochs` with
+    tail="carry" may be smaller than B; a rank may then have fewer rows than others, or none.
+
+    Iterating again continues after the last batch that was yielded. A new stream with
+    `consumed=` set to another one's `.consumed` continues that one's sequence.
+
+    Args:
+        index: a `ShardIndex`, or what `load_index` takes; or several, whose samples are numbered
+            through and read as one data set, or by `weights`.
+        global_batch_size: B, samples of one step over all ranks; a multiple of `lanes`.
+        lanes: L, parts in which an epoch is read; a multiple of world_size. Part of what defines
+            the order, so it stays fixed while ranks may change.
+        seed: of the order.
+        rank, world_size: which part of the lanes is read here.
+        num_workers: processes that read and decode ahead; 0 reads in this one.
+        prefetch_factor: batches by which workers may be ahead.
+        start_method: of the workers.
+        consumed: global samples already consumed, from which to go on.
+        epochs: passes over the data; None for an endless stream.
+        shuffle_window: samples of a lane shuffled among each other; 1 shuffles none.
+        tail: "carry": an epoch's tail begins the first batch of the next one, so that every
+            sample is seen once per epoch; "drop": what does not fill a batch is left out.
+        balance: class-balanced batches in the order of `BalancedOrder` instead, without end:
+            `epochs` must be None; `shuffle_window` and `tail` do not apply.
+        weights: whole numbers, one for each of several indexes: the order of `WeightedOrder`,
+            without end: `epochs` must be None, `balance` too; `tail` does not apply.
+        only: the fields to read, which every sample must have; None reads what there is.
+        transform: applied to every decoded sample, in the workers; it sees `__epoch__` and
+            `__index__`, by which its random numbers should be keyed.
+        max_skipped: different samples, of this rank, that may be unreadable or lack one of `only`.
+            Each is replaced by `substitute`, and `take_skipped` tells of it.
+
+    Raises:
+        ConfigError: settings that are impossible or do not fit; before any sample is read.
+        DataError: no usable shards; while iterating, more samples than `max_skipped` cannot be
+            read, or some lack a field that others of the batch have.
+        UnreachableError: while iterating, a server did not answer.
+    """
+
+    def __init__(
+        self,
+        index: Indexes,
+        *,
+        global_batch_size: int,
+        lanes: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        start_method: StartMethod = "fork",
+        consumed: int = 0,
+        epochs: int | None = None,
+        shuffle_window: int = 4096,
+        tail: Tail = "carry",
+        balance: Balance | None = None,
+        weights: Sequence[int] | None = None,
+        only: Collection[str] | None = None,
+        transform: Transform | None = None,
+        max_skipped: int = 0,
+    ) -> None:
+        _check_division(global_batch_size, lanes, rank, world_size)
+        _check_reading(num_workers, prefetch_factor, max_skipped)
+        if epochs is not None and epochs < 1:
+            raise ConfigError(f"epochs={epochs} is below 1; set 1 or more, or none for endless")
+        indexes = _open(index)
+        self.index = concatenate(indexes)
+        self.order: Order
+        if weights is not None:
+            _check_weights(weights, len(indexes), balance)
+            self.order = WeightedOrder(
+                [one.shard_samples for one in indexes],
+                weights,
+                global_batch_size=global_batch_size,
+                lanes=lanes,
+                seed=seed,
+                shuffle_window=shuffle_window,
+            )
+        elif balance is not None:
+            self.order = balance.order(len(self.index), global_batch_size, lanes, seed)
+        else:
+            self.order = SampleOrder(
+                self.index.shard_samples,
+                global_batch_size=global_batch_size,
+                lanes=lanes,
+                seed=seed,
+                shuffle_window=shuffle_window,
+                tail=tail,
+            )
+        self.order.check_consumed(consumed, epochs)
+        self.epochs = epochs
+        self.num_workers = num_workers
+        self.prefetch_factor = prefetch_factor
+        self.start_method: StartMethod = start_method
+        self.only = only
+        self.transform = transform
+        self.max_skipped = max_skipped
+        self.lanes = range(lanes * rank // world_size, lanes * (rank + 1) // world_size)
+        self._consumed = consumed
+        self._skipped: list[Skipped] = []
+        self._unreadable: dict[int, Skipped] = {}
+
+    @property
+    def consumed(self) -> int:
+        """Global samples of all batches yielded so far, those before a resume included."""
+        return self._consumed
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch, before any tail is dropped."""
+        return self.order.num_samples
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches of all epochs from the very start, or None if the stream is endless."""
+        total = self._total
+        return None if total is None else -(-total // self.order.global_batch_size)
+
+    @property
+    def _total(self) -> int | None:
+        return None if self.epochs is None else self.epochs * self.order.samples_per_epoch
+
+    def take_skipped(self) -> list[Skipped]:
+        """The samples of this rank that were skipped in the batches since the last call."""
+        taken, self._skipped = self._skipped, []
+        return taken
+
+    def __iter__(self) -> Generator[Batch]:
+        reader = Reader(
+            self.index,
+            self.order,
+            self.lanes,
+            self._consumed,
+            self._total,
+            self.only,
+            self.transform,
+            self.max_skipped,
+        )
+        parts = reader.parts()
+        if self.num_workers:
+            parts = read_by_workers(
+                reader, self.num_workers, self.prefetch_factor, self.start_method
+            )
+        for stop, batch, skipped in parts:
+            assert batch is not None
+            for one in skipped:
+                self._unreadable.setdefault(one.sample, one)
+            check_skipped(self._unreadable.values(), self.max_skipped)
+            self._consumed = stop
+            self._skipped += skipped
+            yield batch
+
+
+def _open(index: Indexes) -> list[ShardIndex]:
+    several = [index] if isinstance(index, ShardIndex | Path | str) else list(index)
+    if not several:
+        raise ConfigError("no shards are given; name a folder, a pattern or an index of some")
+    return [one if isinstance(one, ShardIndex) else load_index(one) for one in several]
+
+
+def _check_weights(weights: Sequence[int], sources: int, balance: Balance | None) -> None:
+    if len(weights) != sources:
+        raise ConfigError(
+            f"{len(weights)} weights are given for {sources} sources; give each source one"
+        )
+    if balance is not None:
+        raise ConfigError("weights and balance exclude each other; leave out one of them")
+
+
+def _check_reading(num_workers: int, prefetch_factor: int, max_skipped: int) -> None:
+    if num_workers < 0:
+        raise ConfigError(f"num_workers={num_workers} is negative; set num_workers=0 or more")
+    if prefetch_factor < 1:
+        raise ConfigError(f"prefetch_factor={prefetch_factor} is below 1; set 1 or more")
+    if max_skipped < 0:
+        raise ConfigError(f"max_skipped={max_skipped} is negative; set 0 (none) or more")
+
+
+def _check_division(batch: int, lanes: int, rank: int, world_size: int) -> None:
+    """Ranks must divide the lanes, and the fix is in the message."""
+    if world_size < 1:
+        raise ConfigError(f"world_size={world_size} is below 1; set world_size=1 or more")
+    if not 0 <= rank < world_size:
+        raise ConfigError(
+            f"rank={rank} is outside 0..{world_size - 1} for world_size={world_size}; "
+            f"set rank={min(max(rank, 0), world_size - 1)}"
+        )
+    if lanes >= 1 and lanes % world_size:
+        raise ConfigError(
+            f"lanes={lanes} is not divisible by world_size={world_size}; "
+            f"{_division_fix(batch, lanes, world_size)}"
+        )
+
+
+def _division_fix(batch: int, lanes: int, world_size: int) -> str:
+    if batch % world_size == 0:
+        fits = [n for n in range(world_size, batch + 1, world_size) if batch % n == 0]
+        return f"set lanes={min(fits, key=lambda n: abs(n - lanes))}"
+    lanes_text = nearest_multiples(lanes, world_size)
+    return f"set lanes={lanes_text} and a global_batch_size that is a multiple of them"

@@ -1,0 +1,106 @@
+"""Reading by several processes: each makes a part of every batch, and the parts are joined."""
+
+import atexit
+import signal
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from dist_contrastive.data.collate import join_batches
+from dist_contrastive.data.stream.reader import Part, Reader
+from dist_contrastive.errors import DataError
+from dist_contrastive.signals import STOP_SIGNALS
+
+StartMethod = Literal["fork", "spawn", "forkserver"]
+
+
+def read_by_workers(
+    reader: Reader, num_workers: int, prefetch_factor: int, start_method: StartMethod
+) -> Iterator[Part]:
+    """`reader.parts()`, made by so many processes.
+
+    The loader asks the workers in turn, in their order. Each works ahead by at most
+    `prefetch_factor` batches, so that no more than that are in memory.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Worker(reader),
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+        multiprocessing_context=start_method,
+        collate_fn=_unchanged,
+        worker_init_fn=_ignore_signals,
+        # The loader draws a base seed; from the global generator that would make the model's
+        # own random numbers depend on the number of workers.
+        generator=torch.Generator(),
+    )
+    # Held back here and in what is started meanwhile, until that ignores them by itself.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        parts: Any = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    # Workers ignore signals, so an exit that only signals and then awaits them would hang.
+    end = partial(_end, parts)
+    atexit.register(end)
+    try:
+        while (first := next(parts, None)) is not None:
+            received = [first, *(next(parts) for _ in range(1, num_workers))]
+            for part in received:
+                if isinstance(part, _Failure):
+                    raise part.kind(part.message)
+            batches = [part.batch for part in received if part.batch is not None]
+            skipped = [one for part in received for one in part.skipped]
+            yield Part(received[0].stop, join_batches(batches), skipped)
+    finally:
+        end()  # now, even while an exception holds this frame
+        atexit.unregister(end)
+
+
+class _Failure:
+    """A worker's DataError. The loader would wrap an exception's text in a traceback."""
+
+    def __init__(self, error: DataError) -> None:
+        self.kind = type(error)
+        self.message = str(error)
+
+
+class _Worker(IterableDataset[Any]):
+    """Iterated in a worker: its part of every batch, or a `_Failure` and then no more."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        assert worker is not None
+        try:
+            yield from self.reader.parts(worker.id, worker.num_workers)
+        except DataError as error:
+            yield _Failure(error)
+
+
+def _end(parts: Any) -> None:
+    parts._shutdown_workers()
+    for process in parts._workers:
+        if process.is_alive():  # it waits for a server, and a signal cannot tell it
+            process.kill()
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave signals to the main process: a forked worker inherits its handlers.
+
+    Ctrl-C, a scheduler's warning and torchrun's SIGTERM reach every process of the group; a worker
+    that died of one would take the rank along before it has saved. Workers still end with their
+    rank: the loader tells them, and each looks every few seconds whether its parent lives.
+    """
+    for name in STOP_SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
