@@ -3,40 +3,16 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dist_contrastive import __version__
+from dist_contrastive.cli import checking, packing
 from dist_contrastive.errors import ConfigError, NonFiniteError, UserError
 
 # torch and the rest are imported by the commands that need them: --help answers at once.
-
-# What `shards pack` can write: how, given dist_contrastive.data and a folder, and what it is.
-_SOURCES: dict[str, tuple[Callable[[Any, Path], dict[str, Any]], str]] = {
-    "digits": (
-        lambda data, folder: data.pack_digits(folder),
-        "scikit-learn's 1,797 handwritten digits",
-    ),
-    "glyphs": (
-        lambda data, folder: data.pack_glyphs(folder),
-        "14,688 images of 34 digits and capitals in 27 fonts",
-    ),
-    "eight_gaussians": (
-        lambda data, folder: data.pack_toy("eight_gaussians", folder),
-        "10,240 points of the plane about the corners of an octagon",
-    ),
-    "checkerboard": (
-        lambda data, folder: data.pack_toy("checkerboard", folder),
-        "10,240 points in the black squares of a board",
-    ),
-    "swiss_roll": (
-        lambda data, folder: data.pack_toy("swiss_roll", folder),
-        "10,240 points along a spiral",
-    ),
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,20 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     audit.set_defaults(command=_audit)
 
     shards = commands.add_parser("shards", help="make and index shards of samples")
-    _add_shards(shards.add_subparsers(required=True, metavar="COMMAND"))
+    commands = shards.add_subparsers(required=True, metavar="COMMAND")
+    packing.add_commands(commands)
+    checking.add_commands(commands)
     return parser
-
-
-def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    pack = commands.add_parser("pack", help="write a data set as shards, and index them")
-    sources = "; ".join(f"{name}: {what}" for name, (_, what) in _SOURCES.items())
-    pack.add_argument("source", choices=_SOURCES, help=sources)
-    pack.add_argument("folder", type=Path, help="gets one folder of shards per split")
-    pack.set_defaults(command=_pack)
-
-    index = commands.add_parser("index", help="write the index that the stream reads by")
-    index.add_argument("folder", type=Path, help="folder of .tar shards")
-    index.set_defaults(command=_index)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -158,20 +124,3 @@ def _audit(args: argparse.Namespace) -> int:
     worst = max(findings, key=lambda finding: finding.error)
     print(f"\n{len(findings)} ways, worst error {worst.error:.1e}: {worst.loss}, {worst.way}")
     return 0 if worst.error <= audit.TOLERANCE else 1
-
-
-def _pack(args: argparse.Namespace) -> int:
-    from dist_contrastive import data
-
-    write, _ = _SOURCES[args.source]
-    for split, index in write(data, args.folder).items():
-        print(f"{args.folder / split}: {len(index)} samples in {len(index.shard_samples)} shards")
-    return 0
-
-
-def _index(args: argparse.Namespace) -> int:
-    from dist_contrastive.data import index_folder
-
-    index = index_folder(args.folder)
-    print(f"{args.folder}: {len(index)} samples in {len(index.shard_samples)} shards")
-    return 0
