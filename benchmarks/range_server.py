@@ -83,7 +83,7 @@ class _Handler(SimpleHTTPRequestHandler):
         if fault in ("503", "404"):
             return self._refuse(int(fault))
         if file.is_dir():
-            return self._list(file)
+            return self._list(file, with_body)
         if not file.is_file():
             return self._refuse(404)
         start, stop, size = self._range(file.stat().st_size)
@@ -125,14 +125,15 @@ class _Handler(SimpleHTTPRequestHandler):
         with self.server.lock:
             self.server.bytes_sent += stop - start
 
-    def _list(self, folder: Path) -> None:
+    def _list(self, folder: Path, with_body: bool) -> None:
         names = sorted(path.name for path in folder.iterdir())
         body = "".join(f'<a href="{name}">{name}</a>\n' for name in names).encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if with_body:
+            self.wfile.write(body)
 
     def _refuse(self, status: int) -> None:
         self.send_response(status)

@@ -12,7 +12,10 @@ from dist_contrastive.errors import DataError, UnreachableError, UnreadableSampl
 
 _T = TypeVar("_T")
 
-_ASK_AGAIN = (408, 425, 429)  # client errors that pass: timeout, too early, too many requests
+# Client errors that pass: an answer that cannot be parsed (as which aiohttp counts a torn one),
+# timeout, too early, too many requests.
+_ASK_AGAIN = (400, 408, 425, 429)
+_MAX_REASON = 300  # characters
 
 
 class Retries(NamedTuple):
@@ -76,7 +79,7 @@ def _persist(ask: Callable[[], _T], url: str) -> _T:
         except DataError:
             raise
         except Exception as error:  # every protocol has its own
-            reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+            reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:_MAX_REASON]
             if _is_final(error):
                 raise UnreadableSample(
                     f"{url} is not there or may not be read ({reason}); restore it, or leave it "
