@@ -67,7 +67,7 @@ def overrides(data_set) -> Callable[..., list[str]]:
 
 def data_of(config: Path) -> str:
     """The data set that a config reads."""
-    return configs.load(config).data.train.parent.name
+    return Path(str(configs.load(config).data.train)).parent.name
 
 
 def command(*args: str | Path, ranks: int | None = None) -> list[str]:

@@ -55,14 +55,30 @@ class RunConfig(Settings):
     def fields(self) -> Fields:
         """Where a sample holds what the task takes."""
         data, task = self.data, self.task
-        return Fields(data.image, data.label, data.num_classes, data.pair, task.labels_required)
+        return Fields(
+            image=data.image,
+            label=data.label,
+            num_classes=data.num_classes,
+            pair=data.pair,
+            labels_required=task.labels_required,
+            image_size=data.image_size,
+            image_channels=data.image_channels,
+        )
 
 
-# Settings that a resumed run may change: they do not touch what is computed.
+# Settings that a resumed run may change: they do not touch what is computed. Where samples come
+# from is one of them, since a run remembers what they were (`trainer.data_record`).
 MAY_CHANGE = (
     "run_dir",
-    "data.num_workers",
+    "data.train",
     "data.test",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "data.worker_start",
+    "data.max_skipped",
+    "data.cache.folder",
+    "data.cache.limit_mb",
+    "data.cache.block_mb",
     "train.log_every",
     "train.save_every",
     "train.keep_last",

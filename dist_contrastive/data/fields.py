@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_contrastive.data.collate import Batch, collate
+from dist_contrastive.data.resize import fit_image, is_image
 from dist_contrastive.data.shards.index import ABSENT, ShardIndex
-from dist_contrastive.errors import DataError
+from dist_contrastive.errors import DataError, UnreadableSample
 
 MISSING_CLASS = -1
 
@@ -29,12 +30,29 @@ class Samples:
     index: Tensor  # [b] int64, number of the sample in its data set
     pair: Tensor | tuple[str, ...] | None = None  # [b, ...] float32, or b texts
 
-    def to(self, device: torch.device) -> "Samples":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Samples":
         """The same rows on another device; texts stay where they are."""
-        labels = None if self.labels is None else self.labels.to(device)
-        images, epoch, index = (x.to(device) for x in (self.images, self.epoch, self.index))
-        pair = self.pair.to(device) if isinstance(self.pair, Tensor) else self.pair
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=non_blocking)
+        images, epoch, index = (
+            x.to(device, non_blocking=non_blocking) for x in (self.images, self.epoch, self.index)
+        )
+        pair = self.pair
+        if isinstance(pair, Tensor):
+            pair = pair.to(device, non_blocking=non_blocking)
         return Samples(images, labels, epoch, index, pair)
+
+    def pin_memory(self) -> "Samples":
+        """The same rows in memory from which a GPU copies beside the computation."""
+        labels = None if self.labels is None else self.labels.pin_memory()
+        images, epoch, index = (x.pin_memory() for x in (self.images, self.epoch, self.index))
+        pair = self.pair.pin_memory() if isinstance(self.pair, Tensor) else self.pair
+        return Samples(images, labels, epoch, index, pair)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that this stream uses the rows too."""
+        for rows in (self.images, self.labels, self.epoch, self.index, self.pair):
+            if isinstance(rows, Tensor):
+                rows.record_stream(stream)
 
     def rows(self, numbers: Tensor) -> "Samples":
         """Some of the rows, by their numbers, int64 [n]."""
@@ -60,6 +78,8 @@ class Fields:
     num_classes: int | None = None
     pair: str | None = None  # a second modality: a text, an image or an array
     labels_required: bool = False  # refuse samples whose label is missing
+    image_size: int | None = None  # pixels of a side, to which images are scaled and cut
+    image_channels: int | None = None  # 1 or 3, which images are given
 
     @property
     def names(self) -> frozenset[str]:
@@ -84,6 +104,15 @@ class Fields:
             if missing.sum() > max_missing:
                 raise DataError(_missing_in(index, name, missing))
 
+    def prepare(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """A decoded sample, its images scaled, cut and coloured as asked for."""
+        changed = {
+            name: fit_image(sample[name], self.image_size, self.image_channels)
+            for name in (self.image, self.pair)
+            if name is not None and is_image(sample.get(name))
+        }
+        return {**sample, **changed}
+
     def samples(self, batch: Batch) -> Samples:
         """Images, labels and second modality of a batch of `ShardStream`; it may have no rows.
 
@@ -103,25 +132,39 @@ class Fields:
         """
         self.check(index, len(index) - 1)
         names = self.names
-        rows = [{**index.read(i, names), "__epoch__": 0, "__index__": i} for i in numbers]
-        return self.samples(collate(rows))
+        rows = [{"__epoch__": 0, "__index__": i, **index.read(i, names)} for i in numbers]
+        return self.samples(collate([self.prepare(row) for row in rows]))
 
-    def labels(self, index: ShardIndex, numbers: Iterable[int]) -> Tensor:
+    def labels(
+        self, index: ShardIndex, numbers: Iterable[int], unreadable_is_missing: bool = False
+    ) -> Tensor:
         """The labels alone of these samples, in their order: ``read(index, numbers).labels``.
 
-        Of each sample only the field that holds the label is decoded.
+        Of each sample only the field that holds the label is read.
+
+        Args:
+            unreadable_is_missing: a label that cannot be read counts as missing, even where labels
+                are required: the stream will not give that sample.
 
         Raises:
             DataError: as `samples`; or no field is named that holds labels.
         """
         if self.label is None:
             raise DataError("data.label is null; set it to the field that holds the labels")
-        name, found = self.label.partition(".")[0], []
+        name, found = self.label.partition(".")[0], list[float | None]()
         if name not in index.fields:
             raise DataError(_no_field(name, index.fields))
         for number in numbers:
-            sample = index.read(number, only={name})
-            found.append(self._label(sample["__key__"], _field(sample, name), self.label))
+            try:
+                sample = index.read(number, only={name})
+            except UnreadableSample:
+                if not unreadable_is_missing:
+                    raise
+                sample = {}
+            if name not in sample and unreadable_is_missing:
+                found.append(None)
+            else:
+                found.append(self._label(sample["__key__"], _field(sample, name), self.label))
         return self._label_tensor(found)
 
     def _batch_labels(self, batch: Batch, path: str) -> Tensor:
@@ -195,8 +238,9 @@ def _images(batch: Batch, name: str) -> Tensor:
     column = _field(batch, name)
     if not _are_images(column) and not _are_arrays(column):
         raise DataError(
-            f"field {name!r} does not hold images of one size: pack them with equal "
-            f"height, width and channels, or name another field as data.image"
+            f"field {name!r} does not hold images of one size: set data.image_size and "
+            f"data.image_channels, pack them with equal height, width and channels, or name "
+            f"another field as data.image"
         )
     return _numbers(batch, name, column)
 

@@ -16,7 +16,8 @@ _KEEP_STREAM = 0x6B656570  # "keep": keeps these keys apart from other uses of t
 def read_label_table(index: ShardIndex, fields: Fields, group: Group = None) -> Tensor:
     """``fields.labels(index, range(len(index)))``, of which each rank reads an equal part.
 
-    Every sample is read whole, though no other field is decoded: a pass over the shards.
+    Of every sample the field with the label is read alone. Where that cannot be read the label
+    counts as missing: if the sample is drawn, the stream replaces it.
 
     Returns:
         [N] on the CPU of every rank, in the order of sample numbers: int64 with -1 where missing,
@@ -30,7 +31,7 @@ def read_label_table(index: ShardIndex, fields: Fields, group: Group = None) -> 
     ranks, rank = collectives.world_size(group), collectives.rank(group)
     start, stop = (len(index) * part // ranks for part in (rank, rank + 1))
     with collectives.raised_together(group):
-        mine = fields.labels(index, range(start, stop))
+        mine = fields.labels(index, range(start, stop), unreadable_is_missing=True)
     parts = collectives.gather_objects(mine, group)
     return torch.cat(parts)
 

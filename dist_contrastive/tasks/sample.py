@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dist_contrastive import config as configs
 from dist_contrastive import report
-from dist_contrastive.data.shards.index_file import load_index
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.tasks import Drift, build_task
 from dist_contrastive.tasks.runs import load_weights
@@ -49,7 +48,7 @@ def write_samples(
             f"{MOST_SAMPLES}, guidance finite; guidance of 1 is none"
         )
     config = configs.load_run(run)
-    example = config.fields.read(load_index(config.data.train), [0])
+    example = config.fields.read(config.data.open_train()[0], [0])
     task = build_task(config, example).eval()
     if not isinstance(task, Drift):
         raise ConfigError(

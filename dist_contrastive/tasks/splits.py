@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.index import concatenate
 from dist_contrastive.errors import ConfigError
 
 Line = tuple[str, float, dict[str, float]]
@@ -25,7 +25,7 @@ def read_splits(config: RunConfig) -> Splits:
     """Both, which must fit in memory."""
     if config.data.test is None:
         raise ConfigError("eval needs data.test, a folder of held-out shards; set it for the run")
-    indexes = load_index(config.data.train), load_index(config.data.test)
+    indexes = [concatenate(found) for found in (config.data.open_train(), config.data.open_test())]
     return Splits(*(config.fields.read(index, range(len(index))) for index in indexes))
 
 

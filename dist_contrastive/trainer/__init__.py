@@ -1,8 +1,10 @@
 """The training loop: the stream in, checkpoints and metrics out.
 
-    data.py     what a run reads
-    start.py    opens a run: its data, its task, the newest checkpoint
-    step.py     one step
+    data.py         what a run reads
+    data_record.py  what it was trained on, so that it goes on with the same
+    skipped.py      samples that could not be read
+    start.py        opens a run: its data, its task, the newest checkpoint
+    step.py         one step
 
 Everything random is a function of (seed, step, rank) or of the sample, so a run is determined by
 its config and how far it is. Stopped anywhere and started again, it ends with the same weights.
@@ -16,17 +18,18 @@ from dist_contrastive import checkpoint, collectives
 from dist_contrastive.backend import Backend
 from dist_contrastive.checkpoint import Progress
 from dist_contrastive.config import RunConfig
-from dist_contrastive.data.collate import Batch
-from dist_contrastive.data.fields import Samples
+from dist_contrastive.errors import UserError
 from dist_contrastive.metrics import Clock, Ledger, MetricsLog
 from dist_contrastive.signals import stop_flag
-from dist_contrastive.trainer.data import open_data
+from dist_contrastive.trainer.data import Taken, open_data
+from dist_contrastive.trainer.skipped import SkippedLog
 from dist_contrastive.trainer.start import Run, start
 from dist_contrastive.trainer.step import train_step
 
 EXIT_DONE = 0
 EXIT_REQUEUE = 75  # stopped early with everything saved: start it again
-_GO, _STOP, _FAILED = 0, 1, 2  # what a rank votes before a step; the largest vote counts
+# What a rank votes before a step; the largest vote counts.
+_GO, _SKIPPED, _STOP, _FAILED = 0, 1, 2, 3
 
 
 def train(config: RunConfig, stop_after: int | None = None) -> int:
@@ -40,7 +43,8 @@ def train(config: RunConfig, stop_after: int | None = None) -> int:
 
     Raises:
         ConfigError: on every rank, before any step.
-        DataError: on every rank, before the step whose samples cannot be read.
+        DataError: on every rank, before the step whose samples cannot be read; what was done
+            before is saved.
         NonFiniteError: NaN or infinity in loss or gradients; no checkpoint is written after it.
     """
     backend = Backend(config.backend)
@@ -52,7 +56,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> int:
 
 def check(config: RunConfig, world_size: int) -> None:
     """Raise what would stop this config from starting on that many ranks."""
-    open_data(config, Progress(), 0, world_size)
+    open_data(config, config.data.open_train(), Progress(), 0, world_size)
 
 
 def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
@@ -66,53 +70,65 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
     if first:
         _say(backend, f"going on from step {first} of {steps}")
     log = MetricsLog(config.run_dir, steps, first, enabled=backend.is_main)
+    skipped = SkippedLog(config.run_dir, config.data.max_skipped, backend.is_main)
     clock = Clock(run.progress.consumed)
     with (
         log,
         stop_flag() as signalled,
         Ledger(config.run_dir, backend.rank, config.train.ledger) as ledger,
-        closing(iter(run.data.stream)) as batches,
+        closing(run.data.batches(backend.device)) as batches,
     ):
         while run.progress.step < stop_at:
-            found = _next_samples(run, batches, clock, bool(signalled))
-            if found is None:
+            try:
+                taken = _next_batch(run, batches, skipped, clock, bool(signalled))
+            except UserError:
+                _save_unless_saved(run, first)
+                raise
+            if taken is None:
                 break
-            keys, samples = found
-            ledger.write(run.progress.step, keys)
+            ledger.write(run.progress.step, taken.keys)
             step = run.progress.step + 1
             is_logged = step % config.train.log_every == 0 or step == steps
-            row = train_step(run, samples, is_logged)
+            row = train_step(run, taken.samples, taken.consumed, is_logged)
             if is_logged:
-                log.write({**row, **clock.rates(run.progress.consumed)})
+                rates = clock.rates(run.progress.consumed)
+                log.write({**row, **rates, "skipped": len(skipped)})
             if step % config.train.save_every == 0:
                 _save(run)
-        if run.progress.step > first and run.progress.step % config.train.save_every:
-            _save(run)
+        _save_unless_saved(run, first)
     return EXIT_DONE if run.progress.step >= steps else EXIT_REQUEUE
 
 
-def _next_samples(
-    run: Run, batches: Iterator[Batch], clock: Clock, stop: bool
-) -> tuple[list[str], Samples] | None:
-    """Keys and samples of the next batch; None on all ranks when one of them was asked to stop.
+def _next_batch(
+    run: Run, batches: Iterator[Taken], skipped: SkippedLog, clock: Clock, stop: bool
+) -> Taken | None:
+    """The next batch; None on all ranks when one of them was asked to stop.
 
     A rank that cannot read its part tells the others before any of them enters the step.
     """
-    found: tuple[list[str], Samples] | None = None
+    taken: Taken | None = None
     error: Exception | None = None
     try:
         with clock.waiting():
-            batch = next(batches)
-        found = batch["__key__"], run.data.samples(batch).to(run.backend.device)
+            taken = next(batches)
     except Exception as caught:
         error = caught
-    vote = _FAILED if error else _STOP if stop else _GO
+    mine = taken.skipped if taken else []
+    vote = _FAILED if error else _STOP if stop else _SKIPPED if mine else _GO
     verdict = collectives.max_over_ranks(vote, run.backend.device)
     if verdict == _FAILED:
         with collectives.raised_together():
             if error:
                 raise error
-    return found if verdict == _GO else None
+    if verdict == _SKIPPED:
+        skipped.add(mine)
+    return None if verdict == _STOP else taken
+
+
+def _save_unless_saved(run: Run, first: int) -> None:
+    """Save what has been done since the last checkpoint, if anything."""
+    if run.progress.step > first and run.progress.step % run.config.train.save_every:
+        _save(run)
 
 
 def _save(run: Run) -> None:

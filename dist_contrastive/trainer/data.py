@@ -1,7 +1,11 @@
 """What a run reads: the stream, and the labels that it trains with."""
 
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dist_contrastive import collectives
@@ -10,13 +14,25 @@ from dist_contrastive.config import RunConfig
 from dist_contrastive.data.collate import Batch
 from dist_contrastive.data.fields import Fields, Samples
 from dist_contrastive.data.labels import check_labels, keep_per_class, read_label_table
-from dist_contrastive.data.shards.index import ShardIndex
-from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.index import ShardIndex, concatenate
 from dist_contrastive.data.stream.balanced import Balance
+from dist_contrastive.data.stream.prefetch import ahead
 from dist_contrastive.data.stream.shard_stream import ShardStream
-from dist_contrastive.errors import DataError
+from dist_contrastive.data.stream.unreadable import Skipped
+from dist_contrastive.errors import DataError, UnreadableSample
+
+_AHEAD = 2  # batches that are on a GPU before they are used
 
 Content = Tensor | tuple[str, ...] | None
+
+
+class Taken(NamedTuple):
+    """This rank's rows of one batch, and what there is to tell of them."""
+
+    keys: list[str]
+    samples: Samples
+    consumed: int  # samples of the stream over all ranks, this batch included
+    skipped: list[Skipped]
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,30 @@ class TrainingData:
     fields: Fields
     labels: Tensor | None  # of the whole data set, if the task trains with labels
     example: Samples  # the first sample: all others must have its shapes
+
+    def batches(self, device: torch.device) -> Generator[Taken]:
+        """This rank's rows of each batch, on the device; on a GPU some batches ahead.
+
+        Raises:
+            DataError, UnreachableError: as `ShardStream` and `samples`.
+        """
+        if device.type != "cuda":
+            with closing(self._batches()) as batches:
+                for taken in batches:
+                    yield taken._replace(samples=taken.samples.to(device))
+            return
+        with closing(ahead(_copied(self._batches(), device), _AHEAD)) as copied:
+            for taken, event in copied:
+                torch.cuda.current_stream(device).wait_event(event)
+                taken.samples.record_stream(torch.cuda.current_stream(device))
+                yield taken
+
+    def _batches(self) -> Generator[Taken]:
+        stream = self.stream
+        with closing(iter(stream)) as batches:
+            for batch in batches:
+                samples = self.samples(batch)
+                yield Taken(batch["__key__"], samples, stream.consumed, stream.take_skipped())
 
     def samples(self, batch: Batch) -> Samples:
         """This rank's rows of a batch; labels that are not to be used count as missing.
@@ -45,11 +85,26 @@ class TrainingData:
             if batch["__key__"] and _shape(mine) != _shape(its):
                 raise DataError(
                     f"sample {batch['__key__'][0]} holds {_shape(mine)} in {name!r}, and the first "
-                    f"of the data set {_shape(its)}; pack samples of one shape"
+                    f"of the data set {_shape(its)}; set data.image_size and data.image_channels, "
+                    f"or pack samples of one shape"
                 )
         if self.labels is None:
             return samples
         return replace(samples, labels=self.labels[samples.index])
+
+
+def _copied(
+    batches: Generator[Taken], device: torch.device
+) -> Generator[tuple[Taken, torch.cuda.Event]]:
+    """Batches on a GPU, with the events after which they are there: from pinned memory, by a stream
+    of their own, so that the copy takes place beside the computation."""
+    stream = torch.cuda.Stream(device)
+    with closing(batches):
+        for taken in batches:
+            with torch.cuda.stream(stream):
+                samples = taken.samples.pin_memory().to(device, non_blocking=True)
+                event = stream.record_event()
+            yield taken._replace(samples=samples), event
 
 
 def _shape(rows: Content) -> str:
@@ -58,34 +113,56 @@ def _shape(rows: Content) -> str:
     return "a text"
 
 
-def open_data(config: RunConfig, progress: Progress, rank: int, world_size: int) -> TrainingData:
-    """The stream from where the run is; what is wrong on one rank is raised on all."""
-    data, fields = config.data, config.fields
+def open_data(
+    config: RunConfig, indexes: list[ShardIndex], progress: Progress, rank: int, world_size: int
+) -> TrainingData:
+    """The stream from where the run is; what is wrong on one rank is raised on all.
+
+    Args:
+        indexes: of the sources of data.train.
+    """
+    data, fields, index = config.data, config.fields, concatenate(indexes)
     with collectives.raised_together():
-        index = load_index(data.train)
-        example = fields.read(index, [0])
-    labels, balance = None, None
+        fields.check(index, data.max_skipped)
+        example = _first_sample(fields, index, data.max_skipped)
+    labels, balance, only = None, None, fields.names
     if config.task.uses_labels:
         labels = _training_labels(config, index)
         fields = replace(fields, label=None)  # they are known
+        only = fields.names
         if data.balance is not None:
             balance = Balance(labels, data.balance.classes, data.balance.samples_per_class)
     with collectives.raised_together():
         stream = ShardStream(
-            index,
+            indexes,
             global_batch_size=data.global_batch_size,
             lanes=data.lanes,
             seed=config.seed,
             rank=rank,
             world_size=world_size,
             num_workers=data.num_workers,
+            prefetch_factor=data.prefetch_factor,
+            start_method=data.worker_start,
             consumed=progress.consumed,
             shuffle_window=data.shuffle_window,
             tail=data.tail,
             balance=balance,
-            only=fields.names,
+            weights=data.weights,
+            only=only,
+            transform=fields.prepare,
+            max_skipped=data.max_skipped,
         )
     return TrainingData(stream, fields, labels, example)
+
+
+def _first_sample(fields: Fields, index: ShardIndex, max_skipped: int) -> Samples:
+    """The first one that can be read; after as many as may be skipped the error is raised."""
+    for number in range(min(max_skipped, len(index) - 1)):
+        try:
+            return fields.read(index, [number])
+        except UnreadableSample:
+            continue
+    return fields.read(index, [min(max_skipped, len(index) - 1)])
 
 
 def _training_labels(config: RunConfig, index: ShardIndex) -> Tensor:

@@ -13,9 +13,11 @@ from dist_contrastive import config as configs
 from dist_contrastive.backend import Backend
 from dist_contrastive.checkpoint import Checkpoint, Progress
 from dist_contrastive.config import RunConfig
+from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.tasks import Task, build_task
 from dist_contrastive.trainer.data import TrainingData, open_data
+from dist_contrastive.trainer.data_record import check_record, write_record
 
 
 @dataclass
@@ -42,7 +44,11 @@ def start(config: RunConfig, backend: Backend) -> Run:
             f"system that all ranks share"
         )
     progress = resumed.progress if resumed else Progress()
-    data = open_data(config, progress, backend.rank, backend.world_size)
+    with collectives.raised_together():
+        indexes = config.data.open_train()
+        if resumed:
+            check_record(config, indexes)
+    data = open_data(config, indexes, progress, backend.rank, backend.world_size)
     with collectives.raised_together():
         task = build_task(config, data.example)
         optimizer = optim.build_optimizer(task, config.optim)
@@ -50,7 +56,7 @@ def start(config: RunConfig, backend: Backend) -> Run:
             task.load_state_dict(resumed.weights())
             optimizer.load_state_dict(resumed.optimizer_state())
         if backend.is_main:
-            _describe(config, backend)
+            _describe(config, backend, indexes)
     module, prepared = backend.prepare(task, optimizer)
     return Run(config, backend, task, module, prepared, data, progress)
 
@@ -69,7 +75,7 @@ def _find_checkpoint(config: RunConfig) -> Checkpoint | None:
     return found
 
 
-def _describe(config: RunConfig, backend: Backend) -> None:
+def _describe(config: RunConfig, backend: Backend, indexes: list[ShardIndex]) -> None:
     """What the run is, written into its directory."""
     environment = {
         "dist_contrastive": dist_contrastive.__version__,
@@ -84,6 +90,7 @@ def _describe(config: RunConfig, backend: Backend) -> None:
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         configs.save(config, config.run_dir)
+        write_record(config, indexes)
         (config.run_dir / "environment.json").write_text(text)
     except OSError as error:
         raise ConfigError(

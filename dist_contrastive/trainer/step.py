@@ -14,8 +14,12 @@ from dist_contrastive.tasks.base import Embeddings, Terms
 from dist_contrastive.trainer.start import Run
 
 
-def train_step(run: Run, samples: Samples, is_logged: bool) -> dict[str, Any]:
-    """One step on this rank's rows of a global batch; the row to log, if it is."""
+def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> dict[str, Any]:
+    """One step on this rank's rows of a global batch; the row to log, if it is.
+
+    Args:
+        consumed: samples of the stream over all ranks, this batch included.
+    """
     config, step = run.config, run.progress.step
     seed_everything(config.seed * 1_000_003 + step * 1009 + run.backend.rank)
     run.task.progress, run.task.is_logged = step / config.train.steps, is_logged
@@ -32,7 +36,7 @@ def train_step(run: Run, samples: Samples, is_logged: bool) -> dict[str, Any]:
         group["lr"] = lr
     run.optimizer.step()
     run.task.finish_step(embeddings)
-    run.progress = Progress(step + 1, run.data.stream.consumed)
+    run.progress = Progress(step + 1, consumed)
     if not is_logged:
         return {}
     row = {"step": step + 1, "loss": loss.item(), "lr": lr, "grad_norm": norm}

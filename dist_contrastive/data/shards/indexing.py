@@ -83,15 +83,19 @@ def build_index(location: Path | str) -> ShardIndex:
     return index
 
 
-def index_shard(shard: str, files: ShardFiles) -> ShardIndex:
+def index_shard(shard: str, files: ShardFiles, *, unique_keys: bool = True) -> ShardIndex:
     """The index of one tar.
 
+    Args:
+        unique_keys: refuse a key that it holds twice.
+
     Raises:
-        DataError: it is truncated, damaged, or holds a key twice.
+        DataError: it cannot be opened, is truncated, damaged, or holds a key twice.
     """
     with open_shard(shard, files) as (file, size):
         samples = list(scan_samples(file, shard))
-        _check_keys(samples, shard)
+        if unique_keys:
+            _check_keys(samples, shard)
         fields = sorted({member.field for sample in samples for member in sample.members})
         if len(fields) > _MAX_FIELDS:
             raise DataError(
@@ -118,10 +122,16 @@ def open_shard(shard: str, files: ShardFiles) -> Iterator[tuple[BinaryIO, int]]:
     """A shard as a file, and its size in bytes.
 
     Raises:
-        DataError: it is not there, or its server does not tell its size.
+        DataError: it is not there, may not be read, or its server does not tell its size.
     """
     if not is_url(shard):
-        with open(shard, "rb") as file:
+        try:
+            file = open(shard, "rb")  # noqa: SIM115  # what fails below is not the opening
+        except OSError as error:
+            raise DataError(
+                f"shard {shard} cannot be read ({error.strerror}); restore it, or leave it out"
+            ) from error
+        with file:
             yield file, os.fstat(file.fileno()).st_size
         return
     size = remote.size(shard)

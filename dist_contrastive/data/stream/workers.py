@@ -1,9 +1,13 @@
 """Reading by several processes: each makes a part of every batch, and the parts are joined."""
 
 import atexit
+import os
+import pickle
 import signal
+import tempfile
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,8 +29,9 @@ def read_by_workers(
     The loader asks the workers in turn, in their order. Each works ahead by at most
     `prefetch_factor` batches, so that no more than that are in memory.
     """
+    stored = None if start_method == "fork" else _store(reader)
     loader: DataLoader[Any] = DataLoader(
-        _Worker(reader),
+        _Worker(reader if stored is None else None, stored),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor,
@@ -41,10 +46,14 @@ def read_by_workers(
     held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         parts: Any = iter(loader)
+    except BaseException:
+        if stored is not None:
+            stored.unlink(missing_ok=True)
+        raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
     # Workers ignore signals, so an exit that only signals and then awaits them would hang.
-    end = partial(_end, parts)
+    end = partial(_end, parts, stored)
     atexit.register(end)
     try:
         while (first := next(parts, None)) is not None:
@@ -71,23 +80,40 @@ class _Failure:
 class _Worker(IterableDataset[Any]):
     """Iterated in a worker: its part of every batch, or a `_Failure` and then no more."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader | None, stored: Path | None) -> None:
         self.reader = reader
+        self.stored = stored
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         assert worker is not None
+        reader = self.reader
+        if self.stored is not None:
+            with self.stored.open("rb") as file:
+                reader = pickle.load(file)
+        assert reader is not None
         try:
-            yield from self.reader.parts(worker.id, worker.num_workers)
+            yield from reader.parts(worker.id, worker.num_workers)
         except DataError as error:
             yield _Failure(error)
 
 
-def _end(parts: Any) -> None:
+def _store(reader: Reader) -> Path:
+    """A file that workers read it from. Through the pipe by which they are started, which holds
+    64 KiB, a large index would wait for ever where a worker dies before it reads."""
+    handle, name = tempfile.mkstemp(prefix="dist-contrastive-reader-")
+    with os.fdopen(handle, "wb") as file:
+        pickle.dump(reader, file)
+    return Path(name)
+
+
+def _end(parts: Any, stored: Path | None) -> None:
     parts._shutdown_workers()
     for process in parts._workers:
         if process.is_alive():  # it waits for a server, and a signal cannot tell it
             process.kill()
+    if stored is not None:
+        stored.unlink(missing_ok=True)
 
 
 def _unchanged(item: Any) -> Any:

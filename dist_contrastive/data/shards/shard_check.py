@@ -1,0 +1,242 @@
+"""What is wrong with one shard: it is read whole, and compared with what an index tells of it."""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_contrastive.data.shards.block_cache import BlockCache
+from dist_contrastive.data.shards.encoding import decode_or_explain
+from dist_contrastive.data.shards.files import ShardFiles
+from dist_contrastive.data.shards.index import ABSENT, ShardIndex, index_command
+from dist_contrastive.data.shards.indexing import index_shard, open_shard
+from dist_contrastive.data.shards.locations import folder_of
+from dist_contrastive.data.shards.tars import member_key, scan_samples
+from dist_contrastive.errors import DataError, UnreachableError
+
+MAX_LISTED = 20  # findings of one kind that are told one by one
+_CHUNK = 1 << 20  # bytes read at once
+_TABLES = ("member_start", "member_header", "member_size", "member_crc32")
+
+
+class CheckedShard(NamedTuple):
+    """What was found in one shard. 16 bytes of each sample are kept, to compare it with others."""
+
+    shard: str
+    problems: list[str]
+    fields: tuple[str, ...]  # of its samples, sorted
+    key_hashes: NDArray[np.int64]  # of every sample's key, for this process alone
+    offsets: NDArray[np.int64]  # first byte of every sample
+
+
+def check_shard(
+    shard: str, indexed: ShardIndex | None, decode: bool, cache: BlockCache
+) -> CheckedShard:
+    """Read a shard whole, and find all that is wrong with it.
+
+    Args:
+        shard: path or URL.
+        indexed: what an index tells of this shard; None: there is nothing to compare with.
+        decode: decode every field.
+        cache: of remote shards.
+
+    Raises:
+        UnreachableError: its server does not answer.
+    """
+    files = ShardFiles(cache)  # handles are not for several threads
+    try:
+        fresh = index_shard(shard, files, unique_keys=False)
+        keys = map(hash, _keys(fresh))
+        hashes = np.fromiter(keys, np.int64, len(fresh))
+        problems = [
+            *_after_end(fresh),
+            *([] if indexed is None else _changes(indexed, fresh)),
+            *_keys_held_twice(fresh, hashes),
+            *_missing_fields(fresh),
+        ]
+        if decode:
+            problems += limited(_undecodable(fresh), f"fields of shard {shard} cannot be decoded")
+        return CheckedShard(shard, problems, fresh.fields, hashes, fresh.sample_offset)
+    except UnreachableError:
+        raise
+    except DataError as error:
+        problems = [str(error)]
+        if indexed is not None:
+            problems += _losses(indexed, files)
+    except OSError as error:
+        problems = [f"shard {shard} cannot be read ({error}); restore it from a sound disk"]
+    finally:
+        files.close()
+    return CheckedShard(shard, problems, (), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+def limited(findings: Iterator[str], what: str) -> list[str]:
+    """The first `MAX_LISTED` findings, and the number of the others."""
+    listed = list(islice(findings, MAX_LISTED))
+    more = sum(1 for _ in findings)
+    return [*listed, f"{more} more {what}"] if more else listed
+
+
+def key_at(shard: str, offset: int, files: ShardFiles) -> str:
+    """The key of the sample that begins at this byte of a shard.
+
+    Raises:
+        DataError, UnreachableError: it cannot be read.
+    """
+    with open_shard(shard, files) as (file, _):
+        file.seek(offset)
+        return next(scan_samples(file, shard)).key
+
+
+def _keys(part: ShardIndex) -> Iterator[str]:
+    """The keys of all samples of one shard, each from the headers of the sample's first member."""
+    if not len(part):
+        return
+    first = part.member_start.argmin(axis=1)[:, None]
+    headers = np.take_along_axis(part.member_header, first, axis=1)[:, 0]
+    shard, size = part.shards[0], int(part.shard_bytes[0])
+    for offset, length in zip(part.sample_offset.tolist(), headers.tolist(), strict=True):
+        yield member_key(part.files.read(shard, size, offset, length))
+
+
+def _after_end(part: ShardIndex) -> Iterator[str]:
+    """What follows the end mark of a tar is read by nobody."""
+    shard = part.shards[0]
+    with open_shard(shard, part.files) as (file, size):
+        file.seek(int(part.sample_offset[-1]) if len(part) else 0)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while archive.next() is not None:
+                pass
+            end = archive.offset
+        file.seek(end)
+        at = end
+        while chunk := file.read(_CHUNK):
+            if any(chunk):
+                at += len(chunk) - len(chunk.lstrip(b"\0"))
+                yield (
+                    f"shard {shard} ends at byte {end}, but {size - at} bytes follow from byte "
+                    f"{at} on, which nobody reads; write it again, and join tars with `tar "
+                    f"--concatenate` rather than `cat`"
+                )
+                return
+            at += len(chunk)
+
+
+def _changes(indexed: ShardIndex, fresh: ShardIndex) -> Iterator[str]:
+    """How the bytes of a shard differ from those that were indexed."""
+    shard = fresh.shards[0]
+    then, now = ((int(x.shard_bytes[0]), x.shard_sha256[0]) for x in (indexed, fresh))
+    if then != now:
+        yield _is_changed(indexed, f"{now[0]} bytes with sha256 {now[1]}", fresh.files, now[0])
+    elif not _is_same(indexed, fresh):
+        yield (
+            f"the index tells other samples of shard {shard} than its tar holds, though the "
+            f"sha256 is right: the index is damaged; run `{_command(shard)} --full`"
+        )
+
+
+def _losses(indexed: ShardIndex, files: ShardFiles) -> Iterator[str]:
+    """What can still be read of a shard that is not a whole tar."""
+    shard, then = indexed.shards[0], int(indexed.shard_bytes[0])
+    try:
+        with open_shard(shard, files) as (_, now):
+            pass
+    except UnreachableError:
+        raise
+    except DataError:  # it is not there at all
+        return
+    yield _is_changed(indexed, f"{now} bytes" if now != then else "other bytes", files, now)
+
+
+def _is_changed(indexed: ShardIndex, now: str, files: ShardFiles, size: int) -> str:
+    shard, then = indexed.shards[0], int(indexed.shard_bytes[0])
+    # Of the size that it has now, lest a server be asked for bytes beyond its end.
+    part = replace(indexed, shard_bytes=np.array([size], np.int64), files=files)
+    lost = [number for number in range(len(part)) if not _is_readable(part, number)]
+    what = f"all of its {len(part)} indexed samples can be read by the index"
+    if lost:
+        what = (
+            f"{len(lost)} of its {len(part)} indexed samples cannot be read by the index, the "
+            f"first is number {lost[0]}"
+        )
+    return (
+        f"shard {shard} is not as it was indexed: it has {now}, indexed were {then} bytes with "
+        f"sha256 {indexed.shard_sha256[0]}; {what}; restore it, or run `{_command(shard)}` if it "
+        f"was changed on purpose"
+    )
+
+
+def _is_readable(part: ShardIndex, number: int) -> bool:
+    try:
+        part.read_contents(number)
+    except UnreachableError:
+        raise
+    except DataError:
+        return False
+    return True
+
+
+def _is_same(indexed: ShardIndex, fresh: ShardIndex) -> bool:
+    """Whether two indexes of a shard tell the same; one may have fields of other shards besides."""
+    if not np.array_equal(indexed.sample_offset, fresh.sample_offset):
+        return False
+    used = np.flatnonzero((indexed.member_start != ABSENT).any(axis=0))
+    return tuple(indexed.fields[i] for i in used) == fresh.fields and all(
+        np.array_equal(getattr(indexed, name)[:, used], getattr(fresh, name)) for name in _TABLES
+    )
+
+
+def _keys_held_twice(part: ShardIndex, hashes: NDArray[np.int64]) -> Iterator[str]:
+    order = hashes.argsort(kind="stable")
+    again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    if not len(again):
+        return
+    shard, first = part.shards[0], again[order[again + 1].argmin()]
+    places = [int(part.sample_offset[row]) for row in order[first : first + 2]]
+    key = key_at(shard, places[0], part.files)
+    more = f" ({len(again)} samples have the key of an earlier one)" if len(again) > 1 else ""
+    yield (
+        f"shard {shard} holds the key {key!r} twice, at byte {places[0]} and again at byte "
+        f"{places[1]}{more}; give every sample one key and keep its members together "
+        "(`tar --sort=name`)"
+    )
+
+
+def _missing_fields(part: ShardIndex) -> Iterator[str]:
+    """Fields that some of the samples of a shard have, and others lack."""
+    lacking = part.member_start == ABSENT
+    for column, count in enumerate(lacking.sum(axis=0).tolist()):
+        if count:
+            shard, row = part.shards[0], int(lacking[:, column].argmax())
+            key = key_at(shard, int(part.sample_offset[row]), part.files)
+            yield (
+                f"{count} of {len(part)} samples of shard {shard} have no field "
+                f"{part.fields[column]!r}, the first is {key!r}; pack them with one, or leave "
+                f"them out"
+            )
+
+
+def _undecodable(part: ShardIndex) -> Iterator[str]:
+    shard = part.shards[0]
+    for number in range(len(part)):
+        try:
+            contents = part.read_contents(number)
+        except UnreachableError:
+            raise
+        except DataError as error:  # it changes while it is read
+            yield str(error)
+            continue
+        key = contents.pop("__key__")
+        for name, value in contents.items():
+            try:
+                decode_or_explain(name, value, key, shard)
+            except DataError as error:
+                yield str(error)
+
+
+def _command(shard: str) -> str:
+    return index_command(folder_of(shard))

@@ -1,0 +1,63 @@
+"""What a run was trained on, in its directory: `data.json`. A resumed run must read the same
+samples in the same order, wherever they lie now."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dist_contrastive.config import RunConfig
+from dist_contrastive.data.shards.index import ShardIndex
+from dist_contrastive.errors import ConfigError
+
+_NAME = "data.json"
+
+
+def write_record(config: RunConfig, indexes: list[ShardIndex]) -> None:
+    """Write data.json: of each source where it is, its size, weight and checksum."""
+    record = _record(config, indexes)
+    (config.run_dir / _NAME).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def check_record(config: RunConfig, indexes: list[ShardIndex]) -> None:
+    """Refuse other samples than those that the run was trained on, if it remembers.
+
+    Raises:
+        ConfigError: another number of sources, or one with other shards or another weight.
+    """
+    path = config.run_dir / _NAME
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text()), _record(config, indexes)
+    if len(before) != len(now):
+        raise ConfigError(_changed(config.run_dir, f"{len(before)} sources, now {len(now)}"))
+    for old, new in zip(before, now, strict=True):
+        if (old["fingerprint"], old["weight"]) != (new["fingerprint"], new["weight"]):
+            raise ConfigError(_changed(config.run_dir, f"{_text(old)}, now {_text(new)}"))
+
+
+def _record(config: RunConfig, indexes: list[ShardIndex]) -> list[dict[str, Any]]:
+    return [
+        {
+            "shards": source.shards,
+            "num_shards": len(index.shards),
+            "samples": len(index),
+            "weight": source.weight,
+            "fingerprint": index.fingerprint,
+        }
+        for source, index in zip(config.data.sources, indexes, strict=True)
+    ]
+
+
+def _text(source: dict[str, Any]) -> str:
+    weight = f" with weight {source['weight']}" if source["weight"] else ""
+    return (
+        f"{source['samples']} samples in {source['num_shards']} shards of {source['shards']}"
+        f"{weight} (checksum {source['fingerprint'][:8]})"
+    )
+
+
+def _changed(run_dir: Path, what: str) -> str:
+    return (
+        f"{run_dir} was trained on {what}; give it the data that it was trained on, choose another "
+        f"run_dir, or delete that one to start over"
+    )

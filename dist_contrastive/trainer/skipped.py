@@ -1,0 +1,55 @@
+"""`skipped.jsonl`: the samples that could not be read and what took their places, and the bound."""
+
+import json
+import sys
+from pathlib import Path
+
+from dist_contrastive import collectives
+from dist_contrastive.data.stream.unreadable import Skipped, check_skipped
+
+
+class SkippedLog:
+    """Collects what ranks skipped. All ranks count the same samples, so all stop or none.
+
+    Args:
+        run_dir: where it is written, by one rank; what stands there counts too.
+        max_skipped: different samples that may be skipped, over the whole run.
+    """
+
+    def __init__(self, run_dir: Path, max_skipped: int, is_main: bool) -> None:
+        self._path = run_dir / "skipped.jsonl"
+        self._max_skipped = max_skipped
+        self._is_main = is_main
+        with collectives.raised_together():
+            mine = self._read() if is_main else []
+        before = collectives.gather_objects(mine)[0]
+        self._known = {(one.epoch, one.sample): one for one in before}
+
+    def __len__(self) -> int:
+        """How many times a sample was replaced, before a resume too."""
+        return len(self._known)
+
+    def add(self, mine: list[Skipped]) -> None:
+        """Write what this rank and the others skipped, and check the bound.
+
+        Raises:
+            DataError: on all ranks, naming shards, when more samples were skipped than may be.
+
+        Collectives: a gather of objects.
+        """
+        found = [one for part in collectives.gather_objects(mine) for one in part]
+        new = [one for one in found if (one.epoch, one.sample) not in self._known]
+        self._known |= {(one.epoch, one.sample): one for one in new}
+        with collectives.raised_together():
+            if self._is_main and new:
+                with self._path.open("a") as file:
+                    file.writelines(json.dumps(one._asdict()) + "\n" for one in new)
+                for one in new:
+                    print(f"skipped a sample: {one.reason}", file=sys.stderr, flush=True)
+        check_skipped(self._known.values(), self._max_skipped)
+
+    def _read(self) -> list[Skipped]:
+        if not self._path.exists():
+            return []
+        lines = self._path.read_text().splitlines(keepends=True)
+        return [Skipped(**json.loads(line)) for line in lines if line.endswith("\n")]
