@@ -8,10 +8,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import braceexpand
 import numpy as np
@@ -85,16 +84,185 @@ def verify_shards(
     location = str(location) if is_url(str(location)) else str(Path(location))
     with temporary_cache() if cache is None else nullcontext(cache) as settings:
         blocks = BlockCache(settings)
-        found = _Found(ShardFiles(blocks))
-        found.look(location)
-        checks = _check_all(found, decode, blocks)
-        checked = list(progress(checks, len(found.shards)))
-        samples = sum(len(one.offsets) for one in checked)
-        problems = [*found.problems, *(x for one in checked for x in one.problems)]
+        files = ShardFiles(blocks)
+        plan = _plan(location, files)
+        checked = list(progress(_check_all(plan, decode, blocks), len(plan.shards)))
+        problems = [*plan.problems, *(problem for one in checked for problem in one.problems)]
         problems += _other_fields(checked)
+        samples = sum(len(one.offsets) for one in checked)
         if not samples and not problems:
-            problems.append(f"the {len(checked)} shards of {location} hold 0 samples")
-        notes = [*found.notes, *_empty(checked), *_shared_keys(checked, found.files)]
+            problems.append(
+                f"the {len(checked)} shards of {location} hold 0 samples; write tars whose members "
+                f"are named KEY.EXTENSION"
+            )
+        notes = [*plan.notes, *_empty(checked), *_shared_keys(checked, files)]
     return Verification(
-        tuple(problems), tuple(notes), len(checked), samples, tuple(found.index_files)
+        tuple(problems), tuple(notes), len(checked), samples, tuple(plan.index_files)
     )
+
+
+# ---------------------------------------------------------------------------- what there is
+
+
+@dataclass
+class _Plan:
+    """What is to be checked, against what, and what was found so far."""
+
+    shards: list[str] = field(default_factory=list)
+    indexed: dict[str, tuple[ShardIndex, int]] = field(default_factory=dict)
+    index_files: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def part(self, shard: str) -> ShardIndex | None:
+        """What an index tells of a shard."""
+        if shard not in self.indexed:
+            return None
+        index, number = self.indexed[shard]
+        return index.select([number])
+
+
+def _plan(location: str, files: ShardFiles) -> _Plan:
+    plan, is_file = _Plan(), location.endswith(".npz")
+    if is_pattern(location):
+        plan.shards = _named(location)
+        for folder in dict.fromkeys(folder_of(shard) for shard in plan.shards):
+            _add_index(plan, f"{folder}/{INDEX_NAME}", files)
+        _find_new(plan, plan.shards)
+        return plan
+    folder = folder_of(location) if is_file else location.rstrip("/")
+    file = location if is_file else f"{folder}/{INDEX_NAME}"
+    has_index = _add_index(plan, file, files)
+    if is_file and not has_index and not plan.problems:
+        raise DataError(f"the index {file} does not exist; give a folder, or an index that does")
+    found = _listed(folder, plan) if file.rpartition("/")[2] == INDEX_NAME else []
+    if all(_plain(folder_of(shard)) == folder for shard in plan.indexed):
+        _find_new(plan, found)
+    plan.shards = sorted({*found, *plan.indexed})
+    return plan
+
+
+def _named(pattern: str) -> list[str]:
+    """The shards that a pattern names, also if some of them are not there."""
+    if not is_url(pattern) and not any(sign in pattern for sign in "*?["):
+        with suppress(ValueError):  # braces that are not closed: `find_shards` tells
+            names = [x for x in braceexpand.braceexpand(pattern) if x.endswith(".tar")]
+            if 0 < sum(Path(name).is_file() for name in names) < len(names):
+                return list(dict.fromkeys(names))
+    return find_shards(pattern)
+
+
+def _listed(folder: str, plan: _Plan) -> list[str]:
+    """The tars of a folder. Where none are found those of the index are looked for."""
+    try:
+        return find_shards(folder)
+    except UnreachableError:
+        raise
+    except DataError:
+        if not plan.indexed:
+            raise
+        if is_url(folder):
+            plan.notes.append(
+                f"the server of {folder} lists no tars: whether it has some that are not in the "
+                f"index is not known"
+            )
+        return []
+
+
+def _add_index(plan: _Plan, file: str, files: ShardFiles) -> bool:
+    """Take in an index file, if it is there and sound."""
+    try:
+        data = remote.read_all(file) if is_url(file) else Path(file).read_bytes()
+    except (UnreadableSample, FileNotFoundError, NotADirectoryError):
+        plan.notes.append(
+            f"{folder_of(file)} has no {INDEX_NAME}: sizes, checksums and which tars there are "
+            f"could not be compared"
+        )
+        return False
+    except OSError as error:
+        plan.problems.append(f"the index {file} cannot be read ({error.strerror}); restore it")
+        return False
+    try:
+        index = parse_index(data, file, files)
+    except DataError as error:
+        plan.problems.append(str(error))
+        return False
+    plan.index_files.append(file)
+    plan.indexed |= {_plain(shard): (index, i) for i, shard in enumerate(index.shards)}
+    return True
+
+
+def _find_new(plan: _Plan, found: Sequence[str]) -> None:
+    indexed_folders = {_plain(folder_of(file)) for file in plan.index_files}
+    for shard in found:
+        folder = folder_of(shard)
+        is_there = is_url(shard) or Path(shard).exists()  # or else reading it will tell
+        if is_there and shard not in plan.indexed and _plain(folder) in indexed_folders:
+            plan.problems.append(
+                f"shard {shard} is not in the index of its folder; run `{index_command(folder)}`"
+            )
+
+
+def _plain(name: str) -> str:
+    return name if is_url(name) else str(Path(name))
+
+
+# ---------------------------------------------------------------------------- shards together
+
+
+def _check_all(plan: _Plan, decode: bool, blocks: BlockCache) -> Iterator[CheckedShard]:
+    """In order, several at a time: hashing, decoding and reading leave the interpreter free."""
+    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as threads:
+        try:
+            yield from threads.map(
+                lambda shard: check_shard(shard, plan.part(shard), decode, blocks), plan.shards
+            )
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _other_fields(checked: Sequence[CheckedShard]) -> Iterator[str]:
+    """Shards whose samples have other fields than those of most shards."""
+    usual = Counter(one.fields for one in checked if one.fields).most_common(1)
+    for one in checked:
+        if one.fields and one.fields != usual[0][0]:
+            fields, count = usual[0]
+            lacking, new = sorted({*fields} - {*one.fields}), sorted({*one.fields} - {*fields})
+            lacks = f"lack {', '.join(map(repr, lacking))}" if lacking else ""
+            has = f"have {', '.join(map(repr, new))} besides" if new else ""
+            yield (
+                f"shard {one.shard} has other fields than the rest: its samples "
+                f"{' and '.join(filter(None, (lacks, has)))}, unlike those of {count} of "
+                f"{len(checked)} shards; pack all shards alike, or leave it out"
+            )
+
+
+def _empty(checked: Sequence[CheckedShard]) -> Iterator[str]:
+    for one in checked:
+        if not one.problems and not len(one.offsets):
+            yield f"shard {one.shard} holds no samples"
+
+
+def _shared_keys(checked: Sequence[CheckedShard], files: ShardFiles) -> list[str]:
+    """Keys that several shards hold. Of every pair of shards the first in them is told."""
+    hashes = np.concatenate([one.key_hashes for one in checked])
+    owners = np.repeat(np.arange(len(checked)), [len(one.offsets) for one in checked])
+    order = hashes.argsort(kind="stable")
+    again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    rows = np.stack([order[again], order[again + 1]], axis=1)
+    rows = rows[owners[rows[:, 0]] != owners[rows[:, 1]]]
+    rows = rows[np.lexsort((rows[:, 0], owners[rows[:, 1]], owners[rows[:, 0]]))]
+    _, first, counts = np.unique(owners[rows], axis=0, return_index=True, return_counts=True)
+    offsets = np.concatenate([one.offsets for one in checked])
+
+    def sentences() -> Iterator[str]:
+        for pair, count in zip(rows[first].tolist(), counts.tolist(), strict=True):
+            names = [checked[owners[row]].shard for row in pair]
+            keys = [
+                key_at(name, offsets[row], files) for name, row in zip(names, pair, strict=True)
+            ]
+            if keys[0] == keys[1]:  # not only their hashes, which of 10^8 keys hardly ever happens
+                more = f" and {count - 1} more keys" if count > 1 else ""
+                yield f"shards {names[0]} and {names[1]} both hold the key {keys[0]!r}{more}"
+
+    return limited(sentences(), "pairs of shards hold the same keys")
