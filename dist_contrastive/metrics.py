@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -29,7 +29,8 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "metrics.jsonl"
-        _keep_rows_until(path, resumed_at)
+        if path.exists():  # a run killed after its last checkpoint did steps that are done again
+            _keep_lines(path, lambda row: row["step"] <= resumed_at)
         self._file: TextIO = path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
         self._display = _Bar(num_steps, resumed_at) if _is_terminal() else _Lines(num_steps)
@@ -89,7 +90,8 @@ class Clock:
 class Ledger:
     """The keys of this rank's rows of every step, in ledger/rank-R.jsonl, if asked for.
 
-    After a kill, steps since the last checkpoint stand there twice; the later line counts.
+    A step stands there once for each rank that it had: what a killed run wrote after its last
+    checkpoint is removed by `forget_steps`.
     """
 
     def __init__(self, folder: Path, rank: int, enabled: bool) -> None:
@@ -111,13 +113,19 @@ class Ledger:
             self._file.write(json.dumps({"step": step, "keys": keys}) + "\n")
 
 
-def _keep_rows_until(path: Path, step: int) -> None:
-    """A run killed after its last checkpoint did steps that are now done again."""
-    if path.exists():
-        rows = [row for row in read_rows(path.parent) if row["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        partial.replace(path)  # a crash here must not lose the rows that are kept
+def forget_steps(folder: Path, done: int) -> None:
+    """Remove from the ledger the steps after the first `done`: they are done again, perhaps by
+    another number of ranks. Called by one rank before any opens its ledger."""
+    for path in (folder / "ledger").glob("rank-*.jsonl"):
+        _keep_lines(path, lambda row: row["step"] < done)
+
+
+def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave out the other lines of a file of JSON lines, and an unfinished last one."""
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line for line in lines if keep(json.loads(line))))
+    partial.replace(path)  # a crash here must not lose the lines that are kept
 
 
 def _is_terminal() -> bool:

@@ -89,13 +89,14 @@ def environment() -> dict[str, str]:
 
 
 def global_batches(run_dir: Path) -> list[list[str]]:
-    """The keys of every step, joined over ranks in their order; later lines count."""
+    """The keys of every step, joined over ranks in their order."""
     ranks = []
     for number in range(len(list((run_dir / "ledger").iterdir()))):
         text = (run_dir / "ledger" / f"rank-{number}.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines()]
         ranks.append({line["step"]: line["keys"] for line in lines})
-    return [[key for rank in ranks for key in rank[step]] for step in sorted(ranks[0])]
+        assert len(ranks[-1]) == len(lines), "a step stands twice in a ledger"
+    return [[key for rank in ranks for key in rank.get(step, ())] for step in sorted(ranks[0])]
 
 
 def pixels_of(picture: Path) -> np.ndarray:

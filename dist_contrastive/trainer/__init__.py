@@ -19,7 +19,7 @@ from dist_contrastive.backend import Backend
 from dist_contrastive.checkpoint import Progress
 from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import UserError
-from dist_contrastive.metrics import Clock, Ledger, MetricsLog
+from dist_contrastive.metrics import Clock, Ledger, MetricsLog, forget_steps
 from dist_contrastive.signals import stop_flag
 from dist_contrastive.trainer.data import Taken, open_data
 from dist_contrastive.trainer.skipped import SkippedLog
@@ -69,6 +69,9 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
         return EXIT_DONE
     if first:
         _say(backend, f"going on from step {first} of {steps}")
+    with collectives.raised_together():
+        if backend.is_main:
+            forget_steps(config.run_dir, first)
     log = MetricsLog(config.run_dir, steps, first, enabled=backend.is_main)
     skipped = SkippedLog(config.run_dir, config.data.max_skipped, backend.is_main)
     clock = Clock(run.progress.consumed)

@@ -1,10 +1,12 @@
 """Reading by several processes: each makes a part of every batch, and the parts are joined."""
 
 import atexit
+import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -37,7 +39,7 @@ def read_by_workers(
         prefetch_factor=prefetch_factor,
         multiprocessing_context=start_method,
         collate_fn=_unchanged,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_begin,
         # The loader draws a base seed; from the global generator that would make the model's
         # own random numbers depend on the number of workers.
         generator=torch.Generator(),
@@ -120,13 +122,24 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave signals to the main process: a forked worker inherits its handlers.
+def _begin(worker: int) -> None:
+    """Leave signals to the main process, and end with it.
 
     Ctrl-C, a scheduler's warning and torchrun's SIGTERM reach every process of the group; a worker
-    that died of one would take the rank along before it has saved. Workers still end with their
-    rank: the loader tells them, and each looks every few seconds whether its parent lives.
+    that died of one would take the rank along before it has saved. A forked one inherits its
+    handlers, too.
+
+    A worker that is told to end does so. The loader's own watch over a rank that was killed looks
+    whether the parent has changed since it began, so it waits for ever where that happened before.
     """
     for name in STOP_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
