@@ -2,9 +2,8 @@
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
-from itertools import count, islice
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_contrastive.data.keyed_random import keyed_permutation
+from dist_contrastive.data.packing.aside import refuse_foreign_files, written_aside
+from dist_contrastive.data.packing.writer import ShardBounds, encoded, made, write_shards
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.index_file import load_index
 from dist_contrastive.data.shards.indexing import index_folder
-from dist_contrastive.data.shards.tars import write_samples
-from dist_contrastive.errors import ConfigError, DataError
 
 _SPLITS = ("train", "test")
 _SPLIT_SEED = 0
@@ -43,24 +42,17 @@ def pack_splits(
         ConfigError: samples_per_shard below 1.
         DataError: the folder holds something else.
     """
-    if samples_per_shard < 1:
-        raise ConfigError(f"samples_per_shard={samples_per_shard} is below 1; set 1 or more")
+    bounds = ShardBounds(samples_per_shard, mib=None)
     folder = Path(folder).resolve()
-    _refuse_foreign_files(folder, source)
-    # Written aside and moved into place whole: a crash leaves no half set that loads.
-    partial, previous = (
-        folder.with_name(f".{folder.name}.{os.getpid()}.{state}") for state in ("partial", "old")
-    )
-    try:
+    own = rf"(train|test)/({re.escape(source)}-\1-\d{{5}}\.tar|index\.npz)?"
+    refuse_foreign_files(folder, own, f"packing the {source}")
+    with written_aside(folder) as aside:
         splits = make_splits()
         for split in _SPLITS:
-            _write_split(partial / split, f"{source}-{split}", splits[split], samples_per_shard)
-        if folder.exists():
-            folder.rename(previous)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(previous, ignore_errors=True)
+            (aside / split).mkdir()
+            with closing(made(splits[split], encoded, os.cpu_count() or 1)) as samples:
+                write_shards(samples, aside / split, f"{source}-{split}", bounds)
+            index_folder(aside / split)
     return {split: load_index(folder / split) for split in _SPLITS}
 
 
@@ -79,28 +71,3 @@ def split_by_class(labels: NDArray[np.int64], test_samples: int) -> dict[str, ND
     for label, number in zip(classes.tolist(), wanted.tolist(), strict=True):
         in_test[shuffled[labels[shuffled] == label][:number]] = True
     return {"train": shuffled[~in_test[shuffled]], "test": shuffled[in_test[shuffled]]}
-
-
-def _refuse_foreign_files(folder: Path, source: str) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is a file; give a new or empty folder to pack into")
-    own_file = re.compile(rf"(train|test)/({source}-\1-\d{{5}}\.tar|index\.npz)")
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not (name in _SPLITS and path.is_dir()) and not own_file.fullmatch(name):
-            raise DataError(
-                f"{folder} already holds {name!r}, which packing the {source} did not write; "
-                "give a new or empty folder"
-            )
-
-
-def _write_split(
-    folder: Path, name: str, samples: Iterable[Mapping[str, Any]], samples_per_shard: int
-) -> None:
-    folder.mkdir(parents=True)
-    left = iter(samples)
-    for shard in count():
-        if not (chosen := list(islice(left, samples_per_shard))):
-            break
-        write_samples(folder / f"{name}-{shard:05d}.tar", chosen)
-    index_folder(folder)

@@ -1,0 +1,221 @@
+"""Samples written as shards of bounded size, encoded by several threads.
+
+`pack_samples` is what every source of samples ends in: it takes things that are cheap to list and
+a function that makes a sample of one of them, and never holds more than a few samples at once.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dist_contrastive.data.packing.aside import written_aside
+from dist_contrastive.data.packing.keys import SeenKeys, check_key
+from dist_contrastive.data.packing.options import PackOptions, ShardBounds, check_target
+from dist_contrastive.data.progress import shown
+from dist_contrastive.data.shards.encoding import encode_field
+from dist_contrastive.data.shards.index import ShardIndex
+from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.indexing import index_folder
+from dist_contrastive.data.shards.tars import BLOCK, ShardWriter, tar_bytes
+from dist_contrastive.errors import DataError, UnreadableSample
+
+_T = TypeVar("_T")
+_RECORD = 20 * BLOCK  # bytes; a tar ends in two empty blocks and is padded to it
+_MAX_SHARDS = 100_000  # five digits: more would not sort by name
+_AHEAD = 4  # samples that are being made, or wait to be written, for each thread
+
+Sample = Mapping[str, Any]
+"""`__key__`, and fields by extension, as `encode_field` takes them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """What was written, and for each sample that was left out why."""
+
+    index: ShardIndex
+    left_out: list[str]
+
+
+def pack_samples(
+    items: Iterable[_T],
+    make: Callable[[_T], Sample],
+    folder: Path | str,
+    options: PackOptions | None = None,
+    total: int | None = None,
+) -> Packed:
+    """Write FOLDER/NAME-00000.tar, ... in the order of the items, and index them.
+
+    Written aside and moved into place whole. Equal items give equal bytes.
+
+    Args:
+        items: listed by the calling thread, a few ahead of what has been written.
+        make: makes one sample, in one of several threads, and may raise UnreadableSample.
+        folder: new or empty; see also `PackOptions.overwrite`.
+        total: how many items there are, for the bar.
+
+    Raises:
+        ConfigError: as `check_target`.
+        DataError: the folder holds something else, or cannot be written; no samples; a key that is
+            given twice or cannot be one; samples that cannot be read.
+    """
+    options = options or PackOptions()
+    name = check_target(folder, options)
+    folder, left_out = Path(folder).resolve(), list[str]()
+    workers = options.workers or os.cpu_count() or 1
+    try:
+        with (
+            written_aside(folder) as aside,
+            closing(made(items, partial(_sample_or_error, make), workers)) as samples,
+        ):
+            progress = shown(samples, total, f"packing {name}")
+            readable = _readable(progress, left_out, options.skip_unreadable)
+            if not write_shards(_unique(readable), aside, name, options.bounds):
+                what = f"all {len(left_out)} samples were left out" if left_out else "no samples"
+                raise DataError(f"there is nothing to pack into {folder}: {what}; see the source")
+            index_folder(aside, progress=lambda shards, n: shown(shards, n, f"indexing {name}"))
+    except OSError as error:
+        raise DataError(f"packing into {folder} failed ({error}); see to it and start again") from (
+            error
+        )
+    return Packed(load_index(folder), left_out)
+
+
+def write_shards(
+    samples: Iterable[Mapping[str, Any]], folder: Path, name: str, bounds: ShardBounds
+) -> int:
+    """Write FOLDER/NAME-00000.tar, ... and return the number of samples.
+
+    Args:
+        samples: encoded: `__key__`, and fields as bytes, see `encoded`.
+
+    Raises:
+        DataError: there would be more than 100,000 shards.
+    """
+    shards = _Shards(folder, name, bounds)
+    count = 0
+    try:
+        for sample in samples:
+            shards.write(sample)
+            count += 1
+    finally:
+        shards.close()
+    return count
+
+
+def encoded(sample: Sample) -> dict[str, Any]:
+    """A sample with its fields as bytes.
+
+    Raises:
+        DataError: a key that cannot be one, or a value that cannot be written.
+    """
+    fields = {
+        name: encode_field(name, value) for name, value in sample.items() if name != "__key__"
+    }
+    check_key(sample["__key__"], fields)
+    return {"__key__": sample["__key__"], **fields}
+
+
+def made(
+    items: Iterable[_T], make: Callable[[_T], Any], workers: int
+) -> Generator[Any, None, None]:
+    """What `make` gives for each item, in their order, made by so many threads.
+
+    At most 4 items for each thread have been taken of which the result has not been given.
+    """
+    waiting: deque[Future[Any]] = deque()
+    threads = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            waiting.append(threads.submit(make, item))
+            if len(waiting) >= _AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _sample_or_error(make: Callable[[_T], Sample], item: _T) -> dict[str, Any] | UnreadableSample:
+    try:
+        return encoded(make(item))
+    except UnreadableSample as error:
+        return error
+
+
+def _readable(
+    samples: Iterable[dict[str, Any] | UnreadableSample], left_out: list[str], skip: bool
+) -> Iterator[dict[str, Any]]:
+    """The samples that could be read; of the others, why not is noted.
+
+    Unless they are to be left out nothing is written after the first of them: the rest is read
+    only to tell how many there are.
+    """
+    count = 0
+    for sample in samples:
+        count += 1
+        if isinstance(sample, UnreadableSample):
+            left_out.append(str(sample))
+        elif skip or not left_out:
+            yield sample
+    if left_out and not skip:
+        raise DataError(
+            f"{len(left_out)} of {count} samples cannot be read, the first because {left_out[0]}; "
+            f"repair or remove them, or leave them out with --skip-unreadable"
+        )
+
+
+def _unique(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    seen = SeenKeys()
+    for sample in samples:
+        if seen.add(sample["__key__"]):
+            raise DataError(
+                f"two samples have the key {sample['__key__']!r}; give every sample a key of its "
+                f"own"
+            )
+        yield sample
+
+
+class _Shards:
+    """Numbered tars, of which a new one begins where the next sample would exceed a bound."""
+
+    def __init__(self, folder: Path, name: str, bounds: ShardBounds) -> None:
+        self._folder, self._name, self._bounds = folder, name, bounds
+        self._writer: ShardWriter | None = None
+        self._count = self._samples = self._bytes = 0
+
+    def write(self, sample: Mapping[str, Any]) -> None:
+        size = tar_bytes(value for name, value in sample.items() if name != "__key__")
+        if self._writer is None or self._is_full(size):
+            self._writer = self._next()
+        self._writer.write(sample)
+        self._samples += 1
+        self._bytes += size
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _is_full(self, size: int) -> bool:
+        most, mib = self._bounds.samples, self._bounds.mib
+        tar = -(-(self._bytes + size + 2 * BLOCK) // _RECORD) * _RECORD
+        return (most is not None and self._samples >= most) or (
+            mib is not None and tar > mib * 2**20
+        )
+
+    def _next(self) -> ShardWriter:
+        self.close()
+        if self._count >= _MAX_SHARDS:
+            raise DataError(
+                f"the samples need more than {_MAX_SHARDS} shards; raise --samples-per-shard "
+                f"(now {self._bounds.samples}) or --shard-mb (now {self._bounds.mib})"
+            )
+        path = self._folder / f"{self._name}-{self._count:05d}.tar"
+        self._count, self._samples, self._bytes = self._count + 1, 0, 0
+        return ShardWriter(path)
