@@ -43,7 +43,7 @@ def _index(args: argparse.Namespace) -> int:
     def progress(items: Iterator[Any], total: int) -> Iterator[Any]:
         nonlocal read
         read = total
-        return shown(items, total, "indexing")
+        return shown(items, total, "indexing") if total else items
 
     with temporary_cache() if is_url(args.location) else nullcontext() as cache:
         index = index_folder(
@@ -63,8 +63,8 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.sheet is not None:
         from dist_contrastive import report
 
-        report.sample_sheet(index, args.sheet, title=args.location)
-        print(f"\nsamples drawn in {args.sheet}")
+        drawn = report.sample_sheet(index, args.sheet, title=args.location)
+        print(f"\n{drawn} of {len(index)} samples are drawn in {args.sheet}")
     return 0
 
 

@@ -37,7 +37,7 @@ class _Cell(NamedTuple):
 
 def sample_sheet(
     index: ShardIndex, path: Path | str, title: str = "", rows: int = 5, columns: int = 8
-) -> None:
+) -> int:
     """Draw samples spread evenly over a data set, each with its key, label and caption.
 
     Of a sample its first image is drawn, in its aspect ratio; if it has none its first array, as a
@@ -48,6 +48,9 @@ def sample_sheet(
         path: PNG to write.
         title: above the sheet.
         rows, columns: of it; fewer if the data set has fewer samples.
+
+    Returns:
+        How many samples it shows.
 
     Raises:
         UnreachableError: a server does not answer.
@@ -71,6 +74,7 @@ def sample_sheet(
             draw.text((x, y + _BOX + 4 + line * _LINE), text, colour, _font(12))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, format="PNG")
+    return len(cells)
 
 
 def _cell(index: ShardIndex, number: int) -> _Cell:
@@ -121,7 +125,9 @@ def _in_words(sample: Mapping[str, Any]) -> str:
         elif isinstance(value, np.ndarray) and value.size > 6:
             told.append(f"{name}: {value.dtype} {' x '.join(map(str, value.shape))}")
         elif isinstance(value, np.ndarray):
-            told.append(f"{name}: {', '.join(f'{x:.4g}' for x in value.flatten().tolist())}")
+            numbers = value.flatten().tolist()
+            shown = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in numbers)
+            told.append(f"{name}: {', '.join(shown)}")
         elif name != "__key__":
             told.append(f"{name}: {value}")
     return "\n".join(told)

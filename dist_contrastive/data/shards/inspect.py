@@ -22,6 +22,7 @@ _DECODED = 64  # samples of which every field is decoded
 _LABELLED = 10_000  # samples of which the label is read, if they are on this machine
 _FIRST_KEYS = 3
 _MAX_CLASSES = 20  # that are told one by one
+_MAX_NAME = 30  # characters of a class
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class FieldSummary:
 
 @dataclass(frozen=True)
 class LabelSummary:
-    """The labels of `read` samples. Null and -1 are labels like others."""
+    """The labels of `read` samples, some of which may have none. Null and -1 are labels too."""
 
     path: str  # "cls", or "json.label" for the value "label" in the object "json"
     read: int
@@ -61,10 +62,12 @@ class Inspection:
     def text(self) -> str:
         """A readable summary of several lines."""
         least, middle, most = self.shard_samples
-        each = f"{least:,}" if least == most else f"{least:,} to {most:,} (median {middle:,g})"
+        each = f"{most:,} samples"
+        if least < most:
+            each = f"{least:,} to {most:,} samples (median {middle:,g})"
         evenly = " spread evenly" if self.decoded < self.samples else ""
         lines = [
-            f"shards   {self.shards:,} of {each} samples, {_size(self.tar_bytes)}",
+            f"shards   {self.shards:,} of {each}, {_size(self.tar_bytes)}",
             f"samples  {self.samples:,}, the first are {', '.join(self.first_keys)}",
             "",
             *_table(self.fields, f"decodes to (of {self.decoded:,} samples{evenly})"),
@@ -153,7 +156,8 @@ def _labels(index: ShardIndex) -> LabelSummary | None:
         return None
     is_remote = any(is_url(shard) for shard in index.shards)
     counts: Counter[Any] = Counter()
-    for number in spread(len(index), _DECODED if is_remote else _LABELLED):
+    numbers = spread(len(index), _DECODED if is_remote else _LABELLED)
+    for number in numbers:
         content = _read(index, number, {name})
         if content is None or name not in content:
             continue
@@ -167,7 +171,7 @@ def _labels(index: ShardIndex) -> LabelSummary | None:
             value = value["label"]
         counts[value if isinstance(value, str | int | None) else str(value)] += 1
     path = "cls" if name == "cls" else "json.label"
-    return LabelSummary(path, counts.total(), dict(counts.most_common())) if counts else None
+    return LabelSummary(path, len(numbers), dict(counts.most_common())) if counts else None
 
 
 # ---------------------------------------------------------------------------- as text
@@ -190,13 +194,16 @@ def _table(fields: Sequence[FieldSummary], kind: str) -> list[str]:
 def _label_lines(labels: LabelSummary | None, samples: int) -> list[str]:
     if labels is None:
         return []
-    counts = list(labels.counts.values())
-    of = f"of {labels.read:,} samples" + (" spread evenly" if labels.read < samples else "")
-    head = f"{labels.path}: {len(counts):,} different labels {of}"
+    counts, evenly = list(labels.counts.values()), ""
+    if labels.read < samples:
+        evenly = " spread evenly"
+    labelled = "" if sum(counts) == labels.read else f"{sum(counts):,} of "
+    head = f"{labels.path}: {len(counts):,} different in {labelled}{labels.read:,} samples{evenly}"
     if len(counts) > _MAX_CLASSES:
-        return ["", f"{head}, each held by {counts[-1]:,} to {counts[0]:,}"]
+        return ["", f"{head}, each in {counts[-1]:,} to {counts[0]:,}"]
     order = sorted(labels.counts, key=lambda x: (type(x).__name__, 0 if x is None else x))
-    told = [f"{'null' if x is None else x}: {labels.counts[x]:,}" for x in order]
+    names = ["null" if label is None else str(label)[:_MAX_NAME] for label in order]
+    told = [f"{name}: {labels.counts[label]:,}" for name, label in zip(names, order, strict=True)]
     return ["", head, *(f"  {'   '.join(told[i : i + 10])}" for i in range(0, len(told), 10))]
 
 

@@ -77,7 +77,7 @@ def _names(objects: Sequence[Mapping[str, Any]]) -> str:
     kinds: dict[str, Counter[str]] = {}
     for one in objects:
         for name, value in one.items():
-            kinds.setdefault(name, Counter())[type(value).__name__] += 1
+            kinds.setdefault(name, Counter())[_type(value)] += 1
     told = [
         f"{name} {'|'.join(kinds[name])}"
         + ("" if kinds[name].total() == len(objects) else f" (in {kinds[name].total()})")
@@ -85,6 +85,10 @@ def _names(objects: Sequence[Mapping[str, Any]]) -> str:
     ]
     more = f" and {len(told) - _MAX_NAMES} more" if len(told) > _MAX_NAMES else ""
     return ", ".join(told[:_MAX_NAMES]) + more
+
+
+def _type(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def _range(numbers: Iterable[float]) -> str:

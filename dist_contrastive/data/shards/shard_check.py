@@ -171,6 +171,8 @@ def _is_changed(indexed: ShardIndex, now: str, files: ShardFiles, size: int) -> 
 
 
 def _is_readable(part: ShardIndex, number: int) -> bool:
+    if part.sample_offset[number] >= part.shard_bytes[0]:
+        return False
     try:
         part.read_contents(number)
     except UnreachableError:
