@@ -17,7 +17,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-Fault = str | None  # "reset", "truncate", "503", "404", "slow", "flip"
+Fault = str | None  # "reset", "truncate", "503", "404", "slow", "flip", "whole"
 
 
 class RangeServer(ThreadingHTTPServer):
@@ -27,7 +27,7 @@ class RangeServer(ThreadingHTTPServer):
         fault: called with the path and the number of the request to it, tells what goes wrong:
             "reset" closes the connection in the middle of the body, "truncate" ends the body early
             with a proper end of the connection, "503" and "404" answer so, "slow" waits a second
-            first, "flip" changes a byte, None serves.
+            first, "flip" changes a byte, "whole" ignores the range, None serves.
     """
 
     daemon_threads = True
@@ -87,6 +87,8 @@ class _Handler(SimpleHTTPRequestHandler):
         if not file.is_file():
             return self._refuse(404)
         start, stop, size = self._range(file.stat().st_size)
+        if fault == "whole":
+            start, stop = 0, size
         self.send_response(200 if stop - start == size else 206)
         self.send_header("Content-Length", str(stop - start))
         self.send_header("Accept-Ranges", "bytes")

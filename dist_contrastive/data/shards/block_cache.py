@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import threading
+import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ _THREADS = 4  # that fetch ahead, in each process
 _MAX_EXPECTED = 64  # blocks that are being fetched ahead, or wait for it
 _KEPT = 0.9  # of the limit is left when room is made
 _SUFFIX = ".partial"
+_STALE_S = 3600  # after which a file that is being written was left by a process that died
 
 
 def _default_folder() -> Path:
@@ -197,9 +199,11 @@ class BlockCache:
                 pass
         used = sum(length for _, length, _ in found)
         if used > most:
-            for _, length, path in sorted(found):
+            stale = time.time_ns() - _STALE_S * 10**9
+            for used_at, length, path in sorted(found):
                 if used <= _KEPT * most:
                     break
-                path.unlink(missing_ok=True)  # a process that has it open reads on
-                used -= length
+                if path.suffix != _SUFFIX or used_at < stale:  # it may be being written
+                    path.unlink(missing_ok=True)  # a process that has it open reads on
+                    used -= length
         return used

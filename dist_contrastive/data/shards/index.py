@@ -19,6 +19,7 @@ from dist_contrastive.data.shards.files import ShardFiles
 from dist_contrastive.data.shards.tars import member_key
 from dist_contrastive.errors import DataError, UnreadableSample
 
+_ATTEMPTS = 4  # that a server has to send the right bytes
 ABSENT = np.iinfo(np.uint32).max  # `member_start` of a field that a sample lacks
 
 
@@ -110,14 +111,13 @@ class ShardIndex:
         columns = self._columns(sample_number, only) or self._columns(sample_number, None)[:1]
         shard = self.shard_of(sample_number)
         start, length = self._span(sample_number, columns)
-        data = self._read_span(shard, start, length)
-        if problem := self._problem(sample_number, columns, data):
-            # What a cache keeps may be bad where the shard is not.
-            if self.files.forget(self.shards[shard], int(self.shard_bytes[shard]), start, length):
-                data = self._read_span(shard, start, length)
-                problem = self._problem(sample_number, columns, data)
-            if problem:
+        place = self.shards[shard], int(self.shard_bytes[shard]), start, length
+        data, attempts = self.files.read(*place), 1
+        while problem := self._problem(sample_number, columns, data):
+            # What came from a server, or lies in the cache, may be bad where the shard is not.
+            if attempts >= _ATTEMPTS or not self.files.forget(*place):
                 raise UnreadableSample(problem)
+            data, attempts = self.files.read(*place), attempts + 1
         found: dict[str, Any] = {"__key__": self._key(sample_number, columns[0], data)}
         first = self._start(sample_number, columns)
         for column in columns:
@@ -137,11 +137,13 @@ class ShardIndex:
             self.files.expect(self.shards[shard], size, *self._span(sample_number, columns))
 
     def key(self, sample_number: int) -> str | None:
-        """The key of a sample, or None where it cannot be read."""
-        try:
-            return self.read_contents(sample_number, ())["__key__"]
-        except DataError:
-            return None
+        """The key of a sample, or None where none of its fields can be read."""
+        for column in self._columns(sample_number, None):
+            try:
+                return self.read_contents(sample_number, (self.fields[column],))["__key__"]
+            except UnreadableSample:
+                continue
+        return None
 
     def select(self, shards: Iterable[int]) -> "ShardIndex":
         """The index of some of the shards, in the given order."""
@@ -183,9 +185,6 @@ class ShardIndex:
         first, last = self._start(number, columns), columns[-1]
         stop = int(self.member_start[number, last]) + self._member_bytes(number, last)
         return int(self.sample_offset[number]) + first, stop - first
-
-    def _read_span(self, shard: int, start: int, length: int) -> bytes:
-        return self.files.read(self.shards[shard], int(self.shard_bytes[shard]), start, length)
 
     def _key(self, number: int, column: int, data: bytes) -> str:
         return member_key(data[: self._member_bytes(number, column)])

@@ -195,14 +195,17 @@ def _check_shards(index: ShardIndex, file: Path) -> None:
             )
         if is_newer:
             newer.append(number)
-    check_ends(index, newer)
+    try:
+        check_ends(index, newer)
+    except UnreadableSample as error:
+        raise DataError(f"the index {file} is older than its tar: {error}") from error
 
 
 def check_ends(index: ShardIndex, shards: list[int]) -> None:
     """A shard replaced by another of its size shows in its first or its last sample.
 
     Raises:
-        DataError: there one was.
+        UnreadableSample: there one was.
     """
     for number in shards:
         first, stop = index.shard_starts[number : number + 2].tolist()

@@ -48,7 +48,8 @@ def check_skipped(skipped: Iterable[Skipped], max_skipped: int) -> None:
 def _too_many(found: list[Skipped], max_skipped: int) -> str:
     if max_skipped == 0:
         return found[0].reason
-    shards = Counter(one.shard for one in found).most_common()
+    counts = Counter(one.shard for one in found)
+    shards = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     named = ", ".join(f"{shard} ({count})" for shard, count in shards[:4])
     more = f" and {len(shards) - 4} more" if len(shards) > 4 else ""
     return (

@@ -1,0 +1,311 @@
+"""Shards on a server that fails in all ways: what is read is exact, or it is said why it stops."""
+
+import itertools
+import multiprocessing
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from conftest import CONFIGS, global_batches
+
+from dist_contrastive.cli import main
+from dist_contrastive.data import CacheSettings, ShardStream, index_folder, load_index
+from dist_contrastive.data.shards import remote
+from dist_contrastive.data.shards.block_cache import BlockCache
+from dist_contrastive.data.shards.tars import write_samples
+from dist_contrastive.errors import DataError, UnreachableError, UnreadableSample
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from range_server import RangeServer
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+BLOCK = 1 << 20
+ORDER = {"global_batch_size": 24, "lanes": 12, "seed": 3, "shuffle_window": 8, "epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of 40 samples of random bytes, several blocks of 1 MiB each."""
+    folder, chance = tmp_path_factory.mktemp("served"), np.random.default_rng(0)
+    for shard in range(3):
+        write_samples(
+            folder / f"{shard}.tar",
+            [
+                {"__key__": f"s{shard}-{n}", "bin": chance.bytes(70_000 + 100 * n), "cls": n}
+                for n in range(40)
+            ],
+        )
+    index_folder(folder)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> CacheSettings:
+    return CacheSettings(folder=tmp_path / "cache", limit_mb=64, block_mb=1)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch):
+    """Waits of milliseconds; workers are forked, so they have them too."""
+    monkeypatch.setattr(remote, "retries", remote.Retries(6, 0.005, 0.02, timeout_s=0.5))
+    monkeypatch.setattr(remote, "_systems", {})
+
+
+def read(source, num_workers: int = 0, **changed) -> list[tuple[str, bytes]]:
+    """Keys and contents of one epoch, in its order."""
+    stream = ShardStream(source, num_workers=num_workers, **{**ORDER, **changed})
+    return [row for b in stream for row in zip(b["__key__"], b["bin"], strict=True)]
+
+
+def num_blocks(folder: Path) -> int:
+    return sum(-(-path.stat().st_size // BLOCK) for path in folder.glob("*.tar"))
+
+
+def cached_bytes(cache: CacheSettings) -> int:
+    return sum(p.stat().st_size for p in cache.folder.glob("*/*-*"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("fault", ["reset", "truncate", "503", "slow", "flip"])
+def test_faults_that_pass_lose_nothing(folder: Path, cache, fault: str, num_workers: int):
+    """Every third request to a shard goes wrong."""
+    seen = []
+
+    def fails(path: str, number: int) -> str | None:
+        if not path.endswith(".tar") or number % 3:
+            return None
+        seen.append(path)
+        return fault
+
+    with RangeServer(folder, fault=fails) as server:
+        index = load_index(server.url, cache)
+        assert read(index, num_workers) == read(folder)
+        assert len(seen) >= 3
+        before = dict(server.requests)
+        assert read(index, num_workers) == read(folder)
+        assert server.requests == before, "the second epoch is read from the cache"
+
+
+def test_a_slow_server_counts_as_failed_after_the_timeout(folder: Path, cache):
+    with RangeServer(folder, fault=lambda path, n: "slow" if "0.tar" in path else None) as server:
+        index = load_index(server.url, cache)
+        message = r"0\.tar could not be read in 6 attempts over \d+ s \(.*[Tt]imeout.*; see to the"
+        with pytest.raises(UnreachableError, match=message):
+            read(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dead_server_stops_with_one_sentence(folder: Path, cache, num_workers: int):
+    with RangeServer(folder, fault=lambda path, n: "503" if ".tar" in path else None) as server:
+        index = load_index(server.url, cache)
+        message = r"tar could not be read in 6 attempts over \d+ s \(.*start again"
+        with pytest.raises(UnreachableError, match=message) as caught:
+            read(index, num_workers)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 75
+
+
+def test_a_server_without_ranges_stops_with_one_sentence(folder: Path, cache):
+    with RangeServer(folder, fault=lambda *_: "whole") as server:
+        index = load_index(server.url, cache)
+        with pytest.raises(UnreachableError, match=r"1048576 bytes from \d+ on were asked for, 2"):
+            read(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_missing_shard_is_skipped_within_the_bound(folder: Path, cache, num_workers: int):
+    with RangeServer(folder, fault=lambda path, n: "404" if "1.tar" in path else None) as server:
+        index = load_index(server.url, cache)
+        with pytest.raises(DataError, match=r"1\.tar is not there or may not be read"):
+            read(index, num_workers)
+        with pytest.raises(DataError, match=r"max_skipped=39: in http://.*/1\.tar \(40\); first"):
+            read(index, num_workers, max_skipped=39)
+        rows = read(index, num_workers, max_skipped=40)
+    assert len(rows) == 120
+    assert {key[:2] for key, _ in rows} == {"s0", "s2"}
+    there = {key for key, _ in read(folder) if key[:2] != "s1"}
+    assert {key for key, _ in rows} == there
+    assert len(server.requests) < 10
+
+
+def test_all_processes_together_fetch_each_block_once(folder: Path, cache):
+    """Two ranks of two workers, begun at the same time with an empty cache."""
+    fork = multiprocessing.get_context("fork")
+    with RangeServer(folder) as server:
+        index = load_index(server.url, cache)
+        results = fork.Queue()
+
+        def rank(number: int) -> None:
+            results.put(read(index, 2, rank=number, world_size=2))
+
+        ranks = [fork.Process(target=rank, args=(number,)) for number in (0, 1)]
+        for process in ranks:
+            process.start()
+        rows = [*results.get(timeout=60), *results.get(timeout=60)]
+        for process in ranks:
+            process.join(30)
+        gets = sum(n for path, n in server.requests.items() if path.endswith(".tar"))
+    assert sorted(rows) == sorted(read(folder))
+    assert gets == num_blocks(folder)
+
+
+def test_the_cache_stays_below_its_limit(folder: Path, tmp_path: Path):
+    """A quarter of the data; blocks go and come back, and every byte is right."""
+    cache = CacheSettings(folder=tmp_path / "cache", limit_mb=3, block_mb=1)
+    with RangeServer(folder) as server:
+        stream = ShardStream(load_index(server.url, cache), num_workers=2, **ORDER)
+        rows, most = [], 0
+        for batch in stream:
+            rows += zip(batch["__key__"], batch["bin"], strict=True)
+            most = max(most, cached_bytes(cache))
+        assert sum(server.requests.values()) > num_blocks(folder)
+    assert rows == read(folder)
+    assert BLOCK < most <= 3 * BLOCK
+
+
+def test_blocks_that_were_used_lately_stay(tmp_path: Path):
+    (tmp_path / "a.bin").write_bytes(bytes(4 * BLOCK))
+    cache = BlockCache(CacheSettings(folder=tmp_path / "cache", limit_mb=3, block_mb=1))
+    with RangeServer(tmp_path) as server:
+        for block in (0, 1, 2, 0, 3, 0):
+            cache.read(f"{server.url}/a.bin", 4 * BLOCK, block * BLOCK, 10)
+            time.sleep(0.02)  # file times are a few milliseconds apart
+        assert server.requests["/a.bin"] == 4
+
+
+def test_what_is_fetched_ahead_is_not_fetched_again(tmp_path: Path):
+    (tmp_path / "a.bin").write_bytes(bytes(range(256)) * (BLOCK // 64))
+    cache = BlockCache(CacheSettings(folder=tmp_path / "cache", limit_mb=64, block_mb=1))
+    with RangeServer(tmp_path) as server:
+        url, size = f"{server.url}/a.bin", 4 * BLOCK
+        cache.expect(url, size, 0, size)
+        assert cache.read(url, size, 5, 3) == bytes([5, 6, 7])
+        assert cache.read(url, size, BLOCK - 1, 3 * BLOCK)[:2] == bytes([255, 0])
+        assert server.requests["/a.bin"] == 4
+
+
+def test_shards_of_one_name_do_not_mix(folder: Path, tmp_path: Path, cache):
+    """Another folder, and another size at the same place: webdataset's cache serves the first."""
+    for name, key in (("A", "a"), ("B", "b")):
+        (tmp_path / name).mkdir()
+        write_samples(tmp_path / name / "0.tar", [{"__key__": key, "txt": key}] * 1)
+        index_folder(tmp_path / name)
+    with RangeServer(tmp_path) as server:
+        for name, key in (("A", "a"), ("B", "b")):
+            assert load_index(f"{server.url}/{name}", cache).read(0)["txt"] == key
+        old = load_index(f"{server.url}/A", cache)
+        longer = {"__key__": "a", "txt": "longer" * 9999}
+        write_samples(tmp_path / "A" / "0.tar", [longer])
+        index_folder(tmp_path / "A")
+        assert load_index(f"{server.url}/A", cache).read(0) == longer
+        assert old.read(0)["txt"] == "a"  # from the cache, as it was indexed
+        shutil.rmtree(cache.folder)
+        with pytest.raises(UnreadableSample, match=r"A/0\.tar is damaged or was changed"):
+            old.read(0)
+
+
+def test_damaged_cache_files_are_fetched_again(folder: Path, cache):
+    with RangeServer(folder) as server:
+        index = load_index(server.url, cache)
+        assert read(index) == read(folder)
+        blocks = sorted(cache.folder.glob("*/*-*"))
+        blocks[0].write_bytes(b"cut")
+        blocks[1].write_bytes(bytes(blocks[1].stat().st_size))
+        blocks[2].with_name(f"{blocks[2].name}.1.2.partial").write_bytes(
+            b"left by a killed process"
+        )
+        (cache.folder / "usage").write_text("not a number")
+        assert read(index) == read(folder)
+
+
+def test_a_full_disk_only_costs_time(folder: Path, cache, monkeypatch: pytest.MonkeyPatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with RangeServer(folder) as server:
+        index = load_index(server.url, cache)
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.warns(UserWarning, match=r"the disk of .* is full: blocks .*limit_mb below"):
+            assert read(index, epochs=1) == read(folder)
+    assert cached_bytes(cache) == 0
+
+
+def test_indexes_patterns_and_listings_of_a_server(folder: Path, tmp_path: Path, cache):
+    local = load_index(folder)
+    with RangeServer(folder) as server:
+        for location in (server.url, f"{server.url}/{{0..2}}.tar", f"{server.url}/*.tar"):
+            made = index_folder(location, tmp_path / "made.npz", cache=cache)
+            assert made.fingerprint == local.fingerprint
+            assert made.shards == tuple(f"{server.url}/{n}.tar" for n in range(3))
+        before = dict(server.requests)
+        again = index_folder(server.url, tmp_path / "made.npz", cache=cache)
+        assert again.fingerprint == local.fingerprint
+        heads = {path: n - before.get(path, 0) for path, n in server.requests.items()}
+        assert all(heads[f"/{n}.tar"] == 1 for n in range(3)), "asked for their sizes alone"
+        assert load_index(tmp_path / "made.npz", cache).read(50) == local.read(50)
+        part = load_index(f"{server.url}/{{2..0..2}}.tar", cache)
+        assert [part.read(n)["__key__"] for n in (0, 40)] == ["s2-0", "s0-0"]
+        with pytest.raises(DataError, match=r"so its index has no place .* --out FILE\.npz"):
+            index_folder(server.url, cache=cache)
+        with pytest.raises(DataError, match=r"/nothing has no index\.npz .*run `.*--out FILE`"):
+            load_index(f"{server.url}/nothing", cache)
+        with pytest.raises(DataError, match=r"3\.tar of the pattern .* is not in the index"):
+            load_index(f"{server.url}/{{0..3}}.tar", cache)
+
+
+def test_other_protocols(folder: Path, cache):
+    """Any file system of fsspec: here the one in memory. One that is not there is named."""
+    memory = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        memory.pipe(f"/shards/{path.name}", path.read_bytes())
+    assert read(load_index("memory://shards", cache)) == read(folder)
+    with pytest.raises(DataError, match=r"nosuch://x/index\.npz cannot be opened .*use file, http"):
+        load_index("nosuch://x", cache)
+
+
+def train(argv: list[str]) -> int:
+    return main(["train", str(CONFIGS / "digits_encoder.yaml"), *argv])
+
+
+@pytest.fixture
+def dies_after(digits: Path) -> Iterator[Callable[[int], RangeServer]]:
+    """Servers of the digits that refuse all after so many requests for shards."""
+    servers = []
+
+    def start(requests: int) -> RangeServer:
+        left = itertools.count(requests, -1)
+
+        def fault(path: str, _: int) -> str | None:
+            return "503" if path.endswith(".tar") and next(left) <= 0 else None
+
+        servers.append(RangeServer(digits / "train", fault=fault))
+        return servers[-1].__enter__()
+
+    yield start
+    for server in servers:
+        server.__exit__()
+
+
+def test_training_saves_when_the_server_dies_and_goes_on_later(
+    tmp_path: Path, overrides, cache, dies_after, capsys
+):
+    """Exit code 75 after a checkpoint; then, from another address, the same batches as locally."""
+    small = ["data.cache.limit_mb=1", "data.cache.block_mb=1"]  # blocks are asked for all the time
+    options = ["data.shuffle_window=16", "train.steps=22", f"data.cache.folder={cache.folder}"]
+    options += small
+    argv = [*overrides(tmp_path / "run", *options), "train.save_every=100"]
+    assert train([*argv, f"data.train={dies_after(30).url}"]) == 75
+    assert "could not be read in 6 attempts" in capsys.readouterr().err
+    done = len(global_batches(tmp_path / "run"))
+    assert 0 < done < 22
+    assert train([*argv, f"data.train={dies_after(10**9).url}"]) == 0
+    assert f"going on from step {done} of 22" in capsys.readouterr().err
+    assert train([*overrides(tmp_path / "local", *options)]) == 0
+    assert global_batches(tmp_path / "run") == global_batches(tmp_path / "local")
