@@ -89,6 +89,8 @@ class _Handler(SimpleHTTPRequestHandler):
         start, stop, size = self._range(file.stat().st_size)
         if fault == "whole":
             start, stop = 0, size
+        if start >= size:
+            return self._refuse(416)
         self.send_response(200 if stop - start == size else 206)
         self.send_header("Content-Length", str(stop - start))
         self.send_header("Accept-Ranges", "bytes")

@@ -377,6 +377,40 @@ def test_tars_without_samples(tmp_path: Path):
         build_index(tmp_path)
 
 
+@pytest.mark.parametrize("location", [".", "./", "{a..c}.tar", "?.tar", "../shards", "index.npz"])
+def test_relative_locations(folder: Path, monkeypatch: pytest.MonkeyPatch, location: str):
+    monkeypatch.chdir(folder)
+    assert load_index(location).read(5)["__key__"] == "s005"
+    if location != "index.npz":
+        made = index_folder(location, "../elsewhere.npz")
+        assert made.read(5)["__key__"] == "s005"
+        monkeypatch.chdir("/")
+        assert load_index(folder.parent / "elsewhere.npz").read(5)["__key__"] == "s005"
+
+
+def test_patterns_over_folders(folder: Path):
+    shutil.copytree(folder, folder.parent / "more")
+    index = load_index(f"{folder.parent}/*/a.tar")
+    assert index.shards == (f"{folder.parent}/more/a.tar", f"{folder.parent}/shards/a.tar")
+    part = load_index(f"{folder}/{{c,a}}.tar")
+    assert [part.read(n)["cls"] for n in range(7)] == [4, 5, 6, 0, 1, 2, 3]
+    for pattern, message in (
+        ("{a,d}.tar", r"d\.tar of the pattern .* does not exist \(1 of 2 do not\)"),
+        ("x*.tar", r"no shard matches .*x\*\.tar; give a pattern"),
+        ("{a,a}.tar", r"names .*a\.tar twice"),
+        ("{a..c.tar", "cannot be read .*close its braces"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_index(folder / pattern)
+
+
+def test_joined_tars_are_refused(folder: Path):
+    joined = (folder / "a.tar").read_bytes() + (folder / "c.tar").read_bytes()
+    (folder / "a.tar").write_bytes(joined)
+    with pytest.raises(DataError, match=r"a\.tar ends at byte 8192, but .* join tars with"):
+        build_index(folder)
+
+
 def test_keys_held_twice(tmp_path: Path):
     write_samples(tmp_path / "a.tar", [*numbered(0, 2), *numbered(0, 1)])
     with pytest.raises(DataError, match=r"a\.tar holds the key 's000' twice.*--sort=name"):

@@ -4,7 +4,6 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,6 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _index(args: argparse.Namespace) -> int:
     from dist_contrastive.data import index_folder
     from dist_contrastive.data.progress import shown
-    from dist_contrastive.data.shards.locations import is_url
-    from dist_contrastive.data.shards.temporary_cache import temporary_cache
 
     read = 0
 
@@ -45,10 +42,7 @@ def _index(args: argparse.Namespace) -> int:
         read = total
         return shown(items, total, "indexing") if total else items
 
-    with temporary_cache() if is_url(args.location) else nullcontext() as cache:
-        index = index_folder(
-            args.location, args.out, full=args.full, cache=cache, progress=progress
-        )
+    index = index_folder(args.location, args.out, full=args.full, progress=progress)
     shards = len(index.shard_samples)
     print(f"{args.location}: {len(index)} samples in {shards} shards, of which {read} were read")
     return 0

@@ -9,12 +9,12 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_contrastive.data.collate import Batch, collate
 from dist_contrastive.data.resize import fit_image, is_image
-from dist_contrastive.data.shards.index import ABSENT, ShardIndex
+from dist_contrastive.data.schema import check_fields, no_field
+from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.errors import DataError, UnreadableSample
 
 MISSING_CLASS = -1
@@ -88,21 +88,8 @@ class Fields:
         return frozenset(name for name in (self.image, label, self.pair) if name is not None)
 
     def check(self, index: ShardIndex, max_missing: int = 0) -> None:
-        """Refuse a data set of which too many samples lack a field that is needed.
-
-        Args:
-            max_missing: how many may.
-
-        Raises:
-            DataError: no sample has it, a whole shard lacks it, or more than `max_missing` do.
-        """
-        for name in sorted(self.names):
-            if name not in index.fields:
-                raise DataError(_no_field(name, index.fields))
-            column = index.fields.index(name)
-            missing = index.shard_samples - index.field_counts()[:, column]
-            if missing.sum() > max_missing:
-                raise DataError(_missing_in(index, name, missing))
+        """`check_fields` of the fields that are needed."""
+        check_fields(index, self.names, max_missing)
 
     def prepare(self, sample: dict[str, Any]) -> dict[str, Any]:
         """A decoded sample, its images scaled, cut and coloured as asked for."""
@@ -153,7 +140,7 @@ class Fields:
             raise DataError("data.label is null; set it to the field that holds the labels")
         name, found = self.label.partition(".")[0], list[float | None]()
         if name not in index.fields:
-            raise DataError(_no_field(name, index.fields))
+            raise DataError(no_field(name, index.fields))
         for number in numbers:
             try:
                 sample = index.read(number, only={name})
@@ -288,34 +275,5 @@ def _are_arrays(column: Any) -> TypeGuard[Tensor]:
 
 def _field(batch: Batch, name: str) -> Any:
     if name not in batch:
-        raise DataError(_no_field(name, [key for key in batch if not key.startswith("__")]))
+        raise DataError(no_field(name, [key for key in batch if not key.startswith("__")]))
     return batch[name]
-
-
-def _no_field(name: str, known: Iterable[str]) -> str:
-    return (
-        f"samples have no field {name!r}; set data.image, data.label and data.pair to fields "
-        f"that they have: {', '.join(known) or 'none'}"
-    )
-
-
-def _missing_in(index: ShardIndex, name: str, missing: NDArray[np.int64]) -> str:
-    """Where samples lack a field: a whole shard, or some samples of one."""
-    shard = int(missing.argmax())
-    count, total = int(missing[shard]), int(index.shard_samples[shard])
-    if count == total:
-        counts = index.field_counts()[shard]
-        others = [field for field, n in zip(index.fields, counts, strict=True) if n]
-        return (
-            f"shard {index.shards[shard]} has other fields than the rest: its {total} samples hold "
-            f"{', '.join(others)}, but none {name!r}; pack all shards alike, or leave it out"
-        )
-    column = index.fields.index(name)
-    first = int(index.shard_starts[shard])
-    lacking = index.member_start[first : first + total, column] == ABSENT
-    key = index.key(first + int(lacking.argmax()))
-    return (
-        f"{int(missing.sum())} of {len(index)} samples have no field {name!r}, as {key!r} in shard "
-        f"{index.shards[shard]} ({count} there); pack them with one, leave them out, or let them "
-        f"be replaced: data.max_skipped={int(missing.sum())}"
-    )

@@ -116,7 +116,8 @@ class BlockCache:
         self._forget_process()
 
     def _blocks(self, start: int, stop: int) -> range:
-        return range(start // self.block_bytes, -(-stop // self.block_bytes))
+        """Those that hold these bytes; none where the file ends before they begin."""
+        return range(start // self.block_bytes, -(-stop // self.block_bytes) if stop > start else 0)
 
     def _path(self, url: str, size: int, block: int) -> Path:
         shard = hashlib.sha256(f"{url}\n{size}".encode()).hexdigest()[:32]
@@ -147,7 +148,7 @@ class BlockCache:
                     return path.read_bytes() if keep else b""
             except FileNotFoundError:
                 pass
-            data = remote.read_range(url, begin, begin + length)
+            data = remote.read_range(url, begin, begin + length, size)
             self._store(path, data)
         return data if keep else b""
 

@@ -41,9 +41,7 @@ def save_index(index: ShardIndex, path: Path | str) -> Path:
     Shards of the folder that it is written to are named without it, so that both can move.
     """
     path = Path(path)
-    folder = str(path.parent)
-    names = [s.removeprefix(f"{folder}/") if folder_of(s) == folder else s for s in index.shards]
-    names = [n if is_url(n) or "/" not in n else str(Path(n).resolve()) for n in names]
+    names = [_name_from(str(path.parent), shard) for shard in index.shards]
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -61,6 +59,12 @@ def save_index(index: ShardIndex, path: Path | str) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _name_from(folder: str, shard: str) -> str:
+    if is_url(shard):
+        return shard
+    return Path(shard).name if folder_of(shard) == folder else str(Path(shard).resolve())
 
 
 def load_index(location: Path | str, cache: CacheSettings | None = None) -> ShardIndex:

@@ -14,10 +14,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dist_contrastive.data.shards import remote
-from dist_contrastive.data.shards.block_cache import BlockCache, CacheSettings
+from dist_contrastive.data.shards.block_cache import BlockCache
 from dist_contrastive.data.shards.files import ShardFiles
 from dist_contrastive.data.shards.index import ABSENT, ShardIndex, concatenate
-from dist_contrastive.data.shards.index_file import check_ends, parse_index, save_index
+from dist_contrastive.data.shards.index_file import (
+    check_ends,
+    load_index,
+    parse_index,
+    save_index,
+)
 from dist_contrastive.data.shards.locations import (
     INDEX_NAME,
     find_shards,
@@ -26,6 +31,7 @@ from dist_contrastive.data.shards.locations import (
     is_url,
 )
 from dist_contrastive.data.shards.tars import SampleSlice, scan_samples
+from dist_contrastive.data.shards.temporary_cache import temporary_cache
 from dist_contrastive.errors import DataError
 
 _CHUNK = 1 << 20  # bytes read at once
@@ -40,7 +46,6 @@ def index_folder(
     out: Path | str | None = None,
     *,
     full: bool = False,
-    cache: CacheSettings | None = None,
     progress: Progress = lambda items, _: items,
 ) -> ShardIndex:
     """Index tars and save the index. What an index at that place tells of tars that have not
@@ -50,7 +55,6 @@ def index_folder(
         location: a folder, a pattern, or a URL of either.
         out: where to write; None: `index.npz` in the folder, which must then be one and local.
         full: read all tars, changed or not.
-        cache: of remote shards, which are read whole.
         progress: told of each shard.
 
     Raises:
@@ -60,15 +64,16 @@ def index_folder(
     location = str(location) if is_url(str(location)) else str(Path(location))
     shards = find_shards(location)
     target = Path(out) if out is not None else _place(location, shards)
-    files = ShardFiles(BlockCache(cache))
-    known = {} if full else _unchanged(target, files)
-    new = [shard for shard in shards if shard not in known]
-    for part in progress(_index_all(new, files), len(new)):
-        known[part.shards[0]] = part
-    index = concatenate([known[shard] for shard in shards])
-    _check_samples(index, location)
-    save_index(index, target)
-    return index
+    with temporary_cache() as cache:  # what the server holds now, not what was kept of it
+        files = ShardFiles(BlockCache(cache))
+        known = {} if full else _unchanged(target, files)
+        new = [shard for shard in shards if shard not in known]
+        for part in progress(_index_all(new, files), len(new)):
+            known[part.shards[0]] = part
+        index = concatenate([known[shard] for shard in shards])
+        _check_samples(index, location)
+        save_index(index, target)
+    return load_index(target)
 
 
 def build_index(location: Path | str) -> ShardIndex:

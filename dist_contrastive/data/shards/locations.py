@@ -1,6 +1,7 @@
 """Which shards a text names: a folder, a pattern such as `train-{00000..00099}.tar`, a URL of
 either."""
 
+import glob
 from pathlib import Path
 
 import braceexpand
@@ -30,7 +31,7 @@ def folder_of(location: str) -> str:
 
 def join(folder: str, name: str) -> str:
     """A shard of a folder, unless the name is a whole path or URL already."""
-    if is_url(name) or name.startswith("/"):
+    if is_url(name) or name.startswith("/") or folder == ".":
         return name
     return f"{folder.rstrip('/')}/{name}"
 
@@ -66,8 +67,7 @@ def _expand(pattern: str) -> list[str]:
         elif is_url(name):
             found += sorted(remote.glob(name))
         else:
-            path = Path(name)
-            found += sorted(str(x) for x in path.parent.glob(path.name))
+            found += sorted(glob.glob(name))
     found = [name for name in found if name.endswith(".tar")]
     missing = [name for name in found if not is_url(name) and not Path(name).is_file()]
     if missing:

@@ -32,11 +32,11 @@ class Retries(NamedTuple):
 retries = Retries()
 
 
-def read_range(url: str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a remote file.
+def read_range(url: str, start: int, stop: int, known_size: int) -> bytes:
+    """Bytes [start, stop) of a remote file that is known to have so many.
 
     Raises:
-        UnreadableSample: there is no such file, or the server refuses it.
+        UnreadableSample: there is no such file, the server refuses it, or it has another size.
         UnreachableError: no attempt brought all the bytes.
         DataError: fsspec does not know the protocol, or lacks a package for it.
     """
@@ -44,10 +44,20 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     def ask() -> bytes:
         data = _file_system(url).cat_file(url, start=start, end=stop)
         if len(data) != stop - start:
+            _check_size(url, known_size)
             raise OSError(f"{stop - start} bytes from {start} on were asked for, {len(data)} came")
         return data
 
     return _persist(ask, url)
+
+
+def _check_size(url: str, known: int) -> None:
+    found = _file_system(url).info(url)["size"]
+    if found not in (None, known):
+        raise UnreadableSample(
+            f"shard {url} is damaged or was changed: it has {found} bytes but {known} were "
+            f"indexed; restore it, or index it again if it was changed on purpose"
+        )
 
 
 def read_all(url: str) -> bytes:
@@ -98,10 +108,12 @@ def _persist(ask: Callable[[], _T], url: str) -> _T:
 
 def _is_final(error: Exception) -> bool:
     """Whether asking again is of no use."""
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-        return True
     status = getattr(error, "status", None)
-    return isinstance(status, int) and 400 <= status < 500 and status not in _ASK_AGAIN
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in _ASK_AGAIN
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        return _is_final(error.__cause__)  # fsspec says this of a server that is busy, too
+    return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
 
 
 _systems: dict[tuple[int, str], Any] = {}

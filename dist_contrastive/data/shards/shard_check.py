@@ -1,6 +1,5 @@
 """What is wrong with one shard: it is read whole, and compared with what an index tells of it."""
 
-import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -19,7 +18,6 @@ from dist_contrastive.data.shards.tars import member_key, scan_samples
 from dist_contrastive.errors import DataError, UnreachableError
 
 MAX_LISTED = 20  # findings of one kind that are told one by one
-_CHUNK = 1 << 20  # bytes read at once
 _TABLES = ("member_start", "member_header", "member_size", "member_crc32")
 
 
@@ -53,7 +51,6 @@ def check_shard(
         keys = map(hash, _keys(fresh))
         hashes = np.fromiter(keys, np.int64, len(fresh))
         problems = [
-            *_after_end(fresh),
             *([] if indexed is None else _changes(indexed, fresh)),
             *_keys_held_twice(fresh, hashes),
             *_missing_fields(fresh),
@@ -101,29 +98,6 @@ def _keys(part: ShardIndex) -> Iterator[str]:
     shard, size = part.shards[0], int(part.shard_bytes[0])
     for offset, length in zip(part.sample_offset.tolist(), headers.tolist(), strict=True):
         yield member_key(part.files.read(shard, size, offset, length))
-
-
-def _after_end(part: ShardIndex) -> Iterator[str]:
-    """What follows the end mark of a tar is read by nobody."""
-    shard = part.shards[0]
-    with open_shard(shard, part.files) as (file, size):
-        file.seek(int(part.sample_offset[-1]) if len(part) else 0)
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            while archive.next() is not None:
-                pass
-            end = archive.offset
-        file.seek(end)
-        at = end
-        while chunk := file.read(_CHUNK):
-            if any(chunk):
-                at += len(chunk) - len(chunk.lstrip(b"\0"))
-                yield (
-                    f"shard {shard} ends at byte {end}, but {size - at} bytes follow from byte "
-                    f"{at} on, which nobody reads; write it again, and join tars with `tar "
-                    f"--concatenate` rather than `cat`"
-                )
-                return
-            at += len(chunk)
 
 
 def _changes(indexed: ShardIndex, fresh: ShardIndex) -> Iterator[str]:

@@ -17,6 +17,7 @@ from webdataset.tariterators import base_plus_ext
 from dist_contrastive.data.shards.encoding import encode_field
 from dist_contrastive.errors import DataError
 
+_CHUNK = 1 << 20  # bytes read at once
 BLOCK = 512  # bytes; tar headers and data are padded to it
 _META_NAME = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 
@@ -155,7 +156,8 @@ def _scan_members(file: BinaryIO, shard: str) -> Iterator[tuple[str, int, int, i
 
 
 def _check_end(file: BinaryIO, end: int, shard: str) -> None:
-    """A tar must end in zeros; `tarfile` takes a cut between members for an end."""
+    """A tar must end in zeros and nothing else; `tarfile` takes a cut between members for an end,
+    and reads no further where two tars were joined."""
     file.seek(end)
     block = file.read(BLOCK)
     if len(block) < BLOCK:
@@ -167,3 +169,13 @@ def _check_end(file: BinaryIO, end: int, shard: str) -> None:
         raise DataError(
             f"shard {shard} is damaged: no tar header at byte {end}; write or copy it again"
         )
+    at = end + BLOCK
+    while chunk := file.read(_CHUNK):
+        if any(chunk):
+            at += len(chunk) - len(chunk.lstrip(b"\0"))
+            raise DataError(
+                f"shard {shard} ends at byte {end}, but {file.seek(0, io.SEEK_END) - at} bytes "
+                f"follow from byte {at} on, which nobody reads; write it again, and join tars with "
+                f"`dist-contrastive shards merge` rather than `cat`"
+            )
+        at += len(chunk)

@@ -97,10 +97,9 @@ class ShardStream:
             raise ConfigError(f"epochs={epochs} is below 1; set 1 or more, or none for endless")
         indexes = _open(index)
         self.index = concatenate(indexes)
-        self.order: Order
         if weights is not None:
             _check_weights(weights, len(indexes), balance)
-            self.order = WeightedOrder(
+            self.order: Order = WeightedOrder(
                 [one.shard_samples for one in indexes],
                 weights,
                 global_batch_size=global_batch_size,
@@ -121,9 +120,7 @@ class ShardStream:
             )
         self.order.check_consumed(consumed, epochs)
         self.epochs = epochs
-        self.num_workers = num_workers
-        self.prefetch_factor = prefetch_factor
-        self.start_method: StartMethod = start_method
+        self._workers: tuple[int, int, StartMethod] = num_workers, prefetch_factor, start_method
         self.only = only
         self.transform = transform
         self.max_skipped = max_skipped
@@ -169,10 +166,8 @@ class ShardStream:
             self.max_skipped,
         )
         parts = reader.parts()
-        if self.num_workers:
-            parts = read_by_workers(
-                reader, self.num_workers, self.prefetch_factor, self.start_method
-            )
+        if self._workers[0]:
+            parts = read_by_workers(reader, *self._workers)
         for stop, batch, skipped in parts:
             assert batch is not None
             for one in skipped:
