@@ -41,7 +41,7 @@ from dist_contrastive.data.packing.pairs import pack_pairs
 from dist_contrastive.data.packing.writer import pack_samples
 from dist_contrastive.data.shards.encoding import decode_field, encode_field
 from dist_contrastive.data.shards.tars import tar_bytes, write_samples
-from dist_contrastive.errors import ConfigError, DataError
+from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
 
 IN_ORDER = PackOptions(seed=None)
 COUNT = 40
@@ -192,13 +192,12 @@ def test_images_of_several_kinds_and_depths(tmp_path, png, jpeg):
     pack_images(source, tmp_path / "shards", IN_ORDER)
     samples = read_back(tmp_path / "shards")
     assert [(s["__key__"], *(k for k in s if k not in ("__key__", "json"))) for s in samples] == [
-        (samples[0]["__key__"], "png"),
+        ("x__/g", "png"),
         ("a_v1", "png"),
         ("b/c", "jpg"),
         ("b/d.e/f", "png"),
         ("linked/h", "png"),
     ]
-    assert samples[0]["__key__"].startswith("g-")
     assert [json.loads(s["json"]) for s in samples] == [
         {"path": p} for p in ("__x__/g.png", "a.v1.PNG", "b/c.jpeg", "b/d.e/f.jpg", "linked/h.png")
     ]
@@ -206,6 +205,9 @@ def test_images_of_several_kinds_and_depths(tmp_path, png, jpeg):
     pack_images(source, tmp_path / "one", IN_ORDER, field="input.jpg")
     same = [s["input.jpg"] for s in read_back(tmp_path / "one")]
     assert same == [png[5], png[0], jpeg[1], png[2], png[6]]
+    deep = write_tree(tmp_path / "deep", {"a/b/1.png": png[0], "c/2.png": png[1]})
+    pack_images(deep, tmp_path / "unclassed")  # a and c are not the classes of all
+    assert all("cls" not in sample for sample in read_back(tmp_path / "unclassed"))
     (tmp_path / "elsewhere" / "again").symlink_to(source)
     with pytest.raises(DataError, match="again links to a folder that holds it; remove the link"):
         pack_images(source, tmp_path / "loop")
@@ -239,7 +241,8 @@ def test_folders_without_images(tmp_path, png):
 
 @pytest.fixture
 def damaged(tmp_path, png) -> Path:
-    """Ten images, of which two do not open, one has lost its end, one has 16 bits a channel."""
+    """Eleven images: two do not open, one has a byte changed, one has lost its end, one has 16 bits
+    a channel."""
     wide = io.BytesIO()
     Image.new("I;16", (4, 4)).save(wide, format="PNG")
     files = {f"{n}.png": png[n] for n in range(6)}
@@ -247,24 +250,30 @@ def damaged(tmp_path, png) -> Path:
     Image.fromarray(digit_pixels(0)).resize((99, 99)).save(large, format="JPEG")
     files |= {"c.png": b"", "d.jpg": b"no image", "f.png": wide.getvalue()}
     files["e.jpg"] = large.getvalue()[:-99]
+    files["g.png"] = png[0][:60] + bytes([png[0][60] ^ 1]) + png[0][61:]
     return write_tree(tmp_path / "source", files)
 
 
 def test_unreadable_images_are_named_and_counted(damaged, tmp_path, capsys):
     message = (
-        r"^3 of 10 samples cannot be read, the first because image c\.png \(0 bytes\) is none of "
+        r"^4 of 11 samples cannot be read, the first because image c\.png \(0 bytes\) is none of "
         r"the formats PNG, .*; repair or remove them, or leave them out with --skip-unreadable$"
     )
     with pytest.raises(DataError, match=message):
         pack_images(damaged, tmp_path / "shards", IN_ORDER)
-    with pytest.raises(DataError, match=r"^4 of 10 samples cannot be read"):
+    with pytest.raises(DataError, match=r"^5 of 11 samples cannot be read"):
         pack_images(damaged, tmp_path / "shards", options(verify="decode", workers=3))
     assert os.listdir(tmp_path) == ["source"]
     arguments = ["shards", "pack", "images", str(damaged), str(tmp_path / "shards")]
     assert main([*arguments, "--skip-unreadable", "--no-shuffle"]) == 0
     said = capsys.readouterr()
-    assert "7 samples in 1 shards, 3 left out" in said.out
-    assert [line.split()[3] for line in said.err.splitlines()] == ["c.png", "d.jpg", "f.png"]
+    assert "7 samples in 1 shards, 4 left out" in said.out
+    assert [line.split()[3] for line in said.err.splitlines()] == [
+        "c.png",
+        "d.jpg",
+        "f.png",
+        "g.png",
+    ]
     assert "16 has more than 8 bits a channel; store it as npy" in said.err
     samples = [s["__key__"] for s in map(dict, read_back_keys(tmp_path / "shards"))]
     assert samples == ["0", "1", "2", "3", "4", "5", "e"]
@@ -280,11 +289,33 @@ def read_back_keys(folder: Path) -> list[dict]:
     return [index.read_contents(number, ()) for number in range(len(index))]
 
 
+def test_nothing_is_written_after_an_unreadable_sample(tmp_path, monkeypatch):
+    made, written = [], []
+
+    class Noting(writer.ShardWriter):
+        def write(self, sample):
+            written.append(sample["__key__"])
+            super().write(sample)
+
+    def make(number: int) -> dict:
+        made.append(number)
+        if number in (5, 50):
+            raise UnreadableSample(f"number {number} is odd")
+        return {"__key__": str(number), "bin": b""}
+
+    monkeypatch.setattr(writer, "ShardWriter", Noting)
+    message = r"^2 of 99 samples cannot be read, the first because number 5 is odd; repair"
+    with pytest.raises(DataError, match=message):
+        pack_samples(range(99), make, tmp_path / "shards", options(workers=3))
+    assert sorted(made) == list(range(99))
+    assert written == list("01234")
+
+
 def test_nothing_is_left(damaged, tmp_path):
     for path in damaged.glob("?.png"):
         path.write_bytes(b"")
     (damaged / "e.jpg").unlink()
-    with pytest.raises(DataError, match=r"nothing to pack into .*: all 9 samples were left out"):
+    with pytest.raises(DataError, match=r"nothing to pack into .*: all 10 samples were left out"):
         pack_images(damaged, tmp_path / "shards", options(skip_unreadable=True))
     with pytest.raises(DataError, match=r"nothing to pack into .*: no samples"):
         pack_samples([], make_random, tmp_path / "shards")
@@ -374,8 +405,6 @@ def test_too_many_shards(tmp_path, monkeypatch):
         (["x/a.b"], r"key 'x/a\.b' holds a dot in its last part.*give KEY or FOLDER/KEY"),
         (["x/"], "key 'x/' lacks its last part"),
         (["__x__/a"], "begins with a folder named __...__, which webdataset skips; rename it"),
-        (["é" * 50], "with the field 'bin' is too long for a plain tar header; keep .* 100 bytes"),
-        (["x" * 156 + "/a"], "too long for a plain tar header.* within 155"),
     ],
 )
 def test_keys_that_cannot_be(tmp_path, keys, words):
@@ -386,21 +415,24 @@ def test_keys_that_cannot_be(tmp_path, keys, words):
 
 
 def test_keys_of_paths(tmp_path, png):
-    long = ["é" * 60, "x" * 75, "y" * 80, "a.b." + "z" * 200, "日本" * 30 + "1", "日本" * 30 + "2"]
-    files = {f"{'d' * 150}/{name}.png": png[n] for n, name in enumerate(long)}
-    files |= {f"{'d/' * 60}{n}/{'k' * 60}.png": png[n] for n in (6, 7)}
-    files["plain/name.png"] = png[8]
-    source = tmp_path / "source"
-    keys = [key_of_path(name) for name in files]
-    assert len(set(keys)) == len(files)
-    assert keys[-1] == "plain/name"
-    assert keys[1] == f"{'d' * 150}/{'x' * 75}"
-    assert keys[2].startswith("y" * 40 + "-")
-    assert keys[3].startswith("a_b_zz")
-    files = {name: data for name, data in files.items() if len(name.rpartition("/")[2]) < 120}
-    pack_images(write_tree(source, files), tmp_path / "shards")
+    names = ["é" * 60, "x" * 200, "a.b." + "z" * 200, "日本 1", f"{'d' * 150}/{'e' * 150}/f"]
+    files = {f"{name}.png": png[number] for number, name in enumerate(names)}
+    pack_images(write_tree(tmp_path / "source", files), tmp_path / "shards")
     found = {s["__key__"]: s["png"] for s in read_back(tmp_path / "shards")}
-    assert found == {key_of_path(name): data for name, data in files.items()}
+    names[2] = names[2].replace(".", "_")
+    assert found == {name: png[number] for number, name in enumerate(names)}
+    assert key_of_path("___a__/b.c.png") == "a__/b_c"
+
+
+def test_long_keys_count_in_the_size_of_a_shard(tmp_path):
+    keys = [f"{number}{text}" for number in range(40) for text in ("é", "x" * 150, "ü" * 900)]
+    samples = [{"__key__": key, "bin": b"", "cls": 1} for key in keys]
+    pack_samples(samples, dict, tmp_path / "shards", options(mib=20 / 1024))
+    sizes = shard_sizes(tmp_path / "shards")
+    assert set(sizes[:-1]) == {20 * 1024}
+    assert sizes[-1] <= 20 * 1024
+    index = load_index(tmp_path / "shards")
+    assert [index.key(number) for number in range(len(index))] == keys
 
 
 def test_keys_given_twice_are_found_among_many(monkeypatch):
@@ -427,7 +459,7 @@ def failing(error: Exception, at: int = 20) -> Callable[[int], dict]:
     return make
 
 
-def test_failed_packing_leaves_all_as_before(tmp_path):
+def test_failed_packing_leaves_all_as_before(tmp_path, monkeypatch):
     folder = tmp_path / "shards"
     with pytest.raises(RuntimeError, match="broken"):
         pack_samples(range(100), failing(RuntimeError("broken")), folder, options(samples=5))
@@ -437,6 +469,18 @@ def test_failed_packing_leaves_all_as_before(tmp_path):
     again = options(samples=5, overwrite=True)
     with pytest.raises(DataError, match=r"packing into .*shards failed \(.*disk full\); see to it"):
         pack_samples(range(100), failing(OSError(28, "disk full")), folder, again)
+    assert contents(tmp_path) == before
+    rename = Path.rename
+
+    def fail_second(path: Path, to: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError("no move")
+        return rename(path, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fail_second)
+        with pytest.raises(DataError, match="no move"):
+            pack_samples(range(3), make_random, folder, again)
     assert contents(tmp_path) == before
     pack_samples(range(3), make_random, folder, again)
     assert sorted(os.listdir(folder)) == ["index.npz", "shards-00000.tar"]

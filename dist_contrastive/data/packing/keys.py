@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -10,8 +9,6 @@ import numpy as np
 from dist_contrastive.errors import DataError
 
 _META = re.compile(r"__[^/]*__/")  # in front of members that webdataset skips
-_NAME_BYTES, _FOLDERS_BYTES = 100, 155  # that a plain tar header takes of a name
-_LONGEST_FIELD = 24  # bytes that keys made from paths leave free for a field's name
 _BATCH = 1 << 16  # new keys that are looked up one by one before they are sorted in
 
 
@@ -24,22 +21,19 @@ def key_of_path(path: str) -> str:
     """The key of a file: its path in the data set without the extension.
 
     Dots of the file's name become underscores: what follows the first of them would be read as the
-    name of a field. A path that is too long for a plain tar header is cut, and ends in a digest.
+    name of a field. A first folder named __...__, which webdataset skips, loses the underscores in
+    front.
     """
     whole = PurePosixPath(path)
-    name = whole.stem.replace(".", "_")
-    key = str(whole.parent / name)
-    if _fits(f"{key}.{'x' * _LONGEST_FIELD}") and not _META.match(key):
-        return key
-    digest = hashlib.blake2b(_bytes(path), digest_size=8).hexdigest()
-    return f"{_bytes(name)[:40].decode(errors='ignore')}-{digest}"
+    key = str(whole.parent / whole.stem.replace(".", "_"))
+    return key.lstrip("_") if _META.match(key) else key
 
 
-def check_key(key: str, fields: Iterable[str]) -> None:
-    """Refuse a key from which tars cannot tell the fields.
+def check_key(key: str) -> None:
+    """Refuse a key of which tars cannot tell the fields.
 
     Raises:
-        DataError: its last part is empty or holds a dot, webdataset skips it, or it is too long.
+        DataError: its last part is empty or holds a dot, or webdataset skips it.
     """
     last = key.rpartition("/")[2]
     if not last or "." in last:
@@ -51,25 +45,6 @@ def check_key(key: str, fields: Iterable[str]) -> None:
         raise DataError(
             f"the key {key!r} begins with a folder named __...__, which webdataset skips; rename it"
         )
-    for field in fields:
-        if not _fits(f"{key}.{field}"):
-            raise DataError(
-                f"the key {key!r} with the field {field!r} is too long for a plain tar header; "
-                f"keep KEY.FIELD within {_NAME_BYTES} bytes, and folders before it within "
-                f"{_FOLDERS_BYTES}"
-            )
-
-
-def _fits(name: str) -> bool:
-    data = _bytes(name)
-    if len(data) <= _NAME_BYTES:
-        return True
-    slashes = [place for place, byte in enumerate(data) if byte == ord("/")]
-    return any(p <= _FOLDERS_BYTES and len(data) - p - 1 <= _NAME_BYTES for p in slashes)
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
 
 
 class SeenKeys:
@@ -85,7 +60,8 @@ class SeenKeys:
 
     def add(self, key: str) -> bool:
         """Note a key; whether it had been noted already."""
-        digest = int.from_bytes(hashlib.blake2b(_bytes(key), digest_size=8).digest(), "little")
+        data = key.encode("utf-8", "surrogateescape")
+        digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         if digest in self._recent or self._is_sorted_in(digest):
             return True
         self._recent.add(digest)

@@ -5,6 +5,7 @@ a function that makes a sample of one of them, and never holds more than a few s
 """
 
 import os
+import tarfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -117,7 +118,7 @@ def encoded(sample: Sample) -> dict[str, Any]:
     fields = {
         name: encode_field(name, value) for name, value in sample.items() if name != "__key__"
     }
-    check_key(sample["__key__"], fields)
+    check_key(sample["__key__"])
     return {"__key__": sample["__key__"], **fields}
 
 
@@ -190,7 +191,9 @@ class _Shards:
         self._count = self._samples = self._bytes = 0
 
     def write(self, sample: Mapping[str, Any]) -> None:
-        size = tar_bytes(value for name, value in sample.items() if name != "__key__")
+        fields = {name: value for name, value in sample.items() if name != "__key__"}
+        size = tar_bytes(fields.values())
+        size += sum(_extended_header(f"{sample['__key__']}.{name}") for name in fields)
         if self._writer is None or self._is_full(size):
             self._writer = self._next()
         self._writer.write(sample)
@@ -219,3 +222,10 @@ class _Shards:
         path = self._folder / f"{self._name}-{self._count:05d}.tar"
         self._count, self._samples, self._bytes = self._count + 1, 0, 0
         return ShardWriter(path)
+
+
+def _extended_header(name: str) -> int:
+    """Bytes in front of a member's own header that a long or foreign name takes."""
+    if name.isascii() and len(name) <= tarfile.LENGTH_NAME:
+        return 0
+    return len(tarfile.TarInfo(name).tobuf(tarfile.PAX_FORMAT)) - BLOCK
