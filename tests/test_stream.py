@@ -1,13 +1,20 @@
 """The stream: the same global batches for any ranks and workers, exactly once, from anywhere."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,7 +72,7 @@ def chained(parts) -> list:
     return list(itertools.chain.from_iterable(parts))
 
 
-def global_batches(folder: Path, world_size: int, num_workers: int, steps=None, **changed) -> list:
+def global_batches(folder: Path, world_size: int, num_workers=0, steps=None, **changed) -> list:
     """The global batches of all ranks together, which must agree on their number."""
     ranks = []
     for rank in range(world_size):
@@ -434,3 +441,152 @@ def test_index_may_be_given_in_three_ways(folder: Path):
         for given in (folder, str(folder / "index.npz"), load_index(folder))
     ]
     assert keys[0] == keys[1] == keys[2]
+
+
+# ---------------------------------------------------------------------------- worker processes
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_workers_may_be_started_afresh(folder: Path, start_method: str):
+    """They get the index by a file, which is gone afterwards."""
+    left = set(Path(tempfile.gettempdir()).glob("dist-contrastive-reader-*"))
+    options = {"num_workers": 2, "start_method": start_method, "epochs": 1}
+    ours = global_batches(folder, 1, **options)
+    assert ours == naive_batches(COUNTS, BATCH, LANES, 5, 3, "carry", 1)
+    assert set(Path(tempfile.gettempdir()).glob("dist-contrastive-reader-*")) == left
+
+
+UNGUARDED = """
+import sys
+from dist_contrastive.data import ShardStream
+stream = ShardStream(
+    sys.argv[1], global_batch_size=24, lanes=12, seed=5, num_workers=2, start_method="spawn"
+)
+next(iter(stream))
+"""
+
+
+def test_workers_that_die_at_once_are_noticed(tmp_path: Path):
+    """A script without `if __name__ == "__main__"`, and an index of more than a pipe holds."""
+    write_samples(tmp_path / "a.tar", [{"__key__": f"s{n}", "cls": n} for n in range(4000)])
+    assert index_folder(tmp_path).member_crc32.nbytes + 8 * 4000 > 2**15
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    argv = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "exited unexpectedly" in done.stderr
+    assert "if __name__ == '__main__'" in done.stderr
+
+
+def read_slowly(folder: Path, started) -> None:
+    """A rank that is killed while its workers start; they have nothing to do for long."""
+    one = stream(folder, num_workers=3, transform=wait_first)
+    started.set()
+    next(iter(one))
+
+
+def wait_first(sample: dict) -> dict:
+    time.sleep(1)
+    return sample
+
+
+@pytest.mark.parametrize("delay_s", [0, 0.01, 0.03, 0.1])
+def test_workers_end_with_a_rank_that_is_killed(folder: Path, delay_s: float):
+    fork = multiprocessing.get_context("fork")
+    started = fork.Event()
+    rank = fork.Process(target=read_slowly, args=(folder, started))
+    rank.start()
+    started.wait(10)
+    time.sleep(delay_s)
+    children = psutil.Process(rank.pid).children()
+    rank.kill()
+    rank.join()
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert not alive
+
+
+def test_signals_while_workers_start_do_not_end_them(folder: Path):
+    """Sent to all children at any moment of their start; spawned ones take a second for it."""
+    seen = []
+
+    def send() -> None:
+        deadline = time.monotonic() + 20
+        while not ended.is_set() and time.monotonic() < deadline:
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    if "spawn_main" in " ".join(child.cmdline()):
+                        child.send_signal(signal.SIGUSR1)
+                        seen.append(child.pid)
+            time.sleep(0.01)
+
+    ended = threading.Event()
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        ours = global_batches(folder, 1, 2, start_method="spawn", epochs=1)
+    finally:
+        ended.set()
+        thread.join()
+    assert ours == naive_batches(COUNTS, BATCH, LANES, 5, 3, "carry", 1)
+    assert len(set(seen)) == 2
+    assert len(seen) > 20
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_transforms_see_what_keys_their_random_numbers(folder: Path, num_workers: int):
+    def transform(sample: dict) -> dict:
+        return {**sample, "twice": 2 * sample["__index__"] + sample["__epoch__"]}
+
+    for batch in stream(folder, epochs=2, num_workers=num_workers, transform=transform):
+        assert torch.equal(batch["twice"], 2 * batch["__index__"] + batch["__epoch__"])
+
+
+def test_workers_are_ahead_by_so_many_batches_and_no_more(folder: Path, tmp_path: Path):
+    """What is not asked for is not read: memory stays bounded however slow the training is."""
+
+    def count(sample: dict) -> dict:
+        with (tmp_path / str(sample["__index__"])).open("a") as file:
+            file.write("x")
+        return sample
+
+    def num_read() -> int:
+        return sum(len(path.read_text()) for path in tmp_path.iterdir())
+
+    batches = iter(
+        stream(folder, num_workers=2, prefetch_factor=3, transform=count, global_batch_size=12)
+    )
+    next(batches)
+    deadline = time.monotonic() + 10
+    while num_read() < 12 * 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert num_read() == 12 * 4
+    batches.close()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(lambda c: sum(c) > 1),
+    st.integers(1, 4), st.integers(1, 3), st.integers(1, 7), st.data(),
+)  # fmt: skip
+def test_any_shards_read_by_any_ranks(tmp_path_factory, counts, ranks, per_rank, window, data):
+    """Real tars of 0, 1 or more samples, stopped once and resumed by one rank."""
+    folder, lanes = tmp_path_factory.mktemp("any"), ranks * per_rank
+    total = sum(counts)
+    if max(lanes, 2) > total:
+        return
+    numbers = itertools.count()
+    for shard, count in enumerate(counts):
+        samples = [
+            {"__key__": f"s{n}", "cls": n, "txt": str(n), "png": np.full((1, 2, 3), n, np.uint8)}
+            for n in itertools.islice(numbers, count)
+        ]
+        write_samples(folder / f"{shard}.tar", samples)
+    index_folder(folder)
+    batch = lanes * data.draw(st.integers(-(-2 // lanes), total // lanes))
+    options = {"global_batch_size": batch, "lanes": lanes, "shuffle_window": window, "epochs": 2}
+    expected = naive_batches(counts, batch, lanes, 5, window, "carry", 2)
+    assert global_batches(folder, ranks, 0, **options) == expected
+    stop = data.draw(st.integers(0, len(expected) - 1))
+    assert global_batches(folder, 1, 0, consumed=stop * batch, **options) == expected[stop:]
