@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--only", default="", metavar="TEXT", help="losses whose name contains it")
     audit.set_defaults(command=_audit)
 
-    shards = commands.add_parser("shards", help="make and index shards of samples")
+    shards = commands.add_parser("shards", help="make, index, merge and check shards of samples")
     commands = shards.add_subparsers(required=True, metavar="COMMAND")
     packing.add_commands(commands)
     checking.add_commands(commands)
