@@ -462,3 +462,30 @@ def test_shard_removed_while_in_use(folder: Path):
     (folder / "a.tar").unlink()
     with pytest.raises(DataError, match=r"a\.tar cannot be read \(No such file.*restore it"):
         index.read(0)
+
+
+def test_fields_decode_as_by_webdataset(tmp_path: Path):
+    """Written by its ShardWriter with its encoders, decoded by its decoders and by ours."""
+    chance = np.random.default_rng(0)
+    pattern = str(tmp_path / "theirs-%04d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=4, verbose=0) as writer:
+        for n in range(7):
+            pixels = chance.integers(0, 256, (5 + n, 9, 3), dtype=np.uint8)
+            sample = {"jpg": pixels, "png": pixels, "webp": image_bytes("RGB", "WEBP")}
+            text = {"txt": f"Größe {n}", "json": {"n": n, "x": [1.5, None]}, "cls": n}
+            writer.write({"__key__": f"k{n}", **sample, **text, "npy": np.arange(n, dtype="f4")})
+    index = index_folder(tmp_path)
+    assert index.shard_samples.tolist() == [4, 3]
+    theirs = webdataset.WebDataset(list(index.shards), shardshuffle=False).decode("torchrgb8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        for number, expected in enumerate(theirs):
+            ours = index.read(number)
+            assert ours.keys() == {k for k in expected if k not in ("__url__", "__local_path__")}
+            for name, value in ours.items():
+                if isinstance(value, torch.Tensor | np.ndarray):
+                    assert np.array_equal(np.asarray(value), np.asarray(expected[name])), name
+                else:
+                    assert value == expected[name]
+        assert number == 6
+        gc.collect()

@@ -1,8 +1,14 @@
 """Shards, their index, and the stream that reads them in an order fixed by the config."""
 
 from dist_contrastive.data.fields import Fields, Samples
+from dist_contrastive.data.packing.arrays import pack_arrays
 from dist_contrastive.data.packing.digits import pack_digits
 from dist_contrastive.data.packing.glyphs import pack_glyphs
+from dist_contrastive.data.packing.hub import pack_dataset
+from dist_contrastive.data.packing.images import pack_images
+from dist_contrastive.data.packing.merge import merge_shards
+from dist_contrastive.data.packing.options import PackOptions
+from dist_contrastive.data.packing.pairs import pack_pairs
 from dist_contrastive.data.packing.toys import pack_toy, toy_points
 from dist_contrastive.data.shards.block_cache import CacheSettings
 from dist_contrastive.data.shards.index import ShardIndex
@@ -15,13 +21,19 @@ __all__ = [
     "Balance",
     "CacheSettings",
     "Fields",
+    "PackOptions",
     "Samples",
     "ShardIndex",
     "ShardStream",
     "index_folder",
     "load_index",
+    "merge_shards",
+    "pack_arrays",
+    "pack_dataset",
     "pack_digits",
     "pack_glyphs",
+    "pack_images",
+    "pack_pairs",
     "pack_toy",
     "toy_points",
 ]
