@@ -111,17 +111,20 @@ def seek_table(sizes: Sizes, folder: Path) -> Iterator[str]:
     count, per_shard = sizes.seek
     shards = random_bytes(folder / "small", 1024, count, per_shard)
     yield f"{count * per_shard} samples of 1 KiB in {count} shards, batches of {sizes.batch}\n"
-    took = ("s to read half", "s to seek", "ratio", "MiB read", "s webdataset skips half", "ratio")
-    yield from head("workers", *took)
+    took = ("s to read half", "s to seek", "ratio", "s to begin at 0", "MiB read, half / seek")
+    yield from head("workers", *took, "s webdataset skips half", "seek to that")
     for workers in sorted({sizes.workers[0], sizes.workers[-1]}):
         found = in_own_process(seek, str(shards), count, sizes.batch, workers, sizes.turns)
-        half, sought, plain = (np.array(found[name]) for name in ("half", "seek", "plain"))
+        half, sought, first, plain = (
+            np.array(found[name]) for name in ("half", "seek", "begin", "plain")
+        )
         read = [np.median(found[f"{name} bytes"]) / 2**20 for name in ("half", "seek")]
         yield row(
             str(workers),
             f"{np.median(half):.2f}",
             f"{np.median(sought):.3f}",
             f"{np.median(sought / half):.2%}",
+            f"{np.median(first):.3f}",
             f"{read[0]:.1f} / {read[1]:.1f}" if workers == 0 else "in workers",
             f"{np.median(plain):.2f}",
             f"{np.median(sought / plain):.2%}",
@@ -162,14 +165,16 @@ def shuffle_table(sizes: Sizes, folder: Path) -> Iterator[str]:
 def memory_table(sizes: Sizes, folder: Path) -> Iterator[str]:
     """Of workers as they go on, and of a large index."""
     after = [f"after {number} batches" for number in sizes.batches]
-    yield from head("crop", "prefetch", "part of a batch, MiB", *(f"USS / PSS {x}" for x in after))
+    yield "Largest of 2 workers, MiB; what it has sent ahead lies in shared memory:\n"
+    columns = [f"USS / PSS / sent {x}" for x in after]
+    yield from head("crop", "prefetch", "part of a batch", *columns)
     for side, shards in crops(sizes, folder):
         for prefetch in sizes.prefetch:
             found = in_own_process(
                 stream_memory.of_workers, str(shards), sizes.batch, 2, prefetch, sizes.batches
             )
-            pairs = zip(found["uss"], found["pss"], strict=True)
-            cells = [f"{uss:.0f} / {pss:.0f}" for uss, pss in pairs]
+            used = zip(found["uss"], found["pss"], found["sent"], strict=True)
+            cells = [" / ".join(f"{x:.0f}" for x in figures) for figures in used]
             yield row(str(side), str(prefetch), f"{found['part']:.1f}", *cells)
     count, per_shard = sizes.index
     large = folder / "large"

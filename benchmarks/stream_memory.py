@@ -2,6 +2,7 @@
 own. USS are the pages that a process has alone, PSS adds its share of those that it has in common
 with others."""
 
+import contextlib
 import gc
 import multiprocessing
 import time
@@ -21,6 +22,7 @@ from dist_contrastive.data.stream.shard_stream import ShardStream
 
 LOOKED_UP = 20_000  # samples whose place a process asks for
 MIB = 2**20
+REST_S = 0.3  # in which a process that works takes time of a processor
 
 
 def of_workers(
@@ -29,8 +31,8 @@ def of_workers(
     """MiB of the largest worker after so many batches of an endless stream.
 
     Returns:
-        "part": of the rows of one batch that a worker makes; "uss" and "pss", one for each of
-        `after`.
+        "part": of the rows of one batch that a worker makes; "uss", "pss" and "sent", one for each
+        of `after`: what is sent lies in shared memory until the main process takes it.
     """
     stream = ShardStream(
         folder,
@@ -42,17 +44,36 @@ def of_workers(
         shuffle_window=MIXED // LANES,
         only=("jpg", "cls"),
     )
-    found: dict[str, Any] = {"uss": [], "pss": []}
+    found: dict[str, Any] = {"uss": [], "pss": [], "sent": []}
     batches = iter(stream)
     for number in range(1, max(after) + 1):
         images = next(batches)["jpg"]
         if number in after:
-            time.sleep(0.3)  # until workers are as far ahead as they may be
-            used = [x.memory_full_info() for x in psutil.Process().children(recursive=True)]
+            children = psutil.Process().children()
+            _await_rest(children)
+            used = [x.memory_full_info() for x in children]
             found["uss"].append(max(x.uss for x in used) / MIB)
             found["pss"].append(max(x.pss for x in used) / MIB)
+            found["sent"].append(max(_shared_bytes(x) for x in children) / MIB)
     batches.close()
     return found | {"part": images.nbytes / workers / MIB}
+
+
+def _await_rest(processes: list[psutil.Process]) -> None:
+    """Until they have worked ahead as far as they may."""
+    used = -1.0
+    while used != (used := sum(x.cpu_times().user for x in processes)):
+        time.sleep(REST_S)
+
+
+def _shared_bytes(process: psutil.Process) -> int:
+    """Of tensors in shared memory that a process holds open."""
+    found = {}
+    for handle in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if str(handle.readlink()).startswith("/dev/shm/torch"):
+                found[handle.stat().st_ino] = handle.stat().st_size
+    return sum(found.values())
 
 
 def make_large_index(folder: Path, shards: int, per_shard: int) -> None:

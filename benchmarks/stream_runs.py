@@ -144,7 +144,8 @@ def _processor_seconds() -> float:
 
 
 def seek(folder: str, shards: int, batch: int, workers: int, turns: int) -> dict[str, list[float]]:
-    """Seconds and bytes read of every turn: of the first half, and from its end to a batch.
+    """Seconds and bytes read of every turn: of the first half, from its end to a batch ("seek"),
+    and from the start to a batch ("begin").
 
     Plain: webdataset reads the first half to leave it out, and decodes nothing.
     """
@@ -154,6 +155,7 @@ def seek(folder: str, shards: int, batch: int, workers: int, turns: int) -> dict
         runs: dict[str, Callable[[], Any]] = {
             "half": lambda half=half: _read_until(_stream(folder, batch, workers, 0), half),
             "seek": lambda half=half: _read_until(_stream(folder, batch, workers, half), half + 1),
+            "begin": lambda: _read_until(_stream(folder, batch, workers, 0), 1),
             "plain": lambda half=half: _skip_plain(folder, shards, half),
         }
         for name, run in runs.items():
