@@ -25,6 +25,12 @@ class UnreachableError(DataError):
     exit_code = 75
 
 
+class LostWorkerError(UserError):
+    """A process that reads ahead was killed, most often for memory. Start again."""
+
+    exit_code = 75
+
+
 class NonFiniteError(RuntimeError):
     """NaN or infinity in embeddings, loss or gradients; names the step and the ranks."""
 

@@ -11,6 +11,8 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_contrastive.atomic import write_text
+
 _SHOWN = ("loss", "lr", "samples_per_s")
 
 
@@ -114,18 +116,16 @@ class Ledger:
 
 
 def forget_steps(folder: Path, done: int) -> None:
-    """Remove from the ledger the steps after the first `done`: they are done again, perhaps by
-    another number of ranks. Called by one rank before any opens its ledger."""
-    for path in (folder / "ledger").glob("rank-*.jsonl"):
+    """Remove from the ledger and from skipped.jsonl the steps after the first `done`: they are done
+    again, perhaps by another number of ranks. Called by one rank before any opens these."""
+    for path in [*folder.glob("ledger/rank-*.jsonl"), *folder.glob("skipped.jsonl")]:
         _keep_lines(path, lambda row: row["step"] < done)
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Leave out the other lines of a file of JSON lines, and an unfinished last one."""
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line for line in lines if keep(json.loads(line))))
-    partial.replace(path)  # a crash here must not lose the lines that are kept
+    write_text(path, "".join(line for line in lines if keep(json.loads(line))))
 
 
 def _is_terminal() -> bool:

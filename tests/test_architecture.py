@@ -13,7 +13,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 
 # From the bottom up; parts on one line do not import each other, except as listed in WITHIN.
 LAYERS = [
-    {"errors", "schedule", "settings", "signals"},
+    {"atomic", "errors", "schedule", "settings", "signals"},
     {"collectives"},
     {"pairwise"},
     {"losses", "testing"},

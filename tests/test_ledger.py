@@ -1,5 +1,5 @@
-"""Runs killed again and again, each time resumed by other ranks and workers: what was consumed is one
-epoch exactly, in the batches of a run that was never stopped."""
+"""Runs killed again and again, each time resumed by other ranks and workers: what was consumed is
+one epoch exactly, in the batches of a run that was never stopped."""
 
 import itertools
 import json

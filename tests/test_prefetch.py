@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dist_contrastive.data.stream.prefetch import ahead
+from dist_contrastive.data.stream.prefetch import Ahead
 
 
 def counted(made: list[int], count: int, fails_at: int | None = None) -> Iterator[int]:
@@ -20,10 +20,16 @@ def counted(made: list[int], count: int, fails_at: int | None = None) -> Iterato
         made.append(-1)
 
 
+def taken(ahead: Ahead[int]) -> list[int]:
+    return list(iter(ahead.get, None))
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 50])
 def test_all_in_order(count: int):
     before, made = threading.active_count(), []
-    assert list(ahead(counted(made, count), 3)) == list(range(count))
+    with Ahead(counted(made, count), 3) as ahead:
+        assert taken(ahead) == list(range(count))
+        assert ahead.get() is None
     assert made == [*range(count), -1]
     assert threading.active_count() == before
 
@@ -31,24 +37,24 @@ def test_all_in_order(count: int):
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_works_ahead_but_not_further_than_its_depth(depth: int):
     made: list[int] = []
-    items = ahead(counted(made, 100), depth)
-    for used in range(1, 20):
-        next(items)
-        deadline = time.monotonic() + 5
-        while len(made) < used + depth and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.005)
-        assert used + depth <= len(made) <= used + max(depth, 2)
-    items.close()
+    with Ahead(counted(made, 100), depth) as ahead:
+        for used in range(1, 20):
+            ahead.get()
+            deadline = time.monotonic() + 5
+            while len(made) < used + depth and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.005)
+            assert used + depth <= len(made) <= used + max(depth, 2)
     assert made[-1] == -1, "what makes the items is closed too"
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 7])
 def test_an_error_comes_where_the_item_would_have(fails_at: int):
-    items = ahead(counted([], 10, fails_at), 2)
-    assert [next(items) for _ in range(fails_at)] == list(range(fails_at))
-    with pytest.raises(KeyError, match="no more"):
-        next(items)
+    with Ahead(counted([], 10, fails_at), 2) as ahead:
+        assert [ahead.get() for _ in range(fails_at)] == list(range(fails_at))
+        for _ in range(2 if fails_at else 1):
+            with pytest.raises(KeyError, match="no more"):
+                ahead.get()
 
 
 def test_the_first_is_made_by_the_caller():
@@ -60,6 +66,27 @@ def test_the_first_is_made_by_the_caller():
             threads.append(threading.current_thread())
             yield number
 
-    assert list(ahead(items(), 2)) == [0, 1, 2]
+    with Ahead(items(), 2) as ahead:
+        assert taken(ahead) == [0, 1, 2]
     assert threads[0] is threading.main_thread()
     assert threads[1] is threads[2] is not threads[0]
+
+
+def test_a_caller_that_should_stop_does_not_wait(monkeypatch: pytest.MonkeyPatch):
+    """An item that takes for ever: neither asking nor leaving waits for it."""
+    monkeypatch.setattr("dist_contrastive.data.stream.prefetch._LEAVE_S", 0.2)
+    released = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        released.wait(60)
+        yield 1
+
+    flag: list[int] = []
+    threading.Timer(0.3, flag.append, [1]).start()
+    begin = time.monotonic()
+    with Ahead(items(), 2) as ahead:
+        assert ahead.get(stop=lambda: bool(flag)) == 0
+        assert ahead.get(stop=lambda: bool(flag)) is None
+    assert 0.25 < time.monotonic() - begin < 5
+    released.set()

@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -115,8 +116,9 @@ def test_a_dead_server_stops_with_one_sentence(folder: Path, cache, num_workers:
 def test_a_server_without_ranges_stops_with_one_sentence(folder: Path, cache):
     with RangeServer(folder, fault=lambda *_: "whole") as server:
         index = load_index(server.url, cache)
-        with pytest.raises(UnreachableError, match=r"1048576 bytes from \d+ on were asked for, 2"):
+        with pytest.raises(DataError, match=r"sent 2\d+ bytes where 1048576 were asked for: use"):
             read(index)
+    assert sum(n for path, n in server.requests.items() if ".tar" in path) <= num_blocks(folder) + 1
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -178,6 +180,67 @@ def test_blocks_that_were_used_lately_stay(tmp_path: Path):
             cache.read(f"{server.url}/a.bin", 4 * BLOCK, block * BLOCK, 10)
             time.sleep(0.02)  # file times are a few milliseconds apart
         assert server.requests["/a.bin"] == 4
+
+
+def test_what_failed_ahead_is_asked_for_again(tmp_path: Path):
+    """An outage while blocks are fetched ahead costs nothing when it is over."""
+    (tmp_path / "a.bin").write_bytes(bytes(200 * BLOCK))
+    cache = BlockCache(CacheSettings(folder=tmp_path / "cache", limit_mb=999, block_mb=1))
+    down = [True]
+    with RangeServer(tmp_path, fault=lambda *_: "503" if down else None) as server:
+        url, size = f"{server.url}/a.bin", 200 * BLOCK
+        for block in range(100):
+            cache.expect(url, size, block * BLOCK, 1)
+        deadline = time.monotonic() + 20
+        while cache._expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        down.clear()
+        assert cache.read(url, size, 5, 3) == bytes(3)
+        before = server.requests["/a.bin"]
+        cache.expect(url, size, 150 * BLOCK, 1)
+        assert cache.read(url, size, 150 * BLOCK, 3) == bytes(3)
+        assert server.requests["/a.bin"] == before + 1
+
+
+FETCHES = """
+import sys
+from dist_contrastive.data.shards.block_cache import BlockCache, CacheSettings
+cache = BlockCache(CacheSettings(folder=sys.argv[2], block_mb=1))
+for block in range(60):
+    cache.expect(sys.argv[1], 200 << 20, block << 20, 1)
+"""
+
+
+def test_a_process_ends_although_it_has_asked_for_much(tmp_path: Path):
+    (tmp_path / "a.bin").write_bytes(bytes(200 * BLOCK))
+    with RangeServer(tmp_path, fault=lambda *_: "slow") as server:
+        argv = [sys.executable, "-c", FETCHES, f"{server.url}/a.bin", str(tmp_path / "cache")]
+        begin = time.monotonic()
+        subprocess.run(argv, check=True, timeout=60)
+        assert time.monotonic() - begin < 12  # 60 s and more if it waited; importing takes some
+
+
+def test_a_block_that_another_process_drops_meanwhile(folder: Path, cache, monkeypatch):
+    """Two meet the same bad block: the second has nothing to drop, and asks again all the same."""
+    with RangeServer(folder) as server:
+        index = load_index(server.url, cache)
+        good = index.read(3)
+        for block in cache.folder.glob("*/*-*"):
+            block.write_bytes(bytes(block.stat().st_size))
+        monkeypatch.setattr(BlockCache, "forget", lambda self, *_: shutil.rmtree(self.folder))
+        assert index.read(3) == good
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "not writable"])
+def test_a_cache_folder_that_cannot_be_used(folder: Path, tmp_path: Path, kind: str):
+    (tmp_path / "file").write_text("")
+    place = {"file": "file", "below a file": "file/cache", "not writable": "/proc/cache"}[kind]
+    cache = CacheSettings(folder=tmp_path / place)
+    with RangeServer(folder) as server:
+        index = load_index(server.url, cache)
+        message = "the cache of remote shards .* cannot be used .*; set data.cache.folder"
+        with pytest.raises(DataError, match=message):
+            read(index)
 
 
 def test_what_is_fetched_ahead_is_not_fetched_again(tmp_path: Path):
@@ -264,7 +327,10 @@ def test_a_full_disk_only_costs_time(folder: Path, cache, monkeypatch: pytest.Mo
     with RangeServer(folder) as server:
         index = load_index(server.url, cache)
         monkeypatch.setattr(Path, "write_bytes", full)
-        with pytest.warns(UserWarning, match=r"the disk of .* is full: blocks .*limit_mb below"):
+        with pytest.warns(
+            UserWarning,
+            match=r"cannot be kept in .*cache \(No space left on device\), .*; make room",
+        ):
             assert read(index, epochs=1) == read(folder)
     assert cached_bytes(cache) == 0
 
@@ -298,6 +364,8 @@ def test_other_protocols(folder: Path, cache):
     for path in folder.iterdir():
         memory.pipe(f"/shards/{path.name}", path.read_bytes())
     assert read(load_index("memory://shards", cache)) == read(folder)
+    assert read(load_index(f"file://{folder}/{{0..2}}.tar", cache)) == read(folder)
+    assert read(load_index(f"file://{folder}/*.tar", cache)) == read(folder)
     with pytest.raises(DataError, match=r"nosuch://x/index\.npz cannot be opened .*use file, http"):
         load_index("nosuch://x", cache)
 

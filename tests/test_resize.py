@@ -37,6 +37,12 @@ def test_scaled_and_cut_as_pillow_does(shape: tuple[int, int]):
     assert np.abs(ours.numpy().astype(int) - theirs).max() <= 1
 
 
+def test_long_strips_take_no_memory():
+    """2.8 GB, if they were scaled whole."""
+    ours = fit_image(photo(1, 30_000), 224, None)
+    assert ours.shape == (3, 224, 224)
+
+
 def test_colours_as_pillow_makes_them():
     colour, gray = photo(20, 20), photo(20, 20, 1)
     theirs = np.array(Image.fromarray(colour.permute(1, 2, 0).numpy()).convert("L"))

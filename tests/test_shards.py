@@ -489,3 +489,31 @@ def test_fields_decode_as_by_webdataset(tmp_path: Path):
                     assert value == expected[name]
         assert number == 6
         gc.collect()
+
+
+def test_places_that_are_none_for_an_index(folder: Path, tmp_path: Path):
+    for out, message in (
+        (tmp_path / "name", "name is no name of an index; give a file that ends in .npz"),
+        (tmp_path, "is no name of an index"),
+        (tmp_path / "no" / "x.npz", r"x\.npz cannot be written; give a folder"),
+    ):
+        with pytest.raises(DataError, match=message):
+            index_folder(folder, out)
+
+
+def test_indexes_whose_parts_do_not_fit(folder: Path):
+    with np.load(folder / "index.npz") as stored:
+        arrays = dict(stored)
+    for name in ("sample_offset", "member_size", "shard_samples", "shard_sha256"):
+        np.savez(folder / "index.npz", **{**arrays, name: arrays[name][:-1]})
+        with pytest.raises(DataError, match=r"cannot be read \(its parts do not fit each other\)"):
+            load_index(folder)
+
+
+def test_sparse_members_are_refused(tmp_path: Path):
+    (tmp_path / "hole.bin").write_bytes(bytes(10))
+    os.truncate(tmp_path / "hole.bin", 1 << 20)
+    argv = ["tar", "--sparse", "-cf", tmp_path / "a.tar", "-C", tmp_path, "hole.bin"]
+    subprocess.run(argv, check=True)
+    with pytest.raises(DataError, match=r"holds 'hole\.bin' as a sparse file.*`tar --sparse"):
+        index_folder(tmp_path)

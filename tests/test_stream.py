@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from dist_contrastive.data.collate import collate, join_batches, without_rows
 from dist_contrastive.data.keyed_random import keyed_permutation
 from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.data.stream.order import SampleOrder
-from dist_contrastive.errors import ConfigError, DataError
+from dist_contrastive.errors import ConfigError, DataError, LostWorkerError
 
 # More workers than cores are slow, not wrong.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -353,14 +354,14 @@ def test_columns_of_a_batch():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_ragged_arrays_stay_as_decoded(tmp_path: Path, num_workers: int):
+def test_ragged_arrays_are_a_list_of_tensors(tmp_path: Path, num_workers: int):
     samples = [{"__key__": f"s{n}", "npy": np.arange(n + 1)} for n in range(8)]
     write_samples(tmp_path / "a.tar", samples)
     local = ShardStream(
         index_folder(tmp_path), global_batch_size=8, lanes=2, seed=0, num_workers=num_workers
     )
     batch = next(iter(local))
-    assert all(isinstance(array, np.ndarray) for array in batch["npy"])
+    assert all(isinstance(array, torch.Tensor) for array in batch["npy"])
     assert [len(array) - 1 for array in batch["npy"]] == batch["__index__"].tolist()
 
 
@@ -590,3 +591,55 @@ def test_any_shards_read_by_any_ranks(tmp_path_factory, counts, ranks, per_rank,
     assert global_batches(folder, ranks, 0, **options) == expected
     stop = data.draw(st.integers(0, len(expected) - 1))
     assert global_batches(folder, 1, 0, consumed=stop * batch, **options) == expected[stop:]
+
+
+def test_many_images_of_many_sizes_take_no_file_handles(tmp_path: Path):
+    """A worker sends each tensor of a list by value: shared, each would keep a handle open."""
+    samples = [{"__key__": f"s{n}", "npy": np.arange(n % 7 + 1)} for n in range(1024)]
+    write_samples(tmp_path / "a.tar", samples)
+    local = ShardStream(index_folder(tmp_path), global_batch_size=1024, lanes=1, seed=0,
+                        num_workers=1, epochs=4)  # fmt: skip
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        for batch in local:
+            assert [len(x) for x in batch["npy"]] == [
+                n % 7 + 1 for n in batch["__index__"].tolist()
+            ]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_lost_worker_is_one_sentence(folder: Path):
+    before = set(psutil.Process().children())
+    batches = iter(stream(folder, num_workers=2, transform=wait_briefly))
+    next(batches)
+    lost = set(psutil.Process().children()) - before
+    assert len(lost) == 2
+    lost.pop().kill()
+    with pytest.raises(LostWorkerError, match=r"process that reads ahead was lost .*; start again"):
+        list(batches)
+    assert LostWorkerError.exit_code == 75
+    _, alive = psutil.wait_procs(lost, timeout=10)
+    assert not alive
+
+
+def wait_briefly(sample: dict) -> dict:
+    time.sleep(0.01)
+    return sample
+
+
+def test_errors_of_a_transform_stay_what_they_are(folder: Path):
+    def wrong(sample: dict) -> dict:
+        raise RuntimeError(f"no {sample['cls']}")
+
+    for num_workers in (0, 1):
+        with pytest.raises(RuntimeError, match=r"no \d+"):
+            next(iter(stream(folder, num_workers=num_workers, transform=wrong)))
+
+
+def test_values_that_torch_has_no_type_for_stay_lists():
+    for values in ([10**30, 1], [np.ones(2, np.uint16), np.ones(2, np.int32)],
+                   [np.ones(2, np.longdouble)] * 2):  # fmt: skip
+        batch = collate([{"__key__": "k", "x": value} for value in values])
+        assert isinstance(batch["x"], list)

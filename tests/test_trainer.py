@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.cli import main
+from dist_contrastive.data import load_index
 from dist_contrastive.errors import ConfigError, DataError, NonFiniteError
 from dist_contrastive.metrics import read_rows
 
@@ -169,8 +170,11 @@ def test_damaged_sample_ends_all_ranks_with_64(tmp_path, digits, overrides):
     folder = tmp_path / "train"
     shutil.copytree(digits / "train", folder)
     shard = sorted(folder.glob("*.tar"))[4]
+    index = load_index(folder)
+    number = int(index.shard_starts[4]) + 90
+    image = index.sample_offset[number] + index.member_start[number, index.fields.index("png")]
     data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[int(image) + 600] ^= 1
     shard.write_bytes(data)
     epoch = ["train.steps=23", f"data.train={folder}", "data.max_skipped=0"]
     done = run(command(ENCODER, *overrides(tmp_path / "run", *epoch), ranks=2))

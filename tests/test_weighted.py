@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dist_contrastive import config as configs
 from dist_contrastive import trainer
 from dist_contrastive.data import Balance, ShardStream, index_folder
-from dist_contrastive.data.keyed_random import keyed_permutation
+from dist_contrastive.data.keyed_random import keyed_number, keyed_permutation
 from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.data.stream.order import SampleOrder
 from dist_contrastive.data.stream.weighted import WeightedOrder
@@ -30,7 +30,8 @@ def naive_lane(counts, weights, lanes, seed, window, lane, length) -> list[tuple
     shares = [w // np.gcd.reduce(weights) for w in weights]
     orders = [
         SampleOrder(
-            c, global_batch_size=max(2, lanes), lanes=lanes, seed=seed + s, shuffle_window=window,
+            c, global_batch_size=max(2, lanes), lanes=lanes,
+            seed=keyed_number(2**62, seed, 7, s), shuffle_window=window,
             tail="carry",
         )
         for s, c in enumerate(counts)
@@ -147,7 +148,10 @@ def test_far_positions_are_cheap_and_exact():
         ({"weights": [1, 2]}, "2 weights are given for 3 sources; give each source one"),
         ({"weights": [1, 0, 1]}, r"weights \[1, 0, 1\] must be 1 or more; leave out a source"),
         ({"weights": [4096, 1, 1]}, r"sum to 4098 in lowest terms, more than 4096; use smaller"),
-        ({"weights": [1, 1, 50]}, "source 3 has 12 samples, but by its weight about 24 of a batch"),
+        (
+            {"weights": [1, 1, 50]},
+            "source 3 has 12 samples, fewer than the 24 of a batch of 24",
+        ),
         ({"epochs": 1}, "epochs=1 do not apply to weighted sources, which have no end"),
         ({"consumed": 30}, "consumed=30 is not a multiple of global_batch_size=24"),
         ({"balance": Balance([0, 1], 2, 1)}, "weights and balance exclude each other"),
@@ -156,6 +160,14 @@ def test_far_positions_are_cheap_and_exact():
 def test_impossible_settings_say_how_to_mend_them(folders, changed, message):
     with pytest.raises(ConfigError, match=message):
         ShardStream(folders, **{"weights": [3, 2, 1], **ORDER, **changed})
+
+
+def test_a_source_that_fits_exactly_is_not_refused():
+    """7 of 100 in each of 100 lanes, which floating numbers round to 8."""
+    options = {"lanes": 100, "seed": 0, "shuffle_window": 1}
+    WeightedOrder([[700], [9300]], [7, 93], global_batch_size=10_000, **options)
+    with pytest.raises(ConfigError, match="source 1 has 699 samples, fewer than the 700 of"):
+        WeightedOrder([[699], [9300]], [7, 93], global_batch_size=10_000, **options)
 
 
 def test_training_from_two_sources(tmp_path: Path, overrides, digits: Path, capsys):

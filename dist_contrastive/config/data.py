@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from dist_contrastive.data.shards.block_cache import CacheSettings
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.stream.order import Tail
 from dist_contrastive.data.stream.workers import StartMethod
 from dist_contrastive.settings import Settings
 
@@ -65,7 +66,7 @@ class DataSettings(Settings):
     """Parts in which an epoch is read; the number of ranks must divide it."""
     shuffle_window: PositiveInt = 4096
     """Samples of a lane that are shuffled among each other."""
-    tail: Literal["carry", "drop"] = "carry"
+    tail: Tail = "carry"
     """What becomes of an epoch's rest that fills no batch."""
     num_workers: int = Field(default=0, ge=0)
     """Processes per rank that read ahead; 0 reads in the training process."""
@@ -100,8 +101,8 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _sources_fit(self) -> Self:
-        if not self.sources:
-            raise ValueError("train names no sources; give it some")
+        if not self.sources or self.test == ():
+            raise ValueError("train or test names no sources; give it some, or leave out test")
         given = [source.weight is not None for source in self.sources]
         if any(given) and not all(given):
             raise ValueError(
@@ -109,6 +110,12 @@ class DataSettings(Settings):
             )
         if any(given) and self.balance is not None:
             raise ValueError("weights and balance exclude each other; leave out one of them")
+        if self.tail == "drop" and (any(given) or self.balance is not None):
+            raise ValueError(
+                "tail=drop is for epochs, and weights or balance have none; leave it out"
+            )
+        if any(source.weight is not None for source in _sources(self.test or ())):
+            raise ValueError("sources of test are read whole; leave out their weights")
         return self
 
     @model_validator(mode="after")

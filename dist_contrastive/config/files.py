@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dist_contrastive.atomic import write_text
 from dist_contrastive.config.run import RunConfig
 from dist_contrastive.config.sentences import sentence
 from dist_contrastive.errors import ConfigError
@@ -31,7 +32,7 @@ def load(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 def save(config: RunConfig, folder: Path) -> None:
     """Write the resolved config, defaults included, as folder/config.yaml."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    (folder / "config.yaml").write_text(text)
+    write_text(folder / "config.yaml", text)
 
 
 def load_run(folder: Path | str) -> RunConfig:

@@ -58,9 +58,14 @@ def _column(values: list[Any]) -> Any:
         return values
     rows = [_as_tensor(value) for value in values]
     tensors = [row for row in rows if row is not None]
-    if len(tensors) < len(values) or len({row.shape for row in tensors}) > 1:
+    if len(tensors) < len(values):
         return values
-    return torch.stack(tensors)  # in a type that holds all: a number may be 1 here and 1.5 there
+    if len({row.shape for row in tensors}) > 1:
+        return tensors
+    try:
+        return torch.stack(tensors)  # in a type that holds all: a number may be 1 here, 1.5 there
+    except RuntimeError:  # torch has no type for 16 unsigned bits beside signed ones, say
+        return tensors
 
 
 def _as_tensor(value: Any) -> Tensor | None:
@@ -68,10 +73,10 @@ def _as_tensor(value: Any) -> Tensor | None:
         case Tensor():
             return value
         case bool() | int():
-            return torch.tensor(value)
+            return torch.tensor(value) if -(2**63) <= value < 2**63 else None
         case float():
             return torch.tensor(value, dtype=torch.float64)
-        case np.ndarray() if value.dtype.kind in "biuf":
+        case np.ndarray() if value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
             return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))
     return None
 

@@ -131,7 +131,7 @@ class Fields:
 
         Args:
             unreadable_is_missing: a label that cannot be read counts as missing, even where labels
-                are required: the stream will not give that sample.
+                are required: a stream that reads the field will not give that sample.
 
         Raises:
             DataError: as `samples`; or no field is named that holds labels.
@@ -144,14 +144,11 @@ class Fields:
         for number in numbers:
             try:
                 sample = index.read(number, only={name})
+                found.append(self._label(sample["__key__"], sample[name], self.label))
             except UnreadableSample:
                 if not unreadable_is_missing:
                     raise
-                sample = {}
-            if name not in sample and unreadable_is_missing:
                 found.append(None)
-            else:
-                found.append(self._label(sample["__key__"], _field(sample, name), self.label))
         return self._label_tensor(found)
 
     def _batch_labels(self, batch: Batch, path: str) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+_MAX_ASPECT = 8  # a strip that is longer is cut before it is scaled, not after: memory
+
 
 def is_image(value: Any) -> TypeGuard[Tensor]:
     """Whether it is a decoded image: uint8 [C, H, W]."""
@@ -32,9 +34,15 @@ def fit_image(image: Tensor, size: int | None, channels: int | None) -> Tensor:
 
 
 def _square(image: Tensor, size: int) -> Tensor:
+    short = min(image.shape[1:])
+    image = _middle(image, *(min(side, _MAX_ASPECT * short) for side in image.shape[1:]))
     height, width = image.shape[1:]
     scale = size / min(height, width)
     shape = [max(size, round(side * scale)) for side in (height, width)]
     scaled = interpolate(image[None], shape, mode="bilinear", antialias=True)[0]
-    top, left = ((side - size) // 2 for side in shape)
-    return scaled[:, top : top + size, left : left + size].contiguous()
+    return _middle(scaled, size, size).contiguous()
+
+
+def _middle(image: Tensor, height: int, width: int) -> Tensor:
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width]

@@ -11,13 +11,12 @@ its config and how far it is. Stopped anywhere and started again, it ends with t
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import closing
 
 from dist_contrastive import checkpoint, collectives
 from dist_contrastive.backend import Backend
 from dist_contrastive.checkpoint import Progress
 from dist_contrastive.config import RunConfig
+from dist_contrastive.data.stream.prefetch import Ahead
 from dist_contrastive.errors import UserError
 from dist_contrastive.metrics import Clock, Ledger, MetricsLog, forget_steps
 from dist_contrastive.signals import stop_flag
@@ -30,6 +29,7 @@ EXIT_DONE = 0
 EXIT_REQUEUE = 75  # stopped early with everything saved: start it again
 # What a rank votes before a step; the largest vote counts.
 _GO, _SKIPPED, _STOP, _FAILED = 0, 1, 2, 3
+_AHEAD = 2  # batches that are made ready, and copied to a GPU, while one is used
 
 
 def train(config: RunConfig, stop_after: int | None = None) -> int:
@@ -79,14 +79,10 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
         log,
         stop_flag() as signalled,
         Ledger(config.run_dir, backend.rank, config.train.ledger) as ledger,
-        closing(run.data.batches(backend.device)) as batches,
+        Ahead(run.data.batches(backend.device), _AHEAD) as batches,
     ):
         while run.progress.step < stop_at:
-            try:
-                taken = _next_batch(run, batches, skipped, clock, bool(signalled))
-            except UserError:
-                _save_unless_saved(run, first)
-                raise
+            taken = _next_batch(run, batches, skipped, clock, signalled)
             if taken is None:
                 break
             ledger.write(run.progress.step, taken.keys)
@@ -98,39 +94,47 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
                 log.write({**row, **rates, "skipped": len(skipped)})
             if step % config.train.save_every == 0:
                 _save(run)
-        _save_unless_saved(run, first)
+        _save_unless_saved(run)
     return EXIT_DONE if run.progress.step >= steps else EXIT_REQUEUE
 
 
 def _next_batch(
-    run: Run, batches: Iterator[Taken], skipped: SkippedLog, clock: Clock, stop: bool
+    run: Run, batches: Ahead[Taken], skipped: SkippedLog, clock: Clock, signalled: list[int]
 ) -> Taken | None:
-    """The next batch; None on all ranks when one of them was asked to stop.
+    """The next batch; None on all ranks when one of them was asked to stop, while it waited too.
 
-    A rank that cannot read its part tells the others before any of them enters the step.
+    A rank that cannot read its part tells the others before any of them enters the step. What has
+    been done is saved then, on all ranks.
     """
     taken: Taken | None = None
     error: Exception | None = None
     try:
         with clock.waiting():
-            taken = next(batches)
+            taken = batches.get(stop=lambda: bool(signalled))
     except Exception as caught:
         error = caught
     mine = taken.skipped if taken else []
-    vote = _FAILED if error else _STOP if stop else _SKIPPED if mine else _GO
+    vote = _FAILED if error else _STOP if taken is None else _SKIPPED if mine else _GO
     verdict = collectives.max_over_ranks(vote, run.backend.device)
     if verdict == _FAILED:
+        known = collectives.gather_objects(error is None or isinstance(error, UserError))
+        if all(known):  # what is being trained is sound
+            _save_unless_saved(run)
         with collectives.raised_together():
             if error:
                 raise error
     if verdict == _SKIPPED:
-        skipped.add(mine)
-    return None if verdict == _STOP else taken
+        try:
+            skipped.add(run.progress.step, mine)
+        except UserError:
+            _save_unless_saved(run)
+            raise
+    return taken.ready() if taken and verdict < _STOP else None
 
 
-def _save_unless_saved(run: Run, first: int) -> None:
+def _save_unless_saved(run: Run) -> None:
     """Save what has been done since the last checkpoint, if anything."""
-    if run.progress.step > first and run.progress.step % run.config.train.save_every:
+    if run.progress != run.saved:
         _save(run)
 
 
@@ -140,6 +144,7 @@ def _save(run: Run) -> None:
             weights, state = run.task.state_dict(), run.optimizer.state_dict()
             root, keep_last = run.config.run_dir / "checkpoints", run.config.train.keep_last
             checkpoint.save(root, run.progress, weights, state, keep_last)
+    run.saved = run.progress
 
 
 def _say(backend: Backend, text: str) -> None:

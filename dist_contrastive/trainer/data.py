@@ -16,12 +16,9 @@ from dist_contrastive.data.fields import Fields, Samples
 from dist_contrastive.data.labels import check_labels, keep_per_class, read_label_table
 from dist_contrastive.data.shards.index import ShardIndex, concatenate
 from dist_contrastive.data.stream.balanced import Balance
-from dist_contrastive.data.stream.prefetch import ahead
 from dist_contrastive.data.stream.shard_stream import ShardStream
 from dist_contrastive.data.stream.unreadable import Skipped
 from dist_contrastive.errors import DataError, UnreadableSample
-
-_AHEAD = 2  # batches that are on a GPU before they are used
 
 Content = Tensor | tuple[str, ...] | None
 
@@ -33,6 +30,15 @@ class Taken(NamedTuple):
     samples: Samples
     consumed: int  # samples of the stream over all ranks, this batch included
     skipped: list[Skipped]
+    copied: torch.cuda.Event | None = None  # after which they are on the GPU
+
+    def ready(self) -> "Taken":
+        """The same, when what is computed from now on may use the samples."""
+        if self.copied is not None:
+            stream = torch.cuda.current_stream(self.samples.images.device)
+            stream.wait_event(self.copied)
+            self.samples.record_stream(stream)
+        return self
 
 
 @dataclass(frozen=True)
@@ -45,28 +51,19 @@ class TrainingData:
     example: Samples  # the first sample: all others must have its shapes
 
     def batches(self, device: torch.device) -> Generator[Taken]:
-        """This rank's rows of each batch, on the device; on a GPU some batches ahead.
+        """This rank's rows of each batch, on the device once they are `ready`.
 
         Raises:
-            DataError, UnreachableError: as `ShardStream` and `samples`.
+            DataError, UnreachableError, LostWorkerError: as `ShardStream` and `samples`.
         """
-        if device.type != "cuda":
-            with closing(self._batches()) as batches:
-                for taken in batches:
-                    yield taken._replace(samples=taken.samples.to(device))
-            return
-        with closing(ahead(_copied(self._batches(), device), _AHEAD)) as copied:
-            for taken, event in copied:
-                torch.cuda.current_stream(device).wait_event(event)
-                taken.samples.record_stream(torch.cuda.current_stream(device))
-                yield taken
-
-    def _batches(self) -> Generator[Taken]:
+        # Copies to a GPU are made by a stream of their own, beside what is being computed.
+        copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         stream = self.stream
         with closing(iter(stream)) as batches:
             for batch in batches:
                 samples = self.samples(batch)
-                yield Taken(batch["__key__"], samples, stream.consumed, stream.take_skipped())
+                taken = Taken(batch["__key__"], samples, stream.consumed, stream.take_skipped())
+                yield taken if copying is None else _copied(taken, device, copying)
 
     def samples(self, batch: Batch) -> Samples:
         """This rank's rows of a batch; labels that are not to be used count as missing.
@@ -93,18 +90,11 @@ class TrainingData:
         return replace(samples, labels=self.labels[samples.index])
 
 
-def _copied(
-    batches: Generator[Taken], device: torch.device
-) -> Generator[tuple[Taken, torch.cuda.Event]]:
-    """Batches on a GPU, with the events after which they are there: from pinned memory, by a stream
-    of their own, so that the copy takes place beside the computation."""
-    stream = torch.cuda.Stream(device)
-    with closing(batches):
-        for taken in batches:
-            with torch.cuda.stream(stream):
-                samples = taken.samples.pin_memory().to(device, non_blocking=True)
-                event = stream.record_event()
-            yield taken._replace(samples=samples), event
+def _copied(taken: Taken, device: torch.device, stream: torch.cuda.Stream) -> Taken:
+    """On a GPU, from pinned memory, by this stream."""
+    with torch.cuda.stream(stream):
+        samples = taken.samples.pin_memory().to(device, non_blocking=True)
+        return taken._replace(samples=samples, copied=stream.record_event())
 
 
 def _shape(rows: Content) -> str:
@@ -125,11 +115,10 @@ def open_data(
     with collectives.raised_together():
         fields.check(index, data.max_skipped)
         example = _first_sample(fields, index, data.max_skipped)
-    labels, balance, only = None, None, fields.names
+    labels, balance, only = None, None, fields.names  # a sample whose label is damaged is skipped
     if config.task.uses_labels:
         labels = _training_labels(config, index)
         fields = replace(fields, label=None)  # they are known
-        only = fields.names
         if data.balance is not None:
             balance = Balance(labels, data.balance.classes, data.balance.samples_per_class)
     with collectives.raised_together():
@@ -156,7 +145,7 @@ def open_data(
 
 
 def _first_sample(fields: Fields, index: ShardIndex, max_skipped: int) -> Samples:
-    """The first one that can be read; after as many as may be skipped the error is raised."""
+    """The first one that can be read, after as many as may be skipped."""
     for number in range(min(max_skipped, len(index) - 1)):
         try:
             return fields.read(index, [number])

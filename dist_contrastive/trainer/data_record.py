@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dist_contrastive.atomic import write_text
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.errors import ConfigError
@@ -15,7 +16,7 @@ _NAME = "data.json"
 def write_record(config: RunConfig, indexes: list[ShardIndex]) -> None:
     """Write data.json: of each source where it is, its size, weight and checksum."""
     record = _record(config, indexes)
-    (config.run_dir / _NAME).write_text(json.dumps(record, indent=1) + "\n")
+    write_text(config.run_dir / _NAME, json.dumps(record, indent=1) + "\n")
 
 
 def check_record(config: RunConfig, indexes: list[ShardIndex]) -> None:
@@ -27,7 +28,13 @@ def check_record(config: RunConfig, indexes: list[ShardIndex]) -> None:
     path = config.run_dir / _NAME
     if not path.exists():
         return
-    before, now = json.loads(path.read_text()), _record(config, indexes)
+    try:
+        before, now = json.loads(path.read_text()), _record(config, indexes)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); delete it if the run goes on with the data that it was "
+            f"trained on"
+        ) from error
     if len(before) != len(now):
         raise ConfigError(_changed(config.run_dir, f"{len(before)} sources, now {len(now)}"))
     for old, new in zip(before, now, strict=True):

@@ -22,34 +22,33 @@ class SkippedLog:
         self._is_main = is_main
         with collectives.raised_together():
             mine = self._read() if is_main else []
-        before = collectives.gather_objects(mine)[0]
-        self._known = {(one.epoch, one.sample): one for one in before}
+        self._known: list[Skipped] = collectives.gather_objects(mine)[0]
 
     def __len__(self) -> int:
-        """How many times a sample was replaced, before a resume too."""
-        return len(self._known)
+        """Different samples that were skipped, before a resume too."""
+        return len({one.sample for one in self._known})
 
-    def add(self, mine: list[Skipped]) -> None:
-        """Write what this rank and the others skipped, and check the bound.
+    def add(self, step: int, mine: list[Skipped]) -> None:
+        """Write what this rank and the others skipped in a step, and check the bound.
 
         Raises:
             DataError: on all ranks, naming shards, when more samples were skipped than may be.
 
-        Collectives: a gather of objects.
+        Collectives: two gathers of objects.
         """
         found = [one for part in collectives.gather_objects(mine) for one in part]
-        new = [one for one in found if (one.epoch, one.sample) not in self._known]
-        self._known |= {(one.epoch, one.sample): one for one in new}
+        self._known += found
         with collectives.raised_together():
-            if self._is_main and new:
+            if self._is_main:
+                rows = [{"step": step, **one._asdict()} for one in found]
                 with self._path.open("a") as file:
-                    file.writelines(json.dumps(one._asdict()) + "\n" for one in new)
-                for one in new:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+                for one in found:
                     print(f"skipped a sample: {one.reason}", file=sys.stderr, flush=True)
-        check_skipped(self._known.values(), self._max_skipped)
+        check_skipped(self._known, self._max_skipped)
 
     def _read(self) -> list[Skipped]:
         if not self._path.exists():
             return []
-        lines = self._path.read_text().splitlines(keepends=True)
-        return [Skipped(**json.loads(line)) for line in lines if line.endswith("\n")]
+        rows = [json.loads(line) for line in self._path.read_text().splitlines()]
+        return [Skipped(**{name: row[name] for name in Skipped._fields}) for row in rows]

@@ -10,6 +10,7 @@ from torch import nn
 import dist_contrastive
 from dist_contrastive import checkpoint, collectives, optim
 from dist_contrastive import config as configs
+from dist_contrastive.atomic import write_text
 from dist_contrastive.backend import Backend
 from dist_contrastive.checkpoint import Checkpoint, Progress
 from dist_contrastive.config import RunConfig
@@ -31,6 +32,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     data: TrainingData
     progress: Progress
+    saved: Progress  # that of the newest checkpoint
 
 
 def start(config: RunConfig, backend: Backend) -> Run:
@@ -58,7 +60,7 @@ def start(config: RunConfig, backend: Backend) -> Run:
         if backend.is_main:
             _describe(config, backend, indexes)
     module, prepared = backend.prepare(task, optimizer)
-    return Run(config, backend, task, module, prepared, data, progress)
+    return Run(config, backend, task, module, prepared, data, progress, saved=progress)
 
 
 def _find_checkpoint(config: RunConfig) -> Checkpoint | None:
@@ -91,7 +93,7 @@ def _describe(config: RunConfig, backend: Backend, indexes: list[ShardIndex]) ->
         config.run_dir.mkdir(parents=True, exist_ok=True)
         configs.save(config, config.run_dir)
         write_record(config, indexes)
-        (config.run_dir / "environment.json").write_text(text)
+        write_text(config.run_dir / "environment.json", text)
     except OSError as error:
         raise ConfigError(
             f"run_dir={config.run_dir} cannot be written ({error.strerror}); choose another folder"

@@ -7,13 +7,14 @@ whole or not there. One of a fixed number of lock files keeps two processes from
 block. Where the limit is reached the blocks that were not used for the longest time go.
 """
 
-import errno
+import contextlib
 import hashlib
 import os
+import queue
 import threading
 import time
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from filelock import FileLock
 from pydantic import Field, PositiveInt
 
 from dist_contrastive.data.shards import remote
+from dist_contrastive.errors import DataError
 from dist_contrastive.settings import Settings
 
 _STRIPES = 256
@@ -55,8 +57,9 @@ class BlockCache:
         self.folder = settings.folder
         self.block_bytes = settings.block_mb << 20
         self.limit_bytes = max(settings.limit_mb << 20, 2 * self.block_bytes)
-        self._threads: ThreadPoolExecutor | None
-        self._expected: dict[Path, Future[bytes]]
+        self._threads: list[threading.Thread]
+        self._expected: dict[Path, threading.Event]
+        self._wanted: queue.SimpleQueue[tuple[str, int, int]]
         self._forget_process()
 
     def read(self, url: str, size: int, start: int, length: int) -> bytes:
@@ -64,6 +67,7 @@ class BlockCache:
 
         Raises:
             UnreadableSample, UnreachableError: as `remote.read_range`.
+            DataError: the folder cannot be used.
         """
         stop = min(start + length, size)
         parts = []
@@ -74,37 +78,41 @@ class BlockCache:
         return b"".join(parts)
 
     def expect(self, url: str, size: int, start: int, length: int) -> None:
-        """Begin to fetch what will be read soon, unless much is being fetched already."""
+        """Begin to fetch what will be read soon, unless much is being fetched already.
+
+        It is tried once, by threads that end with the process; what fails is met by the reader.
+        """
         if self._process != os.getpid():
             self._forget_process()  # threads do not survive a fork
-        for path in [path for path, fetched in self._expected.items() if fetched.done()]:
-            if self._expected[path].exception() is None:
-                del self._expected[path]
         for block in self._blocks(start, min(start + length, size)):
             path = self._path(url, size, block)
             if path in self._expected or path.exists():
                 continue
             if len(self._expected) >= _MAX_EXPECTED:
                 return
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
-            self._expected[path] = self._threads.submit(self._fetch, url, size, block, False)
+            while len(self._threads) < _THREADS:
+                self._threads.append(threading.Thread(target=self._fetch_ahead, daemon=True))
+                self._threads[-1].start()
+            self._expected[path] = threading.Event()
+            self._wanted.put((url, size, block))
 
-    def forget(self, url: str, size: int, start: int, length: int) -> bool:
-        """Drop blocks that turned out wrong; whether there were any."""
-        found = False
+    def _fetch_ahead(self) -> None:
+        while True:
+            url, size, block = self._wanted.get()
+            with contextlib.suppress(Exception):
+                self._fetch(url, size, block, attempts=1)
+            self._expected.pop(self._path(url, size, block)).set()
+
+    def forget(self, url: str, size: int, start: int, length: int) -> None:
+        """Drop blocks that turned out wrong."""
         for block in self._blocks(start, min(start + length, size)):
-            try:
-                self._path(url, size, block).unlink()
-                found = True
-            except FileNotFoundError:
-                pass
-        return found
+            self._path(url, size, block).unlink(missing_ok=True)
 
     def _forget_process(self) -> None:
         self._process = os.getpid()
-        self._threads = None
+        self._threads = []
         self._expected = {}
+        self._wanted = queue.SimpleQueue()
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,38 +133,51 @@ class BlockCache:
 
     def _read_block(self, url: str, size: int, block: int, start: int, stop: int) -> bytes:
         path = self._path(url, size, block)
-        if self._process == os.getpid() and (fetched := self._expected.pop(path, None)):
-            fetched.result()
+        if self._process == os.getpid() and (fetched := self._expected.get(path)):
+            fetched.wait()
         try:
             with path.open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), stop - start, start)
                 os.utime(file.fileno())  # used now: others go first
             if len(data) == stop - start:
                 return data
-        except FileNotFoundError:
-            pass
-        return self._fetch(url, size, block, True)[start:stop]
+        except OSError:
+            pass  # not there, or not usable, which fetching will tell
+        return self._fetch(url, size, block)[start:stop]
 
-    def _fetch(self, url: str, size: int, block: int, keep: bool) -> bytes:
-        """Put a block into the folder; its bytes, or none if they need not be kept in memory."""
+    def _fetch(self, url: str, size: int, block: int, attempts: int | None = None) -> bytes:
+        """The bytes of a block, which is put into the folder."""
         path = self._path(url, size, block)
         begin = block * self.block_bytes
         length = min(self.block_bytes, size - begin)
         with self._lock(str(int(path.parent.name, 16) + block)):
             try:  # another process may have been faster
                 if path.stat().st_size == length:
-                    return path.read_bytes() if keep else b""
-            except FileNotFoundError:
+                    return path.read_bytes()
+            except OSError:
                 pass
-            data = remote.read_range(url, begin, begin + length, size)
+            data = remote.read_range(url, begin, begin + length, size, attempts)
             self._store(path, data)
-        return data if keep else b""
+        return data
 
-    def _lock(self, name: str) -> FileLock:
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Held by one process at a time. Raises DataError where the folder does not allow it."""
         locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
         number = name if name == "usage" else f"{int(name) % _STRIPES:03d}"
-        return FileLock(locks / number, is_singleton=False)
+        lock = FileLock(locks / number, is_singleton=False)
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            raise DataError(
+                f"the cache of remote shards {self.folder} cannot be used ({error}); set "
+                f"data.cache.folder to a folder of a local disk that may be written"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _store(self, path: Path, data: bytes) -> None:
         aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}{_SUFFIX}")
@@ -167,13 +188,12 @@ class BlockCache:
             aside.replace(path)
         except OSError as error:
             aside.unlink(missing_ok=True)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"the disk of {self.folder} is full: blocks of remote shards are fetched again "
-                    f"whenever they are needed; set data.cache.limit_mb below what is free",
+                    f"blocks of remote shards cannot be kept in {self.folder} "
+                    f"({error.strerror}), and are fetched whenever they are needed; make room, or "
+                    f"set data.cache.folder",
                     stacklevel=2,
                 )
 

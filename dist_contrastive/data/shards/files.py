@@ -48,9 +48,9 @@ class ShardFiles:
             with contextlib.suppress(OSError):  # reading will tell
                 os.posix_fadvise(self._handle(shard), start, length, os.POSIX_FADV_WILLNEED)
 
-    def forget(self, shard: str, size: int, start: int, length: int) -> bool:
-        """Drop what is kept of these bytes, which are not right; whether there was anything."""
-        return is_url(shard) and self._cache.forget(shard, size, start, length)
+    def forget(self, shard: str, size: int, start: int, length: int) -> None:
+        """Drop what is kept of these bytes of a remote shard, since they are not right."""
+        self._cache.forget(shard, size, start, length)
 
     def close(self) -> None:
         """Close all handles; reading opens them again."""

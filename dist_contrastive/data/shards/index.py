@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dist_contrastive.data.shards.block_cache import BlockCache
 from dist_contrastive.data.shards.encoding import decode_or_explain
 from dist_contrastive.data.shards.files import ShardFiles
+from dist_contrastive.data.shards.locations import is_url
 from dist_contrastive.data.shards.tars import member_key
 from dist_contrastive.errors import DataError, UnreadableSample
 
@@ -89,23 +90,30 @@ class ShardIndex:
         """Read and decode one sample: `__key__` and its fields by extension, as `decode_field`.
 
         Args:
-            only: the fields to read, if the sample has them; None reads all.
+            only: the fields to read, which the sample must have; None reads what there is.
 
         Raises:
             IndexError: no such sample.
-            UnreadableSample: the bytes are not those that were indexed, or cannot be decoded.
+            UnreadableSample: it lacks one of the fields, or its bytes are not those that were
+                indexed, or cannot be decoded.
             UnreachableError: the server of the shard does not answer.
         """
         contents = self.read_contents(sample_number, only)
         key = contents.pop("__key__")
         shard = self.shards[self.shard_of(sample_number)]
+        for name in only or ():
+            if name not in contents:
+                raise UnreadableSample(
+                    f"sample {key!r} of shard {shard} has no field {name!r}; pack it with one, or "
+                    f"leave it out"
+                )
         decoded = {name: decode_or_explain(name, x, key, shard) for name, x in contents.items()}
         return {"__key__": key, **decoded}
 
     def read_contents(
         self, sample_number: int, only: Collection[str] | None = None
     ) -> dict[str, Any]:
-        """`read` without decoding: `__key__`, and fields as bytes. Raises: as `read`."""
+        """`read` without decoding: `__key__`, and those of the fields that it has, as bytes."""
         if not 0 <= sample_number < len(self):
             raise IndexError(f"sample {sample_number} is outside 0..{len(self) - 1}")
         columns = self._columns(sample_number, only) or self._columns(sample_number, None)[:1]
@@ -115,8 +123,9 @@ class ShardIndex:
         data, attempts = self.files.read(*place), 1
         while problem := self._problem(sample_number, columns, data):
             # What came from a server, or lies in the cache, may be bad where the shard is not.
-            if attempts >= _ATTEMPTS or not self.files.forget(*place):
+            if attempts >= _ATTEMPTS or not is_url(self.shards[shard]):
                 raise UnreadableSample(problem)
+            self.files.forget(*place)
             data, attempts = self.files.read(*place), attempts + 1
         found: dict[str, Any] = {"__key__": self._key(sample_number, columns[0], data)}
         first = self._start(sample_number, columns)

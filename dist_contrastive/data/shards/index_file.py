@@ -39,8 +39,12 @@ def save_index(index: ShardIndex, path: Path | str) -> Path:
     """Write an index, whole or not at all, and return its path.
 
     Shards of the folder that it is written to are named without it, so that both can move.
+
+    Raises:
+        DataError: there it cannot be written, or could not be found by its name.
     """
     path = Path(path)
+    check_target(path)
     names = [_name_from(str(path.parent), shard) for shard in index.shards]
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -59,6 +63,14 @@ def save_index(index: ShardIndex, path: Path | str) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def check_target(path: Path) -> None:
+    """Refuse a place for an index file that cannot be one. Raises DataError."""
+    if path.suffix != ".npz" or path.is_dir():
+        raise DataError(f"{path} is no name of an index; give a file that ends in .npz")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise DataError(f"the index {path} cannot be written; give a folder that may be written to")
 
 
 def _name_from(folder: str, shard: str) -> str:
@@ -151,17 +163,32 @@ def parse_index(data: bytes, file: str, files: ShardFiles) -> ShardIndex:
             if version != _VERSION:
                 raise ValueError(f"it has format {version}, this version reads {_VERSION}")
             arrays: dict[str, Any] = {name: stored[name].astype(t) for name, t in _ARRAYS.items()}
-            return ShardIndex(
+            index = ShardIndex(
                 shards=tuple(join(folder, name) for name in stored["shards"].tolist()),
                 shard_sha256=tuple(stored["shard_sha256"].tolist()),
                 fields=tuple(stored["fields"].tolist()),
                 files=files,
                 **arrays,
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            _check_shapes(index)
+            return index
+    # `zipfile` has its own word for every kind of damage.
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise DataError(
             f"the index {file} cannot be read ({error}); run `{index_command(folder)}`"
         ) from error
+
+
+def _check_shapes(index: ShardIndex) -> None:
+    shards, samples = len(index.shards), len(index)
+    tables = [getattr(index, name).shape for name in _ARRAYS if name.startswith("member")]
+    of_shards = (index.shard_bytes, index.shard_samples, index.shard_sha256)
+    if (
+        any(shape != (samples, len(index.fields)) for shape in tables)
+        or any(len(column) != shards for column in of_shards)
+        or index.shard_samples.sum() != samples
+    ):
+        raise ValueError("its parts do not fit each other")
 
 
 def _check_local(index: ShardIndex, file: Path) -> None:

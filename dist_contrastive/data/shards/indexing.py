@@ -19,6 +19,7 @@ from dist_contrastive.data.shards.files import ShardFiles
 from dist_contrastive.data.shards.index import ABSENT, ShardIndex, concatenate
 from dist_contrastive.data.shards.index_file import (
     check_ends,
+    check_target,
     load_index,
     parse_index,
     save_index,
@@ -64,6 +65,7 @@ def index_folder(
     location = str(location) if is_url(str(location)) else str(Path(location))
     shards = find_shards(location)
     target = Path(out) if out is not None else _place(location, shards)
+    check_target(target)
     with temporary_cache() as cache:  # what the server holds now, not what was kept of it
         files = ShardFiles(BlockCache(cache))
         known = {} if full else _unchanged(target, files)

@@ -32,23 +32,31 @@ class Retries(NamedTuple):
 retries = Retries()
 
 
-def read_range(url: str, start: int, stop: int, known_size: int) -> bytes:
+def read_range(
+    url: str, start: int, stop: int, known_size: int, attempts: int | None = None
+) -> bytes:
     """Bytes [start, stop) of a remote file that is known to have so many.
 
     Raises:
         UnreadableSample: there is no such file, the server refuses it, or it has another size.
         UnreachableError: no attempt brought all the bytes.
-        DataError: fsspec does not know the protocol, or lacks a package for it.
+        DataError: fsspec does not know the protocol, or lacks a package for it; or the server
+            knows only whole files.
     """
 
     def ask() -> bytes:
         data = _file_system(url).cat_file(url, start=start, end=stop)
+        if len(data) > stop - start:
+            raise DataError(
+                f"the server of {url} sent {len(data)} bytes where {stop - start} were asked for: "
+                f"use one that answers range requests, or copy the shards to a disk"
+            )
         if len(data) != stop - start:
             _check_size(url, known_size)
             raise OSError(f"{stop - start} bytes from {start} on were asked for, {len(data)} came")
         return data
 
-    return _persist(ask, url)
+    return _persist(ask, url, attempts)
 
 
 def _check_size(url: str, known: int) -> None:
@@ -72,18 +80,14 @@ def size(url: str) -> int | None:
 
 def glob(pattern: str) -> list[str]:
     """URLs that match, sorted, as far as the server lists files. Raises: as `read_range`."""
-    system, protocol = _file_system(pattern), pattern.partition("://")[0]
-
-    def ask() -> list[str]:
-        return sorted(str(path) for path in system.glob(pattern))
-
-    found = _persist(ask, pattern)
-    return [path if "://" in path else f"{protocol}://{path.lstrip('/')}" for path in found]
+    system = _file_system(pattern)
+    return _persist(lambda: sorted(map(system.unstrip_protocol, system.glob(pattern))), pattern)
 
 
-def _persist(ask: Callable[[], _T], url: str) -> _T:
+def _persist(ask: Callable[[], _T], url: str, attempts: int | None = None) -> _T:
     begin, wait_s = time.monotonic(), retries.first_wait_s
-    for attempt in range(1, retries.attempts + 1):
+    attempts = attempts or retries.attempts
+    for attempt in range(1, attempts + 1):
         try:
             return ask()
         except DataError:
@@ -95,7 +99,7 @@ def _persist(ask: Callable[[], _T], url: str) -> _T:
                     f"{url} is not there or may not be read ({reason}); restore it, or leave it "
                     f"out of the index"
                 ) from error
-            if attempt == retries.attempts:
+            if attempt == attempts:
                 raise UnreachableError(
                     f"{url} could not be read in {attempt} attempts over "
                     f"{time.monotonic() - begin:.0f} s ({reason}); see to the server or the "

@@ -142,6 +142,11 @@ def _scan_members(file: BinaryIO, shard: str) -> Iterator[tuple[str, int, int, i
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep all
+                if member.issparse():
+                    raise DataError(
+                        f"shard {shard} holds {member.name!r} as a sparse file, whose content is "
+                        f"not there in one piece; write it again without `tar --sparse`"
+                    )
                 if member.isreg() and not _META_NAME.match(member.name):
                     # `offset` is that of the extended headers, if the member has any.
                     header = member.offset_data - member.offset

@@ -95,19 +95,24 @@ class Reader:
         return without_rows(collate([self._read_or_replace(int(epochs[0]), int(numbers[0]), [])]))
 
     def _read_or_replace(self, epoch: int, number: int, skipped: list[Skipped]) -> dict[str, Any]:
-        sample, attempt, missed = number, 0, list[tuple[int, str]]()
+        tried: dict[int, str] = {}
+        sample, attempt = number, 0
         while True:
             try:
                 found = self._read(epoch, sample)
                 break
             except UnreadableSample as error:
-                missed.append((sample, str(error)))
+                tried[sample] = str(error)
                 self._note(epoch, sample, str(error))
-            if attempt >= MAX_ATTEMPTS:
-                raise DataError(f"{attempt} samples in a row cannot be read; last: {missed[-1][1]}")
-            sample = substitute(self.order, epoch, number, attempt)
-            attempt += 1
-        skipped += [self._record(epoch, *one, replaced_by=sample) for one in missed]
+            while sample in tried:
+                if attempt >= MAX_ATTEMPTS:
+                    raise DataError(
+                        f"{len(tried)} samples that could take the place of each other cannot be "
+                        f"read; last: {tried[sample]}"
+                    )
+                sample = substitute(self.order, epoch, number, attempt)
+                attempt += 1
+        skipped += [self._record(epoch, *one, replaced_by=sample) for one in tried.items()]
         return found
 
     def _note(self, epoch: int, sample: int, reason: str) -> None:
@@ -121,13 +126,6 @@ class Reader:
 
     def _read(self, epoch: int, number: int) -> dict[str, Any]:
         sample = self.index.read(number, self.only)
-        for name in self.only or ():
-            if name not in sample:
-                shard = self.index.shards[self.index.shard_of(number)]
-                raise UnreadableSample(
-                    f"sample {sample['__key__']!r} of shard {shard} has no field {name!r}; pack it "
-                    f"with one, or leave it out"
-                )
         sample = {**sample, "__epoch__": epoch, "__index__": number}
         return sample if self.transform is None else self.transform(sample)
 

@@ -10,7 +10,7 @@ from dist_contrastive.data.stream.order import Order
 from dist_contrastive.errors import DataError
 
 _REPLACE_KEY = 6  # first word of a generator's key; the orders have those below
-MAX_ATTEMPTS = 100  # substitutes that are tried for one sample
+MAX_ATTEMPTS = 1000  # draws of a substitute for one sample
 
 
 class Skipped(NamedTuple):

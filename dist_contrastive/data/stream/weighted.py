@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dist_contrastive.data.keyed_random import keyed_permutation
+from dist_contrastive.data.keyed_random import keyed_number, keyed_permutation
 from dist_contrastive.data.stream.order import (
     Rows,
     SampleOrder,
@@ -22,7 +22,9 @@ from dist_contrastive.data.stream.order import (
 )
 from dist_contrastive.errors import ConfigError
 
-_ROUND_KEY = 5  # first word of a generator's key; `order` and `balanced` have those below
+# First word of a generator's key; `order` and `balanced` have those below.
+_ROUND_KEY, _SOURCE_KEY = 5, 7
+_MAX_SEED = 2**62
 _MAX_ROUND = 4096  # positions; a round is kept in memory for each lane
 
 
@@ -58,7 +60,7 @@ class WeightedOrder:
         self.lanes = lanes
         self.seed = seed
         self._orders = [
-            _source_order(number, shards, weight / self._round, global_batch_size, lanes, seed,
+            _source_order(number, shards, (weight, self._round), global_batch_size, lanes, seed,
                           shuffle_window)
             for number, (shards, weight) in enumerate(zip(sources, self._weights, strict=True))
         ]  # fmt: skip
@@ -150,22 +152,28 @@ def _lowest_terms(weights: Sequence[int]) -> list[int]:
 
 
 def _source_order(
-    number: int, shards: ArrayLike, share: float, batch: int, lanes: int, seed: int, window: int
+    number: int,
+    shards: ArrayLike,
+    share: tuple[int, int],
+    batch: int,
+    lanes: int,
+    seed: int,
+    window: int,
 ) -> SampleOrder:
     """The endless order of one source, which must have the samples that one batch takes of it."""
-    taken = math.ceil(batch / lanes * share) * lanes
+    weight, total_weight = share
+    taken = -(-batch // lanes * weight // total_weight) * lanes
     total = int(np.sum(np.asarray(shards, dtype=np.int64)))
     if taken > total:
         raise ConfigError(
-            f"source {number + 1} has {total} samples, but by its weight about {taken} of a batch "
-            f"of {batch} are from it, so that some would be in it twice; lower its weight, or "
-            f"global_batch_size"
+            f"source {number + 1} has {total} samples, fewer than the {taken} of a batch of "
+            f"{batch} that are its share; lower its weight, or global_batch_size"
         )
     return SampleOrder(
         shards,
         global_batch_size=max(taken, 2),
         lanes=lanes,
-        seed=seed + number,
+        seed=keyed_number(_MAX_SEED, seed, _SOURCE_KEY, number),
         shuffle_window=window,
         tail="carry",
     )

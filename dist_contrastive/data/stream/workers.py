@@ -10,14 +10,17 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
-from dist_contrastive.data.collate import join_batches
+from dist_contrastive.data.collate import Batch, join_batches
 from dist_contrastive.data.stream.reader import Part, Reader
-from dist_contrastive.errors import DataError
+from dist_contrastive.errors import DataError, LostWorkerError
 from dist_contrastive.signals import STOP_SIGNALS
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
@@ -58,17 +61,30 @@ def read_by_workers(
     end = partial(_end, parts, stored)
     atexit.register(end)
     try:
-        while (first := next(parts, None)) is not None:
-            received = [first, *(next(parts) for _ in range(1, num_workers))]
+        while received := _next_parts(parts, num_workers):
             for part in received:
                 if isinstance(part, _Failure):
                     raise part.kind(part.message)
-            batches = [part.batch for part in received if part.batch is not None]
+            batches = [_with_tensors(part.batch) for part in received if part.batch is not None]
             skipped = [one for part in received for one in part.skipped]
             yield Part(received[0].stop, join_batches(batches), skipped)
     finally:
         end()  # now, even while an exception holds this frame
         atexit.unregister(end)
+
+
+def _next_parts(parts: Any, num_workers: int) -> list[Any]:
+    """What each of the workers made of the next batch; none after the last."""
+    try:
+        first = next(parts, None)
+        return [] if first is None else [first, *(next(parts) for _ in range(1, num_workers))]
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            raise  # of a transform
+        raise LostWorkerError(
+            f"a process that reads ahead was lost ({error}); if it was killed for memory, lower "
+            f"data.num_workers or data.prefetch_factor; start again"
+        ) from error
 
 
 class _Failure:
@@ -95,9 +111,40 @@ class _Worker(IterableDataset[Any]):
                 reader = pickle.load(file)
         assert reader is not None
         try:
-            yield from reader.parts(worker.id, worker.num_workers)
+            for part in reader.parts(worker.id, worker.num_workers):
+                yield part._replace(batch=_without_handles(part.batch))
         except DataError as error:
             yield _Failure(error)
+
+
+def _without_handles(batch: Batch | None) -> Batch | None:
+    """Lists of tensors as arrays, which are sent by value: each tensor would take a file handle."""
+    if batch is None:
+        return None
+    return {
+        name: [_as_array(row) for row in x] if isinstance(x, list) else x
+        for name, x in batch.items()
+    }
+
+
+def _as_array(row: Any) -> Any:
+    return _Row(row.numpy()) if isinstance(row, Tensor) else row
+
+
+class _Row(NamedTuple):
+    """A tensor on its way from a worker."""
+
+    values: NDArray[Any]
+
+
+def _with_tensors(batch: Batch) -> Batch:
+    """The inverse of `_without_handles`."""
+    return {
+        name: [torch.from_numpy(row.values) if isinstance(row, _Row) else row for row in x]
+        if isinstance(x, list)
+        else x
+        for name, x in batch.items()
+    }
 
 
 def _store(reader: Reader) -> Path:
@@ -110,10 +157,14 @@ def _store(reader: Reader) -> Path:
 
 
 def _end(parts: Any, stored: Path | None) -> None:
-    parts._shutdown_workers()
+    # They may wait for a server, which no signal tells them to leave, and hold nothing that could
+    # be lost. The loader is told first: it raises an error when one of its workers is killed.
+    if parts._worker_pids_set:
+        signal_handling._remove_worker_pids(id(parts))
+        parts._worker_pids_set = False
     for process in parts._workers:
-        if process.is_alive():  # it waits for a server, and a signal cannot tell it
-            process.kill()
+        process.kill()
+    parts._shutdown_workers()
     if stored is not None:
         stored.unlink(missing_ok=True)
 
