@@ -17,7 +17,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-Fault = str | None  # "reset", "truncate", "503", "404", "slow", "flip", "whole"
+Fault = str | None  # "reset", "truncate", "503", "404", "slow", "hang", "flip", "whole"
 
 
 class RangeServer(ThreadingHTTPServer):
@@ -27,7 +27,8 @@ class RangeServer(ThreadingHTTPServer):
         fault: called with the path and the number of the request to it, tells what goes wrong:
             "reset" closes the connection in the middle of the body, "truncate" ends the body early
             with a proper end of the connection, "503" and "404" answer so, "slow" waits a second
-            first, "flip" changes a byte, "whole" ignores the range, None serves.
+            first, "hang" half a minute, "flip" changes a byte, "whole" ignores the range, None
+            serves.
     """
 
     daemon_threads = True
@@ -77,8 +78,8 @@ class _Handler(SimpleHTTPRequestHandler):
             count = self.server.requests.get(self.path, 0)
             self.server.requests[self.path] = count + 1
         fault = self.server.fault(self.path, count)
-        if fault == "slow":
-            time.sleep(1)
+        if fault in ("slow", "hang"):
+            time.sleep(1 if fault == "slow" else 30)
         file = self.server.folder / self.path.lstrip("/")
         if fault in ("503", "404"):
             return self._refuse(int(fault))

@@ -11,15 +11,18 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import psutil
 import pytest
-from conftest import CONFIGS, global_batches
+from conftest import CONFIGS, command, environment, global_batches
 
+from dist_contrastive import checkpoint
 from dist_contrastive.cli import main
 from dist_contrastive.data import CacheSettings, ShardStream, index_folder, load_index
 from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.block_cache import BlockCache
 from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.errors import DataError, UnreachableError, UnreadableSample
+from dist_contrastive.metrics import read_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -179,6 +182,7 @@ def test_blocks_that_were_used_lately_stay(tmp_path: Path):
         for block in (0, 1, 2, 0, 3, 0):
             cache.read(f"{server.url}/a.bin", 4 * BLOCK, block * BLOCK, 10)
             time.sleep(0.02)  # file times are a few milliseconds apart
+            cache._seen.clear()  # as if seconds had passed
         assert server.requests["/a.bin"] == 4
 
 
@@ -375,15 +379,15 @@ def train(argv: list[str]) -> int:
 
 
 @pytest.fixture
-def dies_after(digits: Path) -> Iterator[Callable[[int], RangeServer]]:
-    """Servers of the digits that refuse all after so many requests for shards."""
+def dies_after(digits: Path) -> Iterator[Callable[..., RangeServer]]:
+    """Servers of the digits that refuse all, or hang, after so many requests for shards."""
     servers = []
 
-    def start(requests: int) -> RangeServer:
+    def start(requests: int, way: str = "503") -> RangeServer:
         left = itertools.count(requests, -1)
 
         def fault(path: str, _: int) -> str | None:
-            return "503" if path.endswith(".tar") and next(left) <= 0 else None
+            return way if path.endswith(".tar") and next(left) <= 0 else None
 
         servers.append(RangeServer(digits / "train", fault=fault))
         return servers[-1].__enter__()
@@ -409,3 +413,29 @@ def test_training_saves_when_the_server_dies_and_goes_on_later(
     assert f"going on from step {done} of 22" in capsys.readouterr().err
     assert train([*overrides(tmp_path / "local", *options)]) == 0
     assert global_batches(tmp_path / "run") == global_batches(tmp_path / "local")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_signal_while_the_server_hangs_saves(tmp_path, overrides, cache, dies_after, num_workers):
+    """No rank waits for data with a checkpoint unsaved, and none stays behind."""
+    options = ["data.shuffle_window=16", "train.steps=22", "train.save_every=100"]
+    options += ["data.cache.limit_mb=1", "data.cache.block_mb=1", f"data.num_workers={num_workers}"]
+    options += [f"data.cache.folder={cache.folder}", f"data.train={dies_after(30, 'hang').url}"]
+    argv = command(CONFIGS / "digits_encoder.yaml", *overrides(tmp_path / "run", *options), ranks=1)
+    process = subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline, rows = time.monotonic() + 60, []
+    while time.monotonic() < deadline:
+        if rows and len(read_rows(tmp_path / "run")) == len(rows):
+            break  # a second without a step
+        rows = read_rows(tmp_path / "run")
+        time.sleep(1)
+    assert 0 < len(rows) < 22
+    tree = psutil.Process(process.pid).children(recursive=True)
+    begin = time.monotonic()
+    process.terminate()
+    assert process.wait(30) == 75
+    assert time.monotonic() - begin < 20
+    saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert saved.progress.step == len(rows)
+    assert not psutil.wait_procs(tree, timeout=10)[1]
+    process.stderr.close()

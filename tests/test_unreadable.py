@@ -258,3 +258,46 @@ def test_the_bound_holds_over_ranks_and_resumes(tmp_path, overrides, damaged_dig
     assert "8 samples cannot be read" in capsys.readouterr().err
     assert main([*again, "data.max_skipped=8"]) == 0
     assert "going on from step" in capsys.readouterr().err
+
+
+def test_damaged_labels_count_too(tmp_path, overrides, digits, capsys):
+    """They are read once, at the start; the sample is replaced all the same, and counted."""
+    folder = tmp_path / "train"
+    shutil.copytree(digits / "train", folder)
+    damage(folder, (7, 700), "json")
+    config = str(CONFIGS / "digits_supcon.yaml")
+    options = [f"data.train={folder}", "train.steps=23", "data.max_skipped=1", "data.balance=null"]
+    argv = ["train", config, *overrides(tmp_path / "run", *options)]
+    assert main(argv) == 64
+    assert "2 samples cannot be read, more than max_skipped=1" in capsys.readouterr().err
+    assert main([*argv, "data.max_skipped=2"]) == 0
+    assert {row["sample"] for row in skipped_rows(tmp_path / "run")} == {7, 700}
+    keys = set(itertools.chain(*global_batches(tmp_path / "run")))
+    assert not keys & {load_index(folder).key(n) for n in (7, 700)}
+
+
+def test_the_first_sample_may_be_the_bad_one(tmp_path, overrides, digits, capsys):
+    folder = tmp_path / "train"
+    index, samples = load_index(digits / "train"), []
+    for number in range(128):
+        samples.append(index.read_contents(number))
+    del samples[0]["png"]
+    samples[1]["png"] = b"no image"
+    folder.mkdir()
+    write_samples(folder / "0.tar", samples)
+    index_folder(folder)
+    config = str(CONFIGS / "digits_encoder.yaml")
+    argv = ["train", config, *overrides(tmp_path / "run", f"data.train={folder}", "train.steps=2")]
+    assert main([*argv, "data.max_skipped=0"]) == 64
+    assert "1 of 128 samples have no field 'png'" in capsys.readouterr().err
+    assert main([*argv, "data.max_skipped=2"]) == 0
+
+
+def test_a_damaged_record_of_the_data_is_one_sentence(tmp_path, overrides, capsys):
+    argv = ["train", str(CONFIGS / "digits_encoder.yaml"), *overrides(tmp_path / "run")]
+    assert main([*argv, "train.steps=2"]) == 0
+    (tmp_path / "run" / "data.json").write_text("[{")
+    assert main([*argv, "train.steps=2"]) == 64
+    assert "data.json is damaged (" in capsys.readouterr().err
+    (tmp_path / "run" / "data.json").unlink()
+    assert main([*argv, "train.steps=2"]) == 0

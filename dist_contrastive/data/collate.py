@@ -4,12 +4,14 @@
 how many workers built it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from dist_contrastive.errors import DataError
 
@@ -63,9 +65,20 @@ def _column(values: list[Any]) -> Any:
     if len({row.shape for row in tensors}) > 1:
         return tensors
     try:
-        return torch.stack(tensors)  # in a type that holds all: a number may be 1 here, 1.5 there
+        return _stack(tensors)
     except RuntimeError:  # torch has no type for 16 unsigned bits beside signed ones, say
         return tensors
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    """In a type that holds all, since a number may be 1 here and 1.5 there. In a worker rows are
+    written where the main process will read them, as torch's own collate does."""
+    first = rows[0]
+    if get_worker_info() is None or any(row.dtype != first.dtype for row in rows):
+        return torch.stack(rows)
+    shape = (len(rows), *first.shape)
+    storage = first._typed_storage()._new_shared(math.prod(shape), device=first.device)
+    return torch.stack(rows, out=first.new(storage).resize_(shape))
 
 
 def _as_tensor(value: Any) -> Tensor | None:

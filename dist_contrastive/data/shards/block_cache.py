@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from dist_contrastive.settings import Settings
 _STRIPES = 256
 _THREADS = 4  # that fetch ahead, in each process
 _MAX_EXPECTED = 64  # blocks that are being fetched ahead, or wait for it
+_LATELY_S = 2.0  # for which a block that was there is taken to be there still, and in use
+_MAX_SEEN = 10_000  # such blocks that are remembered
 _KEPT = 0.9  # of the limit is left when room is made
 _SUFFIX = ".partial"
 _STALE_S = 3600  # after which a file that is being written was left by a process that died
@@ -58,7 +61,9 @@ class BlockCache:
         self.block_bytes = settings.block_mb << 20
         self.limit_bytes = max(settings.limit_mb << 20, 2 * self.block_bytes)
         self._threads: list[threading.Thread]
-        self._expected: dict[Path, threading.Event]
+        self._expected: dict[str, threading.Event]
+        self._seen: dict[str, float]
+        self._folders: dict[tuple[str, int], str] = {}
         self._wanted: queue.SimpleQueue[tuple[str, int, int]]
         self._forget_process()
 
@@ -86,7 +91,7 @@ class BlockCache:
             self._forget_process()  # threads do not survive a fork
         for block in self._blocks(start, min(start + length, size)):
             path = self._path(url, size, block)
-            if path in self._expected or path.exists():
+            if path in self._expected or self._is_here(path):
                 continue
             if len(self._expected) >= _MAX_EXPECTED:
                 return
@@ -106,13 +111,17 @@ class BlockCache:
     def forget(self, url: str, size: int, start: int, length: int) -> None:
         """Drop blocks that turned out wrong."""
         for block in self._blocks(start, min(start + length, size)):
-            self._path(url, size, block).unlink(missing_ok=True)
+            path = self._path(url, size, block)
+            self._seen.pop(path, None)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
     def _forget_process(self) -> None:
         self._process = os.getpid()
         self._threads = []
         self._expected = {}
         self._wanted = queue.SimpleQueue()
+        self._seen = {}
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,29 +129,43 @@ class BlockCache:
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _folders={})
         self._forget_process()
 
     def _blocks(self, start: int, stop: int) -> range:
         """Those that hold these bytes; none where the file ends before they begin."""
         return range(start // self.block_bytes, -(-stop // self.block_bytes) if stop > start else 0)
 
-    def _path(self, url: str, size: int, block: int) -> Path:
-        shard = hashlib.sha256(f"{url}\n{size}".encode()).hexdigest()[:32]
-        return self.folder / shard / f"{self.block_bytes}-{block:06d}"
+    def _path(self, url: str, size: int, block: int) -> str:
+        folder = self._folders.get((url, size))
+        if folder is None:
+            name = hashlib.sha256(f"{url}\n{size}".encode()).hexdigest()[:32]
+            folder = self._folders[url, size] = os.path.join(self.folder, name)
+        return f"{folder}/{self.block_bytes}-{block:06d}"
+
+    def _is_here(self, path: str) -> bool:
+        """Whether a block is in the folder, or was there a moment ago."""
+        now = time.monotonic()
+        if now - self._seen.get(path, -_LATELY_S) < _LATELY_S:
+            return True
+        if len(self._seen) > _MAX_SEEN:
+            self._seen.clear()
+        if os.path.exists(path):
+            self._seen[path] = now
+            os.utime(path)  # used now: others go first
+            return True
+        return False
 
     def _read_block(self, url: str, size: int, block: int, start: int, stop: int) -> bytes:
         path = self._path(url, size, block)
         if self._process == os.getpid() and (fetched := self._expected.get(path)):
             fetched.wait()
-        try:
-            with path.open("rb", buffering=0) as file:
+        with contextlib.suppress(OSError):  # not there, or not usable, which fetching will tell
+            self._is_here(path)
+            with open(path, "rb", buffering=0) as file:
                 data = os.pread(file.fileno(), stop - start, start)
-                os.utime(file.fileno())  # used now: others go first
             if len(data) == stop - start:
                 return data
-        except OSError:
-            pass  # not there, or not usable, which fetching will tell
         return self._fetch(url, size, block)[start:stop]
 
     def _fetch(self, url: str, size: int, block: int, attempts: int | None = None) -> bytes:
@@ -150,22 +173,19 @@ class BlockCache:
         path = self._path(url, size, block)
         begin = block * self.block_bytes
         length = min(self.block_bytes, size - begin)
-        with self._lock(str(int(path.parent.name, 16) + block)):
-            try:  # another process may have been faster
-                if path.stat().st_size == length:
-                    return path.read_bytes()
-            except OSError:
-                pass
+        with self._lock(zlib.crc32(path.encode()) % _STRIPES):
+            with contextlib.suppress(OSError):  # another process may have been faster
+                if os.path.getsize(path) == length:
+                    return Path(path).read_bytes()
             data = remote.read_range(url, begin, begin + length, size, attempts)
             self._store(path, data)
         return data
 
     @contextlib.contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
+    def _lock(self, name: int | str) -> Iterator[None]:
         """Held by one process at a time. Raises DataError where the folder does not allow it."""
         locks = self.folder / "locks"
-        number = name if name == "usage" else f"{int(name) % _STRIPES:03d}"
-        lock = FileLock(locks / number, is_singleton=False)
+        lock = FileLock(locks / str(name), is_singleton=False)
         try:
             locks.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -179,11 +199,11 @@ class BlockCache:
         finally:
             lock.release()
 
-    def _store(self, path: Path, data: bytes) -> None:
-        aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}{_SUFFIX}")
+    def _store(self, path: str, data: bytes) -> None:
+        aside = Path(f"{path}.{os.getpid()}.{threading.get_ident()}{_SUFFIX}")
         try:
             self._make_room(len(data))
-            path.parent.mkdir(exist_ok=True)
+            aside.parent.mkdir(exist_ok=True)
             aside.write_bytes(data)
             aside.replace(path)
         except OSError as error:

@@ -23,6 +23,8 @@ from dist_contrastive.data.stream.reader import Part, Reader
 from dist_contrastive.errors import DataError, LostWorkerError
 from dist_contrastive.signals import STOP_SIGNALS
 
+_SMALL = 1 << 16  # bytes
+
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
 
@@ -65,7 +67,11 @@ def read_by_workers(
             for part in received:
                 if isinstance(part, _Failure):
                     raise part.kind(part.message)
-            batches = [_with_tensors(part.batch) for part in received if part.batch is not None]
+            batches = [
+                {name: _received(column) for name, column in part.batch.items()}
+                for part in received
+                if part.batch is not None
+            ]
             skipped = [one for part in received for one in part.skipped]
             yield Part(received[0].stop, join_batches(batches), skipped)
     finally:
@@ -118,33 +124,30 @@ class _Worker(IterableDataset[Any]):
 
 
 def _without_handles(batch: Batch | None) -> Batch | None:
-    """Lists of tensors as arrays, which are sent by value: each tensor would take a file handle."""
+    """Small tensors, and those of lists, as arrays: these are sent by value, while a tensor is
+    shared through a file handle, of which a process has few, and which takes a millisecond."""
     if batch is None:
         return None
-    return {
-        name: [_as_array(row) for row in x] if isinstance(x, list) else x
-        for name, x in batch.items()
-    }
+    return {name: _sent(column) for name, column in batch.items()}
 
 
-def _as_array(row: Any) -> Any:
-    return _Row(row.numpy()) if isinstance(row, Tensor) else row
-
-
-class _Row(NamedTuple):
+class _Array(NamedTuple):
     """A tensor on its way from a worker."""
 
     values: NDArray[Any]
 
 
-def _with_tensors(batch: Batch) -> Batch:
-    """The inverse of `_without_handles`."""
-    return {
-        name: [torch.from_numpy(row.values) if isinstance(row, _Row) else row for row in x]
-        if isinstance(x, list)
-        else x
-        for name, x in batch.items()
-    }
+def _sent(column: Any) -> Any:
+    if isinstance(column, list):
+        return [_Array(row.numpy()) if isinstance(row, Tensor) else row for row in column]
+    return _Array(column.numpy()) if column.nbytes < _SMALL else column
+
+
+def _received(column: Any) -> Any:
+    """The inverse of `_sent`."""
+    if isinstance(column, _Array):
+        return torch.from_numpy(column.values)
+    return [_received(row) for row in column] if isinstance(column, list) else column
 
 
 def _store(reader: Reader) -> Path:
