@@ -185,3 +185,38 @@ def test_audit_prints_its_table(capsys):
 def test_audit_of_nothing_ends_with_64(arguments, words, capsys):
     assert main(["audit", *arguments]) == 64
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("shards inspect {digits}/test --sheet /proc/sheet.png", "sheet.png cannot be written"),
+        ("shards index {digits}/test --out /proc/x.npz", "cannot be written (No such file"),
+        ("shards index {digits}/test/index.npz", "index.npz is an index; give the folder or"),
+        ("shards inspect ftp://nowhere", "index.npz cannot be opened"),
+        ("shards pack digits http://host/digits", "is a URL; pack into a folder, and copy"),
+        ("shards pack digits /proc/digits", "/proc/digits cannot be written"),
+        ("shards list {tmp}/nothing", "nothing does not exist"),
+        ("train {config} data.train=", "data.train"),
+        ("train {config} data.test={tmp}/nothing", "nothing does not exist"),
+        ("train {config} data.tail=drop data.balance={{classes: 2, samples_per_class: 2}}", "drop"),
+    ],
+)  # fmt: skip
+def test_wrong_places_end_with_64(argv, words, tmp_path, digits, overrides, capsys):
+    options = [o for o in overrides(tmp_path / "run") if not o.startswith("data.test")]
+    words_of = argv.format(digits=digits, tmp=tmp_path, config=ENCODER).split(" ", 2)
+    split = words_of[:2] + (words_of[2].split(" ") if words_of[0] == "shards" else [])
+    if words_of[0] == "train":
+        split += [*options, *re.split(r" (?=data\.)", words_of[2])]
+    assert main(split) == 64
+    message = capsys.readouterr().err
+    assert words in message
+    assert len(message.strip().splitlines()) == 1
+
+
+def test_folders_of_any_name(tmp_path, capsys):
+    """Brackets and braces are what patterns are made of."""
+    folder = tmp_path / "out [1]{2}"
+    assert main(["shards", "pack", "checkerboard", str(folder)]) == 0
+    for command_of in ("list", "inspect", "verify", "index"):
+        assert main(["shards", command_of, str(folder / "train")]) == 0, capsys.readouterr().err

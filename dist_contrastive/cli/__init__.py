@@ -20,8 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if "" not in sys.path:  # a reward function may lie in the current folder, as for `python -m`
         sys.path.insert(0, "")
-    with reporting_errors() as outcome:
-        outcome.code = args.command(args)
+    try:
+        with reporting_errors() as outcome:
+            outcome.code = args.command(args)
+    except KeyboardInterrupt:
+        print("dist-contrastive: interrupted", file=sys.stderr)
+        return 130
     return outcome.code
 
 

@@ -51,8 +51,17 @@ def _index(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from dist_contrastive.data import load_index
     from dist_contrastive.data.shards.inspect import inspect_shards
+    from dist_contrastive.errors import DataError
 
     index = load_index(args.location)
+    if args.sheet is not None:
+        try:
+            args.sheet.parent.mkdir(parents=True, exist_ok=True)
+            args.sheet.touch()
+        except OSError as error:
+            raise DataError(
+                f"--sheet {args.sheet} cannot be written ({error.strerror}); give another file"
+            ) from error
     print(inspect_shards(index).text())
     if args.sheet is not None:
         from dist_contrastive import report

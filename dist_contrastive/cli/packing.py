@@ -211,7 +211,10 @@ def _pack_known(args: argparse.Namespace) -> int:
 def _pack_images(args: argparse.Namespace) -> int:
     from dist_contrastive.data.packing.images import pack_images
 
-    return _report(args, pack_images(args.source, args.folder, _options(args), args.field))
+    packed = pack_images(args.source, args.folder, _options(args), args.field)
+    if "cls" not in packed.index.fields and any(path.is_dir() for path in args.source.iterdir()):
+        print("no classes: they are taken from folders if every image lies in one, one level deep")
+    return _report(args, packed)
 
 
 def _pack_pairs(args: argparse.Namespace) -> int:

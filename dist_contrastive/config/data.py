@@ -1,8 +1,8 @@
 """Settings of the data."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
 
 from dist_contrastive.data.shards.block_cache import CacheSettings
 from dist_contrastive.data.shards.index import ShardIndex
@@ -22,7 +22,10 @@ class SourceSettings(Settings):
     lasts; null, then of all sources, reads them as one data set, each sample once an epoch."""
 
 
-Shards = str | tuple[SourceSettings, ...]
+Shards = Annotated[
+    Annotated[str, Tag("text")] | Annotated[tuple[SourceSettings, ...], Tag("sources")],
+    Discriminator(lambda given: "text" if isinstance(given, str) else "sources"),
+]
 """What `SourceSettings.shards` says; or several sources."""
 
 

@@ -1,5 +1,6 @@
 """What a run reads: the stream, and the labels that it trains with."""
 
+import sys
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from dist_contrastive.data.collate import Batch
 from dist_contrastive.data.fields import Fields, Samples
 from dist_contrastive.data.labels import check_labels, keep_per_class, read_label_table
 from dist_contrastive.data.shards.index import ShardIndex, concatenate
+from dist_contrastive.data.shards.locations import is_url
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.shard_stream import ShardStream
 from dist_contrastive.data.stream.unreadable import Skipped
@@ -114,6 +116,9 @@ def open_data(
     data, fields, index = config.data, config.fields, concatenate(indexes)
     with collectives.raised_together():
         fields.check(index, data.max_skipped)
+        if rank == 0:
+            data.open_test()  # `eval` will need it: now is the time to say that it is not there
+            _warn_of_small_cache(config, index)
         example = _first_sample(fields, index, data.max_skipped)
     labels, balance, only = None, None, fields.names  # a sample whose label is damaged is skipped
     if config.task.uses_labels:
@@ -142,6 +147,22 @@ def open_data(
             max_skipped=data.max_skipped,
         )
     return TrainingData(stream, fields, labels, example)
+
+
+def _warn_of_small_cache(config: RunConfig, index: ShardIndex) -> None:
+    """Blocks of remote shards are used until a lane has left their window."""
+    data = config.data
+    remote = sum(int(n) for s, n in zip(index.shards, index.shard_bytes, strict=True) if is_url(s))
+    window = 2 * data.lanes * data.shuffle_window * int(index.shard_bytes.sum()) // len(index)
+    needed_mb = min(remote, window) >> 20
+    if needed_mb > data.cache.limit_mb:
+        print(
+            f"data.cache.limit_mb={data.cache.limit_mb} is less than the {needed_mb} MiB of two "
+            f"windows of all lanes: blocks may be fetched again and again; set it to that, or a "
+            f"smaller data.shuffle_window",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _first_sample(fields: Fields, index: ShardIndex, max_skipped: int) -> Samples:

@@ -37,13 +37,15 @@ class SkippedLog:
         Collectives: two gathers of objects.
         """
         found = [one for part in collectives.gather_objects(mine) for one in part]
+        before = {one.sample for one in self._known}
+        new = {one.sample: one for one in found if one.sample not in before}.values()
         self._known += found
         with collectives.raised_together():
             if self._is_main:
                 rows = [{"step": step, **one._asdict()} for one in found]
                 with self._path.open("a") as file:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
-                for one in found:
+                for one in new:
                     print(f"skipped a sample: {one.reason}", file=sys.stderr, flush=True)
         check_skipped(self._known, self._max_skipped)
 

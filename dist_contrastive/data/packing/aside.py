@@ -25,6 +25,10 @@ def refuse_foreign_files(folder: Path, own: str, writer: str) -> None:
     Raises:
         DataError: the folder is a file, or holds something else.
     """
+    if re.match(r"[a-z0-9]+:/", _given(folder)):
+        raise DataError(
+            f"{_given(folder)} is a URL; pack into a folder, and copy that to the server"
+        )
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; give a new or empty folder to pack into")
     for path in sorted(folder.rglob("*")):
@@ -34,6 +38,12 @@ def refuse_foreign_files(folder: Path, own: str, writer: str) -> None:
                 f"{folder} already holds {name!r}, which {writer} did not write; "
                 "give a new or empty folder"
             )
+
+
+def _given(folder: Path) -> str:
+    """As it was given, if it lies below the working directory."""
+    here = Path.cwd()
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
 
 
 @contextmanager
@@ -51,7 +61,12 @@ def written_aside(folder: Path) -> Iterator[Path]:
     )
     with _ending_by_exception():
         try:
-            partial.mkdir(parents=True)
+            try:
+                partial.mkdir(parents=True)
+            except OSError as error:
+                raise DataError(
+                    f"{folder} cannot be written ({error.strerror}); give another folder"
+                ) from error
             yield partial
             if folder.exists():
                 folder.rename(previous)

@@ -8,6 +8,7 @@ they decode alike, which a test holds them to.
 
 import io
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from dist_contrastive.errors import DataError, UnreadableSample
 
 _IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_OBJECT = re.compile(r"<_io\.BytesIO [^>]*>")  # as Pillow names what it was given
 _WIDE_MODES = ("I", "F")  # and "I;16...": more than 8 bits a channel
 
 
@@ -72,7 +74,8 @@ def decode_or_explain(name: str, value: bytes, key: str, shard: str) -> Any:
     except Exception as error:
         raise UnreadableSample(
             f"field {name!r} of sample {key!r} in shard {shard} cannot be decoded "
-            f"({type(error).__name__}: {error}); repair or leave out the sample and pack again"
+            f"({type(error).__name__}: {_OBJECT.sub('it', str(error))}); repair or leave out the "
+            f"sample and pack again"
         ) from error
 
 

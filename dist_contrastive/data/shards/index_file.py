@@ -1,5 +1,6 @@
 """The index as a file, `index.npz`: written whole, read with its tars compared."""
 
+import contextlib
 import io
 import os
 import zipfile
@@ -24,6 +25,8 @@ from dist_contrastive.data.shards.locations import (
 from dist_contrastive.errors import DataError, UnreadableSample
 
 _VERSION = 2
+# What `zipfile` says of damage.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
 _ARRAYS = {
     "shard_bytes": np.int64,
     "shard_samples": np.int64,
@@ -60,8 +63,14 @@ def save_index(index: ShardIndex, path: Path | str) -> Path:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"the index {path} cannot be written ({error.strerror}); give another place: --out "
+            f"FILE.npz"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     return path
 
 
@@ -70,7 +79,10 @@ def check_target(path: Path) -> None:
     if path.suffix != ".npz" or path.is_dir():
         raise DataError(f"{path} is no name of an index; give a file that ends in .npz")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise DataError(f"the index {path} cannot be written; give a folder that may be written to")
+        raise DataError(
+            f"the index {path} cannot be written ({path.parent} is no folder that may be written "
+            f"to); give another place: --out FILE.npz"
+        )
 
 
 def _name_from(folder: str, shard: str) -> str:
@@ -137,14 +149,19 @@ def _read_index(file: str, location: str, files: ShardFiles) -> ShardIndex:
                 f"FILE`, and give FILE, or put it there"
             ) from error
     else:
-        if not Path(file).is_file():
+        if not os.path.isfile(file):
             folder = folder_of(file)
             count = len(find_shards(folder))
             raise DataError(
                 f"{folder} has {count} shards but no {Path(file).name}; run "
                 f"`{index_command(folder)}`"
             )
-        data = Path(file).read_bytes()
+        try:
+            data = Path(file).read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"the index {file} cannot be read ({error.strerror}); allow it"
+            ) from error
     return parse_index(data, file, files)
 
 
@@ -156,9 +173,9 @@ def parse_index(data: bytes, file: str, files: ShardFiles) -> ShardIndex:
     """
     folder = folder_of(file)
     try:
+        if not zipfile.is_zipfile(io.BytesIO(data)):
+            raise ValueError("it is not an npz file")
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError("it is not an npz file")
             version = int(stored["version"])
             if version != _VERSION:
                 raise ValueError(f"it has format {version}, this version reads {_VERSION}")
@@ -172,8 +189,7 @@ def parse_index(data: bytes, file: str, files: ShardFiles) -> ShardIndex:
             )
             _check_shapes(index)
             return index
-    # `zipfile` has its own word for every kind of damage.
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise DataError(
             f"the index {file} cannot be read ({error}); run `{index_command(folder)}`"
         ) from error
@@ -218,6 +234,8 @@ def _check_shards(index: ShardIndex, file: Path) -> None:
                 f"lists {len(index.shards)} shards); restore it, or run `{command}`"
             ) from error
         is_newer = status.st_mtime_ns > written
+        if not os.access(shard, os.R_OK):
+            raise DataError(f"shard {shard} may not be read; allow it, or index the others alone")
         if status.st_size != size:
             age = ": the index is older than it" if is_newer else ""
             raise DataError(

@@ -2,6 +2,7 @@
 either."""
 
 import glob
+import os
 from pathlib import Path
 
 import braceexpand
@@ -19,8 +20,8 @@ def is_url(location: str) -> bool:
 
 
 def is_pattern(location: str) -> bool:
-    """Whether it names shards one by one rather than a folder or an index."""
-    return location.endswith((".tar", "}", "*"))
+    """Whether it names shards one by one rather than a folder, whatever that is called."""
+    return location.endswith((".tar", "}", "*")) and (is_url(location) or not _is_folder(location))
 
 
 def folder_of(location: str) -> str:
@@ -44,16 +45,35 @@ def find_shards(location: str) -> list[str]:
     """
     if is_pattern(location):
         return _expand(location)
+    if location.endswith(".npz"):
+        raise DataError(f"{location} is an index; give the folder or the pattern of its shards")
     if is_url(location):
         return _checked(remote.glob(f"{location.rstrip('/')}/*.tar"), location)
     folder = Path(location)
-    if not folder.is_dir():
+    if not _is_folder(location):
         raise DataError(f"the shard folder {folder} does not exist; give a folder that holds tars")
-    return _checked(sorted(str(path) for path in folder.glob("*.tar")), location)
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
+    except OSError as error:
+        raise DataError(
+            f"the shard folder {folder} cannot be read ({error.strerror}); allow it"
+        ) from error
+    return _checked([str(folder / name) for name in names if name[0] != "."], location)
+
+
+def _is_folder(location: str) -> bool:
+    try:
+        return Path(location).is_dir()
+    except OSError as error:  # one on the way to it may not be entered
+        raise DataError(
+            f"{location} cannot be reached ({error.strerror}); allow it, or give another"
+        ) from error
 
 
 def _expand(pattern: str) -> list[str]:
     """Braces make lists, whose shards must exist when they are read; * finds what there is."""
+    if not is_url(pattern) and Path(pattern).is_file():
+        return [pattern]
     try:
         names = list(braceexpand.braceexpand(pattern))
     except ValueError as error:
@@ -86,10 +106,10 @@ def _expand(pattern: str) -> list[str]:
 def _checked(names: list[str], folder: str) -> list[str]:
     if names:
         return names
-    below = [] if is_url(folder) else sorted({str(x.parent) for x in Path(folder).glob("*/*.tar")})
+    below = [] if is_url(folder) else sorted(glob.glob(f"{glob.escape(folder)}/*/*.tar"))
     fix = "pack some with `dist-contrastive shards pack`"
     if is_url(folder):
         fix = "its server may not list files: name them, as in train-{00000..00099}.tar"
     if below:
-        fix = f"give one of its folders that does: {', '.join(below[:4])}"
+        fix = f"give a folder that does, as {folder_of(below[0])}"
     raise DataError(f"{folder} holds 0 files that end in .tar; {fix}")

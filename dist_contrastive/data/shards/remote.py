@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +17,7 @@ _T = TypeVar("_T")
 # timeout, too early, too many requests.
 _ASK_AGAIN = (400, 408, 425, 429)
 _MAX_REASON = 300  # characters
+_TOLD = (4, 7)  # attempts whose failure is told, lest waiting looks like hanging
 
 
 class Retries(NamedTuple):
@@ -105,6 +107,12 @@ def _persist(ask: Callable[[], _T], url: str, attempts: int | None = None) -> _T
                     f"{time.monotonic() - begin:.0f} s ({reason}); see to the server or the "
                     f"network, then start again"
                 ) from error
+            if attempt in _TOLD:
+                print(
+                    f"waiting for {url} (attempt {attempt} of {attempts} failed: {reason})",
+                    file=sys.stderr,
+                    flush=True,
+                )
         time.sleep(wait_s * random.uniform(0.5, 1))
         wait_s = min(2 * wait_s, retries.longest_wait_s)
     raise AssertionError("no attempt is left, and none has failed")
@@ -120,17 +128,17 @@ def _is_final(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
 
 
-_systems: dict[tuple[int, str], Any] = {}
+_systems: dict[tuple[int, str, str], Any] = {}
 
 
 def _file_system(url: str) -> Any:
     """The file system of a URL; a forked process opens its own."""
-    protocol = url.partition("://")[0]
-    key = (os.getpid(), protocol)
+    protocol, _, rest = url.partition("://")
+    key = (os.getpid(), protocol, rest.partition("/")[0])
     if key not in _systems:
         try:
-            _systems[key] = fsspec.filesystem(protocol, **_options(protocol))
-        except (ValueError, ImportError) as error:
+            _systems[key] = fsspec.core.url_to_fs(url, **_options(protocol))[0]
+        except Exception as error:  # every protocol has its own
             raise DataError(
                 f"{url} cannot be opened ({error}); use file, http, https or another protocol of "
                 f"fsspec whose package is installed (s3: pip install 'dist-contrastive[s3]')"

@@ -19,6 +19,7 @@ from dist_contrastive.errors import DataError
 
 _CHUNK = 1 << 20  # bytes read at once
 BLOCK = 512  # bytes; tar headers and data are padded to it
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 _META_NAME = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 
 
@@ -153,6 +154,12 @@ def _scan_members(file: BinaryIO, shard: str) -> Iterator[tuple[str, int, int, i
                     yield member.name, member.offset, header, member.size
             end = archive.offset
     except tarfile.TarError as error:
+        file.seek(0)
+        if kind := _COMPRESSED.get(file.read(2)):
+            raise DataError(
+                f"shard {shard} is compressed by {kind}; decompress it: samples are found by their "
+                f"places in the file"
+            ) from error
         raise DataError(
             f"shard {shard} ({file.seek(0, io.SEEK_END)} bytes) is truncated or not a plain tar "
             f"({error}); write or copy it again"
