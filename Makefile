@@ -1,6 +1,6 @@
 # make demo    train an encoder and a generator on real digits over two ranks, and evaluate them
 # make test    prove the contracts          make check   format, lint, types
-# make bench   memory, speed, precision, what each supervision and larger groups are worth (hours)
+# make bench   memory, speed, precision, the stream, what each supervision and larger groups are worth (hours)
 # make clean   remove what these made
 #
 # Each builds .venv by itself when it is missing or older than what it is made from.
@@ -37,6 +37,7 @@ bench: .venv/stamp
 	$(BIN)/python benchmarks/supervision.py
 	$(BIN)/python benchmarks/gallery.py
 	$(BIN)/python benchmarks/group_size.py
+	$(BIN)/python benchmarks/stream.py
 
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv

@@ -421,7 +421,7 @@ def test_a_signal_while_the_server_hangs_saves(tmp_path, overrides, cache, dies_
     options = ["data.shuffle_window=16", "train.steps=22", "train.save_every=100"]
     options += ["data.cache.limit_mb=1", "data.cache.block_mb=1", f"data.num_workers={num_workers}"]
     options += [f"data.cache.folder={cache.folder}", f"data.train={dies_after(30, 'hang').url}"]
-    argv = command(CONFIGS / "digits_encoder.yaml", *overrides(tmp_path / "run", *options), ranks=1)
+    argv = command("train", CONFIGS / "digits_encoder.yaml", *overrides(tmp_path / "run", *options))
     process = subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline, rows = time.monotonic() + 60, []
     while time.monotonic() < deadline:

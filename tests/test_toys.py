@@ -105,7 +105,7 @@ def test_packed_points_come_back_as_they_are(tmp_path: Path):
     splits = {}
     for seed, (split, count) in enumerate({"train": 70, "test": 30}.items()):
         index = load_index(folder / split)
-        assert index.shard_names == indexes[split].shard_names
+        assert index.shards == indexes[split].shards
         assert index.shard_samples.tolist() == ([20, 20, 20, 10] if split == "train" else [20, 10])
         splits[split] = read = POINTS.read(index, range(count))
         points, parts = toy_points("swiss_roll", count, seed)

@@ -56,7 +56,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> int:
 
 def check(config: RunConfig, world_size: int) -> None:
     """Raise what would stop this config from starting on that many ranks."""
-    open_data(config, config.data.open_train(), Progress(), 0, world_size)
+    open_data(config, Progress(), 0, world_size)
 
 
 def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:

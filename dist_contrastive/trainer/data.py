@@ -106,15 +106,21 @@ def _shape(rows: Content) -> str:
 
 
 def open_data(
-    config: RunConfig, indexes: list[ShardIndex], progress: Progress, rank: int, world_size: int
+    config: RunConfig,
+    progress: Progress,
+    rank: int,
+    world_size: int,
+    indexes: list[ShardIndex] | None = None,
 ) -> TrainingData:
     """The stream from where the run is; what is wrong on one rank is raised on all.
 
     Args:
-        indexes: of the sources of data.train.
+        indexes: of the sources of data.train, if they have been opened already.
     """
-    data, fields, index = config.data, config.fields, concatenate(indexes)
+    data, fields = config.data, config.fields
     with collectives.raised_together():
+        indexes = indexes or data.open_train()
+        index = concatenate(indexes)
         fields.check(index, data.max_skipped)
         if rank == 0:
             data.open_test()  # `eval` will need it: now is the time to say that it is not there

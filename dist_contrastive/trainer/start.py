@@ -50,7 +50,7 @@ def start(config: RunConfig, backend: Backend) -> Run:
         indexes = config.data.open_train()
         if resumed:
             check_record(config, indexes)
-    data = open_data(config, indexes, progress, backend.rank, backend.world_size)
+    data = open_data(config, progress, backend.rank, backend.world_size, indexes)
     with collectives.raised_together():
         task = build_task(config, data.example)
         optimizer = optim.build_optimizer(task, config.optim)

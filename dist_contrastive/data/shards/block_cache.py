@@ -150,11 +150,14 @@ class BlockCache:
             return True
         if len(self._seen) > _MAX_SEEN:
             self._seen.clear()
-        if os.path.exists(path):
-            self._seen[path] = now
+        try:
             os.utime(path)  # used now: others go first
-            return True
-        return False
+        except FileNotFoundError:
+            return False
+        except OSError:  # it is another user's
+            pass
+        self._seen[path] = now
+        return True
 
     def _read_block(self, url: str, size: int, block: int, start: int, stop: int) -> bytes:
         path = self._path(url, size, block)
