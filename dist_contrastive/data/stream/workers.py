@@ -7,6 +7,7 @@ import pickle
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from dist_contrastive.errors import DataError, LostWorkerError
 from dist_contrastive.signals import STOP_SIGNALS
 
 _SMALL = 1 << 16  # bytes
+_LEAVE_S = 1.0  # for what a worker is doing when it is told to end
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
@@ -160,16 +162,31 @@ def _store(reader: Reader) -> Path:
 
 
 def _end(parts: Any, stored: Path | None) -> None:
-    # They may wait for a server, which no signal tells them to leave, and hold nothing that could
-    # be lost. The loader is told first: it raises an error when one of its workers is killed.
+    if not parts._shutdown:  # as it does by itself after the last part
+        _end_workers(parts)
+    if stored is not None:
+        stored.unlink(missing_ok=True)
+
+
+def _end_workers(parts: Any) -> None:
+    """Tell all workers to end, and kill those that wait for a server.
+
+    First they are told: one that is killed while it looks whether it was told would keep the lock
+    of that from the loader, for ever. Then they are awaited together, where the loader would do it
+    one by one. It must not take for a failure that some are killed.
+    """
+    parts._workers_done_event.set()
+    for wanted in parts._index_queues:
+        wanted.put(None)
+    deadline = time.monotonic() + _LEAVE_S
+    for process in parts._workers:
+        process.join(max(0.0, deadline - time.monotonic()))
     if parts._worker_pids_set:
         signal_handling._remove_worker_pids(id(parts))
         parts._worker_pids_set = False
     for process in parts._workers:
         process.kill()
     parts._shutdown_workers()
-    if stored is not None:
-        stored.unlink(missing_ok=True)
 
 
 def _unchanged(item: Any) -> Any:
