@@ -5,7 +5,6 @@ import io
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dist_contrastive.data.progress import by_threads
 from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.block_cache import BlockCache
 from dist_contrastive.data.shards.files import ShardFiles
@@ -223,12 +223,7 @@ def _without_unused_fields(part: ShardIndex) -> ShardIndex:
 
 
 def _index_all(shards: Sequence[str], files: ShardFiles) -> Iterator[ShardIndex]:
-    """In order, several at a time: hashing and reading leave the interpreter free."""
-    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as threads:
-        try:
-            yield from threads.map(lambda shard: index_shard(shard, files), shards)
-        finally:
-            threads.shutdown(cancel_futures=True)
+    return by_threads(lambda shard: index_shard(shard, files), shards)
 
 
 def _check_samples(index: ShardIndex, location: str) -> None:

@@ -4,10 +4,8 @@ A stream reads by the index, trusts it, and finds damage only where it comes upo
 before.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
+from dist_contrastive.data.progress import by_threads
 from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.block_cache import BlockCache, CacheSettings
 from dist_contrastive.data.shards.files import ShardFiles
@@ -211,14 +210,9 @@ def _plain(name: str) -> str:
 
 
 def _check_all(plan: _Plan, decode: bool, blocks: BlockCache) -> Iterator[CheckedShard]:
-    """In order, several at a time: hashing, decoding and reading leave the interpreter free."""
-    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as threads:
-        try:
-            yield from threads.map(
-                lambda shard: check_shard(shard, plan.part(shard), decode, blocks), plan.shards
-            )
-        finally:
-            threads.shutdown(cancel_futures=True)
+    return by_threads(
+        lambda shard: check_shard(shard, plan.part(shard), decode, blocks), plan.shards
+    )
 
 
 def _other_fields(checked: Sequence[CheckedShard]) -> Iterator[str]:
