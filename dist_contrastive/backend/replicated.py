@@ -1,0 +1,137 @@
+"""Every rank holds all of the model: one process alone, or several with DDP."""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_contrastive.backend.engine import (
+    Engine,
+    OptimizerState,
+    Step,
+    autocast,
+    in_full_precision,
+)
+from dist_contrastive.backend.optimizer_state import load_named_state, named_state
+
+
+class Replicated(Engine):
+    """The task whole on every rank; DDP averages gradients while backward goes on.
+
+    Args:
+        dtype: of autocast; None for fp32.
+        clip_norm: gradients are scaled down to at most this norm; None leaves them.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype | None,
+        clip_norm: float | None,
+    ) -> None:
+        self.module, self.optimizer = module, optimizer
+        self._accelerator, self._dtype = accelerator, dtype
+        self._limit = math.inf if clip_norm is None else clip_norm
+        self._scaler = torch.amp.GradScaler(
+            accelerator.device.type, enabled=dtype is torch.float16
+        )
+        self._wrapped = accelerator.prepare_model(module)
+        self._flight = _InFlight()
+        if isinstance(self._wrapped, DistributedDataParallel):
+            # A queue of keys or a running mean is computed alike on all ranks: not sent each step.
+            self._wrapped.broadcast_buffers = False
+            self._wrapped.register_comm_hook(self, _averaged)
+
+    def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with autocast(self._accelerator.device, self._dtype):
+            found = self._wrapped(*inputs)
+        return in_full_precision(found)
+
+    def backward(self, losses: Callable[[int], Tensor], count: int = 1) -> None:
+        for part in range(count):
+            is_last = part == count - 1
+            with nullcontext() if is_last else self._accelerator.no_sync(self._wrapped):
+                self._scaler.scale(losses(part)).backward()
+
+    def step(self, lr: float) -> Step:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self._limit))
+        applied = math.isfinite(norm)
+        if applied:
+            self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.discard_gradients()
+        return Step(norm, applied)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        grad = parameter.grad
+        scale = self._scaler.get_scale()
+        return torch.zeros_like(parameter) if grad is None else grad.detach() / scale
+
+    def discard_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def weights(self) -> dict[str, Tensor]:
+        if not self._accelerator.is_main_process:
+            return {}
+        return {k: v.detach().to("cpu", copy=True) for k, v in self.module.state_dict().items()}
+
+    def optimizer_state(self) -> OptimizerState:
+        if not self._accelerator.is_main_process:
+            return {}
+        return {
+            **named_state(self.optimizer, self.module),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        load_named_state(self.optimizer, self.module, state)
+        self._scaler.load_state_dict(state["scaler"])
+
+    def parameter_norm(self) -> float:
+        trained = [p.detach() for p in self.module.parameters() if p.requires_grad]
+        return float(nn.utils.get_total_norm(trained))
+
+    @property
+    def reduce_s(self) -> float:  # type: ignore[override]
+        return self._flight.seconds
+
+
+class _InFlight:
+    """Seconds in which at least one of overlapping reductions was in flight."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count, self._since, self.seconds = 0, 0.0, 0.0
+
+    def begin(self) -> None:
+        with self._lock:
+            if self._count == 0:
+                self._since = time.perf_counter()
+            self._count += 1
+
+    def end(self, future: Any) -> Tensor:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                self.seconds += time.perf_counter() - self._since
+        return future.value()[0]
+
+
+def _averaged(engine: Replicated, bucket: Any) -> Any:
+    """DDP's own averaging of a bucket of gradients, counted and timed."""
+    engine.reductions += bucket.is_last()
+    engine._flight.begin()
+    return allreduce_hook(None, bucket).then(engine._flight.end)
