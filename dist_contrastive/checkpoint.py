@@ -31,6 +31,7 @@ class Progress:
 
     step: int = 0
     consumed: int = 0  # samples of the stream, over all ranks
+    bad_steps: int = 0  # the last ones, which were not finite and changed nothing
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def newest(root: Path) -> Checkpoint | None:
         problem = _problem(folder)
         if problem is None:
             state = json.loads((folder / "state.json").read_text())
-            return Checkpoint(folder, Progress(state["step"], state["consumed"]))
+            names = ("step", "consumed", "bad_steps")
+            progress = Progress(**{name: state[name] for name in names})
+            return Checkpoint(folder, progress)
         problems.append(f"{folder.name}: {problem}")
     if problems:
         raise DataError(

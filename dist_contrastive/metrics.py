@@ -3,11 +3,13 @@
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -65,27 +67,29 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 class Clock:
-    """Time spent, and how much of it was waiting for data."""
+    """Time spent, and on what."""
 
-    def __init__(self, consumed: int) -> None:
+    def __init__(self, consumed: int, device: torch.device) -> None:
         self._start = time.perf_counter()
-        self._waited_s = 0.0
+        self._spent_s: dict[str, float] = defaultdict(float)
         self._consumed = consumed
+        self._device = device
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
+    def spent(self, name: str) -> Iterator[None]:
+        """Count the time inside under this name."""
         begin = time.perf_counter()
         yield
-        self._waited_s += time.perf_counter() - begin
+        self._spent_s[name] += time.perf_counter() - begin
 
     def rates(self, consumed: int) -> dict[str, Any]:
         """Rates since the last call."""
         now = time.perf_counter()
         elapsed_s = now - self._start
         samples_per_s = (consumed - self._consumed) / elapsed_s
-        waiting = self._waited_s / elapsed_s
-        self._start, self._waited_s, self._consumed = now, 0.0, consumed
+        waiting = self._spent_s["data"] / elapsed_s
+        self._start, self._consumed = now, consumed
+        self._spent_s.clear()
         return {"consumed": consumed, "samples_per_s": samples_per_s, "data_wait": waiting}
 
 

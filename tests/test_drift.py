@@ -65,7 +65,8 @@ def is_distributed_as(name: str, numbers: list[float]) -> bool:
 
 
 def inputs_of(task: Drift, samples: Samples) -> list[Tensor]:
-    return [x.double() if x.is_floating_point() else x for x in task.inputs(samples)]
+    inputs = *task.inputs(samples), *task.batch_inputs(samples)
+    return [x.double() if x.is_floating_point() else x for x in inputs]
 
 
 def one_step(task: Drift, samples: Samples, lr: float = 0.0) -> dict[str, Tensor]:
@@ -417,7 +418,7 @@ def test_strengths_have_their_density(power, overrides, tmp_path):
     one_of_each = samples.rows(torch.tensor([(samples.labels == c).nonzero()[0] for c in (0, 1)]))
     for step in range(300):
         task.steps_done.fill_(step)
-        found.append(task.inputs(one_of_each)[2])
+        found += task.batch_inputs(one_of_each)
     strengths = torch.cat(found).double()
     assert len(strengths.unique()) > 595
     assert 1.5 <= strengths.min() < 1.52

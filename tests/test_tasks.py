@@ -100,7 +100,8 @@ def step_of(config: RunConfig, rows: slice) -> Step:
     samples = batch_of(config)
     task = prepared(config, samples)
     samples = samples.rows(torch.arange(ROWS)[rows])
-    inputs = [x.double() if x.is_floating_point() else x for x in task.inputs(samples)]
+    inputs = *task.inputs(samples), *task.batch_inputs(samples)
+    inputs = [x.double() if x.is_floating_point() else x for x in inputs]
     module = DistributedDataParallel(task) if dist.is_initialized() else task
     embeddings = module(*inputs)
     # Frozen encoders are in fp64 too; only their data are not made by `inputs`.

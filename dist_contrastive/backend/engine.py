@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 OptimizerState = dict[str, Any]
-"""``{"state": {parameter: {key: tensor or number}}, "groups": [{key: number}]}``, the same for every
-engine and number of ranks; see `optimizer_state`."""
+"""``{"state": {parameter: {key: tensor or number}}, "groups": [{key: number}]}``, the same for
+every engine and number of ranks; see `optimizer_state`."""
 
 
 class Step(NamedTuple):

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -42,9 +43,7 @@ class Replicated(Engine):
         self.module, self.optimizer = module, optimizer
         self._accelerator, self._dtype = accelerator, dtype
         self._limit = math.inf if clip_norm is None else clip_norm
-        self._scaler = torch.amp.GradScaler(
-            accelerator.device.type, enabled=dtype is torch.float16
-        )
+        self._scaler = torch.amp.GradScaler(accelerator.device.type, enabled=dtype is torch.float16)
         self._wrapped = accelerator.prepare_model(module)
         self._flight = _InFlight()
         if isinstance(self._wrapped, DistributedDataParallel):
@@ -130,8 +129,8 @@ class _InFlight:
         return future.value()[0]
 
 
-def _averaged(engine: Replicated, bucket: Any) -> Any:
+def _averaged(engine: Replicated, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's own averaging of a bucket of gradients, counted and timed."""
     engine.reductions += bucket.is_last()
     engine._flight.begin()
-    return allreduce_hook(None, bucket).then(engine._flight.end)
+    return allreduce_hook(dist.group.WORLD, bucket).then(engine._flight.end)

@@ -11,12 +11,12 @@ class BackendSettings(Settings):
     """Where, in which precision and by which engine a run computes."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the networks, by autocast: weights and their updates are fp32 always, and losses keep their
+    """Of the networks, by autocast: weights and their updates are fp32 always, losses keep their
     scores in fp32. fp16 scales the loss so that small gradients are not lost."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes a GPU where there is one."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """0: every rank holds the whole model (DDP). DeepSpeed's ZeRO shares among ranks 1: the state of
-    the optimiser, 2: gradients too, 3: weights too."""
+    """0: every rank holds the whole model (DDP). DeepSpeed's ZeRO shares among ranks 1: the state
+    of the optimiser, 2: gradients too, 3: weights too."""
     timeout_s: PositiveFloat = 1800.0
     """How long a rank may be silent, or wait for another one, before the run is ended."""

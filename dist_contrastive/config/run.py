@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from dist_contrastive.backend import BackendSettings
 from dist_contrastive.config.data import DataSettings
@@ -23,6 +23,11 @@ class TrainSettings(Settings):
     """Steps between checkpoints; one is always written at the end."""
     keep_last: PositiveInt = 2
     """Checkpoints to keep."""
+    micro_batch_size: PositiveInt | None = None
+    """Rows of a rank that networks are given at a time; the batch may be as large as its embeddings
+    allow (gradient caching). null: all rows at once. It changes gradients by rounding alone."""
+    max_bad_steps: NonNegativeInt = 3
+    """Steps in a row whose loss or gradient may be not finite; they change nothing."""
     ledger: bool = False
     """Write the keys of every batch to ledger/rank-R.jsonl."""
 
@@ -83,6 +88,9 @@ MAY_CHANGE = (
     "train.save_every",
     "train.keep_last",
     "train.ledger",
+    "train.micro_batch_size",
+    "train.max_bad_steps",
+    "backend.zero_stage",
     "backend.timeout_s",
 )
 

@@ -25,9 +25,19 @@ class Task(nn.Module, ABC):
     is_logged = False
     """Whether `scalars` of this step will be read, set before each step; then they may be dear."""
 
+    micro_batch_size: int | None = None
+    """Rows that networks are given at a time, set before each step; None: all of them."""
+
+    def batch_inputs(self, samples: Samples) -> tuple[Tensor, ...]:
+        """What `embed` takes after `inputs` and is known of the whole batch only: [b, ...] each.
+
+        Called at the start of a step, on all ranks, with all rows of this rank.
+        """
+        return ()
+
     @abstractmethod
     def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
-        """What `embed` takes for these rows."""
+        """What `embed` takes for these rows, the same whichever rows come with them."""
 
     @abstractmethod
     def embed(self, *inputs: Tensor) -> Embeddings:

@@ -64,18 +64,28 @@ class Drift(Task):
         self.loss, self._loss_of_whole_groups = _losses(settings)
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
         self._spaces = FeatureSpaces(settings.features, self.sample_shape)
-        self._samples: Samples | None = None  # of the step, for the bank
+        # Of the step: what `batch_inputs` was given and found.
+        self._samples: Samples | None = None
+        self._cells: Cells | None = None
         self._metrics: dict[str, float] = {}
 
+    def batch_inputs(self, samples: Samples) -> tuple[Tensor, ...]:
+        """With guidance its strength [b] in the cell of each row in this step.
+
+        Collectives: those of `cells_of`, since which rows interact is found here.
+        """
+        rows, device = len(samples.images), samples.images.device
+        groups = self.settings.groups
+        self._samples = samples
+        self._cells = cells_of(samples.labels, rows, self.num_classes, groups, device)
+        return () if self.settings.guidance is None else (self._strengths(self._cells.mine),)
+
     def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
-        """Noise [b, noise_dim], keyed by the data row that it will meet, its label [b], and the
-        strength of guidance [b] of its cell in this step."""
+        """Noise [b, noise_dim], keyed by the data row that it will meet, and its label [b]."""
         keys = keyed_random.combine(self.seed, NOISE_STREAM, samples.epoch, samples.index)
         inputs = [keyed_random.normal(keys, self.generator.noise_dim)]
         if samples.labels is not None:
             inputs.append(samples.labels)
-        if self.settings.guidance is not None:
-            inputs.append(self._strengths(self._cells(samples).mine))
         return tuple(inputs)
 
     def embed(self, *inputs: Tensor) -> Embeddings:
@@ -84,12 +94,11 @@ class Drift(Task):
 
     def compare(self, embeddings: Embeddings, samples: Samples) -> Terms:
         """The force's loss against this batch's data and the bank's, in each feature space."""
-        self._samples = samples
-        cells = self._cells(samples)
+        assert self._cells is not None, "batch_inputs begins a step"
+        cells = self._cells
         positives, unconditional = self._drawn(cells)
         parts = [samples.images, *(x.samples for x in (positives, unconditional) if x)]
-        with torch.no_grad():
-            data = self._spaces(torch.cat(parts))
+        data = self._features_of(torch.cat(parts))
         num_data = sum(map(len, parts[: 1 + (positives is not None)]))
         data_cells = torch.cat([cells.mine, *([positives.cells] if positives else [])])
         alone = samples.labels is None and self.settings.groups == 1
@@ -157,10 +166,11 @@ class Drift(Task):
             parts.append(generator(noise, its_labels, strength))
         return torch.cat(parts)
 
-    def _cells(self, samples: Samples) -> Cells:
-        rows, device = len(samples.images), samples.images.device
-        groups = self.settings.groups
-        return cells_of(samples.labels, rows, self.num_classes, groups, device)
+    @torch.no_grad()
+    def _features_of(self, data: Tensor) -> tuple[Tensor, ...]:
+        """Features of data, as many rows at a time as networks are given."""
+        chunks = data.split(self.micro_batch_size or max(1, len(data)))
+        return tuple(map(torch.cat, zip(*map(self._spaces, chunks), strict=True)))
 
     def _strengths(self, cells: Tensor) -> Tensor:
         """Strength of guidance of some cells in this step: float32, the shape of cells."""

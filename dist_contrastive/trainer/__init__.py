@@ -10,15 +10,13 @@ Everything random is a function of (seed, step, rank) or of the sample, so a run
 its config and how far it is. Stopped anywhere and started again, it ends with the same weights.
 """
 
-import sys
-
 from dist_contrastive import checkpoint, collectives
 from dist_contrastive.backend import Backend
 from dist_contrastive.checkpoint import Progress
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.stream.prefetch import Ahead
 from dist_contrastive.errors import UserError
-from dist_contrastive.metrics import Clock, Ledger, MetricsLog, forget_steps
+from dist_contrastive.metrics import Ledger, MetricsLog, forget_steps
 from dist_contrastive.signals import stop_flag
 from dist_contrastive.trainer.data import Taken, open_data
 from dist_contrastive.trainer.skipped import SkippedLog
@@ -65,16 +63,15 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
     first = run.progress.step
     stop_at = steps if stop_after is None else min(steps, first + stop_after)
     if first >= steps:
-        _say(backend, f"{config.run_dir} is trained to step {first} already")
+        run.say(f"{config.run_dir} is trained to step {first} already")
         return EXIT_DONE
     if first:
-        _say(backend, f"going on from step {first} of {steps}")
+        run.say(f"going on from step {first} of {steps}")
     with collectives.raised_together():
         if backend.is_main:
             forget_steps(config.run_dir, first)
     log = MetricsLog(config.run_dir, steps, first, enabled=backend.is_main)
     skipped = SkippedLog(config.run_dir, config.data.max_skipped, backend.is_main)
-    clock = Clock(run.progress.consumed)
     with (
         log,
         stop_flag() as signalled,
@@ -82,15 +79,15 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
         Ahead(run.data.batches(backend.device), _AHEAD) as batches,
     ):
         while run.progress.step < stop_at:
-            taken = _next_batch(run, batches, skipped, clock, signalled)
+            taken = _next_batch(run, batches, skipped, signalled)
             if taken is None:
                 break
             ledger.write(run.progress.step, taken.keys)
             step = run.progress.step + 1
             is_logged = step % config.train.log_every == 0 or step == steps
             row = train_step(run, taken.samples, taken.consumed, is_logged)
-            if is_logged:
-                rates = clock.rates(run.progress.consumed)
+            if row:
+                rates = run.clock.rates(run.progress.consumed)
                 log.write({**row, **rates, "skipped": len(skipped)})
             if step % config.train.save_every == 0:
                 _save(run)
@@ -99,7 +96,7 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
 
 
 def _next_batch(
-    run: Run, batches: Ahead[Taken], skipped: SkippedLog, clock: Clock, signalled: list[int]
+    run: Run, batches: Ahead[Taken], skipped: SkippedLog, signalled: list[int]
 ) -> Taken | None:
     """The next batch; None on all ranks when one of them was asked to stop, while it waited too.
 
@@ -109,7 +106,7 @@ def _next_batch(
     taken: Taken | None = None
     error: Exception | None = None
     try:
-        with clock.waiting():
+        with run.clock.spent("data"):
             taken = batches.get(stop=lambda: bool(signalled))
     except Exception as caught:
         error = caught
@@ -139,14 +136,9 @@ def _save_unless_saved(run: Run) -> None:
 
 
 def _save(run: Run) -> None:
+    weights, state = run.engine.weights(), run.engine.optimizer_state()
     with collectives.raised_together():
         if run.backend.is_main:
-            weights, state = run.task.state_dict(), run.optimizer.state_dict()
             root, keep_last = run.config.run_dir / "checkpoints", run.config.train.keep_last
             checkpoint.save(root, run.progress, weights, state, keep_last)
     run.saved = run.progress
-
-
-def _say(backend: Backend, text: str) -> None:
-    if backend.is_main:
-        print(text, file=sys.stderr, flush=True)

@@ -2,20 +2,21 @@
 
 import json
 import platform
+import sys
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 import dist_contrastive
 from dist_contrastive import checkpoint, collectives, optim
 from dist_contrastive import config as configs
 from dist_contrastive.atomic import write_text
-from dist_contrastive.backend import Backend
+from dist_contrastive.backend import Backend, Engine
 from dist_contrastive.checkpoint import Checkpoint, Progress
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.metrics import Clock
 from dist_contrastive.tasks import Task, build_task
 from dist_contrastive.trainer.data import TrainingData, open_data
 from dist_contrastive.trainer.data_record import check_record, write_record
@@ -28,11 +29,16 @@ class Run:
     config: RunConfig
     backend: Backend
     task: Task
-    module: nn.Module  # the task as the engine wrapped it
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     data: TrainingData
     progress: Progress
     saved: Progress  # that of the newest checkpoint
+    clock: Clock
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches, from the first rank."""
+        if self.backend.is_main:
+            print(text, file=sys.stderr, flush=True)
 
 
 def start(config: RunConfig, backend: Backend) -> Run:
@@ -56,11 +62,13 @@ def start(config: RunConfig, backend: Backend) -> Run:
         optimizer = optim.build_optimizer(task, config.optim)
         if resumed:
             task.load_state_dict(resumed.weights())
-            optimizer.load_state_dict(resumed.optimizer_state())
         if backend.is_main:
             _describe(config, backend, indexes)
-    module, prepared = backend.prepare(task, optimizer)
-    return Run(config, backend, task, module, prepared, data, progress, saved=progress)
+    engine = backend.engine(task, optimizer, config.optim.clip_norm)
+    if resumed:
+        engine.load_optimizer_state(resumed.optimizer_state())
+    clock = Clock(progress.consumed, backend.device)
+    return Run(config, backend, task, engine, data, progress, progress, clock)
 
 
 def _find_checkpoint(config: RunConfig) -> Checkpoint | None:
