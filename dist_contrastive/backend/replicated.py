@@ -45,6 +45,8 @@ class Replicated(Engine):
         self._limit = math.inf if clip_norm is None else clip_norm
         self._scaler = torch.amp.GradScaler(accelerator.device.type, enabled=dtype is torch.float16)
         self._wrapped = accelerator.prepare_model(module)
+        if accelerator.num_processes == 1:
+            self._wrapped = module  # a rank alone is wrapped too, where nothing is to be averaged
         self._flight = _InFlight()
         if isinstance(self._wrapped, DistributedDataParallel):
             # A queue of keys or a running mean is computed alike on all ranks: not sent each step.
