@@ -13,6 +13,7 @@ from torch import nn
 from dist_contrastive.backend.engine import Engine
 from dist_contrastive.backend.replicated import Replicated
 from dist_contrastive.backend.settings import BackendSettings
+from dist_contrastive.backend.zero import Zero, forget_switches, zero_accelerator
 from dist_contrastive.errors import ConfigError
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,8 +49,6 @@ class Backend:
         """The engine that the settings name, for a task and an optimiser of its parameters."""
         dtype = _DTYPES[self.settings.precision]
         if self.settings.zero_stage:
-            from dist_contrastive.backend.zero import Zero  # DeepSpeed is optional, slow to import
-
             return Zero(self._accelerator, module, optimizer, dtype, clip_norm)
         return Replicated(self._accelerator, module, optimizer, dtype, clip_norm)
 
@@ -57,6 +56,7 @@ class Backend:
         """Leave the process group; another run may start in this process."""
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
+        forget_switches()
         # Accelerate keeps the settings of the first Accelerator of a process for all later ones.
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -78,6 +78,4 @@ def _accelerator(settings: BackendSettings) -> Accelerator:
             f"process alone; start it with python -m launch.local CONFIG --ranks N, or set "
             f"backend.zero_stage=0"
         )
-    from dist_contrastive.backend.zero import zero_accelerator
-
     return zero_accelerator(settings, process_group, cpu)

@@ -161,12 +161,14 @@ class Scale(nn.Module):
         super().__init__()
         positive(temperature=temperature)
         log_scale = -math.log(temperature)
-        self.log_scale = nn.Parameter(torch.tensor(log_scale)) if learnable else log_scale
+        # A vector of one number: DeepSpeed cannot share a parameter without dimensions.
+        self.log_scale = nn.Parameter(torch.tensor([log_scale])) if learnable else log_scale
 
     def forward(self) -> Tensor:
         """Scalar, differentiable; a constant keeps its fp64 digits whatever the module's dtype."""
         if isinstance(self.log_scale, Tensor):
-            return self.log_scale.to(collectives.accumulation_dtype(self.log_scale.dtype)).exp()
+            dtype = collectives.accumulation_dtype(self.log_scale.dtype)
+            return self.log_scale.to(dtype).exp().squeeze()
         return torch.tensor(self.log_scale, dtype=torch.float64).exp()
 
     @torch.no_grad()

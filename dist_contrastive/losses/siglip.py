@@ -44,7 +44,7 @@ class SigLIP(PairLoss):
                 f"scale={scale} must be positive and bias={bias} finite, for instance 10 and -10"
             )
         self.scale = Scale(1 / scale, learnable)
-        self.bias = nn.Parameter(torch.tensor(float(bias))) if learnable else float(bias)
+        self.bias = nn.Parameter(torch.tensor([float(bias)])) if learnable else float(bias)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Scalar loss; a, b: [b, D], row i of both from the same sample."""

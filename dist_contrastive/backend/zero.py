@@ -1,0 +1,309 @@
+"""DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054), on gloo and CPUs as on GPUs: ranks share
+the state of the optimiser (1), gradients too (2), weights too (3)."""
+
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from dist_contrastive import collectives
+from dist_contrastive.backend.engine import (
+    Engine,
+    OptimizerState,
+    Step,
+    autocast,
+    in_full_precision,
+)
+from dist_contrastive.backend.optimizer_state import (
+    group_settings,
+    load_group_counts,
+    on_cpu,
+    parameter_names,
+)
+from dist_contrastive.backend.settings import BackendSettings
+from dist_contrastive.errors import ConfigError
+
+# Parameters of fewer numbers stay whole on every rank under ZeRO 3: biases, norms, temperatures.
+_WHOLE_BELOW = 4096
+# Numbers that are reduced at a time; DeepSpeed allocates that many.
+_BUCKET = 1 << 23
+# Names that torch 2.13 replaced and DeepSpeed uses still.
+_RENAMED = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+_SWITCHES = ("ACCELERATE_USE_DEEPSPEED", "DS_ACCELERATOR")
+
+
+def zero_accelerator(
+    settings: BackendSettings, process_group: InitProcessGroupKwargs, cpu: bool
+) -> Accelerator:
+    """An Accelerator that really makes a DeepSpeed engine: told otherwise that it is on a CPU, it
+    makes DDP instead, and without these variables it counts one rank on each.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, or cannot do what is asked for.
+    """
+    if settings.precision == "fp16":
+        raise ConfigError(
+            f"backend.precision=fp16 with backend.zero_stage={settings.zero_stage}: DeepSpeed "
+            f"scales the loss for weights in fp16 only, and ours are fp32; set precision=bf16, or "
+            f"zero_stage=0"
+        )
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"backend.zero_stage={settings.zero_stage} needs DeepSpeed; install it with pip "
+            f"install 'dist-contrastive[deepspeed]', or set backend.zero_stage=0"
+        ) from error
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", _RENAMED, FutureWarning)
+    # Reductions through shared memory, which it would compile first: gloo does well without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    plugin = DeepSpeedPlugin(hf_ds_config=_config(settings.zero_stage))
+    return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[process_group])
+
+
+def forget_switches() -> None:
+    """A later run in this process may be without DeepSpeed."""
+    for name in _SWITCHES:
+        os.environ.pop(name, None)
+
+
+def _config(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # of no effect: losses are means already
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 1 << 31,
+        "zero_allow_untested_optimizer": True,  # those that would go wrong are refused by `optim`
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": _BUCKET,
+            "allgather_bucket_size": _BUCKET,
+            "stage3_prefetch_bucket_size": _BUCKET,
+            "stage3_param_persistence_threshold": _WHOLE_BELOW,
+        },
+    }
+
+
+def _check_parameters(module: nn.Module) -> None:
+    """DeepSpeed sends parameters as bytes, which takes a dimension."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 0:
+            raise ConfigError(
+                f"parameter {name} has no dimensions, and DeepSpeed cannot share such a one; make "
+                f"it a vector of one number, torch.zeros(1), or set backend.zero_stage=0"
+            )
+
+
+class Zero(Engine):
+    """The task on a DeepSpeed engine. Weights and their updates are fp32.
+
+    Args:
+        dtype: of autocast; None for fp32.
+        clip_norm: gradients are scaled down to at most this norm; None leaves them.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype | None,
+        clip_norm: float | None,
+    ) -> None:
+        import deepspeed
+
+        self.module, self._dtype, self._device = module, dtype, accelerator.device
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["gradient_clipping"] = clip_norm or 0.0
+        self._names = parameter_names(module)
+        embed = module.forward
+        # The engine turns off an autocast around it, so this one is inside.
+        module.forward = self._autocast(embed)  # type: ignore[method-assign]
+        _check_parameters(module)
+        self._engine, _ = accelerator.prepare(module, optimizer)
+        asked = settings["zero_optimization"]["stage"]
+        if not isinstance(self._engine, deepspeed.DeepSpeedEngine) or self.stage != asked:
+            raise RuntimeError(f"asked for ZeRO {asked}, got {type(self._engine).__name__}")
+        if self._engine.world_size != collectives.world_size():
+            raise RuntimeError(f"DeepSpeed counts {self._engine.world_size} ranks")
+        self._zero = self._engine.optimizer
+        self.optimizer = self._zero.optimizer  # of flat pieces of parameters
+
+    @property
+    def stage(self) -> int:
+        """1, 2 or 3."""
+        return int(self._engine.zero_optimization_stage())
+
+    def _autocast(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def embed(*inputs: Tensor) -> Any:
+            with autocast(self._device, self._dtype):
+                return forward(*inputs)
+
+        return embed
+
+    def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return in_full_precision(self._engine(*inputs))
+
+    def backward(self, losses: Callable[[int], Tensor], count: int = 1) -> None:
+        with self._engine.coalesce_grad_reduction():
+            for part in range(count):
+                self._engine.backward(losses(part))
+            begin = time.perf_counter()  # what is left is the reduction, on leaving the block
+        self.reduce_s += time.perf_counter() - begin
+        self.reductions += 1
+
+    def step(self, lr: float) -> Step:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        if self._zero.overflow:
+            return Step(math.inf, applied=False)
+        return Step(float(self._engine.get_global_grad_norm()), applied=True)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_grad
+
+        grad = safe_get_full_grad(parameter)
+        return torch.zeros(parameter.shape) if grad is None else grad.detach().clone()
+
+    def discard_gradients(self) -> None:
+        """Through DeepSpeed's own way out of a step that is not finite."""
+        if self.stage == 3:
+            self._zero.grad_partitions_flat_buffer.fill_(math.nan)
+        elif not self._zero.averaged_gradients:
+            return  # there are none
+        else:
+            for grads in self._zero.averaged_gradients.values():
+                for grad in grads or ():
+                    grad.fill_(math.nan)
+        self._engine.step()
+        assert self._zero.overflow, "gradients that are to be dropped have been used"
+
+    def weights(self) -> dict[str, Tensor]:
+        found = {}
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            with self._whole([value]):
+                if collectives.rank() == 0:
+                    found[name] = value.detach().to("cpu", copy=True)
+        return found
+
+    def optimizer_state(self) -> OptimizerState:
+        state = {}
+        for parameter, flat in self._trained():
+            mine = self.optimizer.state.get(flat, {})
+            found = {key: self._whole_state(parameter, flat, key) for key in mine}
+            found = {key: value for key, value in found.items() if value is not None}
+            if found:
+                state[self._names[parameter]] = found
+        if collectives.rank():
+            return {}
+        return {"state": state, "groups": group_settings(self.optimizer), "scaler": {}}
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        for parameter, flat in self._trained():
+            for key, value in state["state"].get(self._names[parameter], {}).items():
+                mine = self.optimizer.state[flat]
+                if key == "step" or not isinstance(value, Tensor):
+                    mine[key] = on_cpu(value)
+                    continue
+                if key not in mine:
+                    mine[key] = torch.zeros_like(flat)
+                self._put_state(parameter, mine[key], value.to(flat.device).flatten())
+        load_group_counts(self.optimizer, state["groups"])
+
+    def parameter_norm(self) -> float:
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        if self.stage < 3:
+            return float(nn.utils.get_total_norm([p.detach() for p in trained]))
+        squares = torch.stack([p.ds_tensor.double().square().sum() for p in trained]).sum()
+        return math.sqrt(collectives.all_reduce_sum(squares).item())
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Trained parameters of more than one number must be left alone inside."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        scalars = [p for p, _ in self._trained() if math.prod(self._shape(p)) == 1]
+        with self._whole(list(self.module.parameters()), change=True):
+            before = [p.detach().clone() for p in scalars]
+            yield
+            after = [p.detach().clone() for p in scalars]
+        for parameter, old, new in zip(scalars, before, after, strict=True):
+            if not torch.equal(old, new):  # ZeRO updates copies of its own
+                safe_set_full_fp32_param(parameter, new)
+
+    @contextmanager
+    def _whole(self, tensors: list[Tensor], change: bool = False) -> Iterator[None]:
+        """ZeRO 3 has put aside the parameters among these; inside they are there."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        aside = [x for x in tensors if hasattr(x, "ds_id")]
+        with GatheredParameters(aside, modifier_rank=0 if change else None, enabled=bool(aside)):
+            yield
+
+    @staticmethod
+    def _shape(parameter: Tensor) -> torch.Size:
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def _trained(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each trained parameter, and the flat tensor of the optimiser that holds a piece of it."""
+        if self.stage == 3:
+            for parameter in (p for group in self._zero.fp16_groups for p in group):
+                place, _, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                yield parameter, self._zero.fp32_partitioned_groups_flat[place]
+            return
+        flats = self._zero.single_partition_of_fp32_groups
+        for group, flat in zip(self._zero.bit16_groups, flats, strict=True):
+            for parameter in group:
+                yield parameter, flat
+
+    def _whole_state(self, parameter: nn.Parameter, flat: Tensor, key: str) -> Any:
+        """What the optimiser remembers of a parameter, on the CPU; collective."""
+        value = self.optimizer.state[flat][key]
+        if key == "step" or not isinstance(value, Tensor):
+            return on_cpu(value)
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_full_optimizer_state
+
+            return on_cpu(safe_get_full_optimizer_state(parameter, key)).view(
+                self._shape(parameter)
+            )
+        whole = torch.zeros(parameter.numel(), dtype=value.dtype, device=value.device)
+        for in_parameter, in_flat in self._piece(parameter):
+            whole[in_parameter] = value[in_flat]
+        return on_cpu(collectives.all_reduce_sum(whole)).view(parameter.shape)
+
+    def _put_state(self, parameter: nn.Parameter, mine: Tensor, whole: Tensor) -> None:
+        """This rank's piece of what the optimiser remembers."""
+        if self.stage < 3:
+            for in_parameter, in_flat in self._piece(parameter):
+                mine[in_flat] = whole[in_parameter]
+            return
+        _, begin, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        piece = whole[size * collectives.rank() :][:size]  # the last one may be short
+        mine[begin : begin + len(piece)] = piece
+
+    @staticmethod
+    def _piece(parameter: nn.Parameter) -> Iterator[tuple[slice, slice]]:
+        """Which part of a parameter lies where in the flat tensor of this rank, if any does."""
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is not None:
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield (
+                slice(here.start, here.start + here.numel),
+                slice(there.start, there.start + there.numel),
+            )
