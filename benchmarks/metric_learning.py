@@ -92,7 +92,9 @@ def train(config: RunConfig) -> tuple[ImageTask, list[float]]:
             optimizer.zero_grad()
             value.backward()
             for group in optimizer.param_groups:
-                group["lr"] = optim.learning_rate(step, config.train.steps, config.optim)
+                group["lr"] = optim.learning_rate(
+                    step, config.train.steps, config.optim, config.data.global_batch_size
+                )
             optimizer.step()
     return task, differences
 

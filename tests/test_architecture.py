@@ -31,6 +31,7 @@ DOORS = {  # big dependencies, and the one file or part that knows each
     "webdataset": "tars.py",
     "transformers": "transformers_encoder.py",
     "kornia": "views.py",
+    "pytorch_optimizer": "optim.py",
     "submitit": "slurm.py",
     "triton": "triton_kernels.py",
 }

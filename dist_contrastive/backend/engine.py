@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 OptimizerState = dict[str, Any]
-"""``{"state": {parameter: {key: tensor or number}}, "groups": [{key: number}]}``, the same for
+"""``{"state": {parameter: {key: tensor or number}}, "groups": [{"step": number}]}``, the same for
 every engine and number of ranks; see `optimizer_state`."""
 
 

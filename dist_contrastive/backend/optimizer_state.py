@@ -12,26 +12,22 @@ def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in module.named_parameters()}
 
 
-def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Numbers of the parameter groups; some optimisers count their steps there."""
-    return [
-        {k: v for k, v in group.items() if k != "params" and isinstance(v, int | float | Tensor)}
-        for group in optimizer.param_groups
-    ]
+def group_counts(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Steps that an optimiser counts in its parameter groups; the rest of them is config."""
+    return [{k: v for k, v in group.items() if k == "step"} for group in optimizer.param_groups]
 
 
 def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
     """State of an optimiser that holds the module's own parameters, as copies on the CPU."""
-    names = parameter_names(module)
+    names: dict[Any, str] = dict(parameter_names(module))
     state = {names[p]: {k: on_cpu(v) for k, v in s.items()} for p, s in optimizer.state.items()}
-    return {"state": state, "groups": group_settings(optimizer)}
+    return {"state": state, "groups": group_counts(optimizer)}
 
 
 def load_named_state(
     optimizer: torch.optim.Optimizer, module: nn.Module, state: dict[str, Any]
 ) -> None:
-    """Put back what `named_state` gave. The settings of groups come from the config, but for counts
-    of steps."""
+    """Put back what `named_state` gave."""
     for name, parameter in module.named_parameters():
         if name in state["state"]:
             mine = optimizer.state[parameter]
@@ -43,8 +39,7 @@ def load_named_state(
 def load_group_counts(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
     """Steps that an optimiser counts in its parameter groups."""
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        if "step" in saved:
-            group["step"] = saved["step"]
+        group.update(saved)
 
 
 def on_cpu(value: Any) -> Any:

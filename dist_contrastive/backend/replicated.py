@@ -135,4 +135,6 @@ def _averaged(engine: Replicated, bucket: dist.GradBucket) -> torch.futures.Futu
     """DDP's own averaging of a bucket of gradients, counted and timed."""
     engine.reductions += bucket.is_last()
     engine._flight.begin()
-    return allreduce_hook(dist.group.WORLD, bucket).then(engine._flight.end)
+    world = dist.group.WORLD
+    assert world is not None
+    return allreduce_hook(world, bucket).then(engine._flight.end)

@@ -24,7 +24,7 @@ from dist_contrastive.backend.engine import (
     in_full_precision,
 )
 from dist_contrastive.backend.optimizer_state import (
-    group_settings,
+    group_counts,
     load_group_counts,
     on_cpu,
     parameter_names,
@@ -132,7 +132,7 @@ class Zero(Engine):
         self._names = parameter_names(module)
         embed = module.forward
         # The engine turns off an autocast around it, so this one is inside.
-        module.forward = self._autocast(embed)  # type: ignore[method-assign]
+        module.forward = self._autocast(embed)
         _check_parameters(module)
         self._engine, _ = accelerator.prepare(module, optimizer)
         asked = settings["zero_optimization"]["stage"]
@@ -140,6 +140,7 @@ class Zero(Engine):
             raise RuntimeError(f"asked for ZeRO {asked}, got {type(self._engine).__name__}")
         if self._engine.world_size != collectives.world_size():
             raise RuntimeError(f"DeepSpeed counts {self._engine.world_size} ranks")
+        self._has_gradients = False
         self._zero = self._engine.optimizer
         self.optimizer = self._zero.optimizer  # of flat pieces of parameters
 
@@ -156,13 +157,16 @@ class Zero(Engine):
         return embed
 
     def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return in_full_precision(self._engine(*inputs))
+        found = in_full_precision(self._engine(*inputs))
+        # It takes any gradient by what it returned for the backward of the step, by a view not.
+        return tuple(x.view_as(x) for x in found)
 
     def backward(self, losses: Callable[[int], Tensor], count: int = 1) -> None:
         with self._engine.coalesce_grad_reduction():
             for part in range(count):
                 self._engine.backward(losses(part))
             begin = time.perf_counter()  # what is left is the reduction, on leaving the block
+        self._has_gradients = True
         self.reduce_s += time.perf_counter() - begin
         self.reductions += 1
 
@@ -170,6 +174,7 @@ class Zero(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
+        self._has_gradients = False
         if self._zero.overflow:
             return Step(math.inf, applied=False)
         return Step(float(self._engine.get_global_grad_norm()), applied=True)
@@ -182,16 +187,16 @@ class Zero(Engine):
 
     def discard_gradients(self) -> None:
         """Through DeepSpeed's own way out of a step that is not finite."""
+        if not self._has_gradients:
+            return
         if self.stage == 3:
             self._zero.grad_partitions_flat_buffer.fill_(math.nan)
-        elif not self._zero.averaged_gradients:
-            return  # there are none
         else:
             for grads in self._zero.averaged_gradients.values():
                 for grad in grads or ():
                     grad.fill_(math.nan)
-        self._engine.step()
-        assert self._zero.overflow, "gradients that are to be dropped have been used"
+        updated = self.step(0.0)
+        assert not updated.applied, "gradients that are to be dropped have been used"
 
     def weights(self) -> dict[str, Tensor]:
         found = {}
@@ -211,7 +216,7 @@ class Zero(Engine):
                 state[self._names[parameter]] = found
         if collectives.rank():
             return {}
-        return {"state": state, "groups": group_settings(self.optimizer), "scaler": {}}
+        return {"state": state, "groups": group_counts(self.optimizer), "scaler": {}}
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         for parameter, flat in self._trained():
@@ -222,11 +227,11 @@ class Zero(Engine):
                     continue
                 if key not in mine:
                     mine[key] = torch.zeros_like(flat)
-                self._put_state(parameter, mine[key], value.to(flat.device).flatten())
+                self._put(parameter, mine[key], value.to(flat.device).flatten())
         load_group_counts(self.optimizer, state["groups"])
 
     def parameter_norm(self) -> float:
-        trained = [p for p in self.module.parameters() if p.requires_grad]
+        trained: list[Any] = [p for p in self.module.parameters() if p.requires_grad]
         if self.stage < 3:
             return float(nn.utils.get_total_norm([p.detach() for p in trained]))
         squares = torch.stack([p.ds_tensor.double().square().sum() for p in trained]).sum()
@@ -235,16 +240,12 @@ class Zero(Engine):
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
         """Trained parameters of more than one number must be left alone inside."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        scalars = [p for p, _ in self._trained() if math.prod(self._shape(p)) == 1]
+        scalars = [x for x in self._trained() if math.prod(self._shape(x[0])) == 1]
         with self._whole(list(self.module.parameters()), change=True):
-            before = [p.detach().clone() for p in scalars]
             yield
-            after = [p.detach().clone() for p in scalars]
-        for parameter, old, new in zip(scalars, before, after, strict=True):
-            if not torch.equal(old, new):  # ZeRO updates copies of its own
-                safe_set_full_fp32_param(parameter, new)
+            after = [parameter.detach().flatten().clone() for parameter, _ in scalars]
+        for (parameter, flat), value in zip(scalars, after, strict=True):
+            self._put(parameter, flat.data, value)  # ZeRO updates copies of its own
 
     @contextmanager
     def _whole(self, tensors: list[Tensor], change: bool = False) -> Iterator[None]:
@@ -287,8 +288,9 @@ class Zero(Engine):
             whole[in_parameter] = value[in_flat]
         return on_cpu(collectives.all_reduce_sum(whole)).view(parameter.shape)
 
-    def _put_state(self, parameter: nn.Parameter, mine: Tensor, whole: Tensor) -> None:
-        """This rank's piece of what the optimiser remembers."""
+    def _put(self, parameter: nn.Parameter, mine: Tensor, whole: Tensor) -> None:
+        """This rank's piece of a parameter, or of what the optimiser remembers of it, into a flat
+        tensor."""
         if self.stage < 3:
             for in_parameter, in_flat in self._piece(parameter):
                 mine[in_flat] = whole[in_parameter]

@@ -9,7 +9,7 @@ from dist_contrastive.backend import BackendSettings
 from dist_contrastive.config.data import DataSettings
 from dist_contrastive.config.tasks import TaskSettings
 from dist_contrastive.data.fields import Fields
-from dist_contrastive.optim import OptimSettings
+from dist_contrastive.optim import LAYERWISE, OptimSettings
 from dist_contrastive.settings import Settings
 
 
@@ -54,6 +54,22 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _task_fits_data(self) -> Self:
         self.task.check(self.data)
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        optim, stage = self.optim, self.backend.zero_stage
+        if optim.name in LAYERWISE and stage:
+            raise ValueError(
+                f"optim.name={optim.name} with backend.zero_stage={stage}: its updates depend on "
+                f"the whole of each parameter, and a rank of ZeRO updates pieces; set "
+                f"backend.zero_stage=0, or optim.name to adamw, lion or sgd"
+            )
+        if optim.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps={optim.warmup_steps} is more than train.steps="
+                f"{self.train.steps}, so that optim.lr would not be reached; set fewer"
+            )
         return self
 
     @property

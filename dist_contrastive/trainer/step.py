@@ -33,7 +33,7 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
     config, step = run.config, run.progress.step
     run.task.progress, run.task.is_logged = step / config.train.steps, is_logged
     run.task.micro_batch_size = config.train.micro_batch_size
-    lr = optim.learning_rate(step, config.train.steps, config.optim)
+    lr = optim.learning_rate(step, config.train.steps, config.optim, config.data.global_batch_size)
     try:
         embeddings, row = backward(run, samples)
         with run.clock.spent("optimizer"):

@@ -1,0 +1,284 @@
+"""Every task on every engine and number of ranks, cached or not, against one process alone."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import CONFIGS, data_of
+from torch import Tensor
+
+from dist_contrastive import checkpoint, trainer
+from dist_contrastive import config as configs
+from dist_contrastive.backend import Backend
+from dist_contrastive.config import RunConfig
+from dist_contrastive.testing import run_ranks
+from dist_contrastive.trainer.start import start
+from dist_contrastive.trainer.step import train_step
+
+STEPS = 3
+BATCH = 24
+RESIDUAL = "task.encoder={name: residual, widths: [8, 16]}"
+HEAD = "task.head={hidden: 16, out: 8}"
+PAIR = {
+    "encoder": {"name": "text", "width": 16, "layers": 1, "max_bytes": 24},
+    "head": {"hidden": 16, "out": 8},
+}
+BALANCE = "data.balance={classes: 4, samples_per_class: 6}"
+CLIPPED = "optim.clip_norm=0.2"  # a tenth of the norm
+LEARNABLE = "task.loss={name: ntxent, temperature: 0.2, learnable: true}"
+TASKS = {  # the config, and what makes it small
+    "two_view": ("digits_encoder", RESIDUAL, HEAD, LEARNABLE),
+    "paired": ("digits_captions", RESIDUAL, HEAD, f"task.pair={json.dumps(PAIR)}", CLIPPED),
+    "bf16": ("digits_encoder", RESIDUAL, HEAD, LEARNABLE, "backend.precision=bf16"),
+    "labelled": ("digits_supcon", RESIDUAL, HEAD, BALANCE),
+    "hybrid": ("digits_hybrid", RESIDUAL, HEAD, BALANCE),
+    "moco": ("digits_moco", RESIDUAL, HEAD, "task.queue_size=48"),
+    "drift": (
+        "digits_generator",
+        "task.generator={name: conv, noise_dim: 4, width: 8}",
+        "task.features=[{name: pixels}]",
+        "task.ema=0.9",
+    ),
+}
+MICRO_BATCHES = {"plain": None, "cached": 5}
+
+
+class Outcome(NamedTuple):
+    """What three steps left, as one rank sees it."""
+
+    engine: str
+    world_size: int
+    reductions: int
+    norms: list[float]
+    weights: dict[str, Tensor]
+
+
+def config_of(task: str, overrides, run_dir: Path, *more: str) -> RunConfig:
+    name, *options = TASKS[task]
+    path = CONFIGS / f"{name}.yaml"
+    # Momentum keeps what Adam would divide away: a gradient that is rounding alone.
+    short = ("optim.name=sgd", "optim.lr=0.05", "optim.warmup_steps=0", f"train.steps={STEPS}")
+    batch = (f"data.global_batch_size={BATCH}", "data.lanes=6", "data.num_workers=0")
+    return configs.load(
+        path, overrides(run_dir, *options, *short, *batch, *more, data_name=data_of(path))
+    )
+
+
+def with_engine(config: RunConfig, stage: int, micro_batch_size: int | None) -> RunConfig:
+    return config.model_copy(
+        update={
+            "backend": config.backend.model_copy(update={"zero_stage": stage}),
+            "train": config.train.model_copy(update={"micro_batch_size": micro_batch_size}),
+        }
+    )
+
+
+def as_a_rank() -> None:
+    """Tell Accelerate and DeepSpeed what torchrun would."""
+    os.environ |= {
+        "RANK": str(dist.get_rank()),
+        "LOCAL_RANK": str(dist.get_rank()),
+        "WORLD_SIZE": str(dist.get_world_size()),
+        "LOCAL_WORLD_SIZE": str(dist.get_world_size()),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
+
+
+def three_steps(config: RunConfig) -> Outcome:
+    backend = Backend(config.backend)
+    run = start(config, backend)
+    norms = []
+    for taken in run.data.batches(backend.device):
+        row = train_step(run, taken.samples, taken.consumed, is_logged=True)
+        norms.append(row["grad_norm"])
+        if run.progress.step == STEPS:
+            break
+    weights = run.engine.weights()
+    stage = f" {run.engine.stage}" if hasattr(run.engine, "stage") else ""
+    name = type(run.engine._wrapped if not stage else run.engine._engine).__name__ + stage
+    outcome = Outcome(name, backend.world_size, run.engine.reductions, norms, weights)
+    backend.close()
+    return outcome
+
+
+def all_three_steps(cases: list[RunConfig]) -> list[Outcome]:
+    as_a_rank()
+    return [three_steps(config) for config in cases]
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest error of a tensor relative to its norm; one that is still near 0 counts as 0.1."""
+    assert found.keys() == expected.keys()
+    errors = [
+        (
+            ((found[name].double() - x.double()).norm() / x.double().norm().clamp(min=0.1)).item(),
+            name,
+        )
+        for name, x in expected.items()
+    ]
+    assert all(math.isfinite(error) for error, _ in errors)
+    return max(errors)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, overrides):
+    """One process without a group, plain, in fp32."""
+    folder = tmp_path_factory.mktemp("reference")
+    tasks = {name: config_of(name, overrides, folder / name) for name in TASKS}
+    outcomes = {name: three_steps(config) for name, config in tasks.items()}
+    for name, outcome in outcomes.items():
+        assert outcome.engine in ("TwoView", "Paired", "Labelled", "Hybrid", "Moco", "Drift"), name
+    assert min(outcomes["paired"].norms) > 0.4, "nothing would be clipped"
+    return outcomes
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("engine", ["replicated", "ZeRO 1", "ZeRO 2", "ZeRO 3"])
+def test_three_steps_are_those_of_one_process(
+    engine, world_size, reference, tmp_path_factory, overrides
+):
+    stage = 0 if engine == "replicated" else int(engine[-1])
+    folder = tmp_path_factory.mktemp("runs")
+    cases = {
+        (name, kind): with_engine(config_of(name, overrides, folder / name / kind), stage, size)
+        for name in TASKS
+        for kind, size in MICRO_BATCHES.items()
+    }
+    ranks = run_ranks(all_three_steps, world_size, list(cases.values()))
+    wrapper = "DistributedDataParallel" if stage == 0 else f"DeepSpeedEngine {stage}"
+    for number, (name, kind) in enumerate(cases):
+        expected, outcomes = reference[name], [outcomes[number] for outcomes in ranks]
+        rel = 1e-5
+        if name == "bf16":  # as near to fp32 as one process in bf16 is, and not the same as fp32
+            expected = reference["two_view"]
+            rel = 3 * worst(reference["bf16"].weights, expected.weights)[0]
+            assert worst(outcomes[0].weights, expected.weights)[0] > 1e-4
+        where = f"{name}, {kind}, {engine} on {world_size}"
+        for outcome in outcomes:
+            assert outcome.world_size == world_size, where
+            if world_size > 1 or stage:
+                assert outcome.engine == wrapper, where
+                assert outcome.reductions == STEPS, where
+            assert outcome.norms == pytest.approx(expected.norms, rel=10 * rel), where
+        error, tensor = worst(outcomes[0].weights, expected.weights)
+        assert error < rel, f"{where}: {tensor} off by {error}"
+
+
+def with_bad_steps(config: RunConfig) -> list[dict[str, Tensor]]:
+    """Weights after each of: a good step; one whose loss is not finite, on the last rank; one whose
+    gradient is not; a good one from a temperature that was set out of its limits; a good one."""
+    backend = Backend(config.backend)
+    run = start(config, backend)
+    is_last = backend.rank == backend.world_size - 1
+    compare, found, moments = run.task.compare, [], []
+
+    def bad_gradient(embeddings, samples):
+        terms = compare(embeddings, samples)
+        nothing = (embeddings[0] * (0 if is_last else 1)).square().sum().sqrt()
+        return {"contrastive": terms["contrastive"] + nothing - nothing.detach()}
+
+    batches = run.data.batches(backend.device)
+    for number in range(5):
+        taken = next(batches)
+        run.task.compare = bad_gradient if number == 2 else compare
+        if number == 1 and is_last:
+            taken.samples.images.fill_(math.nan)
+        if number == 3:
+            with torch.no_grad(), run.engine.whole_parameters():
+                run.task.loss.scale.log_scale.fill_(-3.0)
+        row = train_step(run, taken.samples, taken.consumed, is_logged=True)
+        assert bool(row) == (number not in (1, 2)), number
+        assert run.progress.bad_steps == (number if number in (1, 2) else 0)
+        found.append(run.engine.weights())
+        moments.append(run.engine.optimizer_state())
+    for kept in (found, moments):  # bad steps change nothing at all
+        if kept[0]:
+            assert_same(kept[1], kept[0])
+            assert_same(kept[2], kept[0])
+    backend.close()
+    return found
+
+
+def assert_same(mine, its) -> None:
+    """Bitwise."""
+    assert type(mine) is type(its)
+    if isinstance(its, dict):
+        assert mine.keys() == its.keys()
+        for name, value in its.items():
+            assert_same(mine[name], value)
+    elif isinstance(its, list):
+        for one, other in zip(mine, its, strict=True):
+            assert_same(one, other)
+    else:
+        assert torch.equal(mine, its) if isinstance(its, Tensor) else mine == its
+
+
+def all_with_bad_steps(cases: list[RunConfig]) -> list[list[dict[str, Tensor]]]:
+    as_a_rank()
+    return [with_bad_steps(config) for config in cases]
+
+
+@pytest.mark.parametrize("kind", MICRO_BATCHES)
+def test_what_is_not_finite_on_one_rank_changes_nothing_on_all(kind, tmp_path, overrides):
+    alone = config_of("two_view", overrides, tmp_path / "alone", "train.steps=9")
+    alone = with_engine(alone, 0, MICRO_BATCHES[kind])
+    cases = [
+        with_engine(
+            config_of("two_view", overrides, tmp_path / str(stage), "train.steps=9"),
+            stage,
+            MICRO_BATCHES[kind],
+        )
+        for stage in range(4)
+    ]
+    expected = with_bad_steps(alone)
+    assert expected[3]["loss.scale.log_scale"].item() == 0
+    for stage, found in enumerate(run_ranks(all_with_bad_steps, 2, cases)[0]):
+        for number, weights in enumerate(found):
+            error, tensor = worst(weights, expected[number])
+            assert error < 1e-5, f"stage {stage}, after step {number}: {tensor} off by {error}"
+
+
+def one_more_step(config: RunConfig) -> str:
+    """Go on from the checkpoint with what it holds, bitwise; save after one step."""
+    as_a_rank()
+    backend = Backend(config.backend)
+    run = start(config, backend)
+    saved = checkpoint.newest(config.run_dir / "checkpoints")
+    if saved is not None:
+        weights, state = run.engine.weights(), run.engine.optimizer_state()
+        if backend.is_main:
+            assert_same(weights, saved.weights())
+            assert_same(state["state"], saved.optimizer_state()["state"])
+    backend.close()
+    assert trainer.train(config, stop_after=1) == (0 if run.progress.step == 5 else 75)
+    return type(run.engine).__name__
+
+
+LEGS = ((2, 0), (3, 1), (2, 2), (3, 3), (2, 3), (1, 1))  # ranks and stage
+
+
+def test_a_run_goes_on_with_any_engine_on_any_number_of_ranks(tmp_path, overrides):
+    """AdamW's two moments and count of steps, handed from each engine to the next."""
+    adam = ("optim.name=adamw", "optim.lr=0.01", "optim.eps=1e-3", "train.steps=6")
+    whole = config_of("two_view", overrides, tmp_path / "whole", *adam)
+    assert trainer.train(whole) == 0
+    legs = config_of("two_view", overrides, tmp_path / "legs", *adam)
+    for ranks, stage in LEGS:
+        names = run_ranks(one_more_step, ranks, with_engine(legs, stage, 5))
+        assert names == ["Zero" if stage else "Replicated"] * ranks
+    found, expected = (checkpoint.newest(c.run_dir / "checkpoints") for c in (legs, whole))
+    assert found is not None
+    assert expected is not None
+    assert found.progress == expected.progress
+    assert worst(found.weights(), expected.weights())[0] < 1e-5
+    moments, its = found.optimizer_state()["state"], expected.optimizer_state()["state"]
+    assert moments.keys() == its.keys()
+    for name in its:
+        assert moments[name].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert worst(moments[name], its[name])[0] < 1e-5
