@@ -31,6 +31,12 @@ class LostWorkerError(UserError):
     exit_code = 75
 
 
+class StorageError(UserError):
+    """A checkpoint that had to be written could not be; the one before is whole. Start again."""
+
+    exit_code = 75
+
+
 class NonFiniteError(RuntimeError):
     """NaN or infinity in embeddings, loss or gradients; names the step and the ranks."""
 

@@ -67,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     evaluate.set_defaults(command=_evaluate)
 
+    export = commands.add_parser("export", help="write the weights and config of a trained run")
+    export.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    export.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
+    export.add_argument("--checkpoint", choices=["newest", "best"], default="newest")
+    export.set_defaults(command=_export)
+
     sample = commands.add_parser("sample", help="write samples of a trained generator")
     sample.add_argument("run", type=Path, metavar="RUN", help="run directory of task drift")
     sample.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/samples")
@@ -103,6 +109,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     from dist_contrastive.tasks.evaluate import evaluate_runs, print_table
 
     print_table(evaluate_runs(args.runs))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from dist_contrastive.tasks.runs import export
+
+    out = args.out or args.run / "export"
+    found = export(args.run, out, args.checkpoint)
+    print(f"weights after step {found.progress.step} and config in {out}")
     return 0
 
 

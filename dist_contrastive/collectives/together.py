@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_contrastive.collectives.group import Group, is_distributed, world_size
-from dist_contrastive.errors import UserError
+from dist_contrastive.errors import NonFiniteError, UserError
 
 
 def gather_objects(value: Any, group: Group = None) -> list[Any]:
@@ -36,7 +36,7 @@ def raised_together(group: Group = None) -> Iterator[None]:
         for number, failure in enumerate(gather_objects(told, group)):
             if failure is not None and own is None:
                 kind, message = failure
-                kind = kind if issubclass(kind, UserError) else RuntimeError
+                kind = kind if issubclass(kind, UserError | NonFiniteError) else RuntimeError
                 raise kind(f"rank {number}: {message}")
     if own is not None:
         raise own

@@ -13,7 +13,7 @@ Precedence: defaults < YAML file < ``key=value`` overrides. Unknown names are re
 
 from dist_contrastive.config.data import BalanceSettings, DataSettings
 from dist_contrastive.config.files import load, load_run, save
-from dist_contrastive.config.run import RunConfig, TrainSettings, differences
+from dist_contrastive.config.run import KeepBestSettings, RunConfig, TrainSettings, differences
 from dist_contrastive.config.tasks import (
     DriftSettings,
     HybridSettings,
@@ -29,6 +29,7 @@ __all__ = [
     "DataSettings",
     "DriftSettings",
     "HybridSettings",
+    "KeepBestSettings",
     "LabelledSettings",
     "MocoSettings",
     "PairedSettings",

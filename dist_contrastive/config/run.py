@@ -1,7 +1,7 @@
 """Everything that defines a run, and what of it a resumed run may change."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -13,6 +13,14 @@ from dist_contrastive.optim import LAYERWISE, OptimSettings
 from dist_contrastive.settings import Settings
 
 
+class KeepBestSettings(Settings):
+    """Which checkpoint is the best one."""
+
+    metric: str
+    """A number in metrics.jsonl; its mean since the checkpoint before counts."""
+    mode: Literal["min", "max"] = "min"
+
+
 class TrainSettings(Settings):
     """Length of a run, and what it writes."""
 
@@ -22,7 +30,13 @@ class TrainSettings(Settings):
     save_every: PositiveInt = 200
     """Steps between checkpoints; one is always written at the end."""
     keep_last: PositiveInt = 2
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints whose step is a multiple of it are kept too."""
+    keep_best: KeepBestSettings | None = None
+    """The best one is kept too."""
+    async_save: bool = False
+    """Write checkpoints beside the training, from a copy of them in memory."""
     micro_batch_size: PositiveInt | None = None
     """Rows of a rank that networks are given at a time; the batch may be as large as its embeddings
     allow (gradient caching). null: all rows at once. It changes gradients by rounding alone."""
@@ -58,17 +72,22 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        optim, stage = self.optim, self.backend.zero_stage
+        optim, train, stage = self.optim, self.train, self.backend.zero_stage
         if optim.name in LAYERWISE and stage:
             raise ValueError(
                 f"optim.name={optim.name} with backend.zero_stage={stage}: its updates depend on "
                 f"the whole of each parameter, and a rank of ZeRO updates pieces; set "
                 f"backend.zero_stage=0, or optim.name to adamw, lion or sgd"
             )
-        if optim.warmup_steps > self.train.steps:
+        if train.keep_every is not None and train.keep_every % train.save_every:
+            raise ValueError(
+                f"train.keep_every={train.keep_every} is no multiple of train.save_every="
+                f"{train.save_every}, so that there may be no such checkpoint; set a multiple"
+            )
+        if optim.warmup_steps > train.steps:
             raise ValueError(
                 f"optim.warmup_steps={optim.warmup_steps} is more than train.steps="
-                f"{self.train.steps}, so that optim.lr would not be reached; set fewer"
+                f"{train.steps}, so that optim.lr would not be reached; set fewer"
             )
         return self
 
@@ -103,6 +122,9 @@ MAY_CHANGE = (
     "train.log_every",
     "train.save_every",
     "train.keep_last",
+    "train.keep_every",
+    "train.keep_best",
+    "train.async_save",
     "train.ledger",
     "train.micro_batch_size",
     "train.max_bad_steps",
@@ -114,7 +136,8 @@ MAY_CHANGE = (
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """``key: old -> new`` for every setting that a resumed run may not change."""
     before, after = (_flat(c.model_dump(mode="json")) for c in (old, new))
-    keys = [key for key in {**before, **after} if key not in MAY_CHANGE]
+    free = tuple(f"{name}." for name in MAY_CHANGE)
+    keys = [key for key in {**before, **after} if not f"{key}.".startswith(free)]
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in keys

@@ -4,13 +4,14 @@
     data_record.py  what it was trained on, so that it goes on with the same
     skipped.py      samples that could not be read
     start.py        opens a run: its data, its task, the newest checkpoint
+    saving.py       checkpoints
     step.py         one step
 
 Everything random is a function of (seed, step, rank) or of the sample, so a run is determined by
 its config and how far it is. Stopped anywhere and started again, it ends with the same weights.
 """
 
-from dist_contrastive import checkpoint, collectives
+from dist_contrastive import collectives
 from dist_contrastive.backend import Backend
 from dist_contrastive.checkpoint import Progress
 from dist_contrastive.config import RunConfig
@@ -19,6 +20,7 @@ from dist_contrastive.errors import UserError
 from dist_contrastive.metrics import Ledger, MetricsLog, forget_steps
 from dist_contrastive.signals import stop_flag
 from dist_contrastive.trainer.data import Taken, open_data
+from dist_contrastive.trainer.saving import Saver
 from dist_contrastive.trainer.skipped import SkippedLog
 from dist_contrastive.trainer.start import Run, start
 from dist_contrastive.trainer.step import train_step
@@ -76,10 +78,11 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
         log,
         stop_flag() as signalled,
         Ledger(config.run_dir, backend.rank, config.train.ledger) as ledger,
+        Saver(run) as saver,
         Ahead(run.data.batches(backend.device), _AHEAD) as batches,
     ):
         while run.progress.step < stop_at:
-            taken = _next_batch(run, batches, skipped, signalled)
+            taken = _next_batch(run, saver, batches, skipped, signalled)
             if taken is None:
                 break
             ledger.write(run.progress.step, taken.keys)
@@ -88,15 +91,17 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
             row = train_step(run, taken.samples, taken.consumed, is_logged)
             if row:
                 rates = run.clock.rates(run.progress.consumed)
-                log.write({**row, **rates, "skipped": len(skipped)})
-            if step % config.train.save_every == 0:
-                _save(run)
-        _save_unless_saved(run)
+                row = {**row, **rates, "skipped": len(skipped)}
+                log.write(row)
+                saver.note(row)
+            if step % config.train.save_every == 0 and step < steps:
+                saver.save()
+        saver.save_last()
     return EXIT_DONE if run.progress.step >= steps else EXIT_REQUEUE
 
 
 def _next_batch(
-    run: Run, batches: Ahead[Taken], skipped: SkippedLog, signalled: list[int]
+    run: Run, saver: Saver, batches: Ahead[Taken], skipped: SkippedLog, signalled: list[int]
 ) -> Taken | None:
     """The next batch; None on all ranks when one of them was asked to stop, while it waited too.
 
@@ -116,7 +121,7 @@ def _next_batch(
     if verdict == _FAILED:
         known = collectives.gather_objects(error is None or isinstance(error, UserError))
         if all(known):  # what is being trained is sound
-            _save_unless_saved(run)
+            saver.save_last()
         with collectives.raised_together():
             if error:
                 raise error
@@ -124,21 +129,6 @@ def _next_batch(
         try:
             skipped.add(run.progress.step, mine)
         except UserError:
-            _save_unless_saved(run)
+            saver.save_last()
             raise
     return taken.ready() if taken and verdict < _STOP else None
-
-
-def _save_unless_saved(run: Run) -> None:
-    """Save what has been done since the last checkpoint, if anything."""
-    if run.progress != run.saved:
-        _save(run)
-
-
-def _save(run: Run) -> None:
-    weights, state = run.engine.weights(), run.engine.optimizer_state()
-    with collectives.raised_together():
-        if run.backend.is_main:
-            root, keep_last = run.config.run_dir / "checkpoints", run.config.train.keep_last
-            checkpoint.save(root, run.progress, weights, state, keep_last)
-    run.saved = run.progress

@@ -38,13 +38,18 @@ class Run:
     def say(self, text: str) -> None:
         """A line for whoever watches, from the first rank."""
         if self.backend.is_main:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
+
+
+def say(text: str) -> None:
+    """A line for whoever watches."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def start(config: RunConfig, backend: Backend) -> Run:
     """Open everything; what is wrong on one rank is raised on all."""
     with collectives.raised_together():
-        resumed = _find_checkpoint(config)
+        resumed = _find_checkpoint(config, backend.is_main)
     seen = collectives.gather_objects(None if resumed is None else resumed.progress)
     if any(progress != seen[0] for progress in seen):
         raise ConfigError(
@@ -61,7 +66,7 @@ def start(config: RunConfig, backend: Backend) -> Run:
         task = build_task(config, data.example)
         optimizer = optim.build_optimizer(task, config.optim)
         if resumed:
-            task.load_state_dict(resumed.weights())
+            _load(task, resumed)
         if backend.is_main:
             _describe(config, backend, indexes)
     engine = backend.engine(task, optimizer, config.optim.clip_norm)
@@ -71,9 +76,9 @@ def start(config: RunConfig, backend: Backend) -> Run:
     return Run(config, backend, task, engine, data, progress, progress, clock)
 
 
-def _find_checkpoint(config: RunConfig) -> Checkpoint | None:
+def _find_checkpoint(config: RunConfig, is_main: bool) -> Checkpoint | None:
     """The newest checkpoint of this run directory, which must be of the same config."""
-    found = checkpoint.newest(config.run_dir / "checkpoints")
+    found = checkpoint.newest(config.run_dir / "checkpoints", say if is_main else lambda _: None)
     if found is None:
         return None
     changed = configs.differences(configs.load_run(config.run_dir), config)
@@ -83,6 +88,24 @@ def _find_checkpoint(config: RunConfig) -> Checkpoint | None:
             f"another run_dir, or delete that one to start over"
         )
     return found
+
+
+def _load(task: Task, resumed: Checkpoint) -> None:
+    mine, its = task.state_dict(), resumed.weights()
+    problems = [f"it has no {name}" for name in mine.keys() - its.keys()]
+    problems += [f"the task has no {name}" for name in its.keys() - mine.keys()]
+    problems += [
+        f"{name} is {list(its[name].shape)}, and the task's {list(mine[name].shape)}"
+        for name in mine.keys() & its.keys()
+        if its[name].shape != mine[name].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ConfigError(
+            f"{resumed.folder} is a checkpoint of another model: {'; '.join(problems[:3])}{more}; "
+            f"train in another run_dir, or with the version and config that it was written by"
+        )
+    task.load_state_dict(its)
 
 
 def _describe(config: RunConfig, backend: Backend, indexes: list[ShardIndex]) -> None:

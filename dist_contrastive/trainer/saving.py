@@ -1,0 +1,123 @@
+"""Checkpoints of a run: when they are written, beside the training or not, and what if they cannot
+be."""
+
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from dist_contrastive import checkpoint, collectives
+from dist_contrastive.checkpoint import Keep, Progress
+from dist_contrastive.errors import ConfigError, NonFiniteError, StorageError
+from dist_contrastive.trainer.start import Run
+
+
+class Saver:
+    """Writes the checkpoints of a run; every method is called on all ranks alike.
+
+    One that cannot be written in the middle of a training is told of and made up for by the next;
+    at the end, or where the run is to stop, that is an error.
+    """
+
+    def __init__(self, run: Run) -> None:
+        train = run.config.train
+        self._run, self._best, self._is_beside = run, train.keep_best, train.async_save
+        self._root = run.config.run_dir / "checkpoints"
+        self._keep = Keep(
+            train.keep_last, train.keep_every, self._best.mode if self._best else None
+        )
+        self._scores: list[float] = []  # since the checkpoint before
+        self._writer = ThreadPoolExecutor(1)
+        self._pending: tuple[Progress, Future[Path]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._writer.shutdown(wait=True)
+
+    def note(self, row: dict[str, Any]) -> None:
+        """A row of metrics, which may hold the one that the best checkpoint is chosen by.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self._best is None:
+            return
+        if self._best.metric not in row:
+            raise ConfigError(
+                f"train.keep_best.metric={self._best.metric} is not measured; choose one of "
+                f"{', '.join(row)}"
+            )
+        self._scores.append(row[self._best.metric])
+
+    def save(self) -> None:
+        """Write a checkpoint; one that cannot be written is only told of.
+
+        Raises:
+            NonFiniteError: the weights hold NaN or infinity; nothing is written.
+        """
+        self._finish()
+        self._begin()
+        if not self._is_beside:
+            self._finish()
+
+    def save_last(self) -> None:
+        """Wait for what is being written, and write what has been done since.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        problem = self._finish()
+        if self._run.progress != self._run.saved:
+            self._begin()
+            problem = self._finish()
+        if problem is None:
+            return
+        saved = self._run.saved
+        here = f"that of step {saved.step} is whole" if saved.step else "there is none before it"
+        raise StorageError(f"{problem}; {here}; make room and start again")
+
+    def _begin(self) -> None:
+        run, score = self._run, None
+        weights, state = run.engine.weights(), run.engine.optimizer_state()
+        with collectives.raised_together():
+            _check_weights(weights, run.progress.step)
+        if self._scores:
+            score, self._scores = math.fsum(self._scores) / len(self._scores), []
+        arguments = (self._root, run.progress, weights, state, self._keep, score)
+        if run.backend.is_main:
+            self._pending = run.progress, self._writer.submit(checkpoint.save, *arguments)
+        else:
+            self._pending = run.progress, Future()
+
+    def _finish(self) -> str | None:
+        """Wait for the checkpoint that is being written, and tell why it could not be."""
+        if self._pending is None:
+            return None
+        progress, written = self._pending
+        self._pending = None
+        problem = None
+        with collectives.raised_together():
+            if self._run.backend.is_main:
+                try:
+                    written.result()
+                except OSError as error:
+                    problem = f"the checkpoint of step {progress.step} is not written: {error}"
+        problem = collectives.gather_objects(problem)[0]
+        if problem is None:
+            self._run.saved = progress
+        else:
+            self._run.say(problem)
+        return problem
+
+
+def _check_weights(weights: dict[str, Tensor], step: int) -> None:
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise NonFiniteError(
+                f"step {step}: {name} holds NaN or infinity, and is not saved; go on from the "
+                f"checkpoint before with a lower optim.lr"
+            )
