@@ -37,6 +37,24 @@ class StorageError(UserError):
     exit_code = 75
 
 
+class LostRankError(UserError):
+    """Another rank has ended, and tells why by itself. Start again."""
+
+    exit_code = 75
+
+
+class StalledError(UserError):
+    """A rank has not been heard for too long. Start again."""
+
+    exit_code = 75
+
+
+class NoProgressError(UserError):
+    """Started several times, a run never came to its next checkpoint: do not start it again."""
+
+    exit_code = 93
+
+
 class NonFiniteError(RuntimeError):
     """NaN or infinity in embeddings, loss or gradients; names the step and the ranks."""
 

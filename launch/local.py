@@ -3,7 +3,8 @@
     python -m launch.local CONFIG --ranks 2 [key=value ...]
 
 The config is checked before any rank starts. The exit code is that of the first rank that failed,
-not torchrun's own: 0 done, 64 bad config or data, 70 not finite, 75 stopped early and saved.
+not torchrun's own: 0 done, 64 bad config or data, 70 not finite, 75 stopped early (start it again),
+93 no progress.
 """
 
 import argparse
@@ -16,6 +17,9 @@ import psutil
 
 from dist_contrastive.cli import reporting_errors
 from dist_contrastive.signals import STOP_SIGNALS
+
+EXIT_REQUEUE = 75
+_TOGETHER_S = 10
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,15 +56,18 @@ def _run(config: str, overrides: list[str], ranks: int) -> int:
     try:
         run(get_args_parser().parse_args(command))
     except ChildFailedError as error:
-        return _cause([failure.exitcode for failure in error.failures.values()])
+        return _cause([(f.timestamp, f.exitcode) for f in error.failures.values()])
     return 0
 
 
-def _cause(codes: list[int]) -> int:
-    """The exit code that explains the others: ranks that lose a peer fail too, at the same time."""
+def _cause(failures: list[tuple[int, int]]) -> int:
+    """The exit code that explains the others, of times in seconds and codes: ranks that lose
+    another one end with 75, and torchrun kills those that have not ended half a minute later."""
+    first = min(time_s for time_s, _ in failures)
+    codes = [code for time_s, code in failures if time_s < first + _TOGETHER_S]
     killed = [128 - code for code in codes if code < 0 and code != -signal.SIGTERM]
-    known = [code for code in codes if code in (64, 70, 75)]
-    return (killed or known or [abs(code) for code in codes])[0]
+    raised = [code for code in codes if code > 0 and code != EXIT_REQUEUE]
+    return (killed or raised or [EXIT_REQUEUE])[0]
 
 
 def _forward(number: int, _: Any) -> None:

@@ -6,6 +6,7 @@ engine.py           Engine: what the trainer asks of any engine
 replicated.py       every rank holds all of the model: one process, or DDP
 zero.py             DeepSpeed ZeRO 1, 2, 3: ranks share optimiser, gradients, weights
 optimizer_state.py  what an optimiser remembers, by the names of parameters
+trackers.py         TensorBoard, Weights & Biases, Trackio
 seeds.py            generators of random numbers, started before every part of a step
 """
 
@@ -13,5 +14,14 @@ from dist_contrastive.backend.engine import Engine, Step
 from dist_contrastive.backend.process import Backend
 from dist_contrastive.backend.seeds import seed_everything
 from dist_contrastive.backend.settings import BackendSettings
+from dist_contrastive.backend.trackers import TrackerName, Trackers
 
-__all__ = ["Backend", "BackendSettings", "Engine", "Step", "seed_everything"]
+__all__ = [
+    "Backend",
+    "BackendSettings",
+    "Engine",
+    "Step",
+    "TrackerName",
+    "Trackers",
+    "seed_everything",
+]

@@ -13,7 +13,8 @@ from torch import nn
 from dist_contrastive.backend.engine import Engine
 from dist_contrastive.backend.replicated import Replicated
 from dist_contrastive.backend.settings import BackendSettings
-from dist_contrastive.backend.zero import Zero, forget_switches, zero_accelerator
+from dist_contrastive.backend.zero import Zero
+from dist_contrastive.backend.zero_setup import forget_switches, zero_accelerator
 from dist_contrastive.errors import ConfigError
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -5,6 +5,7 @@
     rows.py        rows gathered, scattered, fetched; every gradient is summed on its way home
     ring.py        rows handed from rank to rank
     reductions.py  sums, maxima, log-sum-exps and means over ranks
+    lost.py        errors that tell of a rank that has ended
     together.py    objects of all ranks; errors raised on all ranks
 
 Everything works without a process group too: then there is one rank and nothing is sent.
@@ -22,6 +23,7 @@ from dist_contrastive.collectives.group import (
     world_size,
 )
 from dist_contrastive.collectives.headers import RowHeader, describe, exchange_headers
+from dist_contrastive.collectives.lost import is_lost_rank
 from dist_contrastive.collectives.reductions import (
     GradReduction,
     all_reduce_max,
@@ -55,6 +57,7 @@ __all__ = [
     "gather_rows",
     "global_mean",
     "is_distributed",
+    "is_lost_rank",
     "logsumexp_over_ranks",
     "max_over_ranks",
     "raised_together",

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from dist_contrastive.backend import BackendSettings
+from dist_contrastive.backend import BackendSettings, TrackerName
 from dist_contrastive.config.data import DataSettings
 from dist_contrastive.config.tasks import TaskSettings
 from dist_contrastive.data.fields import Fields
@@ -42,6 +42,14 @@ class TrainSettings(Settings):
     allow (gradient caching). null: all rows at once. It changes gradients by rounding alone."""
     max_bad_steps: NonNegativeInt = 3
     """Steps in a row whose loss or gradient may be not finite; they change nothing."""
+    max_stalled_starts: PositiveInt = 5
+    """How often a run may be started from the same checkpoint without coming to the next one."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where rows of metrics are sent besides metrics.jsonl."""
+    tracker_project: str = "dist_contrastive"
+    """Name under which wandb and trackio keep the run."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step (1 is the first) of a profile, written to profile/rank-R.json."""
     ledger: bool = False
     """Write the keys of every batch to ledger/rank-R.jsonl."""
 
@@ -125,9 +133,13 @@ MAY_CHANGE = (
     "train.keep_every",
     "train.keep_best",
     "train.async_save",
+    "train.trackers",
+    "train.tracker_project",
+    "train.profile_steps",
     "train.ledger",
     "train.micro_batch_size",
     "train.max_bad_steps",
+    "train.max_stalled_starts",
     "backend.zero_stage",
     "backend.timeout_s",
 )

@@ -52,6 +52,10 @@ class Task(nn.Module, ABC):
         """`embed`, under the name that engines wrap."""
         return self.embed(*inputs)
 
+    def pairs(self, embeddings: Embeddings) -> tuple[Tensor, Tensor] | None:
+        """Two embeddings of each sample [b, D] that are to be near each other, if there are."""
+        return None
+
     def finish_step(self, embeddings: Embeddings) -> None:
         """What changes after the parameters have: learnable scales are kept within their limits;
         momentum encoders, queues and running means follow. Called on all ranks."""

@@ -74,6 +74,10 @@ class Hybrid(ImageTask):
         self._values = {name: value.detach() for name, value in values.items()}
         return {name: self._weight(name) * value for name, value in values.items()}
 
+    def pairs(self, embeddings: Embeddings) -> tuple[Tensor, Tensor] | None:
+        """The projections of the first two views."""
+        return super().pairs(embeddings[0].unbind(1))
+
     def finish_step(self, embeddings: Embeddings) -> None:
         """The running mean of the reward follows."""
         super().finish_step(embeddings)

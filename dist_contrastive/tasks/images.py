@@ -9,7 +9,7 @@ from dist_contrastive.data.views import ViewSettings, make_view, view_keys
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.models import build_encoder, build_head, representations_of
-from dist_contrastive.tasks.base import Task, scalars_of
+from dist_contrastive.tasks.base import Embeddings, Task, scalars_of
 
 
 class ImageTask(Task):
@@ -48,6 +48,10 @@ class ImageTask(Task):
             return images
         keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         return make_view(images, keys, ViewSettings(size=self.views.size))
+
+    def pairs(self, embeddings: Embeddings) -> tuple[Tensor, Tensor] | None:
+        """The first two views, or the two modalities."""
+        return (embeddings[0], embeddings[1]) if len(embeddings) > 1 else None
 
     @torch.no_grad()
     def scalars(self) -> dict[str, float]:

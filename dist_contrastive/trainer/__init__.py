@@ -3,8 +3,12 @@
     data.py         what a run reads
     data_record.py  what it was trained on, so that it goes on with the same
     skipped.py      samples that could not be read
+    watchdog.py     ends a rank that hangs
+    attempts.py     stops a run that never comes further
     start.py        opens a run: its data, its task, the newest checkpoint
     saving.py       checkpoints
+    recording.py    metrics, the ledger, a profile
+    profiling.py    of some steps
     step.py         one step
 
 Everything random is a function of (seed, step, rank) or of the sample, so a run is determined by
@@ -16,14 +20,15 @@ from dist_contrastive.backend import Backend
 from dist_contrastive.checkpoint import Progress
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.stream.prefetch import Ahead
-from dist_contrastive.errors import UserError
-from dist_contrastive.metrics import Ledger, MetricsLog, forget_steps
+from dist_contrastive.errors import LostRankError, NonFiniteError, UserError
 from dist_contrastive.signals import stop_flag
 from dist_contrastive.trainer.data import Taken, open_data
+from dist_contrastive.trainer.recording import Recorder
 from dist_contrastive.trainer.saving import Saver
 from dist_contrastive.trainer.skipped import SkippedLog
 from dist_contrastive.trainer.start import Run, start
 from dist_contrastive.trainer.step import train_step
+from dist_contrastive.trainer.watchdog import Watchdog
 
 EXIT_DONE = 0
 EXIT_REQUEUE = 75  # stopped early with everything saved: start it again
@@ -46,12 +51,23 @@ def train(config: RunConfig, stop_after: int | None = None) -> int:
         DataError: on every rank, before the step whose samples cannot be read; what was done
             before is saved.
         NonFiniteError: NaN or infinity in loss or gradients; no checkpoint is written after it.
+        LostRankError: on the ranks that are left, when another one has ended.
+        StorageError: on every rank, when the last checkpoint could not be written.
+        NoProgressError: on every rank, when it has been started too often without coming further.
     """
     backend = Backend(config.backend)
     try:
-        return _train(config, backend, stop_after)
-    finally:
-        backend.close()
+        code = _train(config, backend, stop_after)
+    except Exception as error:
+        if collectives.is_lost_rank(error):
+            raise LostRankError("another rank has ended, see there; start again") from error
+        if backend.world_size == 1 or isinstance(error, UserError | NonFiniteError):
+            backend.close()
+        # Otherwise this rank is alone with its error: the others must not lose it before it has
+        # told what happened, and that is when the process ends.
+        raise
+    backend.close()
+    return code
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -69,30 +85,27 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
         return EXIT_DONE
     if first:
         run.say(f"going on from step {first} of {steps}")
-    with collectives.raised_together():
-        if backend.is_main:
-            forget_steps(config.run_dir, first)
-    log = MetricsLog(config.run_dir, steps, first, enabled=backend.is_main)
     skipped = SkippedLog(config.run_dir, config.data.max_skipped, backend.is_main)
     with (
-        log,
+        Recorder(run) as recorder,
         stop_flag() as signalled,
-        Ledger(config.run_dir, backend.rank, config.train.ledger) as ledger,
         Saver(run) as saver,
+        Watchdog(config.backend.timeout_s, backend.rank) as watchdog,
         Ahead(run.data.batches(backend.device), _AHEAD) as batches,
     ):
         while run.progress.step < stop_at:
+            watchdog.heard()
             taken = _next_batch(run, saver, batches, skipped, signalled)
             if taken is None:
                 break
-            ledger.write(run.progress.step, taken.keys)
+            recorder.begin_step(taken.keys)
             step = run.progress.step + 1
             is_logged = step % config.train.log_every == 0 or step == steps
             row = train_step(run, taken.samples, taken.consumed, is_logged)
             if row:
-                rates = run.clock.rates(run.progress.consumed)
+                rates = run.clock.rates(run.progress.consumed, run.engine.reduce_s)
                 row = {**row, **rates, "skipped": len(skipped)}
-                log.write(row)
+                recorder.write(row)
                 saver.note(row)
             if step % config.train.save_every == 0 and step < steps:
                 saver.save()

@@ -3,7 +3,10 @@
 import json
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -108,6 +111,22 @@ def _load(task: Task, resumed: Checkpoint) -> None:
     task.load_state_dict(its)
 
 
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """What cannot be written inside is a matter of the run directory.
+
+    Raises:
+        ConfigError: in the place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={path} cannot be written ({error.strerror}); choose another folder, or make "
+            f"room"
+        ) from error
+
+
 def _describe(config: RunConfig, backend: Backend, indexes: list[ShardIndex]) -> None:
     """What the run is, written into its directory."""
     environment = {
@@ -120,12 +139,8 @@ def _describe(config: RunConfig, backend: Backend, indexes: list[ShardIndex]) ->
         "threads": torch.get_num_threads(),
     }
     text = json.dumps(environment, indent=1) + "\n"
-    try:
+    with writable(config.run_dir):
         config.run_dir.mkdir(parents=True, exist_ok=True)
         configs.save(config, config.run_dir)
         write_record(config, indexes)
         write_text(config.run_dir / "environment.json", text)
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={config.run_dir} cannot be written ({error.strerror}); choose another folder"
-        ) from error

@@ -13,6 +13,7 @@ from dist_contrastive.checkpoint import Progress
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.errors import NonFiniteError
 from dist_contrastive.grad_cache import GradCache
+from dist_contrastive.metrics import duplicates, geometry
 from dist_contrastive.tasks.base import Embeddings, Terms
 from dist_contrastive.trainer.start import Run
 
@@ -33,6 +34,7 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
     config, step = run.config, run.progress.step
     run.task.progress, run.task.is_logged = step / config.train.steps, is_logged
     run.task.micro_batch_size = config.train.micro_batch_size
+    run.clock.begin_step(is_logged)
     lr = optim.learning_rate(step, config.train.steps, config.optim, config.data.global_batch_size)
     try:
         embeddings, row = backward(run, samples)
@@ -48,7 +50,16 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
     if not is_logged:
         return {}
     row = {"step": step + 1, **row, "lr": lr, "grad_norm": updated.grad_norm}
-    return {**row, **run.task.scalars()}
+    row |= {"parameter_norm": run.engine.parameter_norm(), **run.task.scalars()}
+    return row | _of_batch(run, embeddings, samples, row.get("temperature"))
+
+
+def _of_batch(
+    run: Run, embeddings: Embeddings, samples: Samples, temperature: float | None
+) -> dict[str, float]:
+    found: dict[str, float] = {"duplicates": duplicates(samples.index)}
+    pairs = run.task.pairs(embeddings)
+    return found if pairs is None else found | geometry(*pairs, temperature)
 
 
 def backward(run: Run, samples: Samples) -> tuple[Embeddings, dict[str, float]]:

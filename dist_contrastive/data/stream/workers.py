@@ -53,6 +53,7 @@ def read_by_workers(
     )
     # Held back here and in what is started meanwhile, until that ignores them by itself.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    of_child = signal.getsignal(signal.SIGCHLD)
     try:
         parts: Any = iter(loader)
     except BaseException:
@@ -61,6 +62,10 @@ def read_by_workers(
         raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    # The loader's handler would raise wherever this process is when a worker is lost, in the middle
+    # of a collective too. It looks for lost ones by itself while it waits for them.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, of_child)
     # Workers ignore signals, so an exit that only signals and then awaits them would hang.
     end = partial(_end, parts, stored)
     atexit.register(end)

@@ -1,0 +1,103 @@
+"""Where metrics are sent besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio."""
+
+import sys
+import uuid
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+from dist_contrastive.atomic import write_text
+from dist_contrastive.errors import ConfigError
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+_ID = "run_id"
+
+
+class Trackers:
+    """Accelerate's trackers of a run. One that fails is told of, and left: a training does not end
+    for want of it.
+
+    Args:
+        names: none on ranks other than the first.
+        folder: the run directory; the id in its file `run_id` is that of the run wherever and
+            however often it is started.
+        project: name under which runs are found.
+        resumed_at: steps done before; later ones, of a run that was killed, are done again.
+        config: of the run, in plain values.
+
+    Raises:
+        ConfigError: a tracker is not installed, or does not start.
+    """
+
+    def __init__(
+        self,
+        names: tuple[TrackerName, ...],
+        folder: Path,
+        project: str,
+        resumed_at: int,
+        config: dict[str, Any],
+    ) -> None:
+        self._trackers: list[GeneralTracker] = []
+        for name in names:
+            try:
+                self._trackers.append(_started(name, folder, project, resumed_at, config))
+            except ImportError as error:
+                raise ConfigError(
+                    f"train.trackers names {name}, which is not installed; pip install {name}, or "
+                    f"leave it out"
+                ) from error
+            except Exception as error:
+                raise ConfigError(
+                    f"train.trackers: {name} does not start ({error}); leave it out, or mend that"
+                ) from error
+
+    def __call__(self, numbers: dict[str, float], step: int) -> None:
+        """Send a row."""
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(numbers, step=step)
+            except Exception as error:  # whatever a tracker's own code raises
+                self._leave(tracker, error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for tracker in list(self._trackers):
+            try:
+                tracker.finish()
+            except Exception as error:
+                self._leave(tracker, error)
+
+    def _leave(self, tracker: GeneralTracker, error: Exception) -> None:
+        print(
+            f"{tracker.name} failed ({error}); the training goes on without it",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._trackers.remove(tracker)
+
+
+def _started(
+    name: TrackerName, folder: Path, project: str, resumed_at: int, config: dict[str, Any]
+) -> GeneralTracker:
+    options: dict[TrackerName, dict[str, Any]] = {
+        "tensorboard": {"logging_dir": folder, "purge_step": resumed_at + 1},
+        "wandb": {"id": run_id(folder), "name": folder.name, "resume": "allow", "dir": folder},
+        "trackio": {"name": f"{folder.name}-{run_id(folder)}", "resume": "allow"},
+    }
+    where = "tensorboard" if name == "tensorboard" else project
+    tracker = LOGGER_TYPE_TO_CLASS[name](where, **options[name])
+    tracker.start()
+    if name != "tensorboard":  # which would make a folder of its own for them
+        tracker.store_init_configuration(config)
+    return tracker
+
+
+def run_id(folder: Path) -> str:
+    """The id of a run, made when it is first asked for."""
+    path = folder / _ID
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex[:16] + "\n")
+    return path.read_text().strip()
