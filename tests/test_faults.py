@@ -116,7 +116,7 @@ def test_a_disk_that_is_full(tmp_path, overrides):
     """A file system of 400 KB: lines and checkpoints are lost and told of, the last one whole."""
     folder = tmp_path / "small"
     folder.mkdir()
-    argv = argv_of(overrides, folder / "run", "train.keep_last=99", "train.trackers=[]", ranks=None)
+    argv = argv_of(overrides, folder / "run", "train.keep_last=99", ranks=None)
     mount = f"mount -t tmpfs -o size=400k none {folder} && "
     keep = f"; code=$?; cp -r {folder}/run {tmp_path}/left; exit $code"
     done, _ = failed(["unshare", "-rm", "sh", "-c", mount + " ".join(map(quoted, argv)) + keep])

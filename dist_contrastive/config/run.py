@@ -92,6 +92,12 @@ class RunConfig(Settings):
                 f"train.keep_every={train.keep_every} is no multiple of train.save_every="
                 f"{train.save_every}, so that there may be no such checkpoint; set a multiple"
             )
+        first, last = train.profile_steps or (1, 1)
+        if not first <= last <= train.steps:
+            raise ValueError(
+                f"train.profile_steps={[first, last]} with train.steps={train.steps}; give the "
+                f"first one first, and steps that are there"
+            )
         if optim.warmup_steps > train.steps:
             raise ValueError(
                 f"optim.warmup_steps={optim.warmup_steps} is more than train.steps="

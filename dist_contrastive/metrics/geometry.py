@@ -6,13 +6,12 @@ from torch import Tensor
 
 from dist_contrastive import collectives
 
-ROWS = 1024
-"""Of a global batch, the first so many are looked at: their number makes no mean better."""
-
 
 @torch.no_grad()
-def geometry(a: Tensor, b: Tensor, temperature: float | None = None) -> dict[str, float]:
-    """Numbers of the first `ROWS` rows of the global batch, the same on every rank.
+def geometry(
+    a: Tensor, b: Tensor, temperature: float | None = None, max_rows: int = 1024
+) -> dict[str, float]:
+    """Numbers of the first `max_rows` rows of the global batch, the same on every rank.
 
     With a_i, b_i normalised, n rows, and means over all i and all j != i:
 
@@ -26,6 +25,7 @@ def geometry(a: Tensor, b: Tensor, temperature: float | None = None) -> dict[str
     Args:
         a, b: two embeddings of this rank's samples, [b, D] each.
         temperature: of the loss; without one there are no effective negatives.
+        max_rows: more of them cost memory and make the means no better.
 
     References:
         Wang and Isola 2020, arXiv 2005.10242 (alignment, uniformity).
@@ -34,7 +34,7 @@ def geometry(a: Tensor, b: Tensor, temperature: float | None = None) -> dict[str
     """
     sizes = collectives.gather_objects(len(a))
     first = sum(sizes[: collectives.rank()])
-    mine = torch.stack([a, b], dim=1)[: max(0, ROWS - first)].float()
+    mine = torch.stack([a, b], dim=1)[: max(0, max_rows - first)].float()
     rows, _ = collectives.all_gather_rows(F.normalize(mine, dim=-1).contiguous())
     if len(rows) < 2:
         return {}
