@@ -19,7 +19,6 @@ from dist_contrastive import trainer
 from dist_contrastive.backend import trackers
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.metrics import Clock, duplicates, geometry, read_rows
-from dist_contrastive.metrics import geometry as geometry_module
 from dist_contrastive.metrics.lines import JsonLines
 from dist_contrastive.testing import run_ranks
 
@@ -59,11 +58,10 @@ def naive(a: Tensor, b: Tensor) -> dict[str, float]:
 
 
 def of_this_rank(limit: int) -> tuple[dict[str, float], int]:
-    geometry_module.ROWS = limit
     sizes = {1: [30], 3: [7, 0, 23]}[dist.get_world_size()]
     first = sum(sizes[: dist.get_rank()])
     a, b, index = pairs_of(slice(first, first + sizes[dist.get_rank()]))
-    return geometry(a, b, TEMPERATURE), duplicates(index)
+    return geometry(a, b, TEMPERATURE, limit), duplicates(index)
 
 
 @pytest.mark.parametrize("limit", [1024, 12])
