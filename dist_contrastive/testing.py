@@ -28,7 +28,7 @@ def run_ranks(
 
     Args:
         fn: a function defined at the top level of a module. It finds its rank with
-            ``torch.distributed.get_rank()``.
+            ``torch.distributed.get_rank()``, and in the environment as under torchrun.
         args: passed to every rank; they and the results are pickled.
         timeout_s: seconds for the whole call.
 
@@ -79,6 +79,11 @@ def _rank_main(
     if sys.platform == "linux":  # no look-up of the machine's name, which may be slow or wrong
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    number, size = str(rank), str(world_size)
+    os.environ |= {"RANK": number, "LOCAL_RANK": number}
+    os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    # Asked for by Accelerate and DeepSpeed, which use the process group that there is.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     try:
         dist.init_process_group(
             "gloo",

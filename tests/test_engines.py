@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import CONFIGS, data_of
 from torch import Tensor
 
@@ -78,18 +76,6 @@ def with_engine(config: RunConfig, stage: int, micro_batch_size: int | None) -> 
     )
 
 
-def as_a_rank() -> None:
-    """Tell Accelerate and DeepSpeed what torchrun would."""
-    os.environ |= {
-        "RANK": str(dist.get_rank()),
-        "LOCAL_RANK": str(dist.get_rank()),
-        "WORLD_SIZE": str(dist.get_world_size()),
-        "LOCAL_WORLD_SIZE": str(dist.get_world_size()),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
-    }
-
-
 def three_steps(config: RunConfig) -> Outcome:
     backend = Backend(config.backend)
     run = start(config, backend)
@@ -108,7 +94,6 @@ def three_steps(config: RunConfig) -> Outcome:
 
 
 def all_three_steps(cases: list[RunConfig]) -> list[Outcome]:
-    as_a_rank()
     return [three_steps(config) for config in cases]
 
 
@@ -220,7 +205,6 @@ def assert_same(mine, its) -> None:
 
 
 def all_with_bad_steps(cases: list[RunConfig]) -> list[list[dict[str, Tensor]]]:
-    as_a_rank()
     return [with_bad_steps(config) for config in cases]
 
 
@@ -246,7 +230,6 @@ def test_what_is_not_finite_on_one_rank_changes_nothing_on_all(kind, tmp_path, o
 
 def one_more_step(config: RunConfig) -> str:
     """Go on from the checkpoint with what it holds, bitwise; save after one step."""
-    as_a_rank()
     backend = Backend(config.backend)
     run = start(config, backend)
     saved = checkpoint.newest(config.run_dir / "checkpoints")

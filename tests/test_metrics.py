@@ -138,9 +138,8 @@ def test_wandb_goes_on_with_one_run(tmp_path, overrides, monkeypatch):
     assert trainer.train(config, stop_after=2) == 75
     assert trainer.train(config) == 0
     run_id = (tmp_path / "run_id").read_text().strip()
-    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
-    assert len(folders) >= 1
-    assert {folder.name.rsplit("-", 1)[-1] for folder in folders} == {run_id}
+    written = [path.name for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert written == [f"run-{run_id}.wandb"] * 2
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 

@@ -11,6 +11,7 @@ from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
 from torch import nn
 
 from dist_contrastive.backend.engine import Engine
+from dist_contrastive.backend.recompute import recompute_blocks
 from dist_contrastive.backend.replicated import Replicated
 from dist_contrastive.backend.settings import BackendSettings
 from dist_contrastive.backend.zero import Zero
@@ -47,7 +48,15 @@ class Backend:
     def engine(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float | None
     ) -> Engine:
-        """The engine that the settings name, for a task and an optimiser of its parameters."""
+        """The engine that the settings name, for a task and an optimiser of its parameters.
+
+        Raises:
+            ConfigError: it cannot train this task.
+        """
+        if self.settings.activation_checkpointing:
+            recompute_blocks(module)
+        if self.settings.compile:
+            module.forward = torch.compile(module.forward)
         dtype = _DTYPES[self.settings.precision]
         if self.settings.zero_stage:
             return Zero(self._accelerator, module, optimizer, dtype, clip_norm)

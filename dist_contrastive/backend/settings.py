@@ -18,5 +18,10 @@ class BackendSettings(Settings):
     zero_stage: Literal[0, 1, 2, 3] = 0
     """0: every rank holds the whole model (DDP). DeepSpeed's ZeRO shares among ranks 1: the state
     of the optimiser, 2: gradients too, 3: weights too."""
+    compile: bool = False
+    """Compile the networks with torch.compile, which takes a while and makes steps faster."""
+    activation_checkpointing: bool = False
+    """Compute the insides of blocks of networks again in the backward pass instead of keeping them:
+    less memory for a third more time."""
     timeout_s: PositiveFloat = 1800.0
     """How long a rank may be silent, or wait for another one, before the run is ended."""

@@ -25,6 +25,7 @@ from dist_contrastive.backend.optimizer_state import (
     on_cpu,
     parameter_names,
 )
+from dist_contrastive.backend.zero_setup import hide_from_transformers
 from dist_contrastive.errors import ConfigError
 
 
@@ -65,6 +66,7 @@ class Zero(Engine):
         module.forward = self._autocast(embed)
         _check_parameters(module)
         self._engine, _ = accelerator.prepare(module, optimizer)
+        hide_from_transformers(accelerator)
         asked = settings["zero_optimization"]["stage"]
         if not isinstance(self._engine, deepspeed.DeepSpeedEngine) or self.stage != asked:
             raise RuntimeError(f"asked for ZeRO {asked}, got {type(self._engine).__name__}")
@@ -127,6 +129,8 @@ class Zero(Engine):
                     grad.fill_(math.nan)
         updated = self.step(0.0)
         assert not updated.applied, "gradients that are to be dropped have been used"
+        if self.stage == 3:  # the next ones are not written into what only fills up a partition
+            self._zero.grad_partitions_flat_buffer.zero_()
 
     def weights(self) -> dict[str, Tensor]:
         found = {}

@@ -45,12 +45,20 @@ def zero_accelerator(
             f"backend.zero_stage={settings.zero_stage} needs DeepSpeed; install it with pip "
             f"install 'dist-contrastive[deepspeed]', or set backend.zero_stage=0"
         ) from error
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # of steps that are skipped we tell ourselves
     warnings.filterwarnings("ignore", _RENAMED, FutureWarning)
     # Reductions through shared memory, which it would compile first: gloo does well without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     plugin = DeepSpeedPlugin(hf_ds_config=_config(settings.zero_stage))
-    return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[process_group])
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[process_group])
+    hide_from_transformers(accelerator)
+    return accelerator
+
+
+def hide_from_transformers(accelerator: Accelerator) -> None:
+    """It would take the models that it makes apart by itself while it knows of the settings; those
+    are to be whole until the engine takes the task."""
+    accelerator.state.deepspeed_plugin.dschf = None
 
 
 def forget_switches() -> None:

@@ -17,7 +17,7 @@ from dist_contrastive.errors import ConfigError, NonFiniteError, UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = _parsed(argv)
     if "" not in sys.path:  # a reward function may lie in the current folder, as for `python -m`
         sys.path.insert(0, "")
     try:
@@ -27,6 +27,18 @@ def main(argv: list[str] | None = None) -> int:
         print("dist-contrastive: interrupted", file=sys.stderr)
         return 130
     return outcome.code
+
+
+def _parsed(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments of a subcommand in one place only, not after options too.
+    takes_more = hasattr(args, "overrides") and not any(x.startswith("-") for x in rest)
+    if rest and not takes_more:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 @dataclass
@@ -62,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.set_defaults(command=_train)
+
+    doctor = commands.add_parser("doctor", help="look at all that training needs, without training")
+    doctor.add_argument("config", help="YAML file")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="that it is to have")
+    doctor.set_defaults(command=_doctor)
 
     evaluate = commands.add_parser("eval", help="measure trained runs, print one table")
     evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
@@ -103,6 +121,21 @@ def _train(args: argparse.Namespace) -> int:
     from dist_contrastive.config import load
 
     return trainer.train(load(args.config, args.overrides))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from dist_contrastive.config import load
+    from dist_contrastive.trainer.doctor import examine
+
+    if args.ranks < 1:
+        raise ConfigError(f"--ranks {args.ranks} is below 1; use 1 or more")
+    is_fine = True
+    config = load(args.config, args.overrides)
+    print(f"config    ok       {args.config}: task {config.task.name}, {config.train.steps} steps")
+    for finding in examine(config, args.ranks):
+        is_fine = is_fine and finding.is_fine
+        print(f"{finding.part:9} {'ok     ' if finding.is_fine else 'PROBLEM'}  {finding.text}")
+    return 0 if is_fine else ConfigError.exit_code
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ share, so that the mean over ranks that DDP and ZeRO take is the exact gradient.
 from dist_contrastive.collectives.group import (
     Group,
     accumulation_dtype,
+    alone,
     is_distributed,
     rank,
     world_size,
@@ -50,6 +51,7 @@ __all__ = [
     "all_gather_rows",
     "all_reduce_max",
     "all_reduce_sum",
+    "alone",
     "describe",
     "exchange_headers",
     "fetch_rows",

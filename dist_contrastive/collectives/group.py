@@ -1,5 +1,7 @@
 """Who takes part in an exchange, and the collectives whose names differ between torch versions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,25 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+_is_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only rank, whatever process group there is: what is computed is
+    what one process would."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized() and not _is_alone
+
+
 def is_distributed(group: Group = None) -> bool:
     """Whether there is more than one rank to talk to."""
     return world_size(group) > 1
@@ -19,12 +40,12 @@ def is_distributed(group: Group = None) -> bool:
 
 def world_size(group: Group = None) -> int:
     """Number of ranks; 1 without a process group."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(group) if _has_group() else 1
 
 
 def rank(group: Group = None) -> int:
     """This rank's place in the group; 0 without a process group."""
-    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank(group) if _has_group() else 0
 
 
 def global_rank(group: Group, number: int) -> int:

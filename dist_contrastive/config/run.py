@@ -40,6 +40,9 @@ class TrainSettings(Settings):
     micro_batch_size: PositiveInt | None = None
     """Rows of a rank that networks are given at a time; the batch may be as large as its embeddings
     allow (gradient caching). null: all rows at once. It changes gradients by rounding alone."""
+    self_check: bool = True
+    """Before the first step, compare the gradient of a few samples with that of one process, unless
+    that took more than a minute."""
     max_bad_steps: NonNegativeInt = 3
     """Steps in a row whose loss or gradient may be not finite; they change nothing."""
     max_stalled_starts: PositiveInt = 5
@@ -144,9 +147,12 @@ MAY_CHANGE = (
     "train.profile_steps",
     "train.ledger",
     "train.micro_batch_size",
+    "train.self_check",
     "train.max_bad_steps",
     "train.max_stalled_starts",
     "backend.zero_stage",
+    "backend.compile",
+    "backend.activation_checkpointing",
     "backend.timeout_s",
 )
 

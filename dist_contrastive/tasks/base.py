@@ -25,6 +25,9 @@ class Task(nn.Module, ABC):
     is_logged = False
     """Whether `scalars` of this step will be read, set before each step; then they may be dear."""
 
+    rows_multiple = 1
+    """The rows of a global batch are a multiple of it."""
+
     micro_batch_size: int | None = None
     """Rows that networks are given at a time, set before each step; None: all of them."""
 

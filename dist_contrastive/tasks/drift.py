@@ -63,6 +63,7 @@ class Drift(Task):
             self.bank = SampleBank(self.num_classes, settings.bank.capacity, example.images[:1])
         self.loss, self._loss_of_whole_groups = _losses(settings)
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
+        self.rows_multiple = 2 * settings.groups if settings.groups > 1 else 1
         self._spaces = FeatureSpaces(settings.features, self.sample_shape)
         # Of the step: what `batch_inputs` was given and found.
         self._samples: Samples | None = None

@@ -7,6 +7,9 @@
     attempts.py     stops a run that never comes further
     start.py        opens a run: its data, its task, the newest checkpoint
     saving.py       checkpoints
+    self_check.py   the gradient of this run against that of one process
+    doctor.py       all that can be looked at before training
+    describing.py   what the run is, in its directory
     recording.py    metrics, the ledger, a profile
     profiling.py    of some steps
     step.py         one step
@@ -25,6 +28,7 @@ from dist_contrastive.signals import stop_flag
 from dist_contrastive.trainer.data import Taken, open_data
 from dist_contrastive.trainer.recording import Recorder
 from dist_contrastive.trainer.saving import Saver
+from dist_contrastive.trainer.self_check import self_check
 from dist_contrastive.trainer.skipped import SkippedLog
 from dist_contrastive.trainer.start import Run, start
 from dist_contrastive.trainer.step import train_step
@@ -85,6 +89,8 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
         return EXIT_DONE
     if first:
         run.say(f"going on from step {first} of {steps}")
+    if config.train.self_check:
+        self_check(run)
     skipped = SkippedLog(config.run_dir, config.data.max_skipped, backend.is_main)
     with (
         Recorder(run) as recorder,

@@ -51,6 +51,8 @@ class TrainingData:
     fields: Fields
     labels: Tensor | None  # of the whole data set, if the task trains with labels
     example: Samples  # the first sample: all others must have its shapes
+    sources: list[ShardIndex]  # the index of each source of data.train
+    index: ShardIndex  # of all of them
 
     def batches(self, device: torch.device) -> Generator[Taken]:
         """This rank's rows of each batch, on the device once they are `ready`.
@@ -152,7 +154,7 @@ def open_data(
             transform=fields.prepare,
             max_skipped=data.max_skipped,
         )
-    return TrainingData(stream, fields, labels, example)
+    return TrainingData(stream, fields, labels, example, indexes, index)
 
 
 def _warn_of_small_cache(config: RunConfig, index: ShardIndex) -> None:

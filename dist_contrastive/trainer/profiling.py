@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dist_contrastive import collectives
-from dist_contrastive.trainer.start import writable
+from dist_contrastive.trainer.describing import writable
 
 
 class Profiler:

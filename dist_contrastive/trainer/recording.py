@@ -7,8 +7,9 @@ from dist_contrastive import collectives
 from dist_contrastive.backend import Trackers
 from dist_contrastive.metrics import Ledger, MetricsLog, forget_steps
 from dist_contrastive.trainer.attempts import count_attempt
+from dist_contrastive.trainer.describing import describe, writable
 from dist_contrastive.trainer.profiling import Profiler
-from dist_contrastive.trainer.start import Run, writable
+from dist_contrastive.trainer.start import Run
 
 
 class Recorder:
@@ -25,6 +26,7 @@ class Recorder:
         self._run = run
         with collectives.raised_together(), writable(run_dir):
             if run.backend.is_main:
+                describe(run)
                 count_attempt(run)
                 forget_steps(run_dir, first)
         with collectives.raised_together(), writable(run_dir), ExitStack() as opened:

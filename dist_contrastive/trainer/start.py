@@ -1,28 +1,19 @@
 """Opening a run: its data, its task, and the newest checkpoint if there is one."""
 
-import json
-import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-import dist_contrastive
 from dist_contrastive import checkpoint, collectives, optim
 from dist_contrastive import config as configs
-from dist_contrastive.atomic import write_text
 from dist_contrastive.backend import Backend, Engine
 from dist_contrastive.checkpoint import Checkpoint, Progress
 from dist_contrastive.config import RunConfig
-from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.metrics import Clock
+from dist_contrastive.models import check_row_independent
 from dist_contrastive.tasks import Task, build_task
 from dist_contrastive.trainer.data import TrainingData, open_data
-from dist_contrastive.trainer.data_record import check_record, write_record
+from dist_contrastive.trainer.data_record import check_record
 
 
 @dataclass
@@ -50,7 +41,7 @@ def say(text: str) -> None:
 
 
 def start(config: RunConfig, backend: Backend) -> Run:
-    """Open everything; what is wrong on one rank is raised on all."""
+    """Open everything, and write nothing; what is wrong on one rank is raised on all."""
     with collectives.raised_together():
         resumed = _find_checkpoint(config, backend.is_main)
     seen = collectives.gather_objects(None if resumed is None else resumed.progress)
@@ -67,11 +58,10 @@ def start(config: RunConfig, backend: Backend) -> Run:
     data = open_data(config, progress, backend.rank, backend.world_size, indexes)
     with collectives.raised_together():
         task = build_task(config, data.example)
+        _check_rows_alone(task, config, backend.world_size)
         optimizer = optim.build_optimizer(task, config.optim)
         if resumed:
             _load(task, resumed)
-        if backend.is_main:
-            _describe(config, backend, indexes)
     engine = backend.engine(task, optimizer, config.optim.clip_norm)
     if resumed:
         engine.load_optimizer_state(resumed.optimizer_state())
@@ -93,6 +83,15 @@ def _find_checkpoint(config: RunConfig, is_main: bool) -> Checkpoint | None:
     return found
 
 
+def _check_rows_alone(task: Task, config: RunConfig, world_size: int) -> None:
+    """Statistics of a part of the batch would make a run depend on its parts."""
+    parts = [f"on {world_size} ranks"] if world_size > 1 else []
+    if config.train.micro_batch_size is not None:
+        parts.append(f"with train.micro_batch_size={config.train.micro_batch_size}")
+    if parts:
+        check_row_independent(task, f"{' and '.join(parts)} those are of a part of it")
+
+
 def _load(task: Task, resumed: Checkpoint) -> None:
     mine, its = task.state_dict(), resumed.weights()
     problems = [f"it has no {name}" for name in mine.keys() - its.keys()]
@@ -109,38 +108,3 @@ def _load(task: Task, resumed: Checkpoint) -> None:
             f"train in another run_dir, or with the version and config that it was written by"
         )
     task.load_state_dict(its)
-
-
-@contextmanager
-def writable(path: Path) -> Iterator[None]:
-    """What cannot be written inside is a matter of the run directory.
-
-    Raises:
-        ConfigError: in the place of an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={path} cannot be written ({error.strerror}); choose another folder, or make "
-            f"room"
-        ) from error
-
-
-def _describe(config: RunConfig, backend: Backend, indexes: list[ShardIndex]) -> None:
-    """What the run is, written into its directory."""
-    environment = {
-        "dist_contrastive": dist_contrastive.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.node(),
-        "device": str(backend.device),
-        "world_size": backend.world_size,
-        "threads": torch.get_num_threads(),
-    }
-    text = json.dumps(environment, indent=1) + "\n"
-    with writable(config.run_dir):
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        configs.save(config, config.run_dir)
-        write_record(config, indexes)
-        write_text(config.run_dir / "environment.json", text)

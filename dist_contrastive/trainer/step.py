@@ -101,7 +101,7 @@ class _Inputs:
     def __init__(self, run: Run, samples: Samples) -> None:
         self._run = run
         rows = torch.arange(len(samples.images), device=samples.images.device)
-        self._parts = rows.split(run.config.train.micro_batch_size or max(1, len(rows)))
+        self._parts = rows.split(run.task.micro_batch_size or max(1, len(rows)))
         self._samples = samples
         self._of_batch = run.task.batch_inputs(samples)
 

@@ -1,0 +1,104 @@
+"""All that can be looked at before training, on as many ranks, without writing anything."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from dist_contrastive.backend import Backend
+from dist_contrastive.checkpoint import Progress
+from dist_contrastive.config import RunConfig
+from dist_contrastive.errors import NonFiniteError, UserError
+from dist_contrastive.testing import RankError, run_ranks
+from dist_contrastive.trainer.data import open_data
+from dist_contrastive.trainer.self_check import self_check
+from dist_contrastive.trainer.start import Run, start
+
+_TIMEOUT_S = 600.0
+_MB = 1 << 20
+
+
+class Finding(NamedTuple):
+    """What was found of one part of a run."""
+
+    part: str
+    is_fine: bool
+    text: str
+
+
+def examine(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """What is found, part by part; after a part that is not fine there is nothing more to look at.
+
+    The ranks are processes on CPUs of this machine, whatever the run will have.
+    """
+    try:
+        data = open_data(config, Progress(), 0, world_size)
+    except UserError as error:
+        yield Finding("data", False, str(error))
+        return
+    size, batch = len(data.index), config.data.global_batch_size
+    yield Finding("data", True, f"{size} samples; an epoch is {size / batch:.1f} steps of {batch}")
+    yield Finding("ranks", True, _ranks(config, world_size))
+    on_cpu = config.model_copy(
+        update={"backend": config.backend.model_copy(update={"device": "cpu"})}
+    )
+    try:
+        yield from run_ranks(_on_a_rank, world_size, on_cpu, timeout_s=_TIMEOUT_S)[0]
+    except RankError as error:
+        yield Finding("start", False, str(error))
+
+
+def _ranks(config: RunConfig, world_size: int) -> str:
+    rows, micro = config.data.global_batch_size // world_size, config.train.micro_batch_size
+    parts = "at once" if micro is None else f"in micro-batches of {micro}"
+    return f"{world_size} x {rows} rows, {parts}"
+
+
+def _on_a_rank(config: RunConfig) -> list[Finding]:
+    found: list[Finding] = []
+    part = "start"
+    try:
+        backend = Backend(config.backend)
+        run = start(config, backend)
+        found += [Finding("run", True, _state(run)), Finding("model", True, _model(run))]
+        part = "disk"
+        found.append(_disk(run))
+        part = "gradient"
+        found.append(Finding(part, True, self_check(run)))
+    except (UserError, NonFiniteError) as error:
+        found.append(Finding(part, False, str(error)))
+    return found
+
+
+def _state(run: Run) -> str:
+    step, folder = run.progress.step, run.config.run_dir
+    if not step:
+        return f"{folder} holds no checkpoint: training starts"
+    if step >= run.config.train.steps:
+        return f"{folder} is trained to step {step} already"
+    return f"{folder} holds step {step} of {run.config.train.steps}: training goes on there"
+
+
+def _model(run: Run) -> str:
+    count = sum(p.numel() for p in run.task.parameters() if p.requires_grad)
+    stage = run.config.backend.zero_stage
+    engine = f"ZeRO {stage}" if stage else "one process" if run.backend.world_size == 1 else "DDP"
+    precision = run.config.backend.precision
+    return f"{count:,} trained parameters; {run.config.optim.name}, {engine}, {precision}"
+
+
+def _disk(run: Run) -> Finding:
+    """Weights, and as much again for each of the two averages that an optimiser keeps at most."""
+    train = run.config.train
+    one_mb = 3 * sum(x.numel() * x.element_size() for x in run.task.state_dict().values()) / _MB
+    needed_mb = one_mb * (train.keep_last + 1)
+    free_mb = shutil.disk_usage(_existing(run.config.run_dir)).free / _MB
+    text = f"{needed_mb:.0f} MiB for checkpoints, {free_mb:.0f} MiB are free"
+    return Finding("disk", needed_mb < free_mb, text)
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
