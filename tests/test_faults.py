@@ -1,6 +1,7 @@
 """Every row of docs/faults.md, on real processes: what is told, how it ends, what is left."""
 
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -119,7 +120,7 @@ def test_a_disk_that_is_full(tmp_path, overrides):
     argv = argv_of(overrides, folder / "run", "train.keep_last=99", ranks=None)
     mount = f"mount -t tmpfs -o size=400k none {folder} && "
     keep = f"; code=$?; cp -r {folder}/run {tmp_path}/left; exit $code"
-    done, _ = failed(["unshare", "-rm", "sh", "-c", mount + " ".join(map(quoted, argv)) + keep])
+    done, _ = failed(["unshare", "-rm", "sh", "-c", mount + shlex.join(argv) + keep])
     assert done.returncode == 75, done.stderr
     assert re.search(r"the checkpoint of step \d+ is not written: ", done.stderr)
     assert re.search(r"that of step \d+ is whole; make room and start again", done.stderr)
@@ -132,14 +133,10 @@ def test_a_disk_that_is_full(tmp_path, overrides):
     assert [row["step"] for row in read_rows(tmp_path / "run")][-1] == 12
 
 
-def quoted(text: str) -> str:
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
 def test_a_run_directory_that_is_read_only(tmp_path, overrides):
     argv = argv_of(overrides, tmp_path / "run", ranks=None)
     mount = f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path} && "
-    done, _ = failed(["unshare", "-rm", "sh", "-c", mount + " ".join(map(quoted, argv))])
+    done, _ = failed(["unshare", "-rm", "sh", "-c", mount + shlex.join(argv)])
     assert done.returncode == 64, done.stderr
     assert f"run_dir={tmp_path}/run cannot be written (Read-only file system)" in done.stderr
     assert "Traceback" not in done.stderr

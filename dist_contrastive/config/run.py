@@ -150,6 +150,7 @@ MAY_CHANGE = (
     "train.self_check",
     "train.max_bad_steps",
     "train.max_stalled_starts",
+    "backend.device",
     "backend.zero_stage",
     "backend.compile",
     "backend.activation_checkpointing",

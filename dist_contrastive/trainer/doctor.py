@@ -1,9 +1,12 @@
 """All that can be looked at before training, on as many ranks, without writing anything."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import Tensor
 
 from dist_contrastive.backend import Backend
 from dist_contrastive.checkpoint import Progress
@@ -15,7 +18,6 @@ from dist_contrastive.trainer.self_check import self_check
 from dist_contrastive.trainer.start import Run, start
 
 _TIMEOUT_S = 600.0
-_MB = 1 << 20
 
 
 class Finding(NamedTuple):
@@ -60,9 +62,9 @@ def _on_a_rank(config: RunConfig) -> list[Finding]:
     try:
         backend = Backend(config.backend)
         run = start(config, backend)
-        found += [Finding("run", True, _state(run)), Finding("model", True, _model(run))]
-        part = "disk"
-        found.append(_disk(run))
+        weights = run.engine.weights()
+        found += [Finding("run", True, _state(run)), Finding("model", True, _model(run, weights))]
+        found.append(_disk(run, weights))
         part = "gradient"
         found.append(Finding(part, True, self_check(run)))
     except (UserError, NonFiniteError) as error:
@@ -79,22 +81,27 @@ def _state(run: Run) -> str:
     return f"{folder} holds step {step} of {run.config.train.steps}: training goes on there"
 
 
-def _model(run: Run) -> str:
-    count = sum(p.numel() for p in run.task.parameters() if p.requires_grad)
+def _model(run: Run, weights: dict[str, Tensor]) -> str:
+    trained = {name for name, p in run.task.named_parameters() if p.requires_grad}
+    count = sum(x.numel() for name, x in weights.items() if name in trained)
     stage = run.config.backend.zero_stage
     engine = f"ZeRO {stage}" if stage else "one process" if run.backend.world_size == 1 else "DDP"
     precision = run.config.backend.precision
     return f"{count:,} trained parameters; {run.config.optim.name}, {engine}, {precision}"
 
 
-def _disk(run: Run) -> Finding:
+def _disk(run: Run, weights: dict[str, Tensor]) -> Finding:
     """Weights, and as much again for each of the two averages that an optimiser keeps at most."""
     train = run.config.train
-    one_mb = 3 * sum(x.numel() * x.element_size() for x in run.task.state_dict().values()) / _MB
-    needed_mb = one_mb * (train.keep_last + 1)
-    free_mb = shutil.disk_usage(_existing(run.config.run_dir)).free / _MB
-    text = f"{needed_mb:.0f} MiB for checkpoints, {free_mb:.0f} MiB are free"
-    return Finding("disk", needed_mb < free_mb, text)
+    needed = 3 * sum(x.nbytes for x in weights.values()) * (train.keep_last + 1)
+    free = shutil.disk_usage(_existing(run.config.run_dir)).free
+    text = f"{_size(needed)} for checkpoints, {_size(free)} are free"
+    return Finding("disk", needed < free, text)
+
+
+def _size(num_bytes: float) -> str:
+    power = min(3, int(math.log(max(num_bytes, 1024), 1024)))
+    return f"{num_bytes / 1024**power:.3g} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 
 def _existing(path: Path) -> Path:

@@ -1,0 +1,111 @@
+"""What cannot work is found before training, by `doctor` and by `train` alike."""
+
+import re
+import shlex
+
+import pytest
+from conftest import CONFIGS, command, run
+
+from dist_contrastive import config as configs
+from dist_contrastive import trainer
+from dist_contrastive.cli import main
+from dist_contrastive.errors import UserError
+
+ENCODER = str(CONFIGS / "digits_encoder.yaml")
+SMALL = (
+    *("task.encoder={name: residual, widths: [8, 16]}", "task.head={hidden: 16, out: 8}"),
+    *("data.global_batch_size=24", "data.lanes=6", "optim.warmup_steps=0", "train.steps=4"),
+)
+BATCH_NORM = (
+    "task.encoder={name: transformers, model_type: resnet, row_independent: false, config: "
+    "{embedding_size: 8, hidden_sizes: [8, 8], depths: [1, 1], layer_type: basic, num_channels: 1}}"
+)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_all_is_well(stage, tmp_path, overrides, capsys):
+    """Nothing is written, and every part is told of."""
+    run_dir = tmp_path / "run"
+    options = overrides(run_dir, *SMALL, "train.micro_batch_size=5", f"backend.zero_stage={stage}")
+    assert main(["doctor", ENCODER, "--ranks", "3", *options]) == 0
+    told = capsys.readouterr().out
+    engine = f"ZeRO {stage}" if stage else "DDP"
+    for line in (
+        r"config    ok       .*digits_encoder.yaml: task two_view, 4 steps",
+        r"data      ok       1437 samples; an epoch is 59.9 steps of 24",
+        r"ranks     ok       3 x 8 rows, in micro-batches of 5",
+        rf"run       ok       {re.escape(str(run_dir))} holds no checkpoint: training starts",
+        rf"model     ok       \d+,\d\d\d trained parameters; adamw, {engine}, fp32",
+        r"disk      ok       \S+ KiB for checkpoints, \S+ [MG]iB are free",
+        r"gradient  ok       \d+ parameters have that of one process to \de-0[4-9]",
+    ):
+        assert re.search(f"^{line}$", told, re.MULTILINE), (line, told)
+    assert not run_dir.exists()
+
+
+def test_where_a_run_goes_on(tmp_path, overrides, capsys):
+    options = overrides(tmp_path, *SMALL)
+    config = configs.load(ENCODER, options)
+    assert trainer.train(config, stop_after=2) == 75
+    assert main(["doctor", ENCODER, *options]) == 0, capsys.readouterr().out
+    assert "holds step 2 of 4: training goes on there" in capsys.readouterr().out
+    assert trainer.train(config) == 0
+    assert main(["doctor", ENCODER, *options]) == 0
+    assert "is trained to step 4 already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "sentence"),
+    [
+        (2, ["data.train=nowhere"], "data      PROBLEM  the shard folder nowhere does not exist"),
+        (4, [], "data      PROBLEM  lanes=6 is not divisible by world_size=4; set lanes="),
+        (
+            2,
+            [BATCH_NORM],
+            "BatchNorm2d) of TwoView normalises with statistics of the batch, and on 2 ranks those "
+            "are of a part of it: set row_independent: true, or use a network with GroupNorm.",
+        ),
+        (
+            1,
+            [BATCH_NORM, "train.micro_batch_size=5"],
+            "and with train.micro_batch_size=5 those are of a part of it",
+        ),
+        (1, ["task.label=3"], "label"),
+        (1, ["backend.zero_stage=1", "backend.precision=fp16"], "precision=fp16"),
+    ],
+)
+def test_what_cannot_work(ranks, options, sentence, tmp_path, overrides, capsys):
+    command = ["doctor", ENCODER, *overrides(tmp_path, *SMALL), "--ranks", str(ranks), *options]
+    assert main(command) == 64
+    told = capsys.readouterr()
+    assert sentence in told.out + told.err
+
+
+def test_batch_norm_of_a_whole_batch_trains(tmp_path, overrides):
+    """One process with all rows at once: its statistics are those of the batch."""
+    assert trainer.train(configs.load(ENCODER, overrides(tmp_path, *SMALL, BATCH_NORM))) == 0
+
+
+def test_a_changed_loss_or_data_is_refused_with_both_values(tmp_path, overrides, capsys):
+    options = overrides(tmp_path, *SMALL)
+    assert trainer.train(configs.load(ENCODER, options), stop_after=2) == 75
+    for change, words in (
+        ("task.loss.temperature=0.7", "task.loss.temperature: 0.2 -> 0.7"),
+        ("data.global_batch_size=48", "data.global_batch_size: 24 -> 48"),
+        ("backend.precision=bf16", "backend.precision: fp32 -> bf16"),
+        (f"data.train={tmp_path.parent}/none", "does not exist"),
+    ):
+        assert main(["doctor", ENCODER, *options, change]) == 64
+        assert words in capsys.readouterr().out
+        with pytest.raises(UserError, match=re.escape(words)):
+            trainer.train(configs.load(ENCODER, [*options, change]))
+
+
+def test_a_disk_that_is_too_small(tmp_path, overrides):
+    """A file system of 64 KB, seen before anything is written."""
+    argv = command("doctor", ENCODER, *overrides(tmp_path / "run", *SMALL))
+    mount = f"mount -t tmpfs -o size=64k none {tmp_path} && "
+    done = run(["unshare", "-rm", "sh", "-c", mount + shlex.join(argv)])
+    assert done.returncode == 64, done.stderr
+    words = r"disk      PROBLEM  \d+ KiB for checkpoints, 64 KiB are free"
+    assert re.search(words, done.stdout), done.stdout
