@@ -1,5 +1,6 @@
 # make demo    train an encoder and a generator on real digits over two ranks, and evaluate them
-# make test    prove the contracts          make check   format, lint, types
+# make test    prove the contracts          make test-all   with what takes long
+# make check   format, lint, types
 # make bench   memory, speed, precision, the stream, what each supervision and larger groups are worth (hours)
 # make clean   remove what these made
 #
@@ -8,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-all check format bench clean
 
 demo: .venv/stamp
 	$(BIN)/dist-contrastive shards pack digits data/digits
@@ -17,7 +18,10 @@ demo: .venv/stamp
 	$(BIN)/dist-contrastive eval runs/digits_encoder runs/digits_generator
 
 test: .venv/stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
+
+test-all: .venv/stamp
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 check: .venv/stamp
 	$(BIN)/ruff format --check .
@@ -38,10 +42,11 @@ bench: .venv/stamp
 	$(BIN)/python benchmarks/gallery.py
 	$(BIN)/python benchmarks/group_size.py
 	$(BIN)/python benchmarks/stream.py
+	$(BIN)/python benchmarks/training.py
 
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed]'
 	touch $@
 
 clean:

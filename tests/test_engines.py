@@ -14,6 +14,7 @@ from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.backend import Backend
 from dist_contrastive.config import RunConfig
+from dist_contrastive.errors import NonFiniteError
 from dist_contrastive.testing import run_ranks
 from dist_contrastive.trainer.start import start
 from dist_contrastive.trainer.step import train_step
@@ -265,3 +266,48 @@ def test_a_run_goes_on_with_any_engine_on_any_number_of_ranks(tmp_path, override
     for name in its:
         assert moments[name].keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert worst(moments[name], its[name])[0] < 1e-5
+
+
+@pytest.mark.parametrize("kind", MICRO_BATCHES)
+def test_fp16_finds_its_scale_and_goes_on_with_it(kind, tmp_path, overrides):
+    """From a scale at which gradients overflow, it is halved without a bad step; the checkpoint
+    keeps it."""
+    options = ("backend.precision=fp16", LEARNABLE, "train.steps=40", "train.max_bad_steps=0")
+    config = config_of("two_view", overrides, tmp_path, *options)
+    config = with_engine(config, 0, MICRO_BATCHES[kind])
+    backend = Backend(config.backend)
+    run = start(config, backend)
+    run.engine._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    before, rows = run.engine.weights(), []
+    for taken in run.data.batches(backend.device):
+        rows.append(train_step(run, taken.samples, taken.consumed, is_logged=True))
+        if not rows[-1]:
+            assert_same(run.engine.weights(), before)
+        before = run.engine.weights()
+        if run.progress.step == 20:
+            break
+    left_out = rows.count({})
+    assert 2 < left_out < 18
+    assert not rows[0]
+    assert run.engine._scaler.get_scale() == 2.0 ** (24 - left_out)
+    assert run.engine.optimizer_state()["scaler"]["scale"] == 2.0 ** (24 - left_out)
+    assert run.progress.bad_steps == 0
+    backend.close()
+
+
+def test_fp16_that_never_works_stops(tmp_path, overrides, monkeypatch):
+    options = ("backend.precision=fp16", LEARNABLE, "train.steps=400")
+    config = config_of("two_view", overrides, tmp_path, *options)
+    backend = Backend(config.backend)
+    run = start(config, backend)
+    compare = run.task.compare
+    run.task.compare = lambda embeddings, samples: {
+        "contrastive": compare(embeddings, samples)["contrastive"]
+        + (embeddings[0] * 0).square().sum().sqrt()
+    }
+    batches = run.data.batches(backend.device)
+    with pytest.raises(NonFiniteError, match="bad step number 4 without a good one between"):
+        while taken := next(batches):
+            train_step(run, taken.samples, taken.consumed, is_logged=False)
+    assert run.progress.step < 30
+    backend.close()

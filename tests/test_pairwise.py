@@ -21,6 +21,9 @@ def make_pairs(rows: torch.Tensor, keys: torch.Tensor, **more) -> Pairs:
 class Cubes(PairSum):
     """A pair function that is no loss: the engine must not know what it sums."""
 
+    def __repr__(self) -> str:
+        return "Cubes()"
+
     def value(self, tile):
         return torch.where(tile.positive(), tile.scores**3, -tile.scores)
 

@@ -18,6 +18,7 @@ class Step(NamedTuple):
 
     grad_norm: float  # of the gradient averaged over ranks, before clipping
     applied: bool  # False: it was not finite, and nothing has changed
+    rescaled: bool = False  # not finite in fp16; the next loss is scaled less
 
 
 class Engine(ABC):

@@ -72,9 +72,11 @@ class Replicated(Engine):
         applied = math.isfinite(norm)
         if applied:
             self._scaler.step(self.optimizer)
+        scale = self._scaler.get_scale()
         self._scaler.update()
         self.discard_gradients()
-        return Step(norm, applied)
+        # Below 1 the scale is not what makes it infinite.
+        return Step(norm, applied, rescaled=1 <= self._scaler.get_scale() < scale)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         grad = parameter.grad

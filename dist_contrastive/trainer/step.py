@@ -40,6 +40,9 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
         embeddings, row = backward(run, samples)
         with run.clock.spent("optimizer"):
             updated = run.engine.step(lr)
+        if updated.rescaled:  # what a loss scale is found by: no step is bad for it
+            run.progress = replace(run.progress, step=step + 1, consumed=consumed)
+            return {}
         _check_gradient(run, updated.grad_norm)
     except NonFiniteError as error:
         _without_update(run, consumed, error)
