@@ -310,3 +310,31 @@ def test_fp16_that_never_works_stops(tmp_path, overrides, monkeypatch):
         all(train_step(run, x.samples, x.consumed, is_logged=False) == {} for x in batches)
     assert run.progress.step < 30
     backend.close()
+
+
+def reductions_of(cases: list[RunConfig]) -> list[int]:
+    """Reductions over ranks that gloo was asked for in one step, those of the loss included."""
+    found = []
+    for config in cases:
+        backend = Backend(config.backend)
+        run = start(config, backend)
+        for number, taken in enumerate(run.data.batches(backend.device)):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                train_step(run, taken.samples, taken.consumed, is_logged=False)
+            if number == 1:
+                break
+        found.append(sum(e.name.startswith("gloo:") and "reduce" in e.name for e in seen.events()))
+        backend.close()
+    return found
+
+
+def test_a_cached_step_reduces_as_often_as_a_plain_one(tmp_path, overrides):
+    """Asked of gloo itself: four micro-batches send their gradients once."""
+    cases = [
+        with_engine(config_of("two_view", overrides, tmp_path / f"{stage}-{size}"), stage, size)
+        for stage in range(4)
+        for size in (None, 3)  # of 12 rows
+    ]
+    for counts in run_ranks(reductions_of, 2, cases):
+        assert counts[::2] == counts[1::2]
+        assert min(counts) > 0
