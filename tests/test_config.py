@@ -20,7 +20,7 @@ def test_every_config_loads_and_says_how_to_run_it(path):
 
 def test_defaults_then_file_then_overrides():
     assert configs.load(ENCODER).optim.lr == 2e-3
-    assert configs.load(ENCODER).optim.betas == (0.9, 0.999)  # default
+    assert configs.load(ENCODER).optim.eps == 1e-8  # default
     changed = configs.load(
         ENCODER, ["optim.lr=1e-4", "optim.clip_norm=2", "task.loss.name=infonce"]
     )

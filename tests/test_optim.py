@@ -158,11 +158,6 @@ def test_learning_rate_grows_with_the_batch(scaling, factor):
             "parameter, and a rank of ZeRO updates pieces; set backend.zero_stage=0, or optim.name "
             "to adamw, lion or sgd",
         ),
-        (
-            ("optim.warmup_steps=30",),
-            "optim.warmup_steps=30 is more than train.steps=12, so that optim.lr would not be "
-            "reached; set fewer",
-        ),
     ],
 )
 def test_impossible_settings(options, sentence, tmp_path, overrides):

@@ -217,7 +217,7 @@ def test_rows_tell_every_term(one_rank):
     row = read_rows(one_rank / "digits_hybrid")[-1]
     terms = ("supervised", "reward", "contrastive")
     assert sum(row[f"loss/{term}"] for term in terms) == pytest.approx(row["loss"], rel=1e-5)
-    norms = [row[f"grad_norm/{term}"] for term in terms]
+    norms = [row[f"embedding_grad_norm/{term}"] for term in terms]
     assert 0 < row["grad_norm"] <= sum(norms) * (1 + 1e-6)
     assert row["grad_norm"] >= 2 * max(norms) - sum(norms)
     for term in terms:

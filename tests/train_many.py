@@ -20,3 +20,4 @@ for number, line in enumerate(jobs.read_text().splitlines()):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     path, *overrides = json.loads(line)
     assert trainer.train(config.load(path, overrides)) == trainer.EXIT_DONE
+    dist.destroy_process_group()

@@ -101,11 +101,6 @@ class RunConfig(Settings):
                 f"train.profile_steps={[first, last]} with train.steps={train.steps}; give the "
                 f"first one first, and steps that are there"
             )
-        if optim.warmup_steps > train.steps:
-            raise ValueError(
-                f"optim.warmup_steps={optim.warmup_steps} is more than train.steps="
-                f"{train.steps}, so that optim.lr would not be reached; set fewer"
-            )
         return self
 
     @property
