@@ -25,6 +25,7 @@ from dist_contrastive.data import ShardStream, index_folder, load_index
 from dist_contrastive.data.collate import collate, join_batches, without_rows
 from dist_contrastive.data.keyed_random import keyed_permutation
 from dist_contrastive.data.shards.tars import write_samples
+from dist_contrastive.data.stream import workers
 from dist_contrastive.data.stream.order import SampleOrder
 from dist_contrastive.errors import ConfigError, DataError, LostWorkerError
 
@@ -622,6 +623,33 @@ def test_a_lost_worker_is_one_sentence(folder: Path):
     assert LostWorkerError.exit_code == 75
     _, alive = psutil.wait_procs(lost, timeout=10)
     assert not alive
+
+
+def test_a_worker_that_never_begins_is_started_anew(folder: Path, monkeypatch, tmp_path):
+    """As one that was forked while a thread of gloo held a lock: nothing is lost by it."""
+    begin, flag = workers._begin, tmp_path / "hung"
+
+    def hang_once(begun, worker: int) -> None:
+        if worker == 1 and not flag.exists():
+            flag.touch()
+            time.sleep(1000)
+        begin(begun, worker)
+
+    monkeypatch.setattr(workers, "_begin", hang_once)
+    monkeypatch.setattr(workers, "_BEGIN_S", {"fork": 0.5})
+    before = set(psutil.Process().children())
+    found = [batch["__key__"] for batch in itertools.islice(stream(folder, num_workers=2), 5)]
+    assert flag.exists()
+    assert found == [batch["__key__"] for batch in itertools.islice(stream(folder), 5)]
+    _, alive = psutil.wait_procs(set(psutil.Process().children()) - before, timeout=10)
+    assert not alive
+
+
+def test_workers_that_never_begin_are_an_error(folder: Path, monkeypatch):
+    monkeypatch.setattr(workers, "_begin", lambda begun, worker: time.sleep(1000))
+    monkeypatch.setattr(workers, "_BEGIN_S", {"fork": 0.2})
+    with pytest.raises(LostWorkerError, match=r"did not begin within 0.2 s, 3 times; set data.nu"):
+        next(iter(stream(folder, num_workers=2)))
 
 
 def wait_briefly(sample: dict) -> dict:

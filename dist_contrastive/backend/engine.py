@@ -30,10 +30,9 @@ class Engine(ABC):
 
     module: nn.Module
     """The task, not wrapped."""
-    reductions = 0
-    """How often gradients have been reduced over ranks."""
     reduce_s = 0.0
-    """Seconds of which at least one such reduction was in flight, backward beside it or not."""
+    """Seconds of reductions of gradients over ranks, from the first to the last of a step, backward
+    beside them or not."""
 
     @abstractmethod
     def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -1,17 +1,12 @@
 """Every rank holds all of the model: one process alone, or several with DDP."""
 
 import math
-import threading
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_contrastive.backend.engine import (
@@ -47,11 +42,11 @@ class Replicated(Engine):
         self._wrapped = accelerator.prepare_model(module)
         if accelerator.num_processes == 1:
             self._wrapped = module  # a rank alone is wrapped too, where nothing is to be averaged
-        self._flight = _InFlight()
         if isinstance(self._wrapped, DistributedDataParallel):
             # A queue of keys or a running mean is computed alike on all ranks: not sent each step.
             self._wrapped.broadcast_buffers = False
-            self._wrapped.register_comm_hook(self, _averaged)
+            if accelerator.device.type == "cpu":  # a GPU would wait for what is measured
+                self._wrapped._set_ddp_runtime_logging_sample_rate(1)
 
     def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with autocast(self._accelerator.device, self._dtype):
@@ -63,6 +58,7 @@ class Replicated(Engine):
             is_last = part == count - 1
             with nullcontext() if is_last else self._accelerator.no_sync(self._wrapped):
                 self._scaler.scale(losses(part)).backward()
+        self._count_reduction()
 
     def step(self, lr: float) -> Step:
         for group in self.optimizer.param_groups:
@@ -107,36 +103,9 @@ class Replicated(Engine):
         trained = [p.detach() for p in self.module.parameters() if p.requires_grad]
         return float(nn.utils.get_total_norm(trained))
 
-    @property
-    def reduce_s(self) -> float:  # type: ignore[override]
-        return self._flight.seconds
-
-
-class _InFlight:
-    """Seconds in which at least one of overlapping reductions was in flight."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count, self._since, self.seconds = 0, 0.0, 0.0
-
-    def begin(self) -> None:
-        with self._lock:
-            if self._count == 0:
-                self._since = time.perf_counter()
-            self._count += 1
-
-    def end(self, future: Any) -> Tensor:
-        with self._lock:
-            self._count -= 1
-            if self._count == 0:
-                self.seconds += time.perf_counter() - self._since
-        return future.value()[0]
-
-
-def _averaged(engine: Replicated, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's own averaging of a bucket of gradients, counted and timed."""
-    engine.reductions += bucket.is_last()
-    engine._flight.begin()
-    world = dist.group.WORLD
-    assert world is not None
-    return allreduce_hook(world, bucket).then(engine._flight.end)
+    def _count_reduction(self) -> None:
+        """DDP's own measure, of the step before this one. A hook that measured would run Python in
+        the threads of gloo, and a data worker that is forked meanwhile may hang for ever."""
+        if isinstance(self._wrapped, DistributedDataParallel):
+            told = self._wrapped._get_ddp_logging_data()
+            self.reduce_s += told.get("backward_comm_time", 0) * 1e-9

@@ -100,7 +100,6 @@ class Zero(Engine):
             begin = time.perf_counter()  # what is left is the reduction, on leaving the block
         self._has_gradients = True
         self.reduce_s += time.perf_counter() - begin
-        self.reductions += 1
 
     def step(self, lr: float) -> Step:
         for group in self.optimizer.param_groups:

@@ -89,8 +89,6 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
         return EXIT_DONE
     if first:
         run.say(f"going on from step {first} of {steps}")
-    if config.train.self_check:
-        self_check(run)
     skipped = SkippedLog(config.run_dir, config.data.max_skipped, backend.is_main)
     with (
         Recorder(run) as recorder,
@@ -104,6 +102,8 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
             taken = _next_batch(run, saver, batches, skipped, signalled)
             if taken is None:
                 break
+            if config.train.self_check and run.progress.step == first:
+                self_check(run)  # now that workers are forked: threads of a backward would be there
             recorder.begin_step(taken.keys)
             step = run.progress.step + 1
             is_logged = step % config.train.log_every == 0 or step == steps

@@ -26,6 +26,9 @@ from dist_contrastive.signals import STOP_SIGNALS
 
 _SMALL = 1 << 16  # bytes
 _LEAVE_S = 1.0  # for what a worker is doing when it is told to end
+_LOOK_S = 0.1
+_STARTS = 3
+_BEGIN_S = {"fork": 20.0, "spawn": 300.0, "forkserver": 300.0}  # the latter import torch first
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
@@ -39,33 +42,13 @@ def read_by_workers(
     `prefetch_factor` batches, so that no more than that are in memory.
     """
     stored = None if start_method == "fork" else _store(reader)
-    loader: DataLoader[Any] = DataLoader(
-        _Worker(reader if stored is None else None, stored),
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor,
-        multiprocessing_context=start_method,
-        collate_fn=_unchanged,
-        worker_init_fn=_begin,
-        # The loader draws a base seed; from the global generator that would make the model's
-        # own random numbers depend on the number of workers.
-        generator=torch.Generator(),
-    )
-    # Held back here and in what is started meanwhile, until that ignores them by itself.
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    of_child = signal.getsignal(signal.SIGCHLD)
+    worker = _Worker(reader if stored is None else None, stored)
     try:
-        parts: Any = iter(loader)
+        parts = _started(worker, num_workers, prefetch_factor, start_method)
     except BaseException:
         if stored is not None:
             stored.unlink(missing_ok=True)
         raise
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-    # The loader's handler would raise wherever this process is when a worker is lost, in the middle
-    # of a collective too. It looks for lost ones by itself while it waits for them.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, of_child)
     # Workers ignore signals, so an exit that only signals and then awaits them would hang.
     end = partial(_end, parts, stored)
     atexit.register(end)
@@ -84,6 +67,61 @@ def read_by_workers(
     finally:
         end()  # now, even while an exception holds this frame
         atexit.unregister(end)
+
+
+def _started(
+    worker: "_Worker", num_workers: int, prefetch_factor: int, start_method: StartMethod
+) -> Any:
+    """The loader's iterator, all of whose workers have begun.
+
+    A forked one may never begin: where a thread of gloo lets go of a tensor in that instant, the
+    copy of Python waits for a lock that the thread has in the original only. Such are started anew.
+    """
+    context = multiprocessing.get_context(start_method)
+    of_child = signal.getsignal(signal.SIGCHLD)
+    for _ in range(_STARTS):
+        begun = context.Semaphore(0)
+        loader: DataLoader[Any] = DataLoader(
+            worker,
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            multiprocessing_context=context,
+            collate_fn=_unchanged,
+            worker_init_fn=partial(_begin, begun),
+            # The loader draws a base seed; from the global generator that would make the model's
+            # own random numbers depend on the number of workers.
+            generator=torch.Generator(),
+        )
+        # Held back here and in what is started meanwhile, until that ignores them by itself.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            parts = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        # The loader's handler would raise wherever this process is when a worker is lost, in the
+        # middle of a collective too. It looks for lost ones by itself while it waits for them.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, of_child)
+        if _have_begun(parts, begun, _BEGIN_S[start_method]):
+            return parts
+        _end_workers(parts)
+    raise LostWorkerError(
+        f"processes that read ahead did not begin within {_BEGIN_S[start_method]:g} s, {_STARTS} "
+        f"times; set data.num_workers=0 or another data.worker_start, or start again"
+    )
+
+
+def _have_begun(parts: Any, begun: Any, timeout_s: float) -> bool:
+    """Whether all workers have, or one has died, of which the loader will tell."""
+    deadline = time.monotonic() + timeout_s
+    for _ in parts._workers:
+        while not begun.acquire(timeout=_LOOK_S):
+            if not all(process.is_alive() for process in parts._workers):
+                return True
+            if time.monotonic() > deadline:
+                return False
+    return True
 
 
 def _next_parts(parts: Any, num_workers: int) -> list[Any]:
@@ -198,8 +236,8 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _begin(worker: int) -> None:
-    """Leave signals to the main process, and end with it.
+def _begin(begun: Any, worker: int) -> None:
+    """Tell that the worker has begun; leave signals to the main process, and end with it.
 
     Ctrl-C, a scheduler's warning and torchrun's SIGTERM reach every process of the group; a worker
     that died of one would take the rank along before it has saved. A forked one inherits its
@@ -212,6 +250,7 @@ def _begin(worker: int) -> None:
         signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    begun.release()
 
 
 def _end_with_parent() -> None:
