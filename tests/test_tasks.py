@@ -202,7 +202,7 @@ def one_rank(tmp_path_factory, overrides) -> Path:
     return train_all(tmp_path_factory.mktemp("ranks") / "1", 1, overrides)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_world_size_does_not_change_any_run(world_size, one_rank, tmp_path, overrides):
     folder = train_all(tmp_path / "runs", world_size, overrides)
     for name in NAMES:
