@@ -11,11 +11,12 @@ A ViT of 22 million parameters (width 384, depth 12) reads glyphs at 64 x 64 pix
   of them.
 - cached: time of a cached step over that of the plain step of the same batch, turn by turn in one
   process. Theory: one more forward pass, 4/3.
-- overhead: time of a step of `trainer.train` (stream, votes, log, all) over that of a bare loop of
-  embed, compare, backward and optimiser on batches that lie ready, turn by turn in one process.
+- overhead: time of a step of `trainer.train` (stream, votes, log, all) over that of a bare step of
+  embed, compare, backward and optimiser on the same batch, step by step in one process.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -44,7 +45,8 @@ train: {{steps: 1000, save_every: 1000}}
 """
 MICRO = 64  # rows of a micro-batch
 COMPARED = 512  # rows of a batch whose plain step fits too
-LOGGED = 10  # steps between rows of metrics, and steps of a turn
+LOGGED = 10  # steps between rows of metrics, and of a turn of the trainer
+COLD = 3  # steps that are not measured
 
 
 def main() -> None:
@@ -119,30 +121,35 @@ def cached(args: argparse.Namespace) -> None:
 
 def overhead(args: argparse.Namespace) -> None:
     """The third table."""
-    ratios = []
-    run = opened(2 * MICRO, 0)
-    stream = run.data.batches(run.backend.device)
-    for _ in range(args.turns):
-        ready = [next(stream) for _ in range(LOGGED)]
-        begin = time.perf_counter()
-        for taken in ready:
-            bare_step(run, taken.samples)
-        bare = (time.perf_counter() - begin) / LOGGED
-        ratios.append(trained(2 * MICRO) / bare)
-        print(f"bare step {bare:.3f} s, of the trainer {ratios[-1]:.4f} times that", flush=True)
-    print(f"median {statistics.median(ratios):.4f}")
-
-
-def trained(rows: int) -> float:
-    """Seconds of a step of `trainer.train`, from the rates that it logs itself."""
     from dist_contrastive import trainer
-    from dist_contrastive.metrics import read_rows
 
+    bare, begun = [], []
+    other, train_step = opened(2 * MICRO, 0), trainer.train_step
+
+    def both(run: Any, samples: Any, *how: Any) -> dict[str, Any]:
+        """The step of the trainer, in whose time the stream makes a batch; then the bare one."""
+        begun.append(time.perf_counter())
+        row = train_step(run, samples, *how)
+        begin = time.perf_counter()
+        bare_step(other, samples)
+        bare.append(time.perf_counter() - begin)
+        return row
+
+    trainer.train_step = both
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(rows, 0, Path(folder) / "run")
-        trainer.train(config, stop_after=2 * LOGGED)
-        row = read_rows(config.run_dir)[-1]  # the steps after the first row, which began cold
-    return rows / row["samples_per_s"]
+        trainer.train(
+            config_of(2 * MICRO, 0, Path(folder) / "run"), stop_after=args.turns * LOGGED + COLD
+        )
+    between = [later - earlier for earlier, later in itertools.pairwise(begun)]
+    of_trainer = [step - alone for step, alone in zip(between, bare, strict=False)][COLD - 1 :]
+    bare = bare[COLD - 1 : -1]
+    ratio = statistics.median(a / b for a, b in zip(of_trainer, bare, strict=True))
+    print(
+        f"\nmedians of {len(bare)} steps: bare {statistics.median(bare):.3f} s, of the trainer",
+        end=" ",
+    )
+    print(f"{statistics.median(of_trainer):.3f} s: {ratio:.4f} times, by their sums", end=" ")
+    print(f"{sum(of_trainer) / sum(bare):.4f}", flush=True)
 
 
 def bare_step(run: Any, samples: Any) -> None:

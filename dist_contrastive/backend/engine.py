@@ -43,13 +43,14 @@ class Engine(ABC):
         """Gradient of ``sum(losses(part) for part in range(count))``, reduced over ranks once.
 
         The losses are asked for one after another, so that only one graph is held; `losses` may
-        call `embed`. Gradients are kept until `step` or `discard_gradients`.
+        call `embed`. Gradients are kept until `step` or `discard_gradients`, one of which comes
+        before the next call.
         """
 
     @abstractmethod
     def step(self, lr: float) -> Step:
-        """Clip the gradient, update the parameters, and drop the gradient. What is not finite, on
-        any rank, updates nothing on all."""
+        """Clip the gradient and update the parameters; the gradient is used up. What is not
+        finite, on any rank, updates nothing on all."""
 
     @abstractmethod
     def gradient(self, parameter: nn.Parameter) -> Tensor:
