@@ -79,6 +79,7 @@ def _rank_main(
     if sys.platform == "linux":  # no look-up of the machine's name, which may be slow or wrong
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # Accelerate warns of its absence
     number, size = str(rank), str(world_size)
     os.environ |= {"RANK": number, "LOCAL_RANK": number}
     os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
