@@ -141,15 +141,12 @@ def overhead(args: argparse.Namespace) -> None:
             config_of(2 * MICRO, 0, Path(folder) / "run"), stop_after=args.turns * LOGGED + COLD
         )
     between = [later - earlier for earlier, later in itertools.pairwise(begun)]
-    of_trainer = [step - alone for step, alone in zip(between, bare, strict=False)][COLD - 1 :]
-    bare = bare[COLD - 1 : -1]
-    ratio = statistics.median(a / b for a, b in zip(of_trainer, bare, strict=True))
-    print(
-        f"\nmedians of {len(bare)} steps: bare {statistics.median(bare):.3f} s, of the trainer",
-        end=" ",
-    )
-    print(f"{statistics.median(of_trainer):.3f} s: {ratio:.4f} times, by their sums", end=" ")
-    print(f"{sum(of_trainer) / sum(bare):.4f}", flush=True)
+    turns = [(step - alone, alone) for step, alone in zip(between, bare, strict=False)][COLD - 1 :]
+    of_trainer, alone = zip(*turns, strict=True)
+    ratio = statistics.median(a / b for a, b in turns)
+    print(f"\nmedians of {len(turns)} steps: bare {statistics.median(alone):.3f} s,", end=" ")
+    print(f"of the trainer {statistics.median(of_trainer):.3f} s: {ratio:.4f} times,", end=" ")
+    print(f"by their sums {sum(of_trainer) / sum(alone):.4f}", flush=True)
 
 
 def bare_step(run: Any, samples: Any) -> None:

@@ -71,10 +71,10 @@ class Replicated(Engine):
             self._scaler.step(self.optimizer)
         scale = self._scaler.get_scale()
         self._scaler.update()
-        if self._accelerator.device.type != "cpu":
-            self.discard_gradients()
         # A CPU keeps them until backward writes new ones: without them nothing is left between
         # steps, the heap is given back, and each of its pages is mapped anew, 5 % of a step.
+        if self._accelerator.device.type != "cpu":
+            self.discard_gradients()
         # Below 1 the scale is not what makes it infinite.
         return Step(norm, applied, rescaled=1 <= self._scaler.get_scale() < scale)
 
@@ -109,10 +109,10 @@ class Replicated(Engine):
 
     def _clipped(self) -> float:
         """Norm of the gradient before it is scaled down, if there is a limit."""
-        params = [p for p in self.module.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
         if self._clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(params, self._clip_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self._clip_norm, norm)
         return float(norm)
 
     def _count_reduction(self) -> None:
