@@ -32,6 +32,7 @@ class RangeServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # with the default of 5, connections of a burst wait for seconds
 
     def __init__(
         self, folder: Path, port: int = 0, fault: Callable[[str, int], Fault] = lambda *_: None
