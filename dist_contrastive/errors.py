@@ -55,6 +55,10 @@ class NoProgressError(UserError):
     exit_code = 93
 
 
+class LockedError(UserError):
+    """Another run writes into the run directory."""
+
+
 class NonFiniteError(RuntimeError):
     """NaN or infinity in embeddings, loss or gradients; names the step and the ranks."""
 

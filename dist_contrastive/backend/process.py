@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
 from torch import nn
 
+from dist_contrastive import ranks
 from dist_contrastive.backend.engine import Engine
 from dist_contrastive.backend.recompute import recompute_blocks
 from dist_contrastive.backend.replicated import Replicated
@@ -36,9 +37,9 @@ class Backend:
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        if ranks != self.world_size:
-            raise RuntimeError(f"Accelerate counts {self.world_size} ranks, torch {ranks}")
+        of_torch = dist.get_world_size() if dist.is_initialized() else 1
+        if of_torch != self.world_size:
+            raise RuntimeError(f"Accelerate counts {self.world_size} ranks, torch {of_torch}")
 
     @property
     def is_main(self) -> bool:
@@ -73,7 +74,9 @@ class Backend:
 
 def _accelerator(settings: BackendSettings) -> Accelerator:
     cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    has_ranks = "LOCAL_RANK" in os.environ
+    has_ranks = ranks.join()
+    if has_ranks and torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ:
+        os.environ["LOCAL_RANK"] = "0"  # SLURM shows a task nothing but its own GPU
     process_group = InitProcessGroupKwargs(
         backend="gloo" if cpu else "nccl",
         timeout=datetime.timedelta(seconds=settings.timeout_s + _GRACE_S),

@@ -13,6 +13,16 @@ A folder named step-* is complete. A crash leaves one with another name, which t
 
 from dist_contrastive.checkpoint.choosing import Keep, best, newest
 from dist_contrastive.checkpoint.content import WEIGHTS, Checkpoint, Progress
-from dist_contrastive.checkpoint.writing import save, write_weights
+from dist_contrastive.checkpoint.writing import flush, save, write_weights
 
-__all__ = ["WEIGHTS", "Checkpoint", "Keep", "Progress", "best", "newest", "save", "write_weights"]
+__all__ = [
+    "WEIGHTS",
+    "Checkpoint",
+    "Keep",
+    "Progress",
+    "best",
+    "flush",
+    "newest",
+    "save",
+    "write_weights",
+]

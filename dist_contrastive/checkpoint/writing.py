@@ -57,14 +57,14 @@ def save(
         state = {"format": FORMAT, **asdict(progress), "score": score, "crc32": checksums}
         (aside / STATE).write_text(json.dumps(state, indent=1) + "\n")
         for path in [*aside.iterdir(), aside]:
-            _flush(path)
+            flush(path)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk this makes room
         raise
     if final.exists():  # it was damaged, or the run would not have come to this step again
         _remove(final)
     aside.rename(final)
-    _flush(root)
+    flush(root)
     for folder in to_remove(root, final, keep):
         _remove(folder)
     return final
@@ -107,7 +107,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(going)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Ask the system to put a file or folder on disk before the next step relies on it."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -1,16 +1,13 @@
 """The command ``dist-contrastive``."""
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from dist_contrastive import __version__
 from dist_contrastive.cli import checking, packing
-from dist_contrastive.errors import ConfigError, NonFiniteError, UserError
+from dist_contrastive.cli.ending import reporting_errors
+from dist_contrastive.errors import ConfigError
 
 # torch and the rest are imported by the commands that need them: --help answers at once.
 
@@ -39,26 +36,6 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     if rest:
         args.overrides += rest
     return args
-
-
-@dataclass
-class Outcome:
-    """The exit code of what ran inside `reporting_errors`."""
-
-    code: int = 0
-
-
-@contextmanager
-def reporting_errors() -> Iterator[Outcome]:
-    """Turns the errors that have an exit code into one sentence on stderr and that code."""
-    outcome = Outcome()
-    try:
-        yield outcome
-    except (UserError, NonFiniteError) as error:
-        rank = os.environ.get("RANK")
-        who = "dist-contrastive" if rank is None else f"dist-contrastive, rank {rank}"
-        print(f"{who}: {error}", file=sys.stderr, flush=True)
-        outcome.code = error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@
     watchdog.py     ends a rank that hangs
     attempts.py     stops a run that never comes further
     start.py        opens a run: its data, its task, the newest checkpoint
+    lock.py         one run at a time in a run directory
     saving.py       checkpoints
     self_check.py   the gradient of this run against that of one process
     doctor.py       all that can be looked at before training
@@ -26,6 +27,7 @@ from dist_contrastive.data.stream.prefetch import Ahead
 from dist_contrastive.errors import LostRankError, NonFiniteError, UserError
 from dist_contrastive.signals import stop_flag
 from dist_contrastive.trainer.data import Taken, open_data
+from dist_contrastive.trainer.lock import last_owner, locked
 from dist_contrastive.trainer.recording import Recorder
 from dist_contrastive.trainer.saving import Saver
 from dist_contrastive.trainer.self_check import self_check
@@ -58,6 +60,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> int:
         LostRankError: on the ranks that are left, when another one has ended.
         StorageError: on every rank, when the last checkpoint could not be written.
         NoProgressError: on every rank, when it has been started too often without coming further.
+        LockedError: on every rank, when another run writes into the run directory.
     """
     backend = Backend(config.backend)
     try:
@@ -80,6 +83,7 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
+    owner = last_owner(config.run_dir)
     run = start(config, backend)
     steps = config.train.steps
     first = run.progress.step
@@ -91,6 +95,7 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
         run.say(f"going on from step {first} of {steps}")
     skipped = SkippedLog(config.run_dir, config.data.max_skipped, backend.is_main)
     with (
+        locked(run, owner),
         Recorder(run) as recorder,
         stop_flag() as signalled,
         Saver(run) as saver,
@@ -110,7 +115,7 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
             row = train_step(run, taken.samples, taken.consumed, is_logged)
             if row:
                 rates = run.clock.rates(run.progress.consumed, run.engine.reduce_s)
-                row = {**row, **rates, "skipped": len(skipped)}
+                row = {**row, **rates, **saver.timing(), "skipped": len(skipped)}
                 recorder.write(row)
                 saver.note(row)
             if step % config.train.save_every == 0 and step < steps:

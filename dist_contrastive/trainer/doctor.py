@@ -1,7 +1,9 @@
-"""All that can be looked at before training, on as many ranks, without writing anything."""
+"""All that can be looked at before training, on as many ranks, without leaving anything."""
 
 import math
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dist_contrastive.backend import Backend
-from dist_contrastive.checkpoint import Progress
+from dist_contrastive.checkpoint import Progress, flush, write_weights
 from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import NonFiniteError, UserError
 from dist_contrastive.testing import RankError, run_ranks
@@ -26,12 +28,17 @@ class Finding(NamedTuple):
     part: str
     is_fine: bool
     text: str
+    save_s: float | None = None
+    """Seconds that a checkpoint takes to write, of the part `disk`."""
 
 
-def examine(config: RunConfig, world_size: int) -> Iterator[Finding]:
+def examine(config: RunConfig, world_size: int, processes: int | None = None) -> Iterator[Finding]:
     """What is found, part by part; after a part that is not fine there is nothing more to look at.
 
     The ranks are processes on CPUs of this machine, whatever the run will have.
+
+    Args:
+        processes: the most of them; a run of more ranks is looked at on that many.
     """
     try:
         data = open_data(config, Progress(), 0, world_size)
@@ -45,9 +52,15 @@ def examine(config: RunConfig, world_size: int) -> Iterator[Finding]:
         update={"backend": config.backend.model_copy(update={"device": "cpu"})}
     )
     try:
-        yield from run_ranks(_on_a_rank, world_size, on_cpu, timeout_s=_TIMEOUT_S)[0]
+        count = world_size if processes is None else _divisor(world_size, processes)
+        yield from run_ranks(_on_a_rank, count, on_cpu, timeout_s=_TIMEOUT_S)[0]
     except RankError as error:
         yield Finding("start", False, str(error))
+
+
+def _divisor(world_size: int, most: int) -> int:
+    """The most ranks that divide what so many divide."""
+    return max(n for n in range(1, most + 1) if world_size % n == 0)
 
 
 def _ranks(config: RunConfig, world_size: int) -> str:
@@ -93,10 +106,19 @@ def _model(run: Run, weights: dict[str, Tensor]) -> str:
 def _disk(run: Run, weights: dict[str, Tensor]) -> Finding:
     """Weights, and as much again for each of the two averages that an optimiser keeps at most."""
     train = run.config.train
-    needed = 3 * sum(x.nbytes for x in weights.values()) * (train.keep_last + 1)
-    free = shutil.disk_usage(_existing(run.config.run_dir)).free
+    one = 3 * sum(x.nbytes for x in weights.values())
+    needed, folder = one * (train.keep_last + 1), _existing(run.config.run_dir)
+    free = shutil.disk_usage(folder).free
     text = f"{_size(needed)} for checkpoints, {_size(free)} are free"
-    return Finding("disk", needed < free, text)
+    if needed >= free or not run.backend.is_main:
+        return Finding("disk", needed < free, text)
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as probe:
+        for number in range(3):  # weights, and the averages
+            write_weights(Path(probe) / str(number), weights)
+            flush(Path(probe) / str(number))
+    save_s = time.perf_counter() - begin
+    return Finding("disk", True, f"{text}; one takes {save_s:.2g} s to write", save_s)
 
 
 def _size(num_bytes: float) -> str:

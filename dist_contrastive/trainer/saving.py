@@ -2,6 +2,7 @@
 be."""
 
 import math
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +32,7 @@ class Saver:
         self._scores: list[float] = []  # since the checkpoint before
         self._writer = ThreadPoolExecutor(1)
         self._pending: tuple[Progress, Future[Path]] | None = None
+        self._begun_s, self._save_s = 0.0, 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -52,6 +54,10 @@ class Saver:
                 f"{', '.join(row)}"
             )
         self._scores.append(row[self._best.metric])
+
+    def timing(self) -> dict[str, float]:
+        """How long the last checkpoint took, from when it was begun until it was whole."""
+        return {"save_s": self._save_s} if self._save_s else {}
 
     def save(self) -> None:
         """Write a checkpoint; one that cannot be written is only told of.
@@ -82,6 +88,7 @@ class Saver:
 
     def _begin(self) -> None:
         run, score = self._run, None
+        self._begun_s = time.perf_counter()
         weights, state = run.engine.weights(), run.engine.optimizer_state()
         with collectives.raised_together():
             _check_weights(weights, run.progress.step)
@@ -89,9 +96,14 @@ class Saver:
             score, self._scores = math.fsum(self._scores) / len(self._scores), []
         arguments = (self._root, run.progress, weights, state, self._keep, score)
         if run.backend.is_main:
-            self._pending = run.progress, self._writer.submit(checkpoint.save, *arguments)
+            self._pending = run.progress, self._writer.submit(self._write, *arguments)
         else:
             self._pending = run.progress, Future()
+
+    def _write(self, *arguments: Any) -> Path:
+        folder = checkpoint.save(*arguments)
+        self._save_s = time.perf_counter() - self._begun_s
+        return folder
 
     def _finish(self) -> str | None:
         """Wait for the checkpoint that is being written, and tell why it could not be."""
