@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from dist_contrastive.cli import reporting_errors
+from dist_contrastive.cli.ending import reporting_errors
 from dist_contrastive.signals import STOP_SIGNALS
 
 EXIT_REQUEUE = 75

@@ -13,7 +13,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 
 # From the bottom up; parts on one line do not import each other, except as listed in WITHIN.
 LAYERS = [
-    {"atomic", "errors", "schedule", "settings", "signals"},
+    {"atomic", "errors", "ranks", "schedule", "settings", "signals"},
     {"collectives"},
     {"pairwise"},
     {"losses", "grad_cache", "testing"},
@@ -32,7 +32,7 @@ DOORS = {  # big dependencies, and the one file or part that knows each
     "transformers": "transformers_encoder.py",
     "kornia": "views.py",
     "pytorch_optimizer": "optim.py",
-    "submitit": "slurm.py",
+    "submitit": "slurm",
     "triton": "triton_kernels.py",
 }
 
