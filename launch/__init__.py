@@ -1,1 +1,8 @@
-"""Starting runs: `launch.local` on one machine with torchrun."""
+"""Starting runs.
+
+local.py      ranks of this machine, or of several, with torchrun
+slurm/        jobs of a SLURM cluster
+ends.py       exit codes, and which of them are worth another start
+progress.py   how far a run is, from its directory
+logs.py       what ranks write, followed
+"""

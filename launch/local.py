@@ -1,63 +1,195 @@
-"""Start a config on several ranks of this machine, with torchrun.
+"""Start a config on several ranks of this machine, or of several machines, with torchrun.
 
     python -m launch.local CONFIG --ranks 2 [key=value ...]
+    python -m launch.local CONFIG --ranks 8 --machines 2 --rdzv HOST:PORT    on each of the two
 
 The config is checked before any rank starts. The exit code is that of the first rank that failed,
 not torchrun's own: 0 done, 64 bad config or data, 70 not finite, 75 stopped early (start it again),
-93 no progress.
+93 no progress. What ranks write is kept in RUN/logs, too.
 """
 
 import argparse
 import os
 import signal
 import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from dist_contrastive.cli.ending import reporting_errors
+from dist_contrastive.errors import ConfigError, LostRankError
 from dist_contrastive.signals import STOP_SIGNALS
+from launch.ends import EXIT_REQUEUE, FINAL
+from launch.logs import Echo, rank_log
+from launch.progress import newest_step
 
-EXIT_REQUEUE = 75
 _TOGETHER_S = 10
+
+
+@dataclass
+class Ranks:
+    """What is to be started, and what became of it."""
+
+    config: str
+    overrides: list[str]
+    ranks: int
+    machines: int
+    rdzv: str | None
+    run_dir: Path
+    name: str
+    asked_to_stop: bool = False
+
+    def forward(self, number: int, _: Any) -> None:
+        """Pass a signal on to the ranks, which save and end; torchrun then ends by itself."""
+        self.asked_to_stop = True
+        ranks = psutil.Process().children()
+        for process in ranks:
+            process.send_signal(number)
+        if not ranks:
+            sys.exit(128 + number)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse arguments, check the config, run; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch.local", description=__doc__)
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    parser.add_argument("--ranks", type=_positive, default=1, help="processes on this machine")
-    args = parser.parse_intermixed_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     with reporting_errors() as outcome:
-        _check(args.config, args.overrides, args.ranks)
-        outcome.code = _run(args.config, args.overrides, args.ranks)
+        if (args.machines > 1) != (args.rdzv is not None):
+            raise ConfigError(
+                f"--machines {args.machines} with --rdzv {args.rdzv}: several machines need both, "
+                f"and the same HOST:PORT on each; one machine needs neither"
+            )
+        started = Ranks(
+            args.config,
+            args.overrides,
+            args.ranks,
+            args.machines,
+            args.rdzv,
+            _check(args.config, args.overrides, args.ranks * args.machines),
+            time.strftime("local-%Y%m%d-%H%M%S"),
+        )
+        outcome.code = _run(started, args.restarts)
     return outcome.code
 
 
-def _check(config: str, overrides: list[str], ranks: int) -> None:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.local",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument("--ranks", type=_positive, default=1, help="processes on this machine")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again after a failure, N times in a row without a new checkpoint (default 0)",
+    )
+    parser.add_argument("--machines", type=_positive, default=1, help="that run this command")
+    parser.add_argument("--rdzv", metavar="HOST:PORT", help="where they meet: one of them")
+    return parser
+
+
+def _check(config: str, overrides: list[str], world_size: int) -> Path:
+    """The run directory of a config that can be started."""
     from dist_contrastive import trainer
     from dist_contrastive.config import load
 
-    trainer.check(load(config, overrides), ranks)
+    loaded = load(config, overrides)
+    trainer.check(loaded, world_size)
+    return loaded.run_dir
 
 
-def _run(config: str, overrides: list[str], ranks: int) -> int:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, run
-
+def _run(started: Ranks, restarts: int) -> int:
+    """Start, and start again while that is worth it; returns the exit code of the last start."""
     # More threads than cores would fight; torchrun's own default is 1 however many cores there are.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    # torchrun would end ranks 30 s after a signal, saved or not: only SIGQUIT is left to it.
-    options = ["--standalone", f"--nproc-per-node={ranks}", "--signals-to-handle=SIGQUIT"]
-    command = [*options, "--module", "dist_contrastive", "train", config, *overrides]
+    threads = max(1, (os.cpu_count() or 1) // started.ranks)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     for number in STOP_SIGNALS:
-        signal.signal(number, _forward)
+        signal.signal(number, started.forward)
+    starts, left = 0, restarts
+    while True:
+        before = newest_step(started.run_dir)
+        code = _start(started, starts)
+        if code in FINAL or started.asked_to_stop:
+            return code
+        step = newest_step(started.run_dir)
+        left = restarts if step > before else left - 1
+        if left < 0 or not restarts:
+            return code
+        starts += 1
+        told = f"ended with {code}; starting again from step {step} (start {starts + 1})"
+        print(f"launch.local: {told}", file=sys.stderr, flush=True)
+
+
+def _start(started: Ranks, starts: int) -> int:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, get_args_parser
+
+    folder, name = started.run_dir / "logs", f"{started.name}-{starts}"
+    options = [
+        *(f"--nproc-per-node={started.ranks}", f"--nnodes={started.machines}"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint={started.rdzv or 'localhost:0'}"),
+        f"--rdzv-id={starts}",  # machines meet anew for each start
+        # torchrun would end ranks 30 s after a signal, saved or not: only SIGQUIT is left to it.
+        "--signals-to-handle=SIGQUIT",
+    ]
+    command = ["--module", "dist_contrastive", "train", started.config, *started.overrides]
+    config, entry, args = config_from_args(get_args_parser().parse_args([*options, *command]))
+    logs = _in_files(folder, name)
+    config.logs_specs = logs
     try:
-        run(get_args_parser().parse_args(command))
+        with Echo(lambda: logs.files, _to_console):
+            elastic_launch(config=config, entrypoint=entry)(*args)
     except ChildFailedError as error:
         return _cause([(f.timestamp, f.exitcode) for f in error.failures.values()])
+    except RendezvousError as error:
+        raise LostRankError(
+            f"the {started.machines} machines did not meet at {started.rdzv} ({error}); start the "
+            f"same command on each, with the address of one of them"
+        ) from error
     return 0
+
+
+def _in_files(folder: Path, name: str) -> Any:
+    """Where torchrun is to put what ranks write."""
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={folder.parent} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+
+    class InFiles(DefaultLogsSpecs):
+        files: tuple[Path, ...] = ()
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            ranks = {local: env["RANK"] for local, env in envs.items()}
+            out = {local: rank_log(folder, name, rank, "out") for local, rank in ranks.items()}
+            err = {local: rank_log(folder, name, rank, "err") for local, rank in ranks.items()}
+            self.files = (*out.values(), *err.values())
+            stdouts, stderrs = ({k: str(v) for k, v in x.items()} for x in (out, err))
+            return replace(super().reify(envs), stdouts=stdouts, stderrs=stderrs)
+
+    return InFiles()
+
+
+def _to_console(path: Path, text: str) -> None:
+    print(
+        text,
+        end="",
+        file=sys.stdout if path.suffix == ".out" else sys.stderr,
+        flush=True,
+    )
 
 
 def _cause(failures: list[tuple[int, int]]) -> int:
@@ -68,15 +200,6 @@ def _cause(failures: list[tuple[int, int]]) -> int:
     killed = [128 - code for code in codes if code < 0 and code != -signal.SIGTERM]
     raised = [code for code in codes if code > 0 and code != EXIT_REQUEUE]
     return (killed or raised or [EXIT_REQUEUE])[0]
-
-
-def _forward(number: int, _: Any) -> None:
-    """Pass a signal on to the ranks, which save and end; torchrun then ends by itself."""
-    ranks = psutil.Process().children()
-    for process in ranks:
-        process.send_signal(number)
-    if not ranks:
-        sys.exit(128 + number)
 
 
 def _positive(text: str) -> int:

@@ -36,7 +36,7 @@ def test_all_is_well(stage, tmp_path, overrides, capsys):
         r"ranks     ok       3 x 8 rows, in micro-batches of 5",
         rf"run       ok       {re.escape(str(run_dir))} holds no checkpoint: training starts",
         rf"model     ok       \d+,\d\d\d trained parameters; adamw, {engine}, fp32",
-        r"disk      ok       \S+ KiB for checkpoints, \S+ [MG]iB are free; one takes \S+ s to write",
+        r"disk      ok       \S+ KiB for checkpoints, \S+ [MG]iB are free; one takes \S+ s",
         r"gradient  ok       \d+ parameters have that of one process to \de-0[4-9]",
     ):
         assert re.search(f"^{line}$", told, re.MULTILINE), (line, told)

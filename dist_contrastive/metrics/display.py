@@ -1,11 +1,13 @@
 """How far a training is, for who watches: a bar on a terminal, plain lines elsewhere."""
 
 import sys
+import time
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_LINE_S = 60.0
 _SHOWN = ("loss", "lr", "samples_per_s")
 
 
@@ -45,19 +47,20 @@ class _Bar:
 
 
 class _Lines:
-    """One line now and then: a log file should not grow with every step."""
+    """One line now and then: for each tenth of the steps, and for each minute."""
 
     def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps
         self._every = max(1, num_steps // 10)
-        self._next = 0
+        self._next, self._last_s = 0, time.monotonic()
 
     def show(self, row: dict[str, Any]) -> None:
-        if row["step"] >= self._next or row["step"] == self._num_steps:
+        is_due = row["step"] >= self._next or time.monotonic() - self._last_s >= _LINE_S
+        if is_due or row["step"] == self._num_steps:
             print(
                 f"step {row['step']}/{self._num_steps}  {_text(row)}", file=sys.stderr, flush=True
             )
-            self._next = row["step"] + self._every
+            self._next, self._last_s = row["step"] + self._every, time.monotonic()
 
     def close(self) -> None:
         pass

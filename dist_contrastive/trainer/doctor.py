@@ -118,7 +118,7 @@ def _disk(run: Run, weights: dict[str, Tensor]) -> Finding:
             write_weights(Path(probe) / str(number), weights)
             flush(Path(probe) / str(number))
     save_s = time.perf_counter() - begin
-    return Finding("disk", True, f"{text}; one takes {save_s:.2g} s to write", save_s)
+    return Finding("disk", True, f"{text}; one takes {save_s:.2g} s", save_s)
 
 
 def _size(num_bytes: float) -> str:
