@@ -1,0 +1,79 @@
+"""What can be known to go wrong before a job is submitted."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dist_contrastive import trainer
+from dist_contrastive.config import RunConfig
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.trainer.doctor import examine
+from launch.progress import read_progress
+from launch.slurm.cluster import job_state, partitions
+from launch.slurm.options import Options
+from launch.slurm.records import records
+
+_PROCESSES = 2  # of the doctor: a login node is no place for many
+
+
+def check_cluster(options: Options) -> None:
+    """Raise ConfigError for what the cluster does not have, and would let wait for ever."""
+    known = partitions()
+    name = options.partition or ""
+    if name not in known:
+        names = ", ".join(sorted(n for n in known if n))
+        raise ConfigError(
+            f"--partition {name} is unknown; this cluster has {names}"
+            if name
+            else f"this cluster has no default partition; give --partition, one of {names}"
+        )
+    where, has = f"partition {name}" if name else "the default partition", known[name]
+    largest, cpus = f"the largest node of {where}", options.tasks * (options.cpus_per_task or 1)
+    for flag, value, most, owner, what in (
+        ("--nodes", options.nodes, has.nodes, where, "nodes"),
+        ("--gpus-per-node", options.gpus_per_node, has.gpus, largest, "GPUs"),
+        ("ranks of a node x --cpus-per-task =", cpus, has.cpus, largest, "CPUs"),
+    ):
+        if value > most:
+            raise ConfigError(f"{flag} {value}: {owner} has {most} {what}; ask for {most} or fewer")
+
+
+def check_lead(lead_s: int, options: Options) -> None:
+    """Raise ConfigError where a job would be told to save before it has begun."""
+    if lead_s >= options.time_min * 60:
+        raise ConfigError(
+            f"--time {options.time}: a job is told to save {lead_s} s before its end, which leaves "
+            f"no time to train; give it more, or a shorter --signal-lead-s"
+        )
+
+
+def check_runs(runs: list[RunConfig], world_size: int) -> None:
+    """Raise ConfigError for a config that cannot start on so many ranks, or whose run directory has
+    a job already."""
+    for config in runs:
+        trainer.check(config, world_size)
+        for record in records(config.run_dir)[-1:]:
+            state = job_state(record.job, record.cluster)
+            if not state.has_ended:
+                raise ConfigError(
+                    f"{config.run_dir} has job {record.job} already ({state.state}); wait for it, "
+                    f"cancel it with python -m launch.slurm cancel {config.run_dir}, or choose "
+                    f"another run_dir"
+                )
+
+
+def measured_s(run_dir: Path) -> tuple[float, float] | None:
+    """How long a checkpoint and a step of this run have taken, if it has had both."""
+    row = read_progress(run_dir).row
+    return (row["save_s"], row["step_s"]) if "save_s" in row else None
+
+
+def examined(config: RunConfig, world_size: int) -> Iterator[tuple[str, float | None]]:
+    """Lines of what `doctor` finds, and with the one on disks how long a checkpoint takes.
+
+    Raises:
+        ConfigError: what it found to be wrong.
+    """
+    for finding in examine(config, world_size, _PROCESSES):
+        if not finding.is_fine:
+            raise ConfigError(f"doctor, {finding.part}: {finding.text}")
+        yield f"{finding.part:9} ok       {finding.text}", finding.save_s

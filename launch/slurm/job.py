@@ -1,0 +1,52 @@
+"""What submitit runs on every rank of a job."""
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from dist_contrastive import ranks
+from dist_contrastive.cli.ending import reporting_errors, run_rank
+from dist_contrastive.signals import listen
+from launch.ends import EXIT_REQUEUE
+
+_LOCAL_REQUEUE = 144  # what submitit's local executor starts again for
+
+
+class Job:
+    """Trains a config; its state is in the run directory, never in what was submitted.
+
+    Args:
+        config: YAML file. cwd: where it was submitted, for paths in it.
+        cancelled: folder in which a file JOB.cancelled says that the job is not to go on.
+        port: where ranks of submitit's local executor meet; those of SLURM find one in the job.
+    """
+
+    def __init__(self, config: Path, cwd: Path, cancelled: Path, port: int = 0) -> None:
+        self._config, self._cwd, self._cancelled, self._port = config, cwd, cancelled, port
+
+    def __call__(self) -> NoReturn:
+        """Train, and leave with the exit code; submitit's own handling of signals, which saves on
+        one rank at any instant, is not come to."""
+        listen()
+        run_rank(self._train)
+
+    def _train(self) -> int:
+        os.chdir(self._cwd)
+        is_local = os.environ["SUBMITIT_EXECUTOR"] == "local"
+        if is_local:
+            self._join_local()
+        else:
+            ranks.join_slurm_step()
+        with reporting_errors() as outcome:
+            from dist_contrastive import trainer
+            from dist_contrastive.config import load
+
+            outcome.code = trainer.train(load(self._config))
+        if is_local and outcome.code == EXIT_REQUEUE:
+            name = f"{os.environ['SUBMITIT_LOCAL_JOB_ID']}.cancelled"
+            return EXIT_REQUEUE if (self._cancelled / name).exists() else _LOCAL_REQUEUE
+        return outcome.code
+
+    def _join_local(self) -> None:
+        rank, count = (int(os.environ[f"SUBMITIT_LOCAL_{x}"]) for x in ("GLOBALID", "NTASKS"))
+        ranks.set_rank(rank, count, rank, "127.0.0.1", self._port)

@@ -1,0 +1,206 @@
+"""Submitting: a config, or a sweep of them, as a job of submitit."""
+
+import math
+import os
+import shlex
+import socket
+import time
+import uuid
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import submitit
+from submitit.core.utils import FailedJobError
+from submitit.helpers import clean_env
+
+from dist_contrastive import config as configs
+from dist_contrastive.atomic import write_text
+from dist_contrastive.config import RunConfig
+from dist_contrastive.errors import ConfigError
+from launch.slurm.job import Job
+from launch.slurm.options import Options
+from launch.slurm.records import JobRecord, add_record
+from launch.slurm.snapshot import snapshot
+
+_KILLED_S = 60  # ranks that are left when one has ended get so long
+_LEAD_S, _WORST = 60, 3  # SLURM's own resolution; what a checkpoint and a step may take at worst
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Runs that are one job, or one array of jobs."""
+
+    runs: list[RunConfig]
+    options: Options
+    root: Path
+    """Folder for jobs/ and logs/: the run directory, or that of all runs of a sweep."""
+    cwd: Path
+    cluster: str = "slurm"
+
+    @property
+    def folder(self) -> Path:
+        """For what is submitted; a new one for each submission."""
+        return self.root / "jobs" / time.strftime(f"%Y%m%d-%H%M%S-{uuid.uuid4().hex[:4]}")
+
+    @property
+    def logs(self) -> Path:
+        """For what jobs write."""
+        return self.root / "logs"
+
+
+def lead_s(save_s: float, step_s: float) -> int:
+    """How long before its end a job must be told to save: SLURM may be a minute early, so that this
+    is what a checkpoint and a step take at worst, and a minute for all else."""
+    return math.ceil(_LEAD_S + _WORST * (save_s + step_s))
+
+
+def script(submission: Submission, folder: Path) -> str:
+    """What sbatch will be given."""
+    executor = _slurm_executor(submission, folder)
+    if len(submission.runs) > 1:
+        executor.parameters["map_count"] = len(submission.runs)
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def submit(submission: Submission) -> list[str]:
+    """Copy the code and the configs, and submit; the numbers of the jobs, one for each run.
+
+    Raises:
+        ConfigError: the folder cannot be written, or SLURM does not take the job.
+    """
+    folder = submission.folder
+    try:
+        jobs = _prepare(submission, folder)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={submission.root} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    make = _local_executor if submission.cluster == "local" else _slurm_executor
+    executor = make(submission, folder)
+    # A job may submit another one. What sbatch says submitit prints, besides raising it.
+    environment = clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
+    try:
+        with environment, redirect_stderr(StringIO()), executor.batch():
+            submitted = [executor.submit(job) for job in jobs]
+    except FailedJobError as error:
+        told = " ".join(str(error).replace("sbatch: error: ", "").split())
+        raise ConfigError(f"sbatch does not take the job: {told}") from error
+    for config, job in zip(submission.runs, submitted, strict=True):
+        add_record(config.run_dir, _record(submission, folder, config, job.job_id))
+    return [job.job_id for job in submitted]
+
+
+def _prepare(submission: Submission, folder: Path) -> list[Job]:
+    submission.logs.mkdir(parents=True, exist_ok=True)
+    snapshot(folder / "code", submission.cwd)
+    port = _free_port() if submission.cluster == "local" else 0
+    jobs = []
+    for config in submission.runs:
+        place = folder / "configs" / config.run_dir.name
+        place.mkdir(parents=True)
+        configs.save(config, place)
+        jobs.append(Job(place / "config.yaml", submission.cwd, folder, port))
+    write_text(folder / "runs", "".join(f"{c.run_dir.absolute()}\n" for c in submission.runs))
+    write_text(folder / "token", "Every node of the job must see this file.\n")
+    return jobs
+
+
+def _slurm_executor(submission: Submission, folder: Path) -> "_SlurmExecutor":
+    options, config = submission.options, submission.runs[0]
+    executor = _SlurmExecutor(folder, python=options.python_command)
+    job = "%A_%a" if len(submission.runs) > 1 else "%j"
+    batch = str(submission.logs / f"{job}.batch.log")
+    ranks = submission.logs / f"{job}.rank-%t"
+    ends = [f"--output={ranks}.out", f"--error={ranks}.err", "--kill-on-bad-exit=1"]
+    executor.update_parameters(
+        job_name=options.name or submission.root.name,
+        time=options.time_min,
+        nodes=options.nodes,
+        ntasks_per_node=options.tasks,
+        cpus_per_task=options.cpus_per_task,
+        gpus_per_node=options.gpus_per_node or None,
+        mem=None if options.memory_gb is None else f"{math.ceil(options.memory_gb * 1024)}M",
+        partition=options.partition,
+        account=options.account,
+        qos=options.qos,
+        constraint=options.constraint,
+        exclusive=options.exclusive or None,
+        wckey=None,
+        signal_delay_s=options.signal_lead_s,
+        setup=_setup(options, folder, config.train.max_stalled_starts),
+        teardown=["finish $?"],
+        srun_args=[*ends, f"--wait={_KILLED_S}", *options.srun],
+        array_parallelism=options.parallel,
+        additional_parameters={"requeue": True, "output": batch, "error": batch, **options.sbatch},
+    )
+    return executor
+
+
+class _SlurmExecutor(submitit.SlurmExecutor):
+    """Also where there is no SLURM, to look at a script."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def _setup(options: Options, folder: Path, max_starts: int) -> list[str]:
+    """Lines of the script before the ranks: those of the site first."""
+    source = shlex.quote(str(folder / "code" / "launch" / "slurm" / "job.sh"))
+    begin = ["begin", str(folder), str(max_starts), options.python_command, *options.srun]
+    lost = f"{folder} is not there; put run_dir on a file system that all nodes share"
+    return [
+        *_environment(options, folder),
+        # Variables of whoever submitted; those of the job are set by itself.
+        "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT",
+        # Since 22.05 srun does not take it from sbatch.
+        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}",
+        f"source {source} || {{ echo {shlex.quote(lost)}; exit 64; }}",
+        shlex.join(begin),
+    ]
+
+
+def _environment(options: Options, folder: Path) -> list[str]:
+    code = shlex.quote(str(folder / "code"))
+    return [
+        *options.setup,
+        *(f"export {name}={shlex.quote(value)}" for name, value in options.env.items()),
+        # The copied code, and not what lies in the current folder.
+        f"export PYTHONSAFEPATH=1 PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+    ]
+
+
+def _local_executor(submission: Submission, folder: Path) -> submitit.LocalExecutor:
+    """submitit's own stand-in for a cluster: processes of this machine."""
+    options = submission.options
+    executor = submitit.LocalExecutor(folder, python=options.python_command)
+    executor.update_parameters(
+        timeout_min=options.time_min,
+        tasks_per_node=options.world_size,
+        gpus_per_node=options.gpus_per_node,
+        signal_delay_s=options.signal_lead_s,
+        setup=_environment(options, folder),
+    )
+    return executor
+
+
+def _record(submission: Submission, folder: Path, config: RunConfig, job: str) -> JobRecord:
+    return JobRecord(
+        job=job,
+        cluster=submission.cluster,
+        submitted=time.strftime("%Y-%m-%d %H:%M:%S"),
+        folder=str(folder),
+        logs=str(submission.logs),
+        config=str(folder / "configs" / config.run_dir.name / "config.yaml"),
+        cwd=str(submission.cwd),
+        options=submission.options.model_dump(mode="json"),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
