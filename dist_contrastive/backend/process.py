@@ -11,6 +11,7 @@ from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
 from torch import nn
 
 from dist_contrastive import ranks
+from dist_contrastive.backend.accelerate_launch import check_accelerate_launch
 from dist_contrastive.backend.engine import Engine
 from dist_contrastive.backend.recompute import recompute_blocks
 from dist_contrastive.backend.replicated import Replicated
@@ -75,6 +76,7 @@ class Backend:
 def _accelerator(settings: BackendSettings) -> Accelerator:
     cpu = settings.device == "cpu" or not torch.cuda.is_available()
     has_ranks = ranks.join()
+    check_accelerate_launch(settings, has_ranks)
     if has_ranks and torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ:
         os.environ["LOCAL_RANK"] = "0"  # SLURM shows a task nothing but its own GPU
     process_group = InitProcessGroupKwargs(

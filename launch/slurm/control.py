@@ -1,10 +1,11 @@
 """Following what a job writes, and ending it with everything saved."""
 
-import os
 import signal
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 from dist_contrastive.errors import ConfigError
 from launch.logs import Follower
@@ -78,13 +79,21 @@ def cancel(run_dir: Path, timeout_s: float) -> str:
 
 def _tell_to_stop(record: JobRecord) -> None:
     if record.cluster == "local":
-        os.kill(int(record.job), signal.SIGTERM)
+        for process in _ranks_of(record):
+            process.send_signal(signal.SIGTERM)
     else:
         ask("scancel", "--signal=USR2", record.job)  # to its ranks; the script goes on
 
 
+def _ranks_of(record: JobRecord) -> list[psutil.Process]:
+    """Of a job of submitit's local executor, which has a shell and a controller between."""
+    below = psutil.Process(int(record.job)).children(recursive=True)
+    return [p for p in below if "submitit.core._submit" in p.cmdline()]
+
+
 def _kill(record: JobRecord) -> None:
     if record.cluster == "local":
-        os.kill(int(record.job), signal.SIGKILL)
+        for process in [psutil.Process(int(record.job)), *_ranks_of(record)]:
+            process.kill()
     else:
         ask("scancel", record.job)

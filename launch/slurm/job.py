@@ -1,6 +1,7 @@
 """What submitit runs on every rank of a job."""
 
 import os
+import signal
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +29,7 @@ class Job:
         """Train, and leave with the exit code; submitit's own handling of signals, which saves on
         one rank at any instant, is not come to."""
         listen()
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # which SLURM sends first
         run_rank(self._train)
 
     def _train(self) -> int:

@@ -176,13 +176,17 @@ def _environment(options: Options, folder: Path) -> list[str]:
 def _local_executor(submission: Submission, folder: Path) -> submitit.LocalExecutor:
     """submitit's own stand-in for a cluster: processes of this machine."""
     options = submission.options
+    threads = max(1, (os.cpu_count() or 1) // options.world_size)
     executor = submitit.LocalExecutor(folder, python=options.python_command)
     executor.update_parameters(
         timeout_min=options.time_min,
         tasks_per_node=options.world_size,
         gpus_per_node=options.gpus_per_node,
         signal_delay_s=options.signal_lead_s,
-        setup=_environment(options, folder),
+        setup=[
+            *_environment(options, folder),
+            f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}}",
+        ],
     )
     return executor
 

@@ -23,8 +23,7 @@ def status(run_dir: Path) -> str:
     if seen.row:
         rate, step_s = seen.row.get("samples_per_s", 0.0), seen.row.get("step_s", 0.0)
         lines.append(("speed", f"{rate:.4g} samples/s, {step_s:.3g} s a step"))
-    if seen.step != seen.steps:
-        lines.append(("left", _left(seen)))
+    lines.append(("left", _left(seen)))
     lines.append(("saved", f"step {seen.saved}" if seen.saved else "nothing yet"))
     return "\n".join(f"{name:8} {text}" for name, text in lines)
 
@@ -34,7 +33,7 @@ def _of_job(run_dir: Path, record: JobRecord, seen: RunProgress) -> list[tuple[s
     where = f" on {state.nodes}" if state.nodes else ""
     since = f", {state.elapsed} of {state.limit}" if state.elapsed else ""
     why = f" ({state.reason})" if state.reason and not state.nodes else ""
-    lines = [("job", f"{record.job} {_state(state, seen)}{where}{since}{why}")]
+    lines = [("job", f"{record.job} {_state(record, state, seen)}{where}{since}{why}")]
     starts = Path(record.folder) / f"{record.job}.starts"
     log = next(iter(record.log_files(0)))
     if starts.exists():
@@ -60,7 +59,7 @@ def table(folder: Path, metrics: list[str]) -> str:
     for run_dir in find_runs(folder):
         found, seen = records(run_dir)[-1:], read_progress(run_dir)
         job = found[0].job if found else "-"
-        state = _state(job_state(found[0].job, found[0].cluster), seen) if found else "-"
+        state = _state(found[0], job_state(found[0].job, found[0].cluster), seen) if found else "-"
         name = str(run_dir.relative_to(folder)) if run_dir != folder else str(run_dir)
         rows.append([name, job, state, *(cell(seen) for cell in columns.values())])
     if len(rows) == 1:
@@ -79,14 +78,16 @@ def _loss(seen: RunProgress) -> str:
 
 
 def _left(seen: RunProgress) -> str:
-    if seen.left_s is None:
+    if seen.left_s is None or seen.step == seen.steps:
         return "-"
     minutes, seconds = divmod(round(seen.left_s), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def _state(state: JobState, seen: RunProgress) -> str:
+def _state(record: JobRecord, state: JobState, seen: RunProgress) -> str:
     """SLURM's word; where it has none any more, what the run directory says."""
+    if state.has_ended and record.cancelled.exists():
+        return "CANCELLED"
     if state.state != "UNKNOWN":
         return state.state
     return "COMPLETED" if seen.steps is not None and seen.saved == seen.steps else "ENDED"
