@@ -34,6 +34,6 @@ def check_accelerate_launch(settings: BackendSettings, has_ranks: bool) -> None:
         )
     if given["DYNAMO_BACKEND"] not in ("", "no"):
         raise ConfigError(
-            f"accelerate launch --dynamo_backend {given['DYNAMO_BACKEND']}: leave the flag out, and "
-            f"set backend.compile=true"
+            f"accelerate launch --dynamo_backend {given['DYNAMO_BACKEND']}: leave the flag out, "
+            f"and set backend.compile=true"
         )
