@@ -6,19 +6,21 @@ _OPENING, _CLOSING, _QUOTES = "[{(", "]})", "'\""
 
 
 def expand(overrides: list[str]) -> list[tuple[str, list[str]]]:
-    """Each run's name (empty where there is only one) and its overrides.
+    """Each run's name (empty where there is only one) and its overrides; of a key that is given
+    twice the last one counts.
 
     >>> [name for name, _ in expand(["optim.lr=0.1,0.2", "seed=1", "train.steps=5,9"])]
     ['lr=0.1,steps=5', 'lr=0.1,steps=9', 'lr=0.2,steps=5', 'lr=0.2,steps=9']
     """
-    choices = []
+    choices = {}
     for override in overrides:
         key, equals, value = override.partition("=")
-        choices.append([(key, f"{key}{equals}{one}", one) for one in _split(value)])
-    swept = [options[0][0] for options in choices if len(options) > 1]
+        choices.pop(key, None)
+        choices[key] = [(key, f"{key}{equals}{one}", one) for one in _split(value)]
+    swept = [key for key, values in choices.items() if len(values) > 1]
     short = {key: _shortest(key, swept) for key in swept}
     runs = []
-    for combination in itertools.product(*choices):
+    for combination in itertools.product(*choices.values()):
         parts = [f"{short[key]}={value}" for key, _, value in combination if key in short]
         name = ",".join(parts).replace("/", "_").replace(" ", "")
         runs.append((name, [override for _, override, _ in combination]))

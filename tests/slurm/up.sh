@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # up.sh DIR [NODES] - start an emulated SLURM cluster of NODES nodes on this one machine.
 #
-#   . DIR/env.sh            afterwards: SLURM_CONF, PATH (sacct stand-in first), EMU_*
+#   . DIR/env.sh            afterwards: SLURM_CONF, PATH (emu-node first), EMU_*
 #   down.sh DIR             ends exactly what was started here
 #
 # Settings (environment):
@@ -15,6 +15,7 @@
 #   EMU_AUTH    munge | none    (default munge when munged is installed)
 #   EMU_DBD     0 | 1           1 = DIR gets a real slurmdbd + mariadbd, so the real sacct works
 #   EMU_TIMEOUT SlurmdTimeout in seconds (default 15): how soon a dead node is noticed
+#   EMU_MIN_JOB_AGE             seconds after which squeue forgets an ended job (default a day)
 #   EMU_REQUEUE_WAIT            seconds a requeued job is held back (default 5; SLURM's own is 120)
 #   EMU_WAIT    seconds to wait for idle nodes (default 30)
 set -euo pipefail
@@ -23,7 +24,7 @@ mkdir -p "$DIR"; DIR=$(cd "$DIR" && pwd -P)
 # unix sockets (munged's, slurmstepd's spool/NODE/NODE_JOB.STEP) must stay below 108 characters
 [ ${#DIR} -le 64 ] || { echo "up.sh: the path $DIR is longer than 64 characters: too long for unix sockets" >&2; exit 2; }
 CPUS=${EMU_CPUS:-16} GPUS=${EMU_GPUS:-2} TMO=${EMU_TIMEOUT:-15} RQ=${EMU_REQUEUE_WAIT:-5}
-DBD=${EMU_DBD:-0} WAIT=${EMU_WAIT:-30}
+DBD=${EMU_DBD:-0} WAIT=${EMU_WAIT:-30} AGE=${EMU_MIN_JOB_AGE:-86400}
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 PATH=$PATH:/usr/sbin:/sbin
 for c in slurmctld slurmd sinfo srun sbatch scontrol; do
@@ -149,7 +150,7 @@ SlurmctldTimeout=30
 SlurmdTimeout=$TMO
 KillWait=5
 UnkillableStepTimeout=30
-MinJobAge=86400
+MinJobAge=$AGE
 MaxArraySize=10001
 ReturnToService=2
 RebootProgram=/bin/true
@@ -174,30 +175,6 @@ export EMU_DIR=$DIR EMU_MODE=$MODE EMU_NODES=$N EMU_PREFIX=$PFX EMU_NET=$NET EMU
 $([ "$MODE" = net ] && I=eth0 || I=lo; echo "export GLOO_SOCKET_IFNAME=$I NCCL_SOCKET_IFNAME=$I TP_SOCKET_IFNAME=$I")
 case ":\$PATH:" in *":$DIR/bin:"*) ;; *) export PATH=$DIR/bin:\$PATH:/usr/sbin ;; esac
 E
-if [ "$DBD" != 1 ]; then
-  # submitit asks sacct for job states; without slurmdbd the real one only fails ("accounting storage
-  # is disabled") and a job that dies without a result pickle is waited for for ever.  squeue -t all
-  # knows the same (MinJobAge keeps finished jobs in slurmctld's memory).
-  cat > "$DIR/bin/sacct" <<'E'
-#!/usr/bin/env bash
-# stand-in for: sacct -o JobID,State,NodeList --parsable2 -j ID [-j ID]...
-ids=() cols=JobID,State,NodeList head=1 sep='|'
-while [ $# -gt 0 ]; do case $1 in
-  -j|--jobs) ids+=("$2"); shift 2;; --jobs=*) ids+=("${1#*=}"); shift;;
-  -o|--format) cols=$2; shift 2;; --format=*) cols=${1#*=}; shift;;
-  -n|--noheader) head=0; shift;; *) shift;; esac; done
-fmt=; hdr=
-for c in ${cols//,/ }; do
-  case ${c,,} in jobid) f=%i;; state) f=%T;; nodelist) f=%N;; jobname) f=%j;; partition) f=%P;; reason) f=%r;; *) f=;; esac
-  fmt+=${fmt:+$sep}$f hdr+=${hdr:+$sep}$c; done
-[ $head = 1 ] && echo "$hdr"
-a=(-h -a -t all -o "$fmt"); [ ${#ids[@]} -gt 0 ] && a+=(-j "$(IFS=,; echo "${ids[*]}")")
-# squeue shows passing flags where sacct shows the state below them; submitit takes what it does not know
-# (SIGNALING!) for the end of the job
-squeue "${a[@]}" | sed -E "s/(^|[$sep])(SIGNALING|CONFIGURING|STAGE_OUT|RESIZING|STOPPED)([$sep]|\$)/\\1RUNNING\\3/; s/(^|[$sep])(REQUEUE_HOLD|REQUEUE_FED|RESV_DEL_HOLD|SPECIAL_EXIT)([$sep]|\$)/\\1PENDING\\3/"
-E
-  chmod +x "$DIR/bin/sacct"
-fi
 . "$DIR/env.sh"
 
 wait_port() { for _ in $(seq 100); do (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && return 0; sleep 0.1; done; return 1; }
@@ -306,4 +283,4 @@ until [ "$(sinfo -h -N -p all -o %T 2>/dev/null | grep -cx idle)" = "$N" ]; do
   [ $((SECONDS-t0)) -ge "$WAIT" ] && die "nodes not idle after $WAIT s: $(sinfo -N -l 2>&1)"
   sleep 0.1
 done
-echo "up: $N nodes idle, mode $MODE, auth $AUTH, accounting $([ "$DBD" = 1 ] && echo slurmdbd || echo 'none (sacct stand-in)'); next: . $DIR/env.sh"
+echo "up: $N nodes idle, mode $MODE, auth $AUTH, accounting $([ "$DBD" = 1 ] && echo slurmdbd || echo none); next: . $DIR/env.sh"
