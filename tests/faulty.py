@@ -1,23 +1,33 @@
 """Faults for real runs: a reward function whose module makes one rank fail at a step.
 
-FAULT=KIND:RANK:STEP in the environment; the config names ``task.reward.function=faulty:reward``.
+FAULT=KIND:RANK:STEP in the environment, or KIND:RANK:STEP:FILE for a fault that happens once, when
+FILE is not there; the config names ``task.reward.function=faulty:reward``.
 """
 
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 
 from dist_contrastive import trainer
 from dist_contrastive.losses.rewards import depth_credit as reward  # noqa: F401
 
-_kind, _rank, _step = os.environ["FAULT"].split(":")
+_kind, _rank, _step, *_once = os.environ["FAULT"].split(":")
 _train_step = trainer.train_step
 
 
+def _is_due():
+    if not _once:
+        return True
+    is_due = not Path(_once[0]).exists()
+    Path(_once[0]).touch()
+    return is_due
+
+
 def _faulty_step(run, samples, *rest):
-    if run.backend.rank == int(_rank) and run.progress.step == int(_step):
+    if run.backend.rank == int(_rank) and run.progress.step == int(_step) and _is_due():
         match _kind:
             case "raise":
                 raise KeyError("a bug of the model")

@@ -68,6 +68,22 @@ def _acquire(run_dir: Path, owner_before: str) -> IO[str]:
     # Not flock: data workers would inherit that, and hold it after a rank that was killed. This
     # kind is lost when the process closes any handle of the file, so that nothing else may open it.
     file = (run_dir / _NAME).open("a+")
+    try:
+        _await_lock(file, run_dir)
+        file.seek(0)
+        owner = file.read()
+        if owner != owner_before:
+            raise LockedError(
+                f"{run_dir} was written by {_text(owner)} while this run was being opened; start "
+                f"it again, and it goes on from there"
+            )
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _await_lock(file: IO[str], run_dir: Path) -> None:
     waited_s = 0.0
     while not _is_mine(file, run_dir):
         file.seek(0)
@@ -80,14 +96,6 @@ def _acquire(run_dir: Path, owner_before: str) -> IO[str]:
             )
         time.sleep(_LOOK_S)
         waited_s += _LOOK_S
-    file.seek(0)
-    owner = file.read()
-    if owner != owner_before:
-        raise LockedError(
-            f"{run_dir} was written by {_text(owner)} while this run was being opened; start it "
-            f"again, and it goes on from there"
-        )
-    return file
 
 
 def _is_mine(file: IO[str], run_dir: Path) -> bool:

@@ -79,13 +79,13 @@ def cancel(run_dir: Path, timeout_s: float) -> str:
 
 def _tell_to_stop(record: JobRecord) -> None:
     if record.cluster == "local":
-        for process in _ranks_of(record):
+        for process in ranks_of(record):
             process.send_signal(signal.SIGTERM)
     else:
         ask("scancel", "--signal=USR2", record.job)  # to its ranks; the script goes on
 
 
-def _ranks_of(record: JobRecord) -> list[psutil.Process]:
+def ranks_of(record: JobRecord) -> list[psutil.Process]:
     """Of a job of submitit's local executor, which has a shell and a controller between."""
     below = psutil.Process(int(record.job)).children(recursive=True)
     return [p for p in below if "submitit.core._submit" in p.cmdline()]
@@ -93,7 +93,7 @@ def _ranks_of(record: JobRecord) -> list[psutil.Process]:
 
 def _kill(record: JobRecord) -> None:
     if record.cluster == "local":
-        for process in [psutil.Process(int(record.job)), *_ranks_of(record)]:
+        for process in [psutil.Process(int(record.job)), *ranks_of(record)]:
             process.kill()
     else:
         ask("scancel", record.job)

@@ -34,7 +34,7 @@ class Options(Settings):
     """CPUs of a rank: its own one, and one for each data worker."""
     memory_gb: PositiveFloat | None = None
     """Of a node."""
-    time: str | PositiveInt = "1:00:00"
+    time: str = "1:00:00"
     """Limit of one start, as SLURM writes it: minutes, H:MM:SS or D-HH:MM:SS. A run that needs
     longer is saved, requeued and gone on with."""
     partition: str | None = None
@@ -58,12 +58,13 @@ class Options(Settings):
     """Variables of all ranks: `NCCL_SOCKET_IFNAME: ib0`."""
     srun: tuple[str, ...] = ()
     """More options of srun: `--container-image=IMAGE`."""
-    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
-    """More options of sbatch, by name without dashes: `reservation: big`."""
+    sbatch: dict[str, str] = Field(default_factory=dict)
+    """More options of sbatch, by name without dashes: `reservation: big`; `true` for those without
+    a value."""
 
     @field_validator("time")
     @classmethod
-    def _time_is_known(cls, time: str | int) -> str | int:
+    def _time_is_known(cls, time: str) -> str:
         minutes(time)
         return time
 
@@ -97,7 +98,8 @@ def load_options(profile: Path | None, flags: dict[str, Any]) -> Options:
     tree: Any = {}
     if profile is not None:
         try:
-            tree = yaml.safe_load(profile.read_text()) or {}
+            # All as text: YAML would take 8:00:00 for a number of base 60, and yes for true.
+            tree = yaml.load(profile.read_text(), Loader=yaml.BaseLoader) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(
                 f"cannot read the profile {profile}: {' '.join(str(error).split())}"
@@ -112,9 +114,9 @@ def load_options(profile: Path | None, flags: dict[str, Any]) -> Options:
         raise ConfigError(f"{profile or 'flags'}: {told}") from None
 
 
-def minutes(time: str | int) -> int:
+def minutes(time: str) -> int:
     """Of a time as SLURM writes it: minutes, MM:SS, H:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
-    found = _TIME.fullmatch(str(time))
+    found = _TIME.fullmatch(time)
     if not found:
         raise ValueError("is no time; write minutes, H:MM:SS or D-HH:MM:SS")
     days, *parts = (None if x is None else int(x) for x in found.groups())

@@ -113,6 +113,7 @@ def _slurm_executor(submission: Submission, folder: Path) -> "_SlurmExecutor":
     job = "%A_%a" if len(submission.runs) > 1 else "%j"
     batch = str(submission.logs / f"{job}.batch.log")
     ranks = submission.logs / f"{job}.rank-%t"
+    more = {name: value == "true" or value for name, value in options.sbatch.items()}
     ends = [f"--output={ranks}.out", f"--error={ranks}.err", "--kill-on-bad-exit=1"]
     executor.update_parameters(
         job_name=options.name or submission.root.name,
@@ -133,7 +134,7 @@ def _slurm_executor(submission: Submission, folder: Path) -> "_SlurmExecutor":
         teardown=["finish $?"],
         srun_args=[*ends, f"--wait={_KILLED_S}", *options.srun],
         array_parallelism=options.parallel,
-        additional_parameters={"requeue": True, "output": batch, "error": batch, **options.sbatch},
+        additional_parameters={"requeue": True, "output": batch, "error": batch, **more},
     )
     return executor
 

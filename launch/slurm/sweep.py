@@ -12,7 +12,7 @@ def expand(overrides: list[str]) -> list[tuple[str, list[str]]]:
     >>> [name for name, _ in expand(["optim.lr=0.1,0.2", "seed=1", "train.steps=5,9"])]
     ['lr=0.1,steps=5', 'lr=0.1,steps=9', 'lr=0.2,steps=5', 'lr=0.2,steps=9']
     """
-    choices = {}
+    choices: dict[str, list[tuple[str, str, str]]] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         choices.pop(key, None)

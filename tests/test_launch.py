@@ -1,0 +1,502 @@
+"""Launching without SLURM: scripts and names, ranks of one machine or two, submitit's stand-in."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGS, command, environment, global_batches, run
+from test_faults import argv_of, failed, newest_step
+
+from dist_contrastive import config as configs
+from dist_contrastive import ranks, trainer
+from dist_contrastive.errors import ConfigError, LockedError
+from dist_contrastive.metrics import read_rows
+from dist_contrastive.trainer.lock import last_owner
+from launch import progress
+from launch.logs import Follower
+from launch.slurm.__main__ import main
+from launch.slurm.control import ranks_of
+from launch.slurm.options import load_options, minutes
+from launch.slurm.records import last_record
+from launch.slurm.submission import lead_s
+from launch.slurm.sweep import expand
+
+ENCODER = CONFIGS / "digits_encoder.yaml"
+PROFILE = CONFIGS / "slurm" / "profile.yaml"
+SMALL = (
+    *("task.encoder={name: residual, widths: [8, 16]}", "task.head={hidden: 16, out: 8}"),
+    *("data.global_batch_size=48", "data.lanes=6", "train.save_every=1000"),
+)
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_ID": "2",
+    "SLURM_JOB_ID": "77",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[07-08,11],big1",
+}
+
+
+@pytest.fixture
+def fresh_environment(monkeypatch):
+    """Of a process that nothing has started, with what a test adds."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "MASTER")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name)
+    kept = dict(os.environ)
+    yield monkeypatch
+    os.environ.clear()
+    os.environ.update(kept)
+
+
+# ------------------------------------------------------------------ which rank a process is
+
+
+def test_a_process_that_nothing_has_started_is_alone(fresh_environment):
+    assert not ranks.join()
+    assert "RANK" not in os.environ
+
+
+def test_a_task_of_a_step_is_a_rank(fresh_environment):
+    for name, value in STEP.items():
+        fresh_environment.setenv(name, value)
+    assert ranks.join()
+    found = {x: os.environ[x] for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    assert found == {"RANK": "4", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07"}
+    first = os.environ.pop("MASTER_PORT")
+    assert 15000 <= int(first) < 30000
+    os.environ["SLURM_RESTART_COUNT"] = "1"  # another port after a requeue
+    os.environ.pop("LOCAL_RANK")
+    assert ranks.join()
+    assert os.environ["MASTER_PORT"] != first
+
+
+def test_torchrun_goes_before_slurm(fresh_environment):
+    """It may itself be a task of a step: one on each node."""
+    torchrun = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "here"}
+    for name, value in {**STEP, **torchrun}.items():
+        fresh_environment.setenv(name, value)
+    assert ranks.join()
+    assert {name: os.environ[name] for name in torchrun} == torchrun
+
+
+def test_the_only_task_of_a_step_is_alone(fresh_environment):
+    """As the shell of `srun --pty bash` is."""
+    for name, value in {**STEP, "SLURM_STEP_NUM_TASKS": "1"}.items():
+        fresh_environment.setenv(name, value)
+    assert not ranks.join()
+
+
+def test_what_a_job_is_given_goes_before_what_it_would_choose(fresh_environment):
+    for name, value in {**STEP, "MASTER_ADDR": "ib-07", "MASTER_PORT": "16001"}.items():
+        fresh_environment.setenv(name, value)
+    ranks.join()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("ib-07", "16001")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[1-2]", "n1"),
+        ("n[007-012,20],m1", "n007"),
+        ("r[1-2]n[3,5]-ib", "r1n3-ib"),
+        ("127.0.1.[1-2]", "127.0.1.1"),
+    ],
+)
+def test_first_host(nodes, first):
+    assert ranks.first_host(nodes) == first
+
+
+# ------------------------------------------------------------------ what is submitted
+
+
+def test_sweeps():
+    one = expand(["optim.lr=0.1", "task.loss={name: ntxent, temperature: 0.1}", "data.x=[1,2]"])
+    assert [name for name, _ in one] == [""]
+    names = [name for name, _ in expand(["a.lr=1,2", "b.lr=3,4", "seed=5", "c.d='x,y'"])]
+    assert names == ["a.lr=1,b.lr=3", "a.lr=1,b.lr=4", "a.lr=2,b.lr=3", "a.lr=2,b.lr=4"]
+    name, overrides = expand(["data.train=a/b,c/d", "seed=1", "seed=2"])[1]
+    assert (name, overrides) == ("train=c_d", ["data.train=c/d", "seed=2"])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("90", 90),
+        ("30:00", 30),
+        ("1:30:00", 90),
+        ("0:00:30", 1),
+        ("2-0", 2880),
+        ("1-02:03", 1563),
+        ("1-02:03:30", 1564),
+    ],
+)
+def test_times(text, found):
+    assert minutes(text) == found
+
+
+def test_lead_time_is_what_a_checkpoint_and_a_step_take():
+    assert lead_s(0.0, 0.0) == 60
+    assert lead_s(40.0, 5.5) == 60 + 137
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("nodse: 2", "nodse is not a known setting; did you mean nodes?"),
+        ("time: soon", "time=soon: is no time; write minutes, H:MM:SS or D-HH:MM:SS"),
+        ("nodes: 0", "nodes=0"),
+        ("- a", "holds no settings; see configs/slurm/profile.yaml"),
+        ("a: [", "cannot read the profile"),
+    ],
+)
+def test_profiles_that_cannot_be_used(text, sentence, tmp_path):
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        load_options(path, {})
+
+
+def test_flags_go_before_the_profile(tmp_path):
+    path = tmp_path / "site.yaml"
+    path.write_text("{partition: big, gpus_per_node: 4, account: lab, time: 8:00:00}")
+    options = load_options(path, {"partition": "small", "account": None})
+    assert (options.partition, options.account, options.world_size) == ("small", "lab", 4)
+    assert options.time_min == 480
+
+
+def script_of(capsys, *arguments: str) -> str:
+    assert main(["submit", str(ENCODER), *arguments, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path, overrides, capsys):
+    """All that the profile of the documentation has, and what submitit would leave out."""
+    options = overrides(tmp_path / "run", "data.global_batch_size=64", "data.lanes=16")
+    text = script_of(capsys, *options, "--profile", str(PROFILE), "--nodes", "2")
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    profile = load_options(PROFILE, {})
+    for line in (
+        "#SBATCH --nodes=2",
+        f"#SBATCH --gpus-per-node={profile.gpus_per_node}",
+        f"#SBATCH --ntasks-per-node={profile.gpus_per_node}",
+        f"#SBATCH --account={profile.account}",
+        f"#SBATCH --constraint={profile.constraint}",
+        "#SBATCH --signal=USR2@60",
+        "#SBATCH --requeue",
+        "#SBATCH --time=480",  # which YAML would have taken for 28800
+        "#SBATCH --open-mode=append",
+        *profile.setup,
+        *(f"export {name}={value}" for name, value in profile.env.items()),
+        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+    ):
+        assert line in text.splitlines(), line
+    srun = next(line for line in text.splitlines() if line.startswith("srun "))
+    assert "--kill-on-bad-exit=1 --wait=60" in srun
+    assert f"{profile.container} {profile.python} -u -m submitit.core._submit" in srun
+    assert "CUDA_VISIBLE_DEVICES" not in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_is_an_array(tmp_path, overrides, capsys):
+    options = overrides(tmp_path / "run", "seed=1,2,3", "--parallel", "2")
+    assert "#SBATCH --array=0-2%2" in script_of(capsys, *options)
+
+
+def test_job_script_is_bash():
+    path = Path(progress.__file__).parent / "slurm" / "job.sh"
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+
+
+def test_where_there_is_no_slurm(tmp_path, overrides, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["submit", str(ENCODER), *overrides(tmp_path / "run")]) == 64
+    told = capsys.readouterr().err
+    assert "there is no sbatch on this machine; submit from a login node" in told
+    assert "python -m launch.local CONFIG --ranks N" in told
+
+
+@pytest.mark.parametrize("what", ["status", "logs", "cancel", "resume", "list"])
+def test_a_folder_that_is_no_run(what, tmp_path, capsys):
+    assert main([what, str(tmp_path)]) == 64
+    told = capsys.readouterr().err
+    assert str(tmp_path) in told
+    assert len(told.strip().splitlines()) == 1
+
+
+def test_status_answers_without_torch():
+    code = "import sys, launch.slurm.tables, launch.slurm.control; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ------------------------------------------------------------------ one run in a directory
+
+
+HOLD = """
+    import fcntl, sys
+    file = open(sys.argv[1], "a+")
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    file.write("process 7 on elsewhere 123\\n")
+    file.flush()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_directory_that_another_run_writes(tmp_path, overrides):
+    options = overrides(tmp_path, *SMALL)
+    argv = [sys.executable, "-c", textwrap.dedent(HOLD), str(tmp_path / "lock")]
+    holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout
+    assert holder.stdout.readline() == "held\n"
+    done = run(command("train", ENCODER, *options))
+    assert done.returncode == 64
+    expected = f"{tmp_path} is being written by process 7 on elsewhere; wait for its end, or choose"
+    assert expected in done.stderr
+    assert not (tmp_path / "metrics.jsonl").exists()
+    holder.kill()  # whatever ends it, its lock is gone
+    holder.communicate()
+    assert trainer.train(configs.load(ENCODER, options)) == 0
+    assert re.match(rf"process {os.getpid()} on \S+ [0-9a-f]+\n$", last_owner(tmp_path))
+
+
+def test_a_run_that_was_written_while_it_was_opened(tmp_path, overrides, monkeypatch):
+    """Between looking for checkpoints and holding the directory another run came and went."""
+    config = configs.load(ENCODER, overrides(tmp_path, *SMALL))
+    opened = trainer.start
+
+    def start_slowly(*arguments):
+        found = opened(*arguments)
+        tmp_path.joinpath("lock").write_text("process 7 on elsewhere 123\n")
+        return found
+
+    monkeypatch.setattr(trainer, "start", start_slowly)
+    with pytest.raises(LockedError, match="was written by process 7 on elsewhere while"):
+        trainer.train(config)
+
+
+# ------------------------------------------------------------------ launch.local
+
+
+def test_what_ranks_write_is_kept(tmp_path, overrides):
+    done = run(command(ENCODER, *overrides(tmp_path, *SMALL), ranks=2))
+    assert done.returncode == 0, done.stderr
+    logs = {p.name.split(".", 1)[1]: p.read_text() for p in (tmp_path / "logs").iterdir()}
+    assert sorted(logs) == ["rank-0.err", "rank-0.out", "rank-1.err", "rank-1.out"]
+    assert "step 12/12" in logs["rank-0.err"]
+    assert logs["rank-0.err"] in done.stderr
+
+
+def test_restarts(tmp_path, overrides):
+    """A rank is killed once; what it lost is done again."""
+    argv = [*argv_of(overrides, tmp_path), "--restarts", "1"]
+    done, _ = failed(argv, f"kill:1:5:{tmp_path}/happened")
+    assert done.returncode == 0, done.stderr
+    assert "launch.local: ended with 137; starting again from step 4 (start 2)" in done.stderr
+    assert [row["step"] for row in read_rows(tmp_path)] == list(range(1, 13))
+    assert len(list((tmp_path / "logs").glob("*-1.rank-0.err"))) == 1
+
+
+def test_restarts_have_an_end(tmp_path, overrides):
+    """Always killed at the same step: once more, and no further."""
+    argv = [*argv_of(overrides, tmp_path), "--restarts", "1"]
+    done, _ = failed(argv, "kill:1:5")
+    assert done.returncode == 128 + signal.SIGKILL
+    # The first start came to step 4 and counts as progress; the two after it did not.
+    assert done.stderr.count("starting again") == 2
+
+
+def test_two_machines_meet(tmp_path, overrides, free_port):
+    """Two launchers, one rank each, and a rank that is killed: both start again."""
+    options = ["--machines", "2", "--rdzv", f"127.0.0.1:{free_port}", "--restarts", "1"]
+    argv = [*argv_of(overrides, tmp_path, ranks=1), *options]
+    env = {**environment(), "FAULT": f"kill:1:5:{tmp_path}/happened"}
+    env["PYTHONPATH"] = str(Path(__file__).parent)
+    pair = [
+        subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    told = [process.communicate(timeout=200)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], told
+    assert newest_step(tmp_path) == 12
+    assert json.loads((tmp_path / "environment.json").read_text())["world_size"] == 2
+
+
+@pytest.fixture
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--machines", "2"], "--machines 2 with --rdzv None: several machines need both"),
+        (["--rdzv", "host:1"], "--machines 1 with --rdzv host:1: several machines need both"),
+    ],
+)
+def test_flags_that_do_not_fit(flags, sentence, tmp_path, overrides, capsys):
+    from launch import local
+
+    assert local.main([str(ENCODER), *overrides(tmp_path / "run"), *flags]) == 64
+    assert sentence in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ accelerate launch
+
+
+def accelerate_launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    common = ["--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"]
+    return run([*launcher, *common, *arguments])
+
+
+def test_accelerate_launch(tmp_path, overrides):
+    train = ["-m", "dist_contrastive", "train", str(ENCODER), *overrides(tmp_path, *SMALL)]
+    done = accelerate_launch("--multi_gpu", "--mixed_precision", "no", *train)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "environment.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--cpu", "--mixed_precision", "no"], "starts one of them only; leave --cpu out and give"),
+        (["--multi_gpu", "--mixed_precision", "bf16"], "with backend.precision=fp32: the config"),
+    ],
+)
+def test_accelerate_launch_of_what_the_config_does_not_say(flags, sentence, tmp_path, overrides):
+    train = ["-m", "dist_contrastive", "train", str(ENCODER), *overrides(tmp_path / "run", *SMALL)]
+    done = accelerate_launch(*flags, *train)
+    assert done.returncode
+    assert sentence in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------ submitit without SLURM
+
+
+def submit_here(overrides: list[str], *flags: str) -> None:
+    fixed = ["--cluster", "local", "--tasks-per-node", "2", "--no-doctor"]
+    submit = [sys.executable, "-m", "launch.slurm", "submit", str(ENCODER)]
+    env = {**environment(), "PYTHONPATH": str(CONFIGS.parent)}
+    done = subprocess.run([*submit, *overrides, *fixed, *flags], env=env, stdout=subprocess.DEVNULL)
+    assert done.returncode == 0
+
+
+def await_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while progress.read_progress(run_dir).step < step:
+        assert time.monotonic() < deadline, told_by(run_dir)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("limit", ["told", pytest.param("hit", marks=pytest.mark.slow)])
+def test_a_chain_of_time_limits(limit, tmp_path, overrides, capsys):
+    """Told to save, requeued, finished; nothing lost or repeated. Told by this test as submitit
+    tells it before the limit, or by submitit itself, half a minute after each start."""
+    run_dir = tmp_path / "run"
+    steps = 400 if limit == "told" else 1200
+    options = overrides(run_dir, *SMALL, f"train.steps={steps}", "data.num_workers=1")
+    submit_here(options, "--time", "1", "--signal-lead-s", "5" if limit == "told" else "30")
+    for step in (5, 20) if limit == "told" else ():
+        await_step(run_dir, step)
+        for process in ranks_of(last_record(run_dir)):
+            process.send_signal(signal.SIGUSR2)
+        deadline = time.monotonic() + 60
+        while newest_step(run_dir) < step:
+            assert time.monotonic() < deadline, told_by(run_dir)
+            time.sleep(0.05)
+    await_step(run_dir, steps)
+    assert main(["logs", str(run_dir), "-f"]) == 0  # to its end
+    assert f"step {steps}/{steps}" in capsys.readouterr().out
+    assert told_by(run_dir).count("going on from step") == 2 or limit == "hit"
+    alone = tmp_path / "alone"
+    assert trainer.train(configs.load(ENCODER, [*options, f"run_dir={alone}"])) == 0
+    found, expected = ([row["loss"] for row in read_rows(x)] for x in (run_dir, alone))
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert global_batches(run_dir) == global_batches(alone)
+    capsys.readouterr()
+    assert main(["status", str(run_dir)]) == 0
+    told = capsys.readouterr().out
+    assert re.search(rf"^job      \d+ COMPLETED\nstep     {steps} of {steps}, ", told, re.MULTILINE)
+
+
+def told_by(run_dir: Path) -> str:
+    return "".join(p.read_text() for p in last_record(run_dir).log_files(0) if p.exists())
+
+
+def test_cancel_saves_and_the_code_is_that_of_the_submission(
+    tmp_path, overrides, capsys, monkeypatch
+):
+    """What is changed after it has no part in the job."""
+    project, run_dir = tmp_path / "project", tmp_path / "run"
+    project.mkdir()
+    (project / "sitecustomize.py").write_text("print('code of the first day')\n")
+    monkeypatch.chdir(project)
+    submit_here(overrides(run_dir, *SMALL, "train.steps=100000"))
+    (project / "sitecustomize.py").write_text("raise SystemExit('code of the second day')\n")
+    await_step(run_dir, 3)
+    assert "code of the first day" in told_by(run_dir)
+    assert main(["cancel", str(run_dir)]) == 0
+    saved = newest_step(run_dir)
+    assert f"has saved step {saved} and ended" in capsys.readouterr().out
+    assert saved >= 3
+    assert main(["cancel", str(run_dir)]) == 0
+    assert "has ended already" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ small parts
+
+
+def test_progress_of_a_run(tmp_path, overrides):
+    assert progress.read_progress(tmp_path).left_s is None
+    config = configs.load(ENCODER, overrides(tmp_path, *SMALL))
+    assert trainer.train(config, stop_after=7) == 75
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8')  # not whole yet
+    found = progress.read_progress(tmp_path)
+    assert (found.step, found.saved, found.steps) == (7, 7, 12)
+    assert found.left_s == pytest.approx(5 * read_rows(tmp_path)[-1]["step_s"])
+
+
+def test_follower_gives_whole_lines_in_the_order_of_writing(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    follower = Follower()
+    assert follower.read([a, b]) == []
+    a.write_text("one\ntw")
+    assert follower.read([a, b]) == [(a, "one\n")]
+    b.write_text("other\n")
+    os.utime(b, ns=(1, 1))  # written before
+    a.write_text("one\ntwo\nthr")
+    assert follower.read([a, b]) == [(b, "other\n"), (a, "two\n")]
+    assert follower.read([a, b], to_end=True) == [(a, "thr")]
+
+
+def test_a_signal_before_training_is_not_lost():
+    """A job listens from its first instant: what comes while it starts up stops it later."""
+    code = """
+        import os, signal
+        from dist_contrastive import signals
+        signals.listen()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with signals.stop_flag() as received:
+            assert received == [signal.SIGUSR2], received
+        os.kill(os.getpid(), signal.SIGTERM)
+        with signals.stop_flag() as received:
+            assert received == [signal.SIGUSR2, signal.SIGTERM], received
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)])
+    assert done.returncode == 0
