@@ -124,8 +124,14 @@ def reference(tmp_path_factory, overrides):
     return outcomes
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("engine", ["replicated", "ZeRO 1", "ZeRO 2", "ZeRO 3"])
+MATRIX = [
+    pytest.param(engine, ranks, marks=[pytest.mark.slow] * (ranks == 1 and engine != "replicated"))
+    for engine in ("replicated", "ZeRO 1", "ZeRO 2", "ZeRO 3")
+    for ranks in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize(("engine", "world_size"), MATRIX)
 def test_three_steps_are_those_of_one_process(
     engine, world_size, reference, tmp_path_factory, overrides
 ):

@@ -306,6 +306,7 @@ def test_restarts(tmp_path, overrides):
     assert len(list((tmp_path / "logs").glob("*-1.rank-0.err"))) == 1
 
 
+@pytest.mark.slow
 def test_restarts_have_an_end(tmp_path, overrides):
     """Always killed at the same step: once more, and no further."""
     argv = [*argv_of(overrides, tmp_path), "--restarts", "1"]
@@ -371,17 +372,22 @@ def test_accelerate_launch(tmp_path, overrides):
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("variables", "sentence"),
     [
-        (["--cpu", "--mixed_precision", "no"], "starts one of them only; leave --cpu out and give"),
-        (["--multi_gpu", "--mixed_precision", "bf16"], "with backend.precision=fp32: the config"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "starts one of them only; leave --cpu out and give"),
+        ({"LOCAL_RANK": "0", "ACCELERATE_MIXED_PRECISION": "bf16"}, "backend.precision=fp32: the"),
+        ({"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"}, "backend.zero_stage=0: the"),
+        ({"LOCAL_RANK": "0", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "backend.compile=true"),
     ],
 )
-def test_accelerate_launch_of_what_the_config_does_not_say(flags, sentence, tmp_path, overrides):
-    train = ["-m", "dist_contrastive", "train", str(ENCODER), *overrides(tmp_path / "run", *SMALL)]
-    done = accelerate_launch(*flags, *train)
-    assert done.returncode
-    assert sentence in done.stderr
+def test_accelerate_launch_of_what_the_config_does_not_say(
+    variables, sentence, tmp_path, overrides, fresh_environment
+):
+    """Its flags arrive as variables."""
+    for name, value in {"ACCELERATE_MIXED_PRECISION": "no", **variables}.items():
+        fresh_environment.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        trainer.train(configs.load(ENCODER, overrides(tmp_path / "run", *SMALL)))
     assert not (tmp_path / "run").exists()
 
 

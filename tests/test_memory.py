@@ -20,6 +20,7 @@ def test_the_measurement_sees_quadratic_memory():
     assert memory.slope(SIZES, memory.in_own_process("ntxent", "dense", SIZES, 32)) > 1.7
 
 
+@pytest.mark.slow
 def test_memory_of_a_ring_does_not_depend_on_the_world_size():
     two, four = (memory.of_ranks_in_own_process("ring", ranks) for ranks in (2, 4))
     assert four <= 1.15 * two

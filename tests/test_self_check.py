@@ -13,6 +13,7 @@ from dist_contrastive.trainer.self_check import self_check
 from dist_contrastive.trainer.start import start
 
 MICRO = {"plain": None, "cached": 5}
+SLOW = pytest.mark.slow
 
 
 def checked(config: RunConfig, fault: str = "") -> str:
@@ -74,7 +75,7 @@ def trained(config: RunConfig) -> dict[str, Tensor]:
     return found.weights()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=SLOW) for n in (1, 2)), 3])
 def test_it_leaves_nothing_behind(stage, tmp_path, overrides):
     """Weights of a run with the check are bitwise those of one without."""
     both = []
@@ -94,7 +95,7 @@ VIT = (
 )
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), 3])
 def test_blocks_that_are_computed_again(stage, tmp_path, overrides):
     """Dropout and all: the same weights, in each engine."""
     both = []

@@ -97,7 +97,9 @@ def longer_run(tmp_path_factory, overrides) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "kill", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_signals_over_two_ranks(kill, tmp_path, overrides, longer_run):
     """SIGTERM saves and asks to be started again (75); SIGKILL loses only unsaved steps."""
     argv = command(ENCODER, *overrides(tmp_path / "legs", *LONGER), ranks=2)
