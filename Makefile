@@ -1,6 +1,8 @@
 # make demo    train an encoder and a generator on real digits over two ranks, and evaluate them
 # make test    prove the contracts          make test-all   with what takes long
 # make check   format, lint, types
+# make slurm   install SLURM for its tests (Debian, as root); without it they are skipped
+# make test-slurm    all of them: also dead nodes, time limits, accounting (a quarter of an hour)
 # make bench   memory, speed, precision, the stream, what each supervision and larger groups are worth (hours)
 # make clean   remove what these made
 #
@@ -9,7 +11,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check format bench clean
+.PHONY: demo test test-all test-slurm slurm check format bench clean
 
 demo: .venv/stamp
 	$(BIN)/dist-contrastive shards pack digits data/digits
@@ -22,6 +24,12 @@ test: .venv/stamp
 
 test-all: .venv/stamp
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+test-slurm: .venv/stamp
+	$(BIN)/python -m pytest tests/test_slurm.py -m "slow or not slow"
+
+slurm:
+	tests/slurm/install.sh
 
 check: .venv/stamp
 	$(BIN)/ruff format --check .
@@ -43,6 +51,7 @@ bench: .venv/stamp
 	$(BIN)/python benchmarks/group_size.py
 	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/training.py
+	tests/slurm/run.sh 2 $(BIN)/python benchmarks/launch.py
 
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
