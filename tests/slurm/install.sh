@@ -3,7 +3,11 @@
 # three packages are for accounting (EMU_DBD=1).
 set -euo pipefail
 PATH=$PATH:/usr/sbin
-if command -v slurmctld munged slurmdbd mariadbd >/dev/null; then
+missing=
+for command in slurmctld munged slurmdbd mariadbd; do
+  command -v $command >/dev/null || missing=$command
+done
+if [ -z "$missing" ]; then
   echo "SLURM is here: $(slurmctld -V)"
   exit 0
 fi
