@@ -59,6 +59,12 @@ class LockedError(UserError):
     """Another run writes into the run directory."""
 
 
+class ChangedError(UserError):
+    """Another run has written into the run directory while this one was opened. Start again."""
+
+    exit_code = 75
+
+
 class NonFiniteError(RuntimeError):
     """NaN or infinity in embeddings, loss or gradients; names the step and the ranks."""
 

@@ -16,9 +16,8 @@ from test_faults import argv_of, failed, newest_step
 
 from dist_contrastive import config as configs
 from dist_contrastive import ranks, trainer
-from dist_contrastive.errors import ConfigError, LockedError
+from dist_contrastive.errors import ChangedError, ConfigError
 from dist_contrastive.metrics import read_rows
-from dist_contrastive.trainer.lock import last_owner
 from launch import progress
 from launch.logs import Follower
 from launch.slurm.__main__ import main
@@ -266,7 +265,8 @@ def test_a_run_directory_that_another_run_writes(tmp_path, overrides):
     holder.kill()  # whatever ends it, its lock is gone
     holder.communicate()
     assert trainer.train(configs.load(ENCODER, options)) == 0
-    assert re.match(rf"process {os.getpid()} on \S+ [0-9a-f]+\n$", last_owner(tmp_path))
+    owner = (tmp_path / "lock").read_text()
+    assert re.match(rf"process {os.getpid()} on \S+ [0-9a-f]+\n$", owner)
 
 
 def test_a_run_that_was_written_while_it_was_opened(tmp_path, overrides, monkeypatch):
@@ -276,11 +276,11 @@ def test_a_run_that_was_written_while_it_was_opened(tmp_path, overrides, monkeyp
 
     def start_slowly(*arguments):
         found = opened(*arguments)
-        tmp_path.joinpath("lock").write_text("process 7 on elsewhere 123\n")
+        (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
         return found
 
     monkeypatch.setattr(trainer, "start", start_slowly)
-    with pytest.raises(LockedError, match="was written by process 7 on elsewhere while"):
+    with pytest.raises(ChangedError, match="was written by another run while this one was being"):
         trainer.train(config)
 
 

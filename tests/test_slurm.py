@@ -147,6 +147,10 @@ def test_a_sweep_runs_two_at_a_time(slurm, tmp_path, overrides, capsys):
     ("flags", "sentence"),
     [
         (["--partition", "nowhere"], "--partition nowhere is unknown; this cluster has all, high"),
+        (
+            ["--partition", "short", "--time", "2:00:00"],
+            "partition short allows 30:00; ask for that",
+        ),
         (["--nodes", "9"], "--nodes 9: the default partition has 3 nodes; ask for 3 or fewer"),
         (["--gpus-per-node", "3"], "--gpus-per-node 3: the largest node of the default partition"),
         (["--cpus-per-task", "99"], "has 16 CPUs; ask for 16 or fewer"),

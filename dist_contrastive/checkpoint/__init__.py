@@ -11,7 +11,7 @@
 A folder named step-* is complete. A crash leaves one with another name, which the next save sweeps.
 """
 
-from dist_contrastive.checkpoint.choosing import Keep, best, newest
+from dist_contrastive.checkpoint.choosing import Keep, best, folders, newest
 from dist_contrastive.checkpoint.content import WEIGHTS, Checkpoint, Progress
 from dist_contrastive.checkpoint.writing import flush, save, write_weights
 
@@ -22,6 +22,7 @@ __all__ = [
     "Progress",
     "best",
     "flush",
+    "folders",
     "newest",
     "save",
     "write_weights",

@@ -19,7 +19,7 @@ Everything random is a function of (seed, step, rank) or of the sample, so a run
 its config and how far it is. Stopped anywhere and started again, it ends with the same weights.
 """
 
-from dist_contrastive import collectives
+from dist_contrastive import checkpoint, collectives
 from dist_contrastive.backend import Backend
 from dist_contrastive.checkpoint import Progress
 from dist_contrastive.config import RunConfig
@@ -27,7 +27,7 @@ from dist_contrastive.data.stream.prefetch import Ahead
 from dist_contrastive.errors import LostRankError, NonFiniteError, UserError
 from dist_contrastive.signals import stop_flag
 from dist_contrastive.trainer.data import Taken, open_data
-from dist_contrastive.trainer.lock import last_owner, locked
+from dist_contrastive.trainer.lock import locked
 from dist_contrastive.trainer.recording import Recorder
 from dist_contrastive.trainer.saving import Saver
 from dist_contrastive.trainer.self_check import self_check
@@ -61,6 +61,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> int:
         StorageError: on every rank, when the last checkpoint could not be written.
         NoProgressError: on every rank, when it has been started too often without coming further.
         LockedError: on every rank, when another run writes into the run directory.
+        ChangedError: on every rank, when another run has written there since this one looked.
     """
     backend = Backend(config.backend)
     try:
@@ -83,7 +84,7 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
-    owner = last_owner(config.run_dir)
+    before = checkpoint.folders(config.run_dir / "checkpoints")
     run = start(config, backend)
     steps = config.train.steps
     first = run.progress.step
@@ -95,7 +96,7 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
         run.say(f"going on from step {first} of {steps}")
     skipped = SkippedLog(config.run_dir, config.data.max_skipped, backend.is_main)
     with (
-        locked(run, owner),
+        locked(run, before),
         Recorder(run) as recorder,
         stop_flag() as signalled,
         Saver(run) as saver,

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from dist_contrastive import collectives
-from dist_contrastive.errors import ConfigError, LockedError
+from dist_contrastive import checkpoint, collectives
+from dist_contrastive.errors import ChangedError, ConfigError, LockedError
 from dist_contrastive.trainer.describing import writable
 from dist_contrastive.trainer.start import Run, say
 
@@ -24,23 +24,16 @@ _LOOK_S = 0.1
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def last_owner(run_dir: Path) -> str:
-    """What the last run that wrote into this directory said of itself; empty if there was none."""
-    try:
-        return (run_dir / _NAME).read_text()
-    except OSError:
-        return ""
-
-
 @contextmanager
-def locked(run: Run, owner_before: str) -> Iterator[None]:
+def locked(run: Run, checkpoints_before: list[Path]) -> Iterator[None]:
     """Hold the run directory, by a lock of its file system that is gone with the process.
 
     Args:
-        owner_before: `last_owner` before the run was opened.
+        checkpoints_before: those that were there before the run was opened.
 
     Raises:
-        LockedError: on all ranks: another run holds it, or has written into it since it was opened.
+        LockedError: on all ranks: another run holds it.
+        ChangedError: on all ranks: another run has written checkpoints since.
         ConfigError: on all ranks: it is another folder on some of them.
     """
     run_dir, token = run.config.run_dir, f"{_this_process()} {uuid.uuid4().hex}\n"
@@ -48,7 +41,7 @@ def locked(run: Run, owner_before: str) -> Iterator[None]:
     with collectives.raised_together(), writable(run_dir):
         if run.backend.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
-            file = _acquire(run_dir, owner_before)
+            file = _acquire(run_dir, checkpoints_before)
             file.truncate(0)
             file.write(token)
             file.flush()
@@ -64,18 +57,16 @@ def locked(run: Run, owner_before: str) -> Iterator[None]:
             file.close()
 
 
-def _acquire(run_dir: Path, owner_before: str) -> IO[str]:
+def _acquire(run_dir: Path, checkpoints_before: list[Path]) -> IO[str]:
     # Not flock: data workers would inherit that, and hold it after a rank that was killed. This
     # kind is lost when the process closes any handle of the file, so that nothing else may open it.
     file = (run_dir / _NAME).open("a+")
     try:
         _await_lock(file, run_dir)
-        file.seek(0)
-        owner = file.read()
-        if owner != owner_before:
-            raise LockedError(
-                f"{run_dir} was written by {_text(owner)} while this run was being opened; start "
-                f"it again, and it goes on from there"
+        if checkpoint.folders(run_dir / "checkpoints") != checkpoints_before:
+            raise ChangedError(
+                f"{run_dir} was written by another run while this one was being opened; start it "
+                f"again, and it goes on from there"
             )
     except BaseException:
         file.close()
@@ -86,8 +77,7 @@ def _acquire(run_dir: Path, owner_before: str) -> IO[str]:
 def _await_lock(file: IO[str], run_dir: Path) -> None:
     waited_s = 0.0
     while not _is_mine(file, run_dir):
-        file.seek(0)
-        owner = file.read()
+        owner = _owner_in(file)
         is_same_job = owner.split(" of process ")[0] == _job() != ""
         if waited_s >= (_OWN_PATIENCE_S if is_same_job else _PATIENCE_S):
             raise LockedError(
@@ -111,13 +101,27 @@ def _is_mine(file: IO[str], run_dir: Path) -> bool:
 
 def _check_shared(run_dir: Path, first_host: str, token: str) -> None:
     for _ in range(int(_SHARED_S / _LOOK_S)):
-        if last_owner(run_dir) == token:
+        if _owner(run_dir / _NAME) == token:
             return
         time.sleep(_LOOK_S)
     raise ConfigError(
         f"run_dir={run_dir} on {platform.node()} is not the folder that {first_host} writes to; "
         f"put it on a file system that all nodes share"
     )
+
+
+def _owner(path: Path) -> str:
+    """What the run that holds the directory says of itself; not to be called by that one."""
+    try:
+        with path.open() as file:
+            return _owner_in(file)
+    except OSError:
+        return ""
+
+
+def _owner_in(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def _job() -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_contrastive.cli.ending import reporting_errors
+from dist_contrastive.errors import ConfigError
 
 # torch and the rest are imported by the commands that need them: status answers at once.
 
@@ -121,7 +122,13 @@ def _resume(args: argparse.Namespace) -> None:
     before = {k: v for k, v in record.options.items() if args.profile is None}
     given = {k: v for k, v in _flags(args).items() if v is not None}
     options = load_options(args.profile, {**before, "signal_lead_s": None, **given})
-    os.chdir(record.cwd)
+    try:
+        os.chdir(record.cwd)  # for paths in the config
+    except OSError as error:
+        raise ConfigError(
+            f"{args.run} was submitted in {record.cwd}, which is not there any more; make it, or "
+            f"submit anew with run_dir={args.run}"
+        ) from error
     runs = [load(record.config).model_copy(update={"run_dir": run_dir})]
     _submit_runs(args, runs, options, run_dir, record.cluster, False)
 

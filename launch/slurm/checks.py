@@ -9,7 +9,7 @@ from dist_contrastive.errors import ConfigError
 from dist_contrastive.trainer.doctor import examine
 from launch.progress import read_progress
 from launch.slurm.cluster import job_state, partitions
-from launch.slurm.options import Options
+from launch.slurm.options import Options, minutes
 from launch.slurm.records import records
 
 _PROCESSES = 2  # of the doctor: a login node is no place for many
@@ -35,6 +35,11 @@ def check_cluster(options: Options) -> None:
     ):
         if value > most:
             raise ConfigError(f"{flag} {value}: {owner} has {most} {what}; ask for {most} or fewer")
+    if has.limit[0].isdecimal() and options.time_min > minutes(has.limit):  # else it is infinite
+        raise ConfigError(
+            f"--time {options.time}: {where} allows {has.limit}; ask for that or less, a run that "
+            f"needs longer is requeued"
+        )
 
 
 def check_lead(lead_s: int, options: Options) -> None:

@@ -9,8 +9,10 @@ import psutil
 
 from dist_contrastive.errors import ConfigError
 
-_ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL")
-ENDED = (*_ENDED, "OUT_OF_MEMORY", "TIMEOUT", "REVOKED", "UNKNOWN")
+_ENDED = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("PREEMPTED", "REVOKED", "TIMEOUT", "UNKNOWN"),
+)
 _TIMEOUT_S = 60
 
 
@@ -28,7 +30,7 @@ class JobState:
     @property
     def has_ended(self) -> bool:
         """Whether it will not run again by itself."""
-        return self.state in ENDED
+        return self.state in _ENDED
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Partition:
     """Of its largest node."""
     gpus: int
     """Of the node with the most."""
+    limit: str
+    """Of time, as SLURM writes it."""
 
 
 def require_slurm() -> None:
@@ -54,13 +58,14 @@ def require_slurm() -> None:
 def partitions() -> dict[str, Partition]:
     """Those of the cluster; the one that jobs go to by default has the name "" too."""
     found: dict[str, Partition] = {}
-    for line in ask("sinfo", "-h", "-a", "-o", "%P|%D|%c|%G").splitlines():
-        name, nodes, cpus, gres = line.split("|")
-        before = found.get(name.rstrip("*"), Partition(0, 0, 0))
+    for line in ask("sinfo", "-h", "-a", "-o", "%P|%D|%c|%G|%l").splitlines():
+        name, nodes, cpus, gres, limit = line.split("|")
+        before = found.get(name.rstrip("*"), Partition(0, 0, 0, limit))
         now = Partition(
             before.nodes + int(nodes),
             max(before.cpus, int(cpus.rstrip("+"))),
             max(before.gpus, _gpus(gres)),
+            limit,
         )
         found[name.rstrip("*")] = now
         if name.endswith("*"):

@@ -14,6 +14,7 @@ from launch.slurm.cluster import ask, job_state
 from launch.slurm.records import JobRecord, last_record
 
 _LOOK_S = 0.5
+_AGAIN_EVERY = 20  # looks
 _STATE_EVERY = 10  # looks: a scheduler is not to be asked often
 
 
@@ -66,8 +67,10 @@ def cancel(run_dir: Path, timeout_s: float) -> str:
         ask("scancel", record.job)
         return f"job {record.job} is cancelled; it was waiting"
     _tell_to_stop(record)
-    for _ in range(int(timeout_s / _LOOK_S)):
+    for look in range(int(timeout_s / _LOOK_S)):
         time.sleep(_LOOK_S)
+        if look % _AGAIN_EVERY == _AGAIN_EVERY - 1:
+            _tell_to_stop(record)  # for the case that it had no ranks yet
         if job_state(record.job, record.cluster).has_ended:
             return f"job {record.job} has saved step {newest_step(run_dir)} and ended"
     _kill(record)

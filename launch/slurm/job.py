@@ -3,10 +3,12 @@
 import os
 import signal
 from pathlib import Path
+from platform import node
 from typing import NoReturn
 
 from dist_contrastive import ranks
 from dist_contrastive.cli.ending import reporting_errors, run_rank
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.signals import listen
 from launch.ends import EXIT_REQUEUE
 
@@ -33,7 +35,6 @@ class Job:
         run_rank(self._train)
 
     def _train(self) -> int:
-        os.chdir(self._cwd)
         is_local = os.environ["SUBMITIT_EXECUTOR"] == "local"
         if is_local:
             self._join_local()
@@ -43,6 +44,13 @@ class Job:
             from dist_contrastive import trainer
             from dist_contrastive.config import load
 
+            try:
+                os.chdir(self._cwd)  # for paths in the config
+            except OSError as error:
+                raise ConfigError(
+                    f"the job was submitted in {self._cwd}, which is not there on {node()}; submit "
+                    f"from a file system that all nodes share"
+                ) from error
             outcome.code = trainer.train(load(self._config))
         if is_local and outcome.code == EXIT_REQUEUE:
             name = f"{os.environ['SUBMITIT_LOCAL_JOB_ID']}.cancelled"

@@ -20,6 +20,7 @@ begin() {
   count_start
   meet
   look_at_nodes "$@"
+  [ -e "$folder/$job.cancelled" ] && finish 75
   say "nodes are ready, ranks meet at $MASTER_ADDR:$MASTER_PORT"
 }
 

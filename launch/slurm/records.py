@@ -72,9 +72,10 @@ def last_record(run_dir: Path) -> JobRecord:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Run directories at a folder, or below it (two levels: sweeps have theirs side by side)."""
-    patterns = ("jobs.jsonl", "config.yaml")
+    """Run directories at a folder, or below it (two levels: sweeps have theirs side by side); what
+    lies in one of them, such as an export, is none."""
+    patterns = (_NAME, "config.yaml")
     found = {
         p.parent for name in patterns for up in ("", "*/", "*/*/") for p in folder.glob(up + name)
     }
-    return sorted(p for p in found if "jobs" not in p.relative_to(folder).parts)
+    return sorted(p for p in found if not found.intersection(p.parents))

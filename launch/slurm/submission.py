@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+import shutil
 import socket
 import time
 import uuid
@@ -24,7 +25,7 @@ from launch.slurm.options import Options
 from launch.slurm.records import JobRecord, add_record
 from launch.slurm.snapshot import snapshot
 
-_KILLED_S = 60  # ranks that are left when one has ended get so long
+_WAIT_S = 60  # ranks that are left when one has ended get so long
 _LEAD_S, _WORST = 60, 3  # SLURM's own resolution; what a checkpoint and a step may take at worst
 
 
@@ -85,6 +86,7 @@ def submit(submission: Submission) -> list[str]:
         with environment, redirect_stderr(StringIO()), executor.batch():
             submitted = [executor.submit(job) for job in jobs]
     except FailedJobError as error:
+        shutil.rmtree(folder)
         told = " ".join(str(error).replace("sbatch: error: ", "").split())
         raise ConfigError(f"sbatch does not take the job: {told}") from error
     for config, job in zip(submission.runs, submitted, strict=True):
@@ -132,7 +134,7 @@ def _slurm_executor(submission: Submission, folder: Path) -> "_SlurmExecutor":
         signal_delay_s=options.signal_lead_s,
         setup=_setup(options, folder, config.train.max_stalled_starts),
         teardown=["finish $?"],
-        srun_args=[*ends, f"--wait={_KILLED_S}", *options.srun],
+        srun_args=[*ends, f"--wait={_WAIT_S}", *options.srun],
         array_parallelism=options.parallel,
         additional_parameters={"requeue": True, "output": batch, "error": batch, **more},
     )

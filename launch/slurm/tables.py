@@ -37,7 +37,7 @@ def _of_job(run_dir: Path, record: JobRecord, seen: RunProgress) -> list[tuple[s
     starts = Path(record.folder) / f"{record.job}.starts"
     log = next(iter(record.log_files(0)))
     if starts.exists():
-        lines.append(("started", f"{starts.read_text().split()[1]} times from this checkpoint"))
+        lines.append(("starts", f"{starts.read_text().split()[1]} from the same checkpoint"))
     elif state.state in ("FAILED", "CANCELLED") and not log.exists():
         lines.append(("note", f"it wrote no {log}: can nodes write there?"))
     return lines

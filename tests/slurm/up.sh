@@ -163,6 +163,7 @@ $GRES
 $ACCT
 NodeName=${PFX}[1-$N] NodeHostname=localhost NodeAddr=$ADDR Port=[$P_N1-$((P_N1+N-1))] CPUs=$CPUS RealMemory=64000 $GRESNODE State=UNKNOWN
 PartitionName=all  Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=short Nodes=ALL MaxTime=30 PriorityTier=10 PreemptMode=OFF State=UP
 PartitionName=low  Nodes=ALL MaxTime=INFINITE PriorityTier=1  PreemptMode=REQUEUE GraceTime=20 State=UP
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF State=UP
 E
