@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "digits_encoder.yaml"
 TIMEOUT_S = 300
-PARTS = ("command", "queue", "nodes looked at", "ranks started", "run opened", "first step")
+PARTS = ("command and queue", "nodes looked at", "ranks started", "run opened", "first step")
 
 
 def main() -> None:
@@ -47,8 +47,8 @@ def main() -> None:
     for name in PARTS:
         print(row(name, [part[name] for part in parts]))
     print(row("all", [sum(part.values()) for part in parts]))
-    inside = [sum(part[x] for x in PARTS[2:]) for part in parts]
-    print(row("all but command and queue", inside))
+    inside = [sum(part[x] for x in PARTS[1:]) for part in parts]
+    print(row("from the start of the job", inside))
     print(row("bare srun to the first step", bare))
     pairs = [a - b for a, b in zip(inside, bare, strict=True)]
     print(row("difference of the last two, by rounds", pairs))
@@ -64,7 +64,6 @@ def submitted(options: list[str], shape: list[str], run_dir: Path) -> dict[str, 
     """Seconds of each part of a job."""
     times = [time.time()]
     python("-m", "launch.slurm", "submit", str(CONFIG), *options, *shape, "--no-doctor")
-    times.append(time.time())
     first = await_file(run_dir / "metrics.jsonl")
     record = json.loads((run_dir / "jobs.jsonl").read_text())
     job = record["job"]

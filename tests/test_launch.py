@@ -414,7 +414,7 @@ def test_a_chain_of_time_limits(limit, tmp_path, overrides, capsys):
     """Told to save, requeued, finished; nothing lost or repeated. Told by this test as submitit
     tells it before the limit, or by submitit itself, half a minute after each start."""
     run_dir = tmp_path / "run"
-    steps = 400 if limit == "told" else 1200
+    steps = 120 if limit == "told" else 1200
     options = overrides(run_dir, *SMALL, f"train.steps={steps}", "data.num_workers=1")
     submit_here(options, "--time", "1", "--signal-lead-s", "5" if limit == "told" else "30")
     for step in (5, 20) if limit == "told" else ():

@@ -7,7 +7,7 @@ import platform
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -37,24 +37,20 @@ def locked(run: Run, checkpoints_before: list[Path]) -> Iterator[None]:
         ConfigError: on all ranks: it is another folder on some of them.
     """
     run_dir, token = run.config.run_dir, f"{_this_process()} {uuid.uuid4().hex}\n"
-    file: IO[str] | None = None
-    with collectives.raised_together(), writable(run_dir):
-        if run.backend.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            file = _acquire(run_dir, checkpoints_before)
-            file.truncate(0)
-            file.write(token)
-            file.flush()
-            os.fsync(file.fileno())
-    hosts = collectives.gather_objects((platform.node(), token))
-    with collectives.raised_together():
-        if not run.backend.is_main:
-            _check_shared(run_dir, hosts[0][0], hosts[0][1])
-    try:
+    with ExitStack() as held:
+        with collectives.raised_together(), writable(run_dir):
+            if run.backend.is_main:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(_acquire(run_dir, checkpoints_before))
+                file.truncate(0)
+                file.write(token)
+                file.flush()
+                os.fsync(file.fileno())
+        host, token = collectives.gather_objects((platform.node(), token))[0]
+        with collectives.raised_together():
+            if not run.backend.is_main:
+                _check_shared(run_dir, host, token)
         yield
-    finally:
-        if file:
-            file.close()
 
 
 def _acquire(run_dir: Path, checkpoints_before: list[Path]) -> IO[str]:

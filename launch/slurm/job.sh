@@ -6,8 +6,8 @@
 
 say() { echo "$(date +%FT%T.%3N) job $job: $*"; }
 
-# The newest checkpoint, by name.
-newest() { ls "$run/checkpoints" 2>/dev/null | grep -E '^step-[0-9]+$' | sort -V | tail -n 1; }
+# The name of the newest checkpoint, or "none".
+newest() { { echo none; ls "$run/checkpoints" 2>/dev/null | grep -E '^step-[0-9]+$' | sort -V; } | tail -n 1; }
 
 begin() {
   folder=$1 max_starts=$2 python=$3
@@ -16,7 +16,7 @@ begin() {
   job=${job:-$SLURM_JOB_ID}
   run=$(sed -n "$((${SLURM_ARRAY_TASK_ID:-0} + 1))p" "$folder/runs")
   at=$(newest)
-  say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST from ${at:-the beginning}"
+  say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST; newest checkpoint: $at"
   count_start
   meet
   look_at_nodes "$@"
@@ -28,19 +28,19 @@ begin() {
 count_start() {
   local last= count=0
   [ -e "$folder/$job.starts" ] && read -r last count < "$folder/$job.starts"
-  [ "$last" = "${at:-none}" ] && count=$((count + 1)) || count=1
-  echo "${at:-none} $count" > "$folder/$job.starts"
+  [ "$last" = "$at" ] && count=$((count + 1)) || count=1
+  echo "$at $count" > "$folder/$job.starts"
   [ "$count" -le "$max_starts" ] && return
-  say "started $max_starts times from ${at:-the beginning} without coming to another checkpoint" \
-    "(train.max_stalled_starts); look at its logs, then: python -m launch.slurm resume $run"
+  say "started $max_starts times without coming to another checkpoint (the newest one: $at;" \
+    "train.max_stalled_starts=$max_starts); look at its logs, then: python -m launch.slurm resume $run"
   exit 93
 }
 
-# Rank 0 is on this node; ports from 15000 to 30000 are not given out by systems themselves.
+# Rank 0 is on this node, at MASTER_ADDR; ports from 15000 to 30000 are not given out by systems themselves.
 meet() {
   local port
   while port=$((15000 + RANDOM % 15000)); (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
-  export MASTER_ADDR=$SLURMD_NODENAME MASTER_PORT=$port
+  export MASTER_PORT=$port
 }
 
 # Every node must see the folder of the run, and have the Python that it is to be run by.

@@ -48,6 +48,8 @@ class Options(Settings):
     """How long before its end a job is told to save; default: from how long checkpoints take."""
     parallel: PositiveInt = 256
     """Jobs of a sweep that run at the same time."""
+    address: str = "$SLURMD_NODENAME"
+    """What other nodes call the first one, in shell: `$(hostname -f)`, where names are not enough."""
     python: str = shlex.quote(sys.executable)
     """The command that runs Python on the nodes."""
     container: str = ""

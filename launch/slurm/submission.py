@@ -157,7 +157,8 @@ def _setup(options: Options, folder: Path, max_starts: int) -> list[str]:
     return [
         *_environment(options, folder),
         # Variables of whoever submitted; those of the job are set by itself.
-        "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT",
+        "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_PORT",
+        f'export MASTER_ADDR="{options.address}"',
         # Since 22.05 srun does not take it from sbatch.
         "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}",
