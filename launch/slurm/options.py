@@ -49,7 +49,7 @@ class Options(Settings):
     parallel: PositiveInt = 256
     """Jobs of a sweep that run at the same time."""
     address: str = "$SLURMD_NODENAME"
-    """What other nodes call the first one, in shell: `$(hostname -f)`, where names are not enough."""
+    """What other nodes call the first one, in shell: `$(hostname -f)`, for instance."""
     python: str = shlex.quote(sys.executable)
     """The command that runs Python on the nodes."""
     container: str = ""
