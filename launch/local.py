@@ -11,6 +11,7 @@ not torchrun's own: 0 done, 64 bad config or data, 70 not finite, 75 stopped ear
 import argparse
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -56,11 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse arguments, check the config, run; returns the exit code."""
     args = _parser().parse_intermixed_args(argv)
     with reporting_errors() as outcome:
-        if (args.machines > 1) != (args.rdzv is not None):
-            raise ConfigError(
-                f"--machines {args.machines} with --rdzv {args.rdzv}: several machines need both, "
-                f"and the same HOST:PORT on each; one machine needs neither"
-            )
+        _check_meeting(args.machines, args.rdzv)
         started = Ranks(
             args.config,
             args.overrides,
@@ -85,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=_positive, default=1, help="processes on this machine")
     parser.add_argument(
         "--restarts",
-        type=int,
+        type=_count,
         default=0,
         metavar="N",
         help="start again after a failure, N times in a row without a new checkpoint (default 0)",
@@ -93,6 +90,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--machines", type=_positive, default=1, help="that run this command")
     parser.add_argument("--rdzv", metavar="HOST:PORT", help="where they meet: one of them")
     return parser
+
+
+def _check_meeting(machines: int, rdzv: str | None) -> None:
+    if (machines > 1) != (rdzv is not None):
+        raise ConfigError(
+            f"--machines {machines} with --rdzv {rdzv}: several machines need both, and the same "
+            f"HOST:PORT on each; one machine needs neither"
+        )
+    if rdzv is None:
+        return
+    host, _, port = rdzv.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"--rdzv {rdzv} is no HOST:PORT; write it as node1:29500")
+    try:
+        socket.getaddrinfo(host, int(port))
+    except OSError as error:
+        raise ConfigError(
+            f"--rdzv {rdzv}: {host} is not known here ({error.strerror}); give the name or address "
+            f"of one of the machines"
+        ) from error
 
 
 def _check(config: str, overrides: list[str], world_size: int) -> Path:
@@ -151,8 +168,9 @@ def _start(started: Ranks, starts: int) -> int:
     except ChildFailedError as error:
         return _cause([(f.timestamp, f.exitcode) for f in error.failures.values()])
     except RendezvousError as error:
+        told = (str(error) or type(error).__name__).splitlines()[0]  # stacks of C++ follow
         raise LostRankError(
-            f"the {started.machines} machines did not meet at {started.rdzv} ({error}); start the "
+            f"the {started.machines} machines did not meet at {started.rdzv} ({told}); start the "
             f"same command on each, with the address of one of them"
         ) from error
     return 0
@@ -203,9 +221,17 @@ def _cause(failures: list[tuple[int, int]]) -> int:
 
 
 def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _count(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1; use 1 or more")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is below {least}; use {least} or more")
     return value
 
 

@@ -345,6 +345,9 @@ def free_port() -> int:
     ("flags", "sentence"),
     [
         (["--machines", "2"], "--machines 2 with --rdzv None: several machines need both"),
+        (["--machines", "2", "--rdzv", "host"], "--rdzv host is no HOST:PORT; write it as"),
+        (["--machines", "2", "--rdzv", "a:b"], "--rdzv a:b is no HOST:PORT; write it as"),
+        (["--machines", "2", "--rdzv", "no.invalid:9"], "no.invalid is not known here ("),
         (["--rdzv", "host:1"], "--machines 1 with --rdzv host:1: several machines need both"),
     ],
 )
