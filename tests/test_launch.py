@@ -21,9 +21,10 @@ from dist_contrastive.metrics import read_rows
 from launch import progress
 from launch.logs import Follower
 from launch.slurm.__main__ import main
+from launch.slurm.cluster import job_state
 from launch.slurm.control import ranks_of
 from launch.slurm.options import load_options, minutes
-from launch.slurm.records import last_record
+from launch.slurm.records import JobRecord, add_record, last_record
 from launch.slurm.submission import lead_s
 from launch.slurm.sweep import expand
 
@@ -230,6 +231,18 @@ def test_a_folder_that_is_no_run(what, tmp_path, capsys):
     told = capsys.readouterr().err
     assert str(tmp_path) in told
     assert len(told.strip().splitlines()) == 1
+
+
+def test_a_slurm_that_cannot_be_asked(tmp_path, monkeypatch, capsys):
+    """Its jobs are not taken for ended: a second one might begin beside them."""
+    record = JobRecord("7", "slurm", "then", str(tmp_path), "l", "c.yaml", str(tmp_path), {})
+    add_record(tmp_path, record)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not job_state("7").has_ended
+    assert main(["status", str(tmp_path)]) == 0
+    assert "job      7 UNREACHABLE (there is no squeue here)" in capsys.readouterr().out
+    assert main(["cancel", str(tmp_path)]) == 64
+    assert "scancel --signal=USR2 failed: there is no scancel here" in capsys.readouterr().err
 
 
 def test_status_answers_without_torch():

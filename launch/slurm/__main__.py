@@ -106,6 +106,8 @@ def _submit(args: argparse.Namespace) -> None:
     runs = [load(args.config, overrides) for _, overrides in swept]
     root = runs[0].run_dir
     if len(runs) > 1:
+        if (root / "config.yaml").exists():
+            raise ConfigError(f"{root} holds a run already; give the sweep another run_dir")
         runs = [
             run.model_copy(update={"run_dir": root / name})
             for run, (name, _) in zip(runs, swept, strict=True)

@@ -35,7 +35,7 @@ def check_cluster(options: Options) -> None:
     ):
         if value > most:
             raise ConfigError(f"{flag} {value}: {owner} has {most} {what}; ask for {most} or fewer")
-    if has.limit[0].isdecimal() and options.time_min > minutes(has.limit):  # else it is infinite
+    if has.limit[:1].isdecimal() and options.time_min > minutes(has.limit):  # else it is infinite
         raise ConfigError(
             f"--time {options.time}: {where} allows {has.limit}; ask for that or less, a run that "
             f"needs longer is requeued"

@@ -13,6 +13,7 @@ _ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("PREEMPTED", "REVOKED", "TIMEOUT", "UNKNOWN"),
 )
+_FORGOTTEN = "Invalid job id"  # so squeue says of a job that ended a while ago
 _TIMEOUT_S = 60
 
 
@@ -21,7 +22,8 @@ class JobState:
     """A job as SLURM sees it."""
 
     state: str
-    """SLURM's word, or UNKNOWN where it remembers the job no more."""
+    """SLURM's word; UNKNOWN where it remembers the job no more, UNREACHABLE where it cannot be
+    asked."""
     nodes: str = ""
     reason: str = ""
     elapsed: str = ""
@@ -83,14 +85,15 @@ def job_state(job: str, cluster: str = "slurm") -> JobState:
     """Of a job, as squeue has it, or else sacct, or else UNKNOWN."""
     if cluster == "local":
         return _local_state(job)
-    told = ask("squeue", "-h", "-a", "-t", "all", "-j", job, "-o", "%T|%N|%r|%M|%l", check=False)
-    if told:
+    asked = _run("squeue", "-h", "-a", "-t", "all", "-j", job, "-o", "%T|%N|%r|%M|%l")
+    if asked.returncode and _FORGOTTEN not in asked.stderr:
+        return JobState("UNREACHABLE", reason=" ".join(asked.stderr.split()))
+    if told := asked.stdout.strip():
         state, nodes, reason, elapsed, limit = told.splitlines()[0].split("|")
         return JobState(state, nodes, "" if reason == "None" else reason, elapsed, limit)
-    fields = "State,NodeList,Reason,Elapsed,Timelimit"
-    told = ask("sacct", "-n", "-X", "-P", "-j", job, "-o", fields, check=False)
-    if told and len(parts := told.splitlines()[0].split("|")) == 5:
-        state, nodes, reason, elapsed, limit = parts
+    fields = "State,NodeList,Elapsed,Timelimit"
+    if told := _run("sacct", "-n", "-X", "-P", "-j", job, "-o", fields).stdout.strip():
+        state, nodes, elapsed, limit = told.splitlines()[0].split("|")
         return JobState(state.split(" ")[0], nodes, "", elapsed, limit)
     return JobState("UNKNOWN")
 
@@ -105,28 +108,30 @@ def _local_state(job: str) -> JobState:
     return JobState("RUNNING" if is_there else "UNKNOWN")
 
 
-def ask(*command: str, check: bool = True) -> str:
+def ask(*command: str) -> str:
     """What a command of SLURM prints.
 
     Raises:
-        ConfigError: it fails, unless `check` is False; in its own words.
+        ConfigError: it fails; in its own words.
     """
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=_plain()
-        )
-    except FileNotFoundError:
-        done = subprocess.CompletedProcess(command, 127, "", "it is not installed")
-    except subprocess.TimeoutExpired:
-        done = subprocess.CompletedProcess(command, 124, "", f"no answer in {_TIMEOUT_S} s")
-    if done.returncode == 0:
-        return done.stdout.strip()
-    if check:
+    done = _run(*command)
+    if done.returncode:
         raise ConfigError(
             f"{' '.join(command[:2])} failed: {' '.join(done.stderr.split())}; is this a login "
             f"node, and the cluster up?"
         )
-    return ""
+    return done.stdout.strip()
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=_plain()
+        )
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, "", f"there is no {command[0]} here")
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"no answer in {_TIMEOUT_S} s")
 
 
 def _plain() -> dict[str, str]:

@@ -69,10 +69,12 @@ def cancel(run_dir: Path, timeout_s: float) -> str:
     _tell_to_stop(record)
     for look in range(int(timeout_s / _LOOK_S)):
         time.sleep(_LOOK_S)
+        if job_state(record.job, record.cluster).has_ended:
+            step = newest_step(run_dir)
+            what = f"saved step {step}" if step else "saved nothing"
+            return f"job {record.job} has {what} and ended"
         if look % _AGAIN_EVERY == _AGAIN_EVERY - 1:
             _tell_to_stop(record)  # for the case that it had no ranks yet
-        if job_state(record.job, record.cluster).has_ended:
-            return f"job {record.job} has saved step {newest_step(run_dir)} and ended"
     _kill(record)
     return (
         f"job {record.job} did not end within {timeout_s:g} s and was ended by force; step "
@@ -90,8 +92,11 @@ def _tell_to_stop(record: JobRecord) -> None:
 
 def ranks_of(record: JobRecord) -> list[psutil.Process]:
     """Of a job of submitit's local executor, which has a shell and a controller between."""
-    below = psutil.Process(int(record.job)).children(recursive=True)
-    return [p for p in below if "submitit.core._submit" in p.cmdline()]
+    try:
+        below = psutil.Process(int(record.job)).children(recursive=True)
+        return [p for p in below if "submitit.core._submit" in p.cmdline()]
+    except psutil.NoSuchProcess:  # they have ended meanwhile
+        return []
 
 
 def _kill(record: JobRecord) -> None:

@@ -18,7 +18,7 @@ def status(run_dir: Path) -> str:
         raise ConfigError(f"{run_dir} holds no run and had no job; give a run directory")
     lines = [("run", str(run_dir))]
     if found:
-        lines += _of_job(run_dir, found[-1], seen)
+        lines += _of_job(found[-1], seen)
     lines.append(("step", f"{seen.step} of {seen.steps or '?'}{_loss(seen)}"))
     if seen.row:
         rate, step_s = seen.row.get("samples_per_s", 0.0), seen.row.get("step_s", 0.0)
@@ -28,14 +28,14 @@ def status(run_dir: Path) -> str:
     return "\n".join(f"{name:8} {text}" for name, text in lines)
 
 
-def _of_job(run_dir: Path, record: JobRecord, seen: RunProgress) -> list[tuple[str, str]]:
+def _of_job(record: JobRecord, seen: RunProgress) -> list[tuple[str, str]]:
     state = job_state(record.job, record.cluster)
     where = f" on {state.nodes}" if state.nodes else ""
     since = f", {state.elapsed} of {state.limit}" if state.elapsed else ""
     why = f" ({state.reason})" if state.reason and not state.nodes else ""
     lines = [("job", f"{record.job} {_state(record, state, seen)}{where}{since}{why}")]
     starts = Path(record.folder) / f"{record.job}.starts"
-    log = next(iter(record.log_files(0)))
+    log = record.log_files(0)[0]
     if starts.exists():
         lines.append(("starts", f"{starts.read_text().split()[1]} from the same checkpoint"))
     elif state.state in ("FAILED", "CANCELLED") and not log.exists():
