@@ -3,6 +3,7 @@ and the README's map is the territory."""
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,14 @@ def test_readme_tree_is_the_tree():
     actual = {path.name for path in SOURCES if path.name != "__init__.py"}
     actual |= {path.name for path in (ROOT / "benchmarks").glob("*.py")}
     assert named == actual
+
+
+@pytest.mark.parametrize("package", ["dist_contrastive", "launch"])
+def test_wheels_have_what_is_not_python(package):
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    files = [p for p in (ROOT / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    others = {str(p.relative_to(ROOT / package)) for p in files if p.suffix != ".py"}
+    assert others == set(settings["package-data"][package])
 
 
 def test_readme_links_exist():
