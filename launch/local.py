@@ -11,7 +11,6 @@ not torchrun's own: 0 done, 64 bad config or data, 70 not finite, 75 stopped ear
 import argparse
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -21,10 +20,11 @@ from typing import Any
 import psutil
 
 from dist_contrastive.cli.ending import reporting_errors
-from dist_contrastive.errors import ConfigError, LostRankError
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.signals import STOP_SIGNALS
 from launch.ends import EXIT_REQUEUE, FINAL
 from launch.logs import Echo, rank_log
+from launch.meeting import Meeting
 from launch.progress import newest_step
 
 _TOGETHER_S = 10
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             _check(args.config, args.overrides, args.ranks * args.machines),
             time.strftime("local-%Y%m%d-%H%M%S"),
         )
-        outcome.code = _run(started, args.restarts)
+        outcome.code = _run(started, args.restarts, Meeting(args.rdzv))
     return outcome.code
 
 
@@ -98,18 +98,6 @@ def _check_meeting(machines: int, rdzv: str | None) -> None:
             f"--machines {machines} with --rdzv {rdzv}: several machines need both, and the same "
             f"HOST:PORT on each; one machine needs neither"
         )
-    if rdzv is None:
-        return
-    host, _, port = rdzv.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise ConfigError(f"--rdzv {rdzv} is no HOST:PORT; write it as node1:29500")
-    try:
-        socket.getaddrinfo(host, int(port))
-    except OSError as error:
-        raise ConfigError(
-            f"--rdzv {rdzv}: {host} is not known here ({error.strerror}); give the name or address "
-            f"of one of the machines"
-        ) from error
 
 
 def _check(config: str, overrides: list[str], world_size: int) -> Path:
@@ -122,39 +110,41 @@ def _check(config: str, overrides: list[str], world_size: int) -> Path:
     return loaded.run_dir
 
 
-def _run(started: Ranks, restarts: int) -> int:
+def _run(started: Ranks, restarts: int, meeting: Meeting) -> int:
     """Start, and start again while that is worth it; returns the exit code of the last start."""
     # More threads than cores would fight; torchrun's own default is 1 however many cores there are.
     threads = max(1, (os.cpu_count() or 1) // started.ranks)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    for number in STOP_SIGNALS:
-        signal.signal(number, started.forward)
-    starts, left = 0, restarts
-    while True:
+    for which in STOP_SIGNALS:
+        signal.signal(which, started.forward)
+    number, left, code = meeting.next_start(), restarts, EXIT_REQUEUE
+    while number is not None:
         before = newest_step(started.run_dir)
-        code = _start(started, starts)
-        if code in FINAL or started.asked_to_stop:
-            return code
+        code = _start(started, number)
         step = newest_step(started.run_dir)
         left = restarts if step > before else left - 1
-        if left < 0 or not restarts:
-            return code
-        starts += 1
-        told = f"ended with {code}; starting again from step {step} (start {starts + 1})"
-        print(f"launch.local: {told}", file=sys.stderr, flush=True)
+        if code in FINAL or started.asked_to_stop or left < 0 or not restarts:
+            break
+        number = meeting.next_start(failed=number)
+        if number is not None:
+            told = f"ended with {code}; starting again from step {step} (start {number + 1})"
+            print(f"launch.local: {told}", file=sys.stderr, flush=True)
+    if code not in FINAL:
+        meeting.stop()
+    return code
 
 
-def _start(started: Ranks, starts: int) -> int:
+def _start(started: Ranks, number: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, get_args_parser
 
-    folder, name = started.run_dir / "logs", f"{started.name}-{starts}"
+    folder, name = started.run_dir / "logs", f"{started.name}-{number}"
     options = [
         *(f"--nproc-per-node={started.ranks}", f"--nnodes={started.machines}"),
         *("--rdzv-backend=c10d", f"--rdzv-endpoint={started.rdzv or 'localhost:0'}"),
-        f"--rdzv-id={starts}",  # machines meet anew for each start
+        f"--rdzv-id={number}",  # machines meet anew for each start
         # torchrun would end ranks 30 s after a signal, saved or not: only SIGQUIT is left to it.
         "--signals-to-handle=SIGQUIT",
     ]
@@ -169,10 +159,9 @@ def _start(started: Ranks, starts: int) -> int:
         return _cause([(f.timestamp, f.exitcode) for f in error.failures.values()])
     except RendezvousError as error:
         told = (str(error) or type(error).__name__).splitlines()[0]  # stacks of C++ follow
-        raise LostRankError(
-            f"the {started.machines} machines did not meet at {started.rdzv} ({told}); start the "
-            f"same command on each, with the address of one of them"
-        ) from error
+        text = f"the {started.machines} machines did not meet at {started.rdzv}, or lost each other"
+        print(f"launch.local: {text} ({told})", file=sys.stderr, flush=True)
+        return EXIT_REQUEUE
     return 0
 
 
