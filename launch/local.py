@@ -169,12 +169,10 @@ def _in_files(folder: Path, name: str) -> Any:
     """Where torchrun is to put what ranks write."""
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest
 
-    try:
+    from dist_contrastive.trainer.describing import writable
+
+    with writable(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={folder.parent} cannot be written ({error.strerror}); choose another folder"
-        ) from error
 
     class InFiles(DefaultLogsSpecs):
         files: tuple[Path, ...] = ()

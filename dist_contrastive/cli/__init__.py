@@ -7,6 +7,7 @@ from pathlib import Path
 from dist_contrastive import __version__
 from dist_contrastive.cli import checking, packing
 from dist_contrastive.cli.ending import reporting_errors
+from dist_contrastive.cli.parsing import parse
 from dist_contrastive.errors import ConfigError
 
 # torch and the rest are imported by the commands that need them: --help answers at once.
@@ -14,7 +15,7 @@ from dist_contrastive.errors import ConfigError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parsed(argv)
+    args = parse(_parser(), argv)
     if "" not in sys.path:  # a reward function may lie in the current folder, as for `python -m`
         sys.path.insert(0, "")
     try:
@@ -24,18 +25,6 @@ def main(argv: list[str] | None = None) -> int:
         print("dist-contrastive: interrupted", file=sys.stderr)
         return 130
     return outcome.code
-
-
-def _parsed(argv: list[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    # argparse takes positional arguments of a subcommand in one place only, not after options too.
-    takes_more = hasattr(args, "overrides") and not any(x.startswith("-") for x in rest)
-    if rest and not takes_more:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest
-    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,16 +91,17 @@ def _train(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     from dist_contrastive.config import load
-    from dist_contrastive.trainer.doctor import examine
+    from dist_contrastive.trainer.doctor import Finding, examine
 
     if args.ranks < 1:
         raise ConfigError(f"--ranks {args.ranks} is below 1; use 1 or more")
     is_fine = True
     config = load(args.config, args.overrides)
-    print(f"config    ok       {args.config}: task {config.task.name}, {config.train.steps} steps")
+    told = f"{args.config}: task {config.task.name}, {config.train.steps} steps"
+    print(Finding("config", True, told))
     for finding in examine(config, args.ranks):
         is_fine = is_fine and finding.is_fine
-        print(f"{finding.part:9} {'ok     ' if finding.is_fine else 'PROBLEM'}  {finding.text}")
+        print(finding)
     return 0 if is_fine else ConfigError.exit_code
 
 

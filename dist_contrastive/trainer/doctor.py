@@ -31,6 +31,9 @@ class Finding(NamedTuple):
     save_s: float | None = None
     """Seconds that a checkpoint takes to write, of the part `disk`."""
 
+    def __str__(self) -> str:
+        return f"{self.part:9} {'ok     ' if self.is_fine else 'PROBLEM'}  {self.text}"
+
 
 def examine(config: RunConfig, world_size: int, processes: int | None = None) -> Iterator[Finding]:
     """What is found, part by part; after a part that is not fine there is nothing more to look at.

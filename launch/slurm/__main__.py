@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_contrastive.cli.ending import reporting_errors
+from dist_contrastive.cli.parsing import parse
 from dist_contrastive.errors import ConfigError
 
 # torch and the rest are imported by the commands that need them: status answers at once.
@@ -14,12 +15,7 @@ from dist_contrastive.errors import ConfigError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest and not (hasattr(args, "overrides") and not any(x.startswith("-") for x in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest
+    args = parse(_parser(), argv)
     with reporting_errors() as outcome:
         try:
             args.command(args)
@@ -147,15 +143,15 @@ def _submit_runs(
     checks.check_runs(runs, options.world_size)
     save_s, step_s = checks.measured_s(runs[0].run_dir) or (0.0, 0.0)
     if not (args.no_doctor or is_dry):
-        for line, found_s in checks.examined(runs[0], options.world_size):
-            print(line, flush=True)
-            save_s = save_s or found_s or 0.0
+        for finding in checks.examined(runs[0], options.world_size):
+            print(finding, flush=True)
+            save_s = save_s or finding.save_s or 0.0
     lead_s = options.signal_lead_s or submission.lead_s(save_s, step_s)
     checks.check_lead(lead_s, options)
     options = options.model_copy(update={"signal_lead_s": lead_s})
     planned = submission.Submission(runs, options, root.absolute(), Path.cwd(), cluster)
     if is_dry:
-        print(submission.script(planned, planned.folder))
+        print(submission.script(planned, planned.new_folder()))
         return
     jobs = submission.submit(planned)
     for config, job in zip(runs, jobs, strict=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 from dist_contrastive import trainer
 from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.trainer.doctor import examine
+from dist_contrastive.trainer.doctor import Finding, examine
 from launch.progress import read_progress
 from launch.slurm.cluster import job_state, partitions
 from launch.slurm.options import Options, minutes
@@ -72,8 +72,8 @@ def measured_s(run_dir: Path) -> tuple[float, float] | None:
     return (row["save_s"], row["step_s"]) if "save_s" in row else None
 
 
-def examined(config: RunConfig, world_size: int) -> Iterator[tuple[str, float | None]]:
-    """Lines of what `doctor` finds, and with the one on disks how long a checkpoint takes.
+def examined(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """What `doctor` finds, as long as it is fine.
 
     Raises:
         ConfigError: what it found to be wrong.
@@ -81,4 +81,4 @@ def examined(config: RunConfig, world_size: int) -> Iterator[tuple[str, float | 
     for finding in examine(config, world_size, _PROCESSES):
         if not finding.is_fine:
             raise ConfigError(f"doctor, {finding.part}: {finding.text}")
-        yield f"{finding.part:9} ok       {finding.text}", finding.save_s
+        yield finding

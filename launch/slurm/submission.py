@@ -20,6 +20,7 @@ from dist_contrastive import config as configs
 from dist_contrastive.atomic import write_text
 from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.trainer.describing import writable
 from launch.slurm.job import Job
 from launch.slurm.options import Options
 from launch.slurm.records import JobRecord, add_record
@@ -40,9 +41,8 @@ class Submission:
     cwd: Path
     cluster: str = "slurm"
 
-    @property
-    def folder(self) -> Path:
-        """For what is submitted; a new one for each submission."""
+    def new_folder(self) -> Path:
+        """A name for the folder of what is submitted, another one at each call."""
         return self.root / "jobs" / time.strftime(f"%Y%m%d-%H%M%S-{uuid.uuid4().hex[:4]}")
 
     @property
@@ -71,13 +71,9 @@ def submit(submission: Submission) -> list[str]:
     Raises:
         ConfigError: the folder cannot be written, or SLURM does not take the job.
     """
-    folder = submission.folder
-    try:
+    folder = submission.new_folder()
+    with writable(submission.root):
         jobs = _prepare(submission, folder)
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={submission.root} cannot be written ({error.strerror}); choose another folder"
-        ) from error
     make = _local_executor if submission.cluster == "local" else _slurm_executor
     executor = make(submission, folder)
     # A job may submit another one. What sbatch says submitit prints, besides raising it.
