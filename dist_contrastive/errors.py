@@ -1,5 +1,8 @@
 """Errors that end a run with an exit code of their own."""
 
+from collections.abc import Callable
+from typing import NoReturn
+
 
 class UserError(ValueError):
     """Something the user can mend: one sentence with the value, the limit and the fix."""
@@ -69,3 +72,14 @@ class NonFiniteError(RuntimeError):
     """NaN or infinity in embeddings, loss or gradients; names the step and the ranks."""
 
     exit_code = 70
+
+
+def retired(module: str, names: dict[str, str]) -> Callable[[str], NoReturn]:
+    """A module's ``__getattr__`` that answers a retired name with the new one."""
+
+    def missing(name: str) -> NoReturn:
+        if name in names:
+            raise AttributeError(f"{module}.{name} is now {names[name]}; import that")
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return missing

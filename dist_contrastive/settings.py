@@ -1,9 +1,246 @@
-"""The base of every group of settings: immutable, and strict about unknown names."""
+"""Settings of a component: one strict pydantic model, the `Config` inside the component's class.
 
-from pydantic import BaseModel, ConfigDict
+A component is a class with a nested ``Config(Settings)``: name, type, default, limit and a line of
+help of each setting stand there and nowhere else. A config of a run composes these classes::
+
+    class MyLoss(PairLoss):
+        class Config(PairLoss.Config):
+            name: Literal["my_loss"] = "my_loss"
+            temperature: PositiveFloat = 0.1
+            \"\"\"Divides the similarities.\"\"\"
+
+Where a config chooses one of several components by its ``name``, the type of the field is an
+`Annotated` base class with a `Choice`: known names, or an import path ``package.module:Class``.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+
+from dist_contrastive.errors import ConfigError
+
+IMPORT_PATH = "MODULE:CLASS"
+_LIMITS = {"ge": "{} or more", "gt": "more than {}", "le": "{} or less", "lt": "less than {}"}
 
 
 class Settings(BaseModel):
-    """A group of settings, kept beside the code that it configures; `config` composes them."""
+    """Group of settings: immutable, and strict about unknown names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """Validated settings.
+
+        Args:
+            where: prefix of the message, as the file that holds the values.
+
+        Raises:
+            ConfigError: one sentence about the first three settings that are unknown, missing or
+                out of range.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(where + sentences(error, cls)) from None
+
+
+class ComponentSettings(Settings):
+    """Settings of a component that a config chooses by name; components narrow ``name``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Annotation of a field that holds the settings of one component of several.
+
+    ``Annotated[PairLoss.Config, Choice("loss", PairLoss, LOSSES)]`` accepts what the `Config` of
+    one of LOSSES accepts, chosen by ``name``, or that of a subclass of PairLoss named by its import
+    path.
+
+    Attributes:
+        kind: what is chosen, for messages.
+        base: what a class named by an import path must inherit.
+        known: components by name.
+        unfit: why a class with an import path cannot be used in this place; None if it can.
+        default: name to take where none is given.
+    """
+
+    kind: str
+    base: type
+    known: Mapping[str, type]
+    unfit: Callable[[Any], str | None] = lambda _: None
+    default: str | None = None
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def component(self, name: str) -> Any:
+        """The class of a known name or an import path. Raises: ConfigError."""
+        return self.known[name] if name in self.known else self._imported(name)
+
+    def build(self, settings: ComponentSettings, *args: Any, **kwargs: Any) -> Any:
+        """``Class(settings, *args, **kwargs)`` of the class that the settings name."""
+        return self.component(settings.name)(settings, *args, **kwargs)
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        choices: dict[str, CoreSchema] = {
+            name: handler.generate_schema(cls.Config)  # type: ignore[attr-defined]
+            for name, cls in self.known.items()
+        }
+        choices[IMPORT_PATH] = core_schema.no_info_plain_validator_function(self._from_path)
+        return core_schema.tagged_union_schema(
+            choices,
+            self._tag,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda settings, info: settings.model_dump(mode=info.mode), info_arg=True
+            ),
+        )
+
+    def _tag(self, value: Any) -> str | None:
+        name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+        name = self.default if name is None else name
+        return IMPORT_PATH if isinstance(name, str) and ":" in name else name
+
+    def _from_path(self, value: Any) -> Settings:
+        if isinstance(value, Settings):
+            return value
+        try:
+            config = self._imported(value["name"]).Config
+            return config.checked(value, f"settings of {value['name']}: ")
+        except ConfigError as error:
+            # A ValueError inside a validator: pydantic puts the place of the field before it.
+            raise PydanticCustomError("import_path", "{reason}", {"reason": str(error)}) from None
+
+    def _imported(self, path: str) -> Any:
+        cls = import_class(path, self.kind, self.base)
+        if not issubclass(getattr(cls, "Config", object), ComponentSettings):
+            raise ConfigError(
+                f"{path} has no settings; give the class a nested Config that inherits "
+                f"dist_contrastive.settings.ComponentSettings"
+            )
+        if reason := self.unfit(cls):
+            raise ConfigError(f"{path} cannot be used here: {reason}")
+        return cls
+
+
+def import_class(path: str, kind: str, base: type) -> Any:
+    """Class at an import path ``package.module:Class``.
+
+    Raises:
+        ConfigError: there is no such module or name, or it is no subclass of base.
+    """
+    found = import_object(path, kind)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(
+            f"{path} is no {kind}: it must be a class that inherits "
+            f"{base.__module__}.{base.__qualname__}"
+        )
+    return found
+
+
+def import_object(path: str, kind: str) -> Any:
+    """Object at an import path ``package.module:name``. Raises: ConfigError."""
+    module, _, name = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except ImportError as error:
+        raise ConfigError(
+            f"the {kind} {path} cannot be imported ({error}); write package.module:NAME of a "
+            f"module that lies in the current folder or is installed"
+        ) from error
+    except (AttributeError, ValueError):
+        raise ConfigError(
+            f"the {kind} {path} is not there: {module} has no {name!r}; write package.module:NAME"
+        ) from None
+    return found
+
+
+def settings_in(
+    annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()
+) -> list[type[Settings]]:
+    """Settings classes that a field of this annotation can hold, in the order of declaration."""
+    for choice in (annotation, *metadata):
+        if isinstance(choice, Choice):
+            return [cls.Config for cls in choice.known.values()]  # type: ignore[attr-defined]
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    arguments = get_args(annotation)
+    if any(isinstance(argument, Choice) for argument in arguments):
+        arguments = tuple(x for x in arguments if isinstance(x, Choice))
+    return [cls for argument in arguments for cls in settings_in(argument)]
+
+
+def name_of(cls: type[Settings]) -> str | None:
+    """Name by which a config chooses a class of settings; None where there is no choice."""
+    field = cls.model_fields.get("name")
+    values = get_args(field.annotation) if field else ()
+    return values[0] if values else None
+
+
+def sentences(error: ValidationError, root: type[Settings]) -> str:
+    """The first three problems of a validation error, one sentence each."""
+    problems = [_sentence(detail, root) for detail in error.errors()]
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more
+
+
+def _sentence(detail: ErrorDetails, root: type[Settings]) -> str:
+    """Setting, value, limit and remedy."""
+    classes, names = _walk(detail["loc"], root)
+    path, kind, context = ".".join(names), detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = [name for cls in classes for name in cls.model_fields]
+        return f"{path} is not a known setting{_nearest(names[-1], known)}"
+    if kind == "union_tag_invalid":
+        known = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
+        return f"{path}.name={context['tag']} is not known{_nearest(context['tag'], known)}"
+    if kind == "union_tag_not_found":
+        group = next(name for name in reversed(names) if not name.isdigit())
+        return f"{path}.name is missing; it says which kind of {group} to use"
+    if kind == "missing":
+        return f"{path} is missing; set it in the file or as {path}=VALUE"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not names:
+        return message
+    if isinstance(detail["input"], dict):
+        return f"{path}: {message}"
+    limits = {name: context[name] for name in _LIMITS if name in context}
+    fix = "".join(f"; set {_LIMITS[name].format(limit)}" for name, limit in limits.items())
+    return f"{path}={detail['input']}: {message}{fix}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return (f"; did you mean {near[0]}?" if near else ";") + f" (known: {', '.join(known)})"
+
+
+def _walk(
+    loc: tuple[int | str, ...], root: type[Settings]
+) -> tuple[list[type[Settings]], list[str]]:
+    """Settings classes that hold the last name of a pydantic location, and its names without the
+    tags that pydantic puts in for the chosen member of a union."""
+    classes: list[type[Settings]] = [root]
+    names: list[str] = []
+    inside = classes
+    for part in loc:
+        tagged = [cls for cls in classes if name_of(cls) == part]
+        if part == IMPORT_PATH or (tagged and not any(part in cls.model_fields for cls in classes)):
+            classes = tagged
+            continue
+        names.append(str(part))
+        inside = classes
+        if not isinstance(part, int):
+            fields = [cls.model_fields[part] for cls in classes if part in cls.model_fields]
+            classes = [c for f in fields for c in settings_in(f.annotation, f.metadata)]
+    return inside, names

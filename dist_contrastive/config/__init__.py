@@ -6,7 +6,6 @@
     drift.py      the task of one-step generators
     run.py        the whole, and what a resumed run may change
     files.py      YAML files and key=value overrides
-    sentences.py  what is wrong with a config, in words
 
 Precedence: defaults < YAML file < ``key=value`` overrides. Unknown names are refused.
 """

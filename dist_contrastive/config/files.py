@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from dist_contrastive.atomic import write_text
 from dist_contrastive.config.run import RunConfig
-from dist_contrastive.config.sentences import sentence
 from dist_contrastive.errors import ConfigError
 
 
@@ -21,12 +19,7 @@ def load(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     tree = _read_yaml(Path(path))
     for override in overrides:
         _apply(tree, override)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        problems = [sentence(detail, RunConfig) for detail in error.errors()]
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ConfigError(f"{path}: " + "; ".join(problems[:3]) + more) from None
+    return RunConfig.checked(tree, f"{path}: ")
 
 
 def save(config: RunConfig, folder: Path) -> None:

@@ -12,11 +12,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
 )
 
-from dist_contrastive.config.sentences import sentence
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.settings import Settings
 
@@ -109,11 +107,7 @@ def load_options(profile: Path | None, flags: dict[str, Any]) -> Options:
         if not isinstance(tree, dict):
             raise ConfigError(f"{profile} holds no settings; see configs/slurm/profile.yaml")
     given = {name: value for name, value in flags.items() if value is not None}
-    try:
-        return Options.model_validate({**tree, **given})
-    except ValidationError as error:
-        told = "; ".join(sentence(detail, Options) for detail in error.errors())
-        raise ConfigError(f"{profile or 'flags'}: {told}") from None
+    return Options.checked({**tree, **given}, f"{profile or 'flags'}: ")
 
 
 def minutes(time: str) -> int:

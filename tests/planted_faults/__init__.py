@@ -1,0 +1,1 @@
+"""Planted faults: what the tests must notice; `python -m tests.planted_faults` plants them."""
