@@ -1,0 +1,48 @@
+"""Tables in the output of commands."""
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH = 120  # characters, unless a terminal has another width
+_MOST = 100_000  # characters of a line
+_NUMBER = re.compile(r"[-+]?\d.*|[-?]?")
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None
+) -> None:
+    """Aligned text on standard output; its arguments are those of `format_table`."""
+    width = Console().width if sys.stdout.isatty() else _WIDTH
+    print(format_table(columns, rows, title, width))
+
+
+def format_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    title: str | None = None,
+    width: int = _WIDTH,
+) -> str:
+    """Aligned text: numbers to the right, texts wrapped between words, words never cut.
+
+    Args:
+        columns: their names; all empty: no line of names.
+        rows: of cells, shown by `str`, and None by "?".
+        width: in characters, more where words do not fit.
+    """
+    cells = [["?" if cell is None else str(cell) for cell in row] for row in rows]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
+    for column, name in enumerate(columns):
+        is_number = cells and all(_NUMBER.fullmatch(row[column]) for row in cells)
+        table.add_column(name, justify="right" if is_number else "left")
+    for row in cells:
+        table.add_row(*row)
+    console = Console(width=_MOST, color_system=None, markup=False, emoji=False, highlight=False)
+    console.width = max(width, console.measure(table).minimum)
+    with console.capture() as capture:
+        console.print(table)
+    lines = [line.rstrip() for line in capture.get().rstrip("\n").split("\n")]
+    return "\n".join([title, *lines] if title else lines)

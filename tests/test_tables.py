@@ -1,0 +1,30 @@
+"""Tables in the output of commands."""
+
+from dist_contrastive.tables import format_table, print_table
+
+
+def test_numbers_stand_to_the_right_and_text_to_the_left():
+    rows = [("train-00000.tar", 12, "1.5 MiB"), ("b", None, "1,024.0 MiB")]
+    assert format_table(["shard", "samples", "size"], rows, "two shards") == (
+        "two shards\n"
+        "shard            samples         size\n"
+        "train-00000.tar       12      1.5 MiB\n"
+        "b                      ?  1,024.0 MiB"
+    )
+
+
+def test_columns_without_names_have_no_header():
+    assert format_table(["", ""], [("a", "[b]"), ("cc", ":smile:")]) == "a   [b]\ncc  :smile:"
+
+
+def test_text_is_wrapped_between_words_and_words_are_never_cut():
+    path = "/folder" * 40
+    lines = format_table(["path", "what"], [(path, "as many words as there are here")]).split("\n")
+    assert lines[1].split()[0] == path
+    assert " ".join(" ".join(lines[1:]).split()[1:]) == "as many words as there are here"
+    assert len(format_table(["what"], [("word " * 100,)]).split("\n")[1]) <= 120
+
+
+def test_outside_of_a_terminal_tables_are_120_characters_wide(capsys):
+    print_table(["what"], [("word " * 100,)])
+    assert max(map(len, capsys.readouterr().out.split("\n"))) in range(115, 121)
