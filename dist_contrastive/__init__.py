@@ -12,4 +12,18 @@ One notation in the whole package:
     lane    one of the L equal parts in which an epoch is read
 """
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC_MODULES = ("collectives", "losses", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when first used: `import dist_contrastive` does not import torch."""
+    if name == "train":
+        return import_module("dist_contrastive.trainer").train
+    if name in _PUBLIC_MODULES:
+        return import_module(f"dist_contrastive.{name}")
+    raise AttributeError(f"module 'dist_contrastive' has no attribute {name!r}")

@@ -11,11 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
+from dist_contrastive import checkpoint
 from dist_contrastive import config as configs
 from dist_contrastive.data import pack_digits, pack_glyphs, pack_toy
 from dist_contrastive.data.packing.toys import TOYS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+HYBRID = CONFIGS / "digits_hybrid.yaml"
+SMALL_HYBRID = (
+    *("task.encoder={name: residual, widths: [8, 16]}", "task.head={hidden: 16, out: 8}"),
+    *("data.global_batch_size=32", "data.balance=null", "train.save_every=2"),
+    *("optim.warmup_steps=0", "train.steps=12", "task.reward.function=faulty:reward"),
+)
 POINTS = {"train_samples": 1280, "test_samples": 256, "samples_per_shard": 160}
 DATA_SETS: dict[str, Callable[[Path], object]] = {  # small ones, by the folder that configs name
     "digits": pack_digits,
@@ -82,6 +89,36 @@ def run(argv: list[str], **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         argv, capture_output=True, text=True, timeout=240, env=environment(), **options
     )
+
+
+def hybrid_command(
+    overrides: Callable[..., list[str]], run_dir: Path, *more: str, ranks: int | None = 2
+) -> list[str]:
+    """A short run of the hybrid task, with the reward function that makes the faults of
+    tests/faulty.py; in one process where ranks is None."""
+    options = overrides(run_dir, *SMALL_HYBRID, *more)
+    if ranks is None:
+        return command("train", HYBRID, *options)
+    return command(HYBRID, *options, ranks=ranks)
+
+
+def with_fault(fault: str) -> dict[str, str]:
+    """Environment in which tests/faulty.py makes a fault KIND:RANK:STEP[:FILE]."""
+    here = str(Path(__file__).parent)
+    return {**environment(), "FAULT": fault, "PYTHONPATH": here}
+
+
+def run_with_fault(
+    argv: list[str], fault: str = "none:0:0"
+) -> subprocess.CompletedProcess[str]:
+    """Run to its end under a fault."""
+    return subprocess.run(argv, capture_output=True, text=True, timeout=240, env=with_fault(fault))
+
+
+def newest_step(run_dir: Path) -> int:
+    """Step of the newest whole checkpoint, 0 if there is none."""
+    found = checkpoint.newest(run_dir / "checkpoints")
+    return 0 if found is None else found.progress.step
 
 
 def environment() -> dict[str, str]:

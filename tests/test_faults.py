@@ -10,44 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import CONFIGS, command, environment
+from conftest import CONFIGS, hybrid_command, newest_step, run_with_fault, with_fault
 
-from dist_contrastive import checkpoint
 from dist_contrastive.metrics import read_rows
 from dist_contrastive.trainer.watchdog import Watchdog
 
 DOCS = CONFIGS.parent / "docs" / "faults.md"
-HYBRID = CONFIGS / "digits_hybrid.yaml"
-SMALL = (
-    *("task.encoder={name: residual, widths: [8, 16]}", "task.head={hidden: 16, out: 8}"),
-    *("data.global_batch_size=32", "data.balance=null", "train.save_every=2"),
-    *("optim.warmup_steps=0", "train.steps=12", "task.reward.function=faulty:reward"),
-)
 NUM_RANKS = 2
-
-
-def argv_of(overrides, run_dir: Path, *more: str, ranks: int | None = NUM_RANKS) -> list[str]:
-    options = overrides(run_dir, *SMALL, *more)
-    if ranks is None:
-        return command("train", HYBRID, *options)
-    return command(HYBRID, *options, ranks=ranks)
-
-
-def with_fault(fault: str) -> dict[str, str]:
-    here = str(Path(__file__).parent)
-    return {**environment(), "FAULT": fault, "PYTHONPATH": here}
-
-
-def failed(argv: list[str], fault: str = "none:0:0") -> tuple[subprocess.CompletedProcess, float]:
-    """The end of a run, and after how long."""
-    begin = time.monotonic()
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=with_fault(fault))
-    return done, time.monotonic() - begin
-
-
-def newest_step(run_dir: Path) -> int:
-    found = checkpoint.newest(run_dir / "checkpoints")
-    return 0 if found is None else found.progress.step
 
 
 def started(argv: list[str], fault: str = "none:0:0") -> subprocess.Popen:
@@ -66,7 +35,7 @@ def wait_until(condition, process: subprocess.Popen, pause_s: float = 0.01) -> N
 
 def test_a_rank_that_raises(tmp_path, overrides):
     """Its traceback comes first, the others say one line; the exit code is its own."""
-    done, _ = failed(argv_of(overrides, tmp_path), "raise:1:5")
+    done = run_with_fault(hybrid_command(overrides, tmp_path), "raise:1:5")
     assert done.returncode == 1, done.stderr
     told = done.stderr
     assert told.count("Traceback (most recent call last)") == 1
@@ -77,7 +46,7 @@ def test_a_rank_that_raises(tmp_path, overrides):
 
 
 def test_a_rank_that_is_killed(tmp_path, overrides):
-    done, _ = failed(argv_of(overrides, tmp_path), "kill:1:5")
+    done = run_with_fault(hybrid_command(overrides, tmp_path), "kill:1:5")
     assert done.returncode == 128 + signal.SIGKILL, done.stderr
     assert "rank 0: another rank has ended" in done.stderr
     assert "Traceback" not in done.stderr
@@ -87,28 +56,27 @@ def test_a_rank_that_is_killed(tmp_path, overrides):
 @pytest.mark.parametrize("kind", ["hang", pytest.param("stop", marks=pytest.mark.slow)])
 def test_a_rank_that_hangs(kind, tmp_path, overrides):
     """One that hangs says where; one that is stopped cannot, and the others end it."""
-    argv = argv_of(overrides, tmp_path, "backend.timeout_s=3")
-    done, took_s = failed(argv, f"{kind}:1:5")
+    argv = hybrid_command(overrides, tmp_path, "backend.timeout_s=3")
+    done = run_with_fault(argv, f"{kind}:1:5")
     assert done.returncode == 75, done.stderr
     if kind == "hang":
         assert re.search(r"rank 1 hangs at .*: no step for backend.timeout_s=3 s", done.stderr)
         assert "faulty.py" in done.stderr  # the stack
     else:
         assert re.search(r"rank 0 waits for other ranks at .*: no step for", done.stderr)
-    assert took_s < 60
     assert newest_step(tmp_path) == 4
 
 
 def test_nan_in_one_batch(tmp_path, overrides):
     """Told of and left out; nothing else changes."""
-    done, _ = failed(argv_of(overrides, tmp_path), "nan:1:5")
+    done = run_with_fault(hybrid_command(overrides, tmp_path), "nan:1:5")
     assert done.returncode == 0, done.stderr
     assert "step 6 is left out (1 of at most 3 in a row): " in done.stderr
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]
 
 
 def test_weights_that_are_not_finite(tmp_path, overrides):
-    done, _ = failed(argv_of(overrides, tmp_path), "nan_weights:1:5")
+    done = run_with_fault(hybrid_command(overrides, tmp_path), "nan_weights:1:5")
     assert done.returncode == 70, done.stderr
     assert newest_step(tmp_path) == 4
 
@@ -117,10 +85,10 @@ def test_a_disk_that_is_full(tmp_path, overrides):
     """A file system of 400 KB: lines and checkpoints are lost and told of, the last one whole."""
     folder = tmp_path / "small"
     folder.mkdir()
-    argv = argv_of(overrides, folder / "run", "train.keep_last=99", ranks=None)
+    argv = hybrid_command(overrides, folder / "run", "train.keep_last=99", ranks=None)
     mount = f"mount -t tmpfs -o size=400k none {folder} && "
     keep = f"; code=$?; cp -r {folder}/run {tmp_path}/left; exit $code"
-    done, _ = failed(["unshare", "-rm", "sh", "-c", mount + shlex.join(argv) + keep])
+    done = run_with_fault(["unshare", "-rm", "sh", "-c", mount + shlex.join(argv) + keep])
     assert done.returncode == 75, done.stderr
     assert re.search(r"the checkpoint of step \d+ is not written: ", done.stderr)
     assert re.search(r"that of step \d+ is whole; make room and start again", done.stderr)
@@ -128,15 +96,15 @@ def test_a_disk_that_is_full(tmp_path, overrides):
     assert not list((tmp_path / "left" / "checkpoints").glob(".*"))
     assert read_rows(tmp_path / "left")  # each a whole line
     shutil.copytree(tmp_path / "left", tmp_path / "run")
-    again, _ = failed(argv_of(overrides, tmp_path / "run", ranks=None))
+    again = run_with_fault(hybrid_command(overrides, tmp_path / "run", ranks=None))
     assert again.returncode == 0, again.stderr
     assert [row["step"] for row in read_rows(tmp_path / "run")][-1] == 12
 
 
 def test_a_run_directory_that_is_read_only(tmp_path, overrides):
-    argv = argv_of(overrides, tmp_path / "run", ranks=None)
+    argv = hybrid_command(overrides, tmp_path / "run", ranks=None)
     mount = f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path} && "
-    done, _ = failed(["unshare", "-rm", "sh", "-c", mount + shlex.join(argv)])
+    done = run_with_fault(["unshare", "-rm", "sh", "-c", mount + shlex.join(argv)])
     assert done.returncode == 64, done.stderr
     assert f"run_dir={tmp_path}/run cannot be written (Read-only file system)" in done.stderr
     assert "Traceback" not in done.stderr
@@ -145,7 +113,7 @@ def test_a_run_directory_that_is_read_only(tmp_path, overrides):
 def test_sigterm_in_the_middle_of_a_save(tmp_path, overrides):
     """Every step saves, and the signal comes when a save has begun: it is finished, and so is the
     step."""
-    argv = argv_of(overrides, tmp_path, "train.save_every=1", "train.steps=400")
+    argv = hybrid_command(overrides, tmp_path, "train.save_every=1", "train.steps=400")
     process = started(argv)
     wait_until(lambda: newest_folder(tmp_path) >= 2, process)
     wait_until(lambda: list((tmp_path / "checkpoints").glob(".writing-*")), process, pause_s=0)
@@ -167,7 +135,7 @@ def data_worker_of(process: subprocess.Popen) -> psutil.Process:
 
 
 def test_a_data_worker_that_is_killed(tmp_path, overrides):
-    argv = argv_of(
+    argv = hybrid_command(
         overrides, tmp_path, "data.num_workers=1", "train.steps=9000", "train.save_every=9000"
     )
     process = started(argv)
@@ -180,7 +148,7 @@ def test_a_data_worker_that_is_killed(tmp_path, overrides):
 
 
 def test_a_data_worker_that_is_asked_to_end(tmp_path, overrides):
-    argv = argv_of(
+    argv = hybrid_command(
         overrides, tmp_path, "data.num_workers=1", "train.steps=100", "train.save_every=100"
     )
     process = started(argv)
@@ -193,7 +161,7 @@ def test_a_data_worker_that_is_asked_to_end(tmp_path, overrides):
 
 def test_a_launcher_that_is_killed(tmp_path, overrides):
     """Nobody would restart its ranks or tell them of each other: they save and end."""
-    argv = argv_of(overrides, tmp_path, "train.steps=4000", "train.save_every=4000")
+    argv = hybrid_command(overrides, tmp_path, "train.steps=4000", "train.save_every=4000")
     process = started(argv)
     wait_until(lambda: len(read_rows(tmp_path)) > 2, process)
     ranks = [p for p in psutil.Process(process.pid).children() if "RANK" in p.environ()]
@@ -207,14 +175,14 @@ def test_a_launcher_that_is_killed(tmp_path, overrides):
 
 def test_a_run_that_never_comes_further(tmp_path, overrides):
     """The same end before the same checkpoint, started by something that always starts it again."""
-    argv = argv_of(overrides, tmp_path, "train.max_stalled_starts=1", ranks=None)
+    argv = hybrid_command(overrides, tmp_path, "train.max_stalled_starts=1", ranks=None)
     for _ in range(2):  # from the start, and from the checkpoint before the fault
-        assert failed(argv, "kill:0:5")[0].returncode == -signal.SIGKILL
-    done, _ = failed(argv, "kill:0:5")
+        assert run_with_fault(argv, "kill:0:5").returncode == -signal.SIGKILL
+    done = run_with_fault(argv, "kill:0:5")
     assert done.returncode == 93
     assert "was started 1 times from step 4 and never came to its next checkpoint" in done.stderr
     (tmp_path / "attempts.json").unlink()
-    assert failed(argv)[0].returncode == 0
+    assert run_with_fault(argv).returncode == 0
 
 
 class Clock:

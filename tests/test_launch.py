@@ -11,8 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, command, environment, global_batches, run
-from test_faults import argv_of, failed, newest_step
+from conftest import (
+    CONFIGS,
+    command,
+    environment,
+    global_batches,
+    hybrid_command,
+    newest_step,
+    run,
+    run_with_fault,
+    with_fault,
+)
 
 from dist_contrastive import config as configs
 from dist_contrastive import ranks, trainer
@@ -311,8 +320,8 @@ def test_what_ranks_write_is_kept(tmp_path, overrides):
 
 def test_restarts(tmp_path, overrides):
     """A rank is killed once; what it lost is done again."""
-    argv = [*argv_of(overrides, tmp_path), "--restarts", "1"]
-    done, _ = failed(argv, f"kill:1:5:{tmp_path}/happened")
+    argv = [*hybrid_command(overrides, tmp_path), "--restarts", "1"]
+    done = run_with_fault(argv, f"kill:1:5:{tmp_path}/happened")
     assert done.returncode == 0, done.stderr
     assert "launch.local: ended with 137; starting again from step 4 (start 2)" in done.stderr
     assert [row["step"] for row in read_rows(tmp_path)] == list(range(1, 13))
@@ -322,8 +331,8 @@ def test_restarts(tmp_path, overrides):
 @pytest.mark.slow
 def test_restarts_have_an_end(tmp_path, overrides):
     """Always killed at the same step: once more, and no further."""
-    argv = [*argv_of(overrides, tmp_path), "--restarts", "1"]
-    done, _ = failed(argv, "kill:1:5")
+    argv = [*hybrid_command(overrides, tmp_path), "--restarts", "1"]
+    done = run_with_fault(argv, "kill:1:5")
     assert done.returncode == 128 + signal.SIGKILL
     # The first start came to step 4 and counts as progress; the two after it did not.
     assert done.stderr.count("starting again") == 2
@@ -332,9 +341,8 @@ def test_restarts_have_an_end(tmp_path, overrides):
 def test_two_machines_meet(tmp_path, overrides, free_port):
     """Two launchers, one rank each, and a rank that is killed: both start again."""
     options = ["--machines", "2", "--rdzv", f"127.0.0.1:{free_port}", "--restarts", "1"]
-    argv = [*argv_of(overrides, tmp_path, ranks=1), *options]
-    env = {**environment(), "FAULT": f"kill:1:5:{tmp_path}/happened"}
-    env["PYTHONPATH"] = str(Path(__file__).parent)
+    argv = [*hybrid_command(overrides, tmp_path, ranks=1), *options]
+    env = with_fault(f"kill:1:5:{tmp_path}/happened")
     pair = [
         subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(2)
