@@ -108,9 +108,7 @@ def with_fault(fault: str) -> dict[str, str]:
     return {**environment(), "FAULT": fault, "PYTHONPATH": here}
 
 
-def run_with_fault(
-    argv: list[str], fault: str = "none:0:0"
-) -> subprocess.CompletedProcess[str]:
+def run_with_fault(argv: list[str], fault: str = "none:0:0") -> subprocess.CompletedProcess[str]:
     """Run to its end under a fault."""
     return subprocess.run(argv, capture_output=True, text=True, timeout=240, env=with_fault(fault))
 
