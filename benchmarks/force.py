@@ -39,7 +39,7 @@ from force_runs import (
     timed,
 )
 
-from dist_contrastive.losses.force_presets import PRESETS
+from dist_contrastive.losses.force import PRESETS
 from dist_contrastive.pairwise import KeysFrom
 
 RANKS = 2

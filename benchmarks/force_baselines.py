@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_contrastive.losses.force_presets import PRESETS
+from dist_contrastive.losses.force import PRESETS
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

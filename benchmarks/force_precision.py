@@ -20,7 +20,7 @@ from precision import relative
 from torch import Tensor
 
 from dist_contrastive import losses
-from dist_contrastive.losses.force_presets import PRESETS, Preset
+from dist_contrastive.losses.force import PRESETS, Preset
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 128  # several tiles even of few points, so that adding them up counts

@@ -19,7 +19,7 @@ from memory import growth_mib
 from torch import Tensor
 
 from dist_contrastive import collectives, losses
-from dist_contrastive.losses.force_presets import PRESETS
+from dist_contrastive.losses.force import PRESETS
 from dist_contrastive.pairwise import KeysFrom
 from dist_contrastive.testing import run_ranks
 

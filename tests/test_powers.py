@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_contrastive.pairwise.powers import Powers, Scratch
+from dist_contrastive.losses.force.affinity import Powers, Scratch
 
 SETS = [
     (0.2,),

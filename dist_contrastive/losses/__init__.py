@@ -5,9 +5,9 @@ Every loss takes ``keys_from``, ``impl``, ``chunk_size``, ``group`` and ``grad_r
 """
 
 from dist_contrastive.losses.barlow_twins import BarlowTwins
-from dist_contrastive.losses.contrastive_force import ContrastiveForce, contrastive_force
 from dist_contrastive.losses.cosine_embedding import CosineEmbedding
 from dist_contrastive.losses.dcl import DCL
+from dist_contrastive.losses.force import ContrastiveForce, contrastive_force
 from dist_contrastive.losses.infonce import InfoNCE
 from dist_contrastive.losses.koleo import KoLeo
 from dist_contrastive.losses.ntxent import NTXent

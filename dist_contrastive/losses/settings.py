@@ -6,11 +6,9 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from dist_contrastive.losses.barlow_twins import BarlowTwins
 from dist_contrastive.losses.base import LARGEST_SCALE, SMALLEST_SCALE, PairLoss
-from dist_contrastive.losses.contrastive_force import ContrastiveForce
 from dist_contrastive.losses.cosine_embedding import CosineEmbedding
 from dist_contrastive.losses.dcl import DCL
-from dist_contrastive.losses.force_presets import Preset
-from dist_contrastive.losses.force_units import Scope
+from dist_contrastive.losses.force import ContrastiveForce, Preset, Scope
 from dist_contrastive.losses.infonce import InfoNCE
 from dist_contrastive.losses.koleo import KoLeo
 from dist_contrastive.losses.ntxent import NTXent

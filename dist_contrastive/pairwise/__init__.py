@@ -9,11 +9,6 @@
     triplets.py    which triplets of a row count, for every way of mining
     panels.py      losses that need all distances of a row at once
     nearest.py     the nearest and the farthest key of each row, tile by tile
-    points.py      points of several kinds that interact, in tiles that are kept
-    affinity.py    the weight of a pair of points
-    powers.py      exponentials at several temperatures from one
-    force.py       the passes of the contrastive force over tiles
-    dense_force.py the same on whole matrices: the specification
 
 Where keys come from and how a tile is computed are independent of each other, and a loss sees
 neither: it names a reduction.

@@ -10,8 +10,8 @@ from dist_contrastive import collectives
 from dist_contrastive.collectives import Group, RowHeader
 from dist_contrastive.collectives.headers import MAX_DIMS
 from dist_contrastive.errors import ConfigError, NonFiniteError
+from dist_contrastive.losses.force.points import FIXED, GENERATED, POSITIVE, sorting
 from dist_contrastive.losses.inputs import check_points, is_given
-from dist_contrastive.pairwise.points import FIXED, GENERATED, POSITIVE, sorting
 
 KINDS = {"negative": GENERATED, "fixed": FIXED, "positive": POSITIVE}
 """The kinds of points by the name of the argument, in the order of rows."""
