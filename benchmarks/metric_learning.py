@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dist_contrastive import config as configs
 from dist_contrastive import optim
-from dist_contrastive.checkpoint import Progress
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.data.training import open_data
 from dist_contrastive.losses.settings import (
     NTXentSettings,
     SupConSettings,
@@ -25,7 +25,6 @@ from dist_contrastive.losses.settings import (
     VICRegSettings,
 )
 from dist_contrastive.tasks import ImageTask, build_task
-from dist_contrastive.trainer.data import open_data
 
 Loss = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
 """Of the embeddings [b, D] of each view, and the labels [b]."""
@@ -78,7 +77,7 @@ def train(config: RunConfig) -> tuple[ImageTask, list[float]]:
     """
     assert isinstance(config.task, configs.TwoViewSettings | configs.LabelledSettings)
     loss = equal_loss(config.task)
-    data = open_data(config, Progress(), rank=0, world_size=1)
+    data = open_data(config.data, seed=config.seed, uses_labels=config.task.uses_labels)
     task = build_task(config, data.example)
     assert isinstance(task, ImageTask)
     optimizer = optim.build_optimizer(task, config.optim)

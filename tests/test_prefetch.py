@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dist_contrastive.data.stream.prefetch import Ahead
+from dist_contrastive.data.stream.prefetch import Prefetcher
 
 
 def counted(made: list[int], count: int, fails_at: int | None = None) -> Iterator[int]:
@@ -20,14 +20,14 @@ def counted(made: list[int], count: int, fails_at: int | None = None) -> Iterato
         made.append(-1)
 
 
-def taken(ahead: Ahead[int]) -> list[int]:
+def taken(ahead: Prefetcher[int]) -> list[int]:
     return list(iter(ahead.get, None))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 50])
 def test_all_in_order(count: int):
     before, made = threading.active_count(), []
-    with Ahead(counted(made, count), 3) as ahead:
+    with Prefetcher(counted(made, count), 3) as ahead:
         assert taken(ahead) == list(range(count))
         assert ahead.get() is None
     assert made == [*range(count), -1]
@@ -37,7 +37,7 @@ def test_all_in_order(count: int):
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_works_ahead_but_not_further_than_its_depth(depth: int):
     made: list[int] = []
-    with Ahead(counted(made, 100), depth) as ahead:
+    with Prefetcher(counted(made, 100), depth) as ahead:
         for used in range(1, 20):
             ahead.get()
             deadline = time.monotonic() + 5
@@ -50,7 +50,7 @@ def test_works_ahead_but_not_further_than_its_depth(depth: int):
 
 @pytest.mark.parametrize("fails_at", [0, 1, 7])
 def test_an_error_comes_where_the_item_would_have(fails_at: int):
-    with Ahead(counted([], 10, fails_at), 2) as ahead:
+    with Prefetcher(counted([], 10, fails_at), 2) as ahead:
         assert [ahead.get() for _ in range(fails_at)] == list(range(fails_at))
         for _ in range(2 if fails_at else 1):
             with pytest.raises(KeyError, match="no more"):
@@ -66,7 +66,7 @@ def test_the_first_is_made_by_the_caller():
             threads.append(threading.current_thread())
             yield number
 
-    with Ahead(items(), 2) as ahead:
+    with Prefetcher(items(), 2) as ahead:
         assert taken(ahead) == [0, 1, 2]
     assert threads[0] is threading.main_thread()
     assert threads[1] is threads[2] is not threads[0]
@@ -85,7 +85,7 @@ def test_a_caller_that_should_stop_does_not_wait(monkeypatch: pytest.MonkeyPatch
     flag: list[int] = []
     threading.Timer(0.3, flag.append, [1]).start()
     begin = time.monotonic()
-    with Ahead(items(), 2) as ahead:
+    with Prefetcher(items(), 2) as ahead:
         assert ahead.get(stop=lambda: bool(flag)) == 0
         assert ahead.get(stop=lambda: bool(flag)) is None
     assert 0.25 < time.monotonic() - begin < 5

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from dist_contrastive import config as configs
 from dist_contrastive import trainer
-from dist_contrastive.checkpoint import Progress
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data import load_index
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.data.training import open_data
 from dist_contrastive.metrics import read_rows
 from dist_contrastive.tasks import Hybrid, Moco, Task, TwoView, build_task
-from dist_contrastive.trainer import open_data
 
 TINY = "task.encoder.widths=[8, 16]"
 FLAT = ("data.balance=null", "data.labels_per_class=null", "task.hierarchy=null")
@@ -49,7 +48,7 @@ def images_in(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def first_samples(config: RunConfig, steps: int) -> Iterator[Samples]:
     """What the task gets in the first steps of the run."""
-    data = open_data(config, Progress(), 0, 1)
+    data = open_data(config.data, seed=config.seed, uses_labels=config.task.uses_labels)
     with closing(iter(data.stream)) as batches:
         for batch in islice(batches, steps):
             yield data.samples(batch)

@@ -1,6 +1,5 @@
 """The config of a run: composed from the settings of its parts; nothing below imports it.
 
-    data.py       where samples come from
     task.py       what the settings of all tasks share
     tasks.py      what is trained by which objective
     drift.py      the task of one-step generators
@@ -10,7 +9,6 @@
 Precedence: defaults < YAML file < ``key=value`` overrides. Unknown names are refused.
 """
 
-from dist_contrastive.config.data import BalanceSettings, DataSettings
 from dist_contrastive.config.files import load, load_run, save
 from dist_contrastive.config.run import KeepBestSettings, RunConfig, TrainSettings, differences
 from dist_contrastive.config.tasks import (
@@ -22,10 +20,9 @@ from dist_contrastive.config.tasks import (
     TaskSettings,
     TwoViewSettings,
 )
+from dist_contrastive.errors import retired
 
 __all__ = [
-    "BalanceSettings",
-    "DataSettings",
     "DriftSettings",
     "HybridSettings",
     "KeepBestSettings",
@@ -41,3 +38,11 @@ __all__ = [
     "load_run",
     "save",
 ]
+
+__getattr__ = retired(
+    __name__,
+    {
+        "BalanceSettings": "dist_contrastive.data.Balance.Config",
+        "DataSettings": "dist_contrastive.data.DataConfig",
+    },
+)

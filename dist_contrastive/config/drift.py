@@ -5,8 +5,8 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
-from dist_contrastive.config.data import DataSettings
 from dist_contrastive.config.task import TaskSettingsBase
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.stream.order import nearest_multiples
 from dist_contrastive.losses.settings import ContrastiveForceSettings
 from dist_contrastive.models import EncoderSettings, FeatureMapSettings, GeneratorSettings
@@ -103,7 +103,7 @@ class DriftSettings(TaskSettingsBase):
             raise ValueError("the force needs a space to act in; name one, as [{name: pixels}]")
         return features
 
-    def check(self, data: DataSettings) -> None:
+    def check(self, data: DataConfig) -> None:
         """Labels, where there are some, are classes; whole groups."""
         super().check(data)
         if data.label is not None and data.num_classes is None:

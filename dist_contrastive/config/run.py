@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from dist_contrastive.backend import BackendSettings, TrackerName
-from dist_contrastive.config.data import DataSettings
 from dist_contrastive.config.tasks import TaskSettings
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields
 from dist_contrastive.optim import LAYERWISE, OptimSettings
 from dist_contrastive.settings import Settings
@@ -63,7 +63,7 @@ class RunConfig(Settings):
     run_dir: Path
     """Folder for everything that the run writes."""
     seed: int = Field(default=0, ge=0)
-    data: DataSettings
+    data: DataConfig
     task: TaskSettings
     optim: OptimSettings = OptimSettings()
     train: TrainSettings
@@ -106,20 +106,11 @@ class RunConfig(Settings):
     @property
     def fields(self) -> Fields:
         """Where a sample holds what the task takes."""
-        data, task = self.data, self.task
-        return Fields(
-            image=data.image,
-            label=data.label,
-            num_classes=data.num_classes,
-            pair=data.pair,
-            labels_required=task.labels_required,
-            image_size=data.image_size,
-            image_channels=data.image_channels,
-        )
+        return self.data.fields(self.task.labels_required)
 
 
 # Settings that a resumed run may change: they do not touch what is computed. Where samples come
-# from is one of them, since a run remembers what they were (`trainer.data_record`).
+# from is one of them, since a run remembers what they were (`data.record`).
 MAY_CHANGE = (
     "run_dir",
     "data.train",

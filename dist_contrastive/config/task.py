@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from dist_contrastive.config.data import DataSettings
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.settings import Settings
 
 
@@ -16,7 +16,7 @@ class TaskSettingsBase(Settings):
     uses_pair: ClassVar[bool] = False
     """Whether a second modality of the samples takes part."""
 
-    def check(self, data: DataSettings) -> None:
+    def check(self, data: DataConfig) -> None:
         """Raise ValueError, worded as a sentence, where the data does not fit the task."""
         for name in ("labels_per_class", "balance"):
             if getattr(data, name) is not None and not self.uses_labels:

@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
-from dist_contrastive.config.data import DataSettings
 from dist_contrastive.config.drift import DriftSettings
 from dist_contrastive.config.task import TaskSettingsBase
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.stream.order import nearest_multiples
 from dist_contrastive.data.views import ViewSettings
 from dist_contrastive.losses.settings import (
@@ -63,7 +63,7 @@ class LabelledSettings(_ImageTaskSettings):
     """Views of each sample; they are similar to each other whether it has a label or not."""
     loss: LabelLossSettings
 
-    def check(self, data: DataSettings) -> None:
+    def check(self, data: DataConfig) -> None:
         """Labels of the kind that the loss is set for."""
         super().check(data)
         max_delta = self.loss.max_delta
@@ -90,7 +90,7 @@ class MocoSettings(_ImageTaskSettings):
     momentum: float = Field(default=0.99, ge=0, le=1)
     """Of the key encoder at the start; it grows to 1 along a cosine."""
 
-    def check(self, data: DataSettings) -> None:
+    def check(self, data: DataConfig) -> None:
         """Whole batches in the queue."""
         super().check(data)
         size, batch = self.queue_size, data.global_batch_size
@@ -117,7 +117,7 @@ class PairedSettings(_ImageTaskSettings):
     pair: PairTowerSettings
     loss: Annotated[InfoNCESettings | SigLIPSettings, Field(discriminator="name")]
 
-    def check(self, data: DataSettings) -> None:
+    def check(self, data: DataConfig) -> None:
         """A second modality, embedded in the same space."""
         super().check(data)
         if data.pair is None:
@@ -184,7 +184,7 @@ class HybridSettings(_ImageTaskSettings):
     def _without_weight_is_absent(cls, term: Any) -> Any:
         return None if term is not None and term.weight == 0 else term
 
-    def check(self, data: DataSettings) -> None:
+    def check(self, data: DataConfig) -> None:
         """Classes, and something to learn."""
         super().check(data)
         if data.num_classes is None:

@@ -1,5 +1,6 @@
 """Shards, their index, and the stream that reads them in an order fixed by the config."""
 
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields, Samples
 from dist_contrastive.data.packing.arrays import pack_arrays
 from dist_contrastive.data.packing.digits import pack_digits
@@ -20,6 +21,7 @@ from dist_contrastive.data.stream.shard_stream import ShardStream
 __all__ = [
     "Balance",
     "CacheSettings",
+    "DataConfig",
     "Fields",
     "PackOptions",
     "Samples",

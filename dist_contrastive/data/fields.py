@@ -5,10 +5,11 @@ import reprlib
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from dist_contrastive.data.collate import Batch, collate
@@ -16,6 +17,7 @@ from dist_contrastive.data.resize import fit_image, is_image
 from dist_contrastive.data.schema import check_fields, no_field
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.errors import DataError, UnreadableSample
+from dist_contrastive.settings import Settings
 
 MISSING_CLASS = -1
 
@@ -65,21 +67,36 @@ class Samples:
         return Samples(self.images[numbers], labels, self.epoch[numbers], self.index[numbers], pair)
 
 
-@dataclass(frozen=True)
-class Fields:
-    """Which fields of a sample hold what.
+class FieldsConfig(Settings):
+    """Which fields of a sample hold what."""
 
-    With `num_classes` labels are classes 0 ... num_classes - 1, int64; without they are continuous,
-    float64. A label is missing where the sample holds null or NaN, or -1 for a class.
+    image: str = "png"
+    """Field of a sample that holds the image, or, for generators of points, an array of numbers."""
+    label: str | None = None
+    """Field that holds a label, as `cls` or `json.label`; null without labels."""
+    num_classes: PositiveInt | None = None
+    """Labels are classes 0 ... num_classes - 1; null where they are continuous."""
+    pair: str | None = None
+    """Field that holds a second modality of the same sample, as `txt` or `npy`."""
+    image_size: PositiveInt | None = None
+    """Pixels: images are scaled so that their shorter side has as many, and cut to the square in
+    the middle; null for images of one size."""
+    image_channels: Literal[1, 3] | None = None
+    """1 makes all images gray, 3 makes gray ones RGB; null for images that are alike."""
+
+
+class Fields(FieldsConfig):
+    """Reader of the fields that a task takes: ``Fields("png", "json.label", num_classes=10)``.
+
+    With `num_classes` labels are int64, without float64. A label is missing where the sample holds
+    null or NaN, or -1 for a class.
     """
 
-    image: str  # the image, or what takes its place: an array of floating numbers, as points are
-    label: str | None = None  # the label, as "cls" or, inside a JSON object, "json.label"
-    num_classes: int | None = None
-    pair: str | None = None  # a second modality: a text, an image or an array
-    labels_required: bool = False  # refuse samples whose label is missing
-    image_size: int | None = None  # pixels of a side, to which images are scaled and cut
-    image_channels: int | None = None  # 1 or 3, which images are given
+    labels_required: bool = False
+    """Refuse samples whose label is missing."""
+
+    def __init__(self, *values: Any, **settings: Any) -> None:
+        super().__init__(**dict(zip(FieldsConfig.model_fields, values, strict=False)), **settings)
 
     @property
     def names(self) -> frozenset[str]:

@@ -1,7 +1,5 @@
 """The training loop: the stream in, checkpoints and metrics out.
 
-    data.py         what a run reads
-    data_record.py  what it was trained on, so that it goes on with the same
     skipped.py      samples that could not be read
     watchdog.py     ends a rank that hangs
     attempts.py     stops a run that never comes further
@@ -21,12 +19,11 @@ its config and how far it is. Stopped anywhere and started again, it ends with t
 
 from dist_contrastive import checkpoint, collectives
 from dist_contrastive.backend import Backend
-from dist_contrastive.checkpoint import Progress
 from dist_contrastive.config import RunConfig
-from dist_contrastive.data.stream.prefetch import Ahead
+from dist_contrastive.data.stream.prefetch import Prefetcher
+from dist_contrastive.data.training import DeviceBatch, open_data
 from dist_contrastive.errors import LostRankError, NonFiniteError, UserError
 from dist_contrastive.signals import stop_flag
-from dist_contrastive.trainer.data import Taken, open_data
 from dist_contrastive.trainer.lock import locked
 from dist_contrastive.trainer.recording import Recorder
 from dist_contrastive.trainer.saving import Saver
@@ -80,7 +77,13 @@ def train(config: RunConfig, stop_after: int | None = None) -> int:
 
 def check(config: RunConfig, world_size: int) -> None:
     """Raise what would stop this config from starting on that many ranks."""
-    open_data(config, Progress(), 0, world_size)
+    open_data(
+        config.data,
+        seed=config.seed,
+        uses_labels=config.task.uses_labels,
+        labels_required=config.task.labels_required,
+        world_size=world_size,
+    )
 
 
 def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
@@ -101,7 +104,7 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
         stop_flag() as signalled,
         Saver(run) as saver,
         Watchdog(config.backend.timeout_s, backend.rank) as watchdog,
-        Ahead(run.data.batches(backend.device), _AHEAD) as batches,
+        Prefetcher(run.data.batches(backend.device), _AHEAD) as batches,
     ):
         while run.progress.step < stop_at:
             watchdog.heard()
@@ -126,14 +129,18 @@ def _train(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
 
 
 def _next_batch(
-    run: Run, saver: Saver, batches: Ahead[Taken], skipped: SkippedLog, signalled: list[int]
-) -> Taken | None:
+    run: Run,
+    saver: Saver,
+    batches: Prefetcher[DeviceBatch],
+    skipped: SkippedLog,
+    signalled: list[int],
+) -> DeviceBatch | None:
     """The next batch; None on all ranks when one of them was asked to stop, while it waited too.
 
     A rank that cannot read its part tells the others before any of them enters the step. What has
     been done is saved then, on all ranks.
     """
-    taken: Taken | None = None
+    taken: DeviceBatch | None = None
     error: Exception | None = None
     try:
         with run.clock.spent("data"):

@@ -11,8 +11,8 @@ import torch
 import dist_contrastive
 from dist_contrastive import config as configs
 from dist_contrastive.atomic import write_text
+from dist_contrastive.data.record import write_record
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.trainer.data_record import write_record
 from dist_contrastive.trainer.start import Run
 
 
@@ -35,7 +35,7 @@ def describe(run: Run) -> None:
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         configs.save(run.config, folder)
-        write_record(run.config, run.data.sources)
+        write_record(folder, run.config.data, run.data.sources)
         write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 

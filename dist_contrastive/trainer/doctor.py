@@ -11,11 +11,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dist_contrastive.backend import Backend
-from dist_contrastive.checkpoint import Progress, flush, write_weights
+from dist_contrastive.checkpoint import flush, write_weights
 from dist_contrastive.config import RunConfig
+from dist_contrastive.data.training import open_data
 from dist_contrastive.errors import NonFiniteError, UserError
 from dist_contrastive.testing import RankError, run_ranks
-from dist_contrastive.trainer.data import open_data
 from dist_contrastive.trainer.self_check import self_check
 from dist_contrastive.trainer.start import Run, start
 
@@ -44,7 +44,13 @@ def examine(config: RunConfig, world_size: int, processes: int | None = None) ->
         processes: the most of them; a run of more ranks is looked at on that many.
     """
     try:
-        data = open_data(config, Progress(), 0, world_size)
+        data = open_data(
+            config.data,
+            seed=config.seed,
+            uses_labels=config.task.uses_labels,
+            labels_required=config.task.labels_required,
+            world_size=world_size,
+        )
     except UserError as error:
         yield Finding("data", False, str(error))
         return

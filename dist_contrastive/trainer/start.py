@@ -8,12 +8,12 @@ from dist_contrastive import config as configs
 from dist_contrastive.backend import Backend, Engine
 from dist_contrastive.checkpoint import Checkpoint, Progress
 from dist_contrastive.config import RunConfig
+from dist_contrastive.data.record import check_record
+from dist_contrastive.data.training import TrainingData, open_data
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.metrics import Clock
 from dist_contrastive.models import check_row_independent
 from dist_contrastive.tasks import Task, build_task
-from dist_contrastive.trainer.data import TrainingData, open_data
-from dist_contrastive.trainer.data_record import check_record
 
 
 @dataclass
@@ -52,10 +52,19 @@ def start(config: RunConfig, backend: Backend) -> Run:
         )
     progress = resumed.progress if resumed else Progress()
     with collectives.raised_together():
-        indexes = config.data.open_train()
+        sources = config.data.open_train()
         if resumed:
-            check_record(config, indexes)
-    data = open_data(config, progress, backend.rank, backend.world_size, indexes)
+            check_record(config.run_dir, config.data, sources)
+    data = open_data(
+        config.data,
+        seed=config.seed,
+        uses_labels=config.task.uses_labels,
+        labels_required=config.task.labels_required,
+        consumed=progress.consumed,
+        rank=backend.rank,
+        world_size=backend.world_size,
+        sources=sources,
+    )
     with collectives.raised_together():
         task = build_task(config, data.example)
         _check_rows_alone(task, config, backend.world_size)

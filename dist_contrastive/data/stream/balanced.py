@@ -11,27 +11,40 @@ So a sample is drawn at most once a pass of its class, and the class gives exact
 samples a pass where P divides C (else C mod P classes miss their turn of a round).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import PositiveInt
 
 from dist_contrastive.data.fields import MISSING_CLASS
 from dist_contrastive.data.keyed_random import keyed_permutation
 from dist_contrastive.data.stream.order import Rows, check_batch, check_whole_batches
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.settings import Settings
 
 # First word of a generator's key; `order` has 0 and 1.
 _ROUND_KEY, _CLASS_KEY, _UNLABELLED_KEY = 2, 3, 4
 
 
-@dataclass(frozen=True, eq=False)
 class Balance:
-    """What makes a stream's batches class-balanced; `BalancedOrder` says how."""
+    """Class-balanced batches of a stream, in the order of `BalancedOrder`.
 
-    labels: ArrayLike  # [N] whole numbers, -1 where missing: one for every sample of the data set
-    classes: int  # P, different classes in a batch
-    samples_per_class: int  # K, different samples of each
+    Args:
+        labels: [N] whole numbers, -1 where missing: one for every sample of the data set.
+        classes, samples_per_class: `Config`.
+    """
+
+    class Config(Settings):
+        """Equal numbers of samples of some classes; unlabelled samples fill the rest."""
+
+        classes: PositiveInt
+        """P, different classes of a batch."""
+        samples_per_class: PositiveInt
+        """K, different samples of each of them."""
+
+    def __init__(self, labels: ArrayLike, classes: int, samples_per_class: int) -> None:
+        self.labels = labels
+        settings = {"classes": classes, "samples_per_class": samples_per_class}
+        self.config = self.Config.checked(settings)
 
     def order(
         self, num_samples: int, global_batch_size: int, lanes: int, seed: int
@@ -43,8 +56,8 @@ class Balance:
         """
         order = BalancedOrder(
             self.labels,
-            classes=self.classes,
-            samples_per_class=self.samples_per_class,
+            classes=self.config.classes,
+            samples_per_class=self.config.samples_per_class,
             global_batch_size=global_batch_size,
             lanes=lanes,
             seed=seed,
@@ -202,9 +215,6 @@ def _whole_numbers(labels: ArrayLike) -> NDArray[np.int64]:
 def _check_counts(
     found: NDArray[np.int64], counts: NDArray[np.int64], classes: int, samples_per_class: int
 ) -> None:
-    for name, value in (("classes", classes), ("samples_per_class", samples_per_class)):
-        if value < 1:
-            raise ConfigError(f"{name}={value} is below 1; set {name}=1 or more")
     if not len(found):
         raise ConfigError(
             "all labels are missing, so no batch can be class-balanced; set data.label to a field "

@@ -14,7 +14,7 @@ lanes, lane l stands at position floor((c + l) / L): one number describes the wh
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,7 +44,7 @@ def nearest_multiples(value: int, step: int, lowest: int = 1, highest: int | Non
 
 
 class Order(Protocol):
-    """What a stream asks of an order: `SampleOrder`, `balanced.BalancedOrder`."""
+    """Interface of the orders: `SampleOrder`, `BalancedOrder`, `WeightedOrder`."""
 
     @property
     def num_samples(self) -> int:
@@ -120,7 +120,6 @@ class SampleOrder:
         tail: Tail,
     ) -> None:
         check_batch(global_batch_size, lanes, seed)
-        _check_reading(shuffle_window, tail)
         self.shard_samples = np.asarray(shard_samples, dtype=np.int64)
         self.num_samples = int(self.shard_samples.sum())
         if global_batch_size > self.num_samples:
@@ -257,13 +256,6 @@ class SampleOrder:
 
 def check_batch(batch: int, lanes: int, seed: int) -> None:
     """Refuse a global batch that lanes do not divide, by a ConfigError; and a negative seed."""
-    if lanes < 1:
-        raise ConfigError(f"lanes={lanes} is below 1; set lanes=1 or more")
-    if batch < 2:
-        raise ConfigError(
-            f"global_batch_size={batch} is below 2, so no sample could be compared with "
-            f"another; set global_batch_size={nearest_multiples(max(lanes, 2), lanes, 2)}"
-        )
     if batch % lanes:
         raise ConfigError(
             f"global_batch_size={batch} is not divisible by lanes={lanes}; "
@@ -291,15 +283,6 @@ def check_whole_batches(consumed: int, epochs: int | None, batch: int, what: str
             f"need; use {nearest_multiples(consumed, batch, 0)}, or the settings of the run that "
             f"is resumed"
         )
-
-
-def _check_reading(shuffle_window: int, tail: str) -> None:
-    if shuffle_window < 1:
-        raise ConfigError(
-            f"shuffle_window={shuffle_window} is below 1; set 1 (no shuffling) or more"
-        )
-    if tail not in get_args(Tail):
-        raise ConfigError(f'tail="{tail}" is unknown; use "carry" or "drop"')
 
 
 def _batch_too_large(batch: int, num_samples: int, lanes: int) -> str:

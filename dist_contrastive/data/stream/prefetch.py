@@ -17,7 +17,7 @@ class _Item(NamedTuple, Generic[_T]):
     value: _T
 
 
-class Ahead(Generic[_T]):
+class Prefetcher(Generic[_T]):
     """The same items in their order, of which a thread makes up to `depth` ahead.
 
     The first one is made by the caller, in whose thread processes may be forked. A context manager:

@@ -6,6 +6,9 @@ each batch among themselves, and their workers the rows. Neither changes what a 
 
 from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
+from typing import Any
+
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from dist_contrastive.data.collate import Batch
 from dist_contrastive.data.shards.index import ShardIndex, concatenate
@@ -17,6 +20,7 @@ from dist_contrastive.data.stream.unreadable import Skipped, check_skipped
 from dist_contrastive.data.stream.weighted import WeightedOrder
 from dist_contrastive.data.stream.workers import StartMethod, read_by_workers
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.settings import Settings
 
 Indexes = ShardIndex | Path | str | Sequence[ShardIndex | Path | str]
 
@@ -39,19 +43,11 @@ class ShardStream:
     Args:
         index: a `ShardIndex`, or what `load_index` takes; or several, whose samples are numbered
             through and read as one data set, or by `weights`.
-        global_batch_size: B, samples of one step over all ranks; a multiple of `lanes`.
-        lanes: L, parts in which an epoch is read; a multiple of world_size. Part of what defines
-            the order, so it stays fixed while ranks may change.
+        config, settings: a `Config`, or its settings by name.
         seed: of the order.
         rank, world_size: which part of the lanes is read here.
-        num_workers: processes that read and decode ahead; 0 reads in this one.
-        prefetch_factor: batches by which workers may be ahead.
-        start_method: of the workers.
         consumed: global samples already consumed, from which to go on.
         epochs: passes over the data; None for an endless stream.
-        shuffle_window: samples of a lane shuffled among each other; 1 shuffles none.
-        tail: "carry": an epoch's tail begins the first batch of the next one, so that every
-            sample is seen once per epoch; "drop": what does not fill a batch is left out.
         balance: class-balanced batches in the order of `BalancedOrder` instead, without end:
             `epochs` must be None; `shuffle_window` and `tail` do not apply.
         weights: whole numbers, one for each of several indexes: the order of `WeightedOrder`,
@@ -59,8 +55,6 @@ class ShardStream:
         only: the fields to read, which every sample must have; None reads what there is.
         transform: applied to every decoded sample, in the workers; it sees `__epoch__` and
             `__index__`, by which its random numbers should be keyed.
-        max_skipped: different samples, of this rank, that may be unreadable or lack one of `only`.
-            Each is replaced by `substitute`, and `take_skipped` tells of it.
 
     Raises:
         ConfigError: settings that are impossible or do not fit; before any sample is read.
@@ -69,61 +63,83 @@ class ShardStream:
         UnreachableError: while iterating, a server did not answer.
     """
 
+    class Config(Settings):
+        """Order of the samples, and the processes that read them."""
+
+        global_batch_size: int = Field(ge=2)
+        """Samples of one step over all ranks, a multiple of `lanes`: it defines the run, the number
+        of ranks does not."""
+        lanes: PositiveInt = 8
+        """Parts in which an epoch is read; the number of ranks must divide it."""
+        shuffle_window: PositiveInt = 4096
+        """Samples of a lane that are shuffled among each other; 1 shuffles none."""
+        tail: Tail = "carry"
+        """What becomes of an epoch's rest that fills no batch: it begins the next epoch's first
+        batch, or with `drop` is left out."""
+        num_workers: NonNegativeInt = 0
+        """Processes per rank that read ahead; 0 reads in the training process."""
+        prefetch_factor: PositiveInt = 2
+        """Batches by which they may be ahead, which bounds their memory."""
+        worker_start: StartMethod = "fork"
+        """How they are started; spawn and forkserver take seconds longer, and share no memory."""
+        max_skipped: NonNegativeInt = 0
+        """Different samples that may be unreadable or lack a field; each is replaced by another
+        one."""
+
     def __init__(
         self,
         index: Indexes,
+        config: Config | None = None,
         *,
-        global_batch_size: int,
-        lanes: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        num_workers: int = 0,
-        prefetch_factor: int = 2,
-        start_method: StartMethod = "fork",
         consumed: int = 0,
         epochs: int | None = None,
-        shuffle_window: int = 4096,
-        tail: Tail = "carry",
         balance: Balance | None = None,
         weights: Sequence[int] | None = None,
         only: Collection[str] | None = None,
         transform: Transform | None = None,
-        max_skipped: int = 0,
+        **settings: Any,
     ) -> None:
-        _check_division(global_batch_size, lanes, rank, world_size)
-        _check_reading(num_workers, prefetch_factor, max_skipped)
+        if "start_method" in settings:
+            raise ConfigError("start_method is now worker_start; set that")
+        if config is None:
+            config = self.Config.checked(settings)
+        elif settings:
+            raise ConfigError(f"{', '.join(settings)} beside a config; give one or the other")
+        batch, lanes = config.global_batch_size, config.lanes
+        _check_division(batch, lanes, rank, world_size)
         if epochs is not None and epochs < 1:
             raise ConfigError(f"epochs={epochs} is below 1; set 1 or more, or none for endless")
         indexes = _open(index)
+        self.config = config
         self.index = concatenate(indexes)
         if weights is not None:
             _check_weights(weights, len(indexes), balance)
             self.order: Order = WeightedOrder(
                 [one.shard_samples for one in indexes],
                 weights,
-                global_batch_size=global_batch_size,
+                global_batch_size=batch,
                 lanes=lanes,
                 seed=seed,
-                shuffle_window=shuffle_window,
+                shuffle_window=config.shuffle_window,
             )
         elif balance is not None:
-            self.order = balance.order(len(self.index), global_batch_size, lanes, seed)
+            self.order = balance.order(len(self.index), batch, lanes, seed)
         else:
             self.order = SampleOrder(
                 self.index.shard_samples,
-                global_batch_size=global_batch_size,
+                global_batch_size=batch,
                 lanes=lanes,
                 seed=seed,
-                shuffle_window=shuffle_window,
-                tail=tail,
+                shuffle_window=config.shuffle_window,
+                tail=config.tail,
             )
         self.order.check_consumed(consumed, epochs)
         self.epochs = epochs
-        self._workers: tuple[int, int, StartMethod] = num_workers, prefetch_factor, start_method
         self.only = only
         self.transform = transform
-        self.max_skipped = max_skipped
         self.lanes = range(lanes * rank // world_size, lanes * (rank + 1) // world_size)
         self._consumed = consumed
         self._skipped: list[Skipped] = []
@@ -138,12 +154,6 @@ class ShardStream:
     def num_samples(self) -> int:
         """Samples of one epoch, before any tail is dropped."""
         return self.order.num_samples
-
-    @property
-    def num_batches(self) -> int | None:
-        """Batches of all epochs from the very start, or None if the stream is endless."""
-        total = self._total
-        return None if total is None else -(-total // self.order.global_batch_size)
 
     @property
     def _total(self) -> int | None:
@@ -163,16 +173,21 @@ class ShardStream:
             self._total,
             self.only,
             self.transform,
-            self.max_skipped,
+            self.config.max_skipped,
         )
         parts = reader.parts()
-        if self._workers[0]:
-            parts = read_by_workers(reader, *self._workers)
+        if self.config.num_workers:
+            parts = read_by_workers(
+                reader,
+                self.config.num_workers,
+                self.config.prefetch_factor,
+                self.config.worker_start,
+            )
         for stop, batch, skipped in parts:
             assert batch is not None
             for one in skipped:
                 self._unreadable.setdefault(one.sample, one)
-            check_skipped(self._unreadable.values(), self.max_skipped)
+            check_skipped(self._unreadable.values(), self.config.max_skipped)
             self._consumed = stop
             self._skipped += skipped
             yield batch
@@ -194,15 +209,6 @@ def _check_weights(weights: Sequence[int], sources: int, balance: Balance | None
         raise ConfigError("weights and balance exclude each other; leave out one of them")
 
 
-def _check_reading(num_workers: int, prefetch_factor: int, max_skipped: int) -> None:
-    if num_workers < 0:
-        raise ConfigError(f"num_workers={num_workers} is negative; set num_workers=0 or more")
-    if prefetch_factor < 1:
-        raise ConfigError(f"prefetch_factor={prefetch_factor} is below 1; set 1 or more")
-    if max_skipped < 0:
-        raise ConfigError(f"max_skipped={max_skipped} is negative; set 0 (none) or more")
-
-
 def _check_division(batch: int, lanes: int, rank: int, world_size: int) -> None:
     """Ranks must divide the lanes, and the fix is in the message."""
     if world_size < 1:
@@ -212,7 +218,7 @@ def _check_division(batch: int, lanes: int, rank: int, world_size: int) -> None:
             f"rank={rank} is outside 0..{world_size - 1} for world_size={world_size}; "
             f"set rank={min(max(rank, 0), world_size - 1)}"
         )
-    if lanes >= 1 and lanes % world_size:
+    if lanes % world_size:
         raise ConfigError(
             f"lanes={lanes} is not divisible by world_size={world_size}; "
             f"{_division_fix(batch, lanes, world_size)}"

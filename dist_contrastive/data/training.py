@@ -1,6 +1,6 @@
-"""What a run reads: the stream, and the labels that it trains with."""
+"""Data of a training run: the stream, its labels, and batches on the device."""
 
-import sys
+import logging
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.checkpoint import Progress
-from dist_contrastive.config import RunConfig
 from dist_contrastive.data.collate import Batch
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields, Samples
 from dist_contrastive.data.labels import check_labels, keep_per_class, read_label_table
 from dist_contrastive.data.shards.index import ShardIndex, concatenate
@@ -22,19 +21,20 @@ from dist_contrastive.data.stream.shard_stream import ShardStream
 from dist_contrastive.data.stream.unreadable import Skipped
 from dist_contrastive.errors import DataError, UnreadableSample
 
+logger = logging.getLogger(__name__)
 Content = Tensor | tuple[str, ...] | None
 
 
-class Taken(NamedTuple):
-    """This rank's rows of one batch, and what there is to tell of them."""
+class DeviceBatch(NamedTuple):
+    """This rank's rows of one batch, on their device once they are `ready`."""
 
     keys: list[str]
     samples: Samples
     consumed: int  # samples of the stream over all ranks, this batch included
-    skipped: list[Skipped]
-    copied: torch.cuda.Event | None = None  # after which they are on the GPU
+    skipped: list[Skipped]  # unreadable samples that were replaced
+    copied: torch.cuda.Event | None = None  # after which the samples are on the GPU
 
-    def ready(self) -> "Taken":
+    def ready(self) -> "DeviceBatch":
         """The same, when what is computed from now on may use the samples."""
         if self.copied is not None:
             stream = torch.cuda.current_stream(self.samples.images.device)
@@ -54,7 +54,7 @@ class TrainingData:
     sources: list[ShardIndex]  # the index of each source of data.train
     index: ShardIndex  # of all of them
 
-    def batches(self, device: torch.device) -> Generator[Taken]:
+    def batches(self, device: torch.device) -> Generator[DeviceBatch]:
         """This rank's rows of each batch, on the device once they are `ready`.
 
         Raises:
@@ -66,8 +66,10 @@ class TrainingData:
         with closing(iter(stream)) as batches:
             for batch in batches:
                 samples = self.samples(batch)
-                taken = Taken(batch["__key__"], samples, stream.consumed, stream.take_skipped())
-                yield taken if copying is None else _copied(taken, device, copying)
+                rows = DeviceBatch(
+                    batch["__key__"], samples, stream.consumed, stream.take_skipped()
+                )
+                yield rows if copying is None else _copied(rows, device, copying)
 
     def samples(self, batch: Batch) -> Samples:
         """This rank's rows of a batch; labels that are not to be used count as missing.
@@ -76,29 +78,28 @@ class TrainingData:
             DataError: see `Fields.samples`; or rows of another shape than the first sample's,
                 which would stop the networks of this rank alone.
         """
-        samples, first = self.fields.samples(batch), self.example
-        both: list[tuple[str, Content, Content]] = [
-            (self.fields.image, samples.images, first.images)
-        ]
+        samples = self.fields.samples(batch)
+        self._check_shape(batch, self.fields.image, samples.images, self.example.images)
         if self.fields.pair is not None:
-            both.append((self.fields.pair, samples.pair, first.pair))
-        for name, mine, its in both:
-            if batch["__key__"] and _shape(mine) != _shape(its):
-                raise DataError(
-                    f"sample {batch['__key__'][0]} holds {_shape(mine)} in {name!r}, and the first "
-                    f"of the data set {_shape(its)}; set data.image_size and data.image_channels, "
-                    f"or pack samples of one shape"
-                )
+            self._check_shape(batch, self.fields.pair, samples.pair, self.example.pair)
         if self.labels is None:
             return samples
         return replace(samples, labels=self.labels[samples.index])
 
+    def _check_shape(self, batch: Batch, name: str, rows: Content, first: Content) -> None:
+        if batch["__key__"] and _shape(rows) != _shape(first):
+            raise DataError(
+                f"sample {batch['__key__'][0]} holds {_shape(rows)} in {name!r}, and the first "
+                f"of the data set {_shape(first)}; set data.image_size and data.image_channels, "
+                f"or pack samples of one shape"
+            )
 
-def _copied(taken: Taken, device: torch.device, stream: torch.cuda.Stream) -> Taken:
-    """On a GPU, from pinned memory, by this stream."""
+
+def _copied(batch: DeviceBatch, device: torch.device, stream: torch.cuda.Stream) -> DeviceBatch:
+    """The batch on a GPU, from pinned memory, by this stream."""
     with torch.cuda.stream(stream):
-        samples = taken.samples.pin_memory().to(device, non_blocking=True)
-        return taken._replace(samples=samples, copied=stream.record_event())
+        samples = batch.samples.pin_memory().to(device, non_blocking=True)
+        return batch._replace(samples=samples, copied=stream.record_event())
 
 
 def _shape(rows: Content) -> str:
@@ -108,68 +109,65 @@ def _shape(rows: Content) -> str:
 
 
 def open_data(
-    config: RunConfig,
-    progress: Progress,
-    rank: int,
-    world_size: int,
-    indexes: list[ShardIndex] | None = None,
+    config: DataConfig,
+    *,
+    seed: int,
+    uses_labels: bool = False,
+    labels_required: bool = False,
+    consumed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    sources: list[ShardIndex] | None = None,
 ) -> TrainingData:
-    """The stream from where the run is; what is wrong on one rank is raised on all.
+    """The stream of a run from `consumed` samples on; an error of one rank is raised on all.
 
     Args:
-        indexes: of the sources of data.train, if they have been opened already.
+        seed: of the order, and of which labels are kept.
+        uses_labels: labels take part in training.
+        labels_required: each sample must have one.
+        sources: `config.open_train()`, if they have been opened already.
     """
-    data, fields = config.data, config.fields
+    fields = config.fields(labels_required)
     with collectives.raised_together():
-        indexes = indexes or data.open_train()
-        index = concatenate(indexes)
-        fields.check(index, data.max_skipped)
+        sources = sources or config.open_train()
+        index = concatenate(sources)
+        fields.check(index, config.max_skipped)
         if rank == 0:
-            data.open_test()  # `eval` will need it: now is the time to say that it is not there
+            config.open_test()  # `eval` will need it: now is the time to say that it is not there
             _warn_of_small_cache(config, index)
-        example = _first_sample(fields, index, data.max_skipped)
+        example = _first_sample(fields, index, config.max_skipped)
     labels, balance, only = None, None, fields.names  # a sample whose label is damaged is skipped
-    if config.task.uses_labels:
-        labels = _training_labels(config, index)
-        fields = replace(fields, label=None)  # they are known
-        if data.balance is not None:
-            balance = Balance(labels, data.balance.classes, data.balance.samples_per_class)
+    if uses_labels:
+        labels = _training_labels(config, fields, index, seed)
+        fields = fields.model_copy(update={"label": None})  # they are known
+        if config.balance is not None:
+            balance = Balance(labels, **config.balance.model_dump())
     with collectives.raised_together():
         stream = ShardStream(
-            indexes,
-            global_batch_size=data.global_batch_size,
-            lanes=data.lanes,
-            seed=config.seed,
+            sources,
+            config,
+            seed=seed,
             rank=rank,
             world_size=world_size,
-            num_workers=data.num_workers,
-            prefetch_factor=data.prefetch_factor,
-            start_method=data.worker_start,
-            consumed=progress.consumed,
-            shuffle_window=data.shuffle_window,
-            tail=data.tail,
+            consumed=consumed,
             balance=balance,
-            weights=data.weights,
+            weights=config.weights,
             only=only,
             transform=fields.prepare,
-            max_skipped=data.max_skipped,
         )
-    return TrainingData(stream, fields, labels, example, indexes, index)
+    return TrainingData(stream, fields, labels, example, sources, index)
 
 
-def _warn_of_small_cache(config: RunConfig, index: ShardIndex) -> None:
+def _warn_of_small_cache(config: DataConfig, index: ShardIndex) -> None:
     """Blocks of remote shards are used until a lane has left their window."""
-    data = config.data
     remote = sum(int(n) for s, n in zip(index.shards, index.shard_bytes, strict=True) if is_url(s))
-    window = 2 * data.lanes * data.shuffle_window * int(index.shard_bytes.sum()) // len(index)
+    window = 2 * config.lanes * config.shuffle_window * int(index.shard_bytes.sum()) // len(index)
     needed_mb = min(remote, window) >> 20
-    if needed_mb > data.cache.limit_mb:
-        print(
-            f"data.cache.limit_mb={data.cache.limit_mb} is less than the {needed_mb} MiB of two "
+    if needed_mb > config.cache.limit_mb:
+        logger.warning(
+            f"data.cache.limit_mb={config.cache.limit_mb} is less than the {needed_mb} MiB of two "
             f"windows of all lanes: blocks may be fetched again and again; set it to that, or a "
-            f"smaller data.shuffle_window",
-            file=sys.stderr,
-            flush=True,
+            f"smaller data.shuffle_window"
         )
 
 
@@ -183,10 +181,10 @@ def _first_sample(fields: Fields, index: ShardIndex, max_skipped: int) -> Sample
     return fields.read(index, [min(max_skipped, len(index) - 1)])
 
 
-def _training_labels(config: RunConfig, index: ShardIndex) -> Tensor:
+def _training_labels(config: DataConfig, fields: Fields, index: ShardIndex, seed: int) -> Tensor:
     """Labels of all samples; those that are not to be used are missing."""
-    labels = read_label_table(index, config.fields)
-    if config.data.labels_per_class is not None:
-        labels = keep_per_class(labels, config.data.labels_per_class, config.seed)
+    labels = read_label_table(index, fields)
+    if config.labels_per_class is not None:
+        labels = keep_per_class(labels, config.labels_per_class, seed)
     check_labels(labels)
     return labels

@@ -1,48 +1,50 @@
-"""What a run was trained on, in its directory: `data.json`. A resumed run must read the same
-samples in the same order, wherever they lie now."""
+"""Record of a run's training data, `data.json` in its directory.
+
+A resumed run must read the same samples in the same order, wherever they lie now.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from dist_contrastive.atomic import write_text
-from dist_contrastive.config import RunConfig
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.errors import ConfigError
 
 _NAME = "data.json"
 
 
-def write_record(config: RunConfig, indexes: list[ShardIndex]) -> None:
+def write_record(run_dir: Path, config: DataConfig, sources: list[ShardIndex]) -> None:
     """Write data.json: of each source where it is, its size, weight and checksum."""
-    record = _record(config, indexes)
-    write_text(config.run_dir / _NAME, json.dumps(record, indent=1) + "\n")
+    record = _record(config, sources)
+    write_text(run_dir / _NAME, json.dumps(record, indent=1) + "\n")
 
 
-def check_record(config: RunConfig, indexes: list[ShardIndex]) -> None:
+def check_record(run_dir: Path, config: DataConfig, sources: list[ShardIndex]) -> None:
     """Refuse other samples than those that the run was trained on, if it remembers.
 
     Raises:
         ConfigError: another number of sources, or one with other shards or another weight.
     """
-    path = config.run_dir / _NAME
+    path = run_dir / _NAME
     if not path.exists():
         return
     try:
-        before, now = json.loads(path.read_text()), _record(config, indexes)
+        before, now = json.loads(path.read_text()), _record(config, sources)
     except ValueError as error:
         raise ConfigError(
             f"{path} is damaged ({error}); delete it if the run goes on with the data that it was "
             f"trained on"
         ) from error
     if len(before) != len(now):
-        raise ConfigError(_changed(config.run_dir, f"{len(before)} sources, now {len(now)}"))
+        raise ConfigError(_changed(run_dir, f"{len(before)} sources, now {len(now)}"))
     for old, new in zip(before, now, strict=True):
         if (old["fingerprint"], old["weight"]) != (new["fingerprint"], new["weight"]):
-            raise ConfigError(_changed(config.run_dir, f"{_text(old)}, now {_text(new)}"))
+            raise ConfigError(_changed(run_dir, f"{_text(old)}, now {_text(new)}"))
 
 
-def _record(config: RunConfig, indexes: list[ShardIndex]) -> list[dict[str, Any]]:
+def _record(config: DataConfig, sources: list[ShardIndex]) -> list[dict[str, Any]]:
     return [
         {
             "shards": source.shards,
@@ -51,7 +53,7 @@ def _record(config: RunConfig, indexes: list[ShardIndex]) -> list[dict[str, Any]
             "weight": source.weight,
             "fingerprint": index.fingerprint,
         }
-        for source, index in zip(config.data.sources, indexes, strict=True)
+        for source, index in zip(config.sources, sources, strict=True)
     ]
 
 
