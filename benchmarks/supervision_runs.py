@@ -16,9 +16,9 @@ from dist_contrastive.data.labels import keep_per_class
 from dist_contrastive.data.shards.index_file import load_index
 from dist_contrastive.evaluation.neighbours import knn_accuracy
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
+from dist_contrastive.evaluation.splits import labels_of
+from dist_contrastive.runs import load_weights
 from dist_contrastive.tasks import Hybrid, ImageTask, build_task
-from dist_contrastive.tasks.runs import load_weights
-from dist_contrastive.tasks.splits import labels_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BATCH, STEPS, QUICK_STEPS = 160, 150, 3

@@ -20,13 +20,15 @@ LAYERS = [
     {"pairwise"},
     {"losses", "grad_cache", "testing"},
     {"models", "data", "optim", "checkpoint"},
-    {"audit", "evaluation", "backend", "metrics", "report"},
+    {"audit", "backend", "metrics", "report"},
     {"config"},
-    {"tasks", "trainer"},
+    {"tasks"},
+    {"evaluation"},
+    {"trainer", "runs"},
     {"cli"},
     {"__main__", "launch"},
 ]
-WITHIN = {("trainer", "tasks"), ("losses", "testing")}
+WITHIN = {("losses", "testing")}
 DOORS = {  # big dependencies, and the one file or part that knows each
     "accelerate": "backend",
     "deepspeed": "backend",

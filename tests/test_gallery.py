@@ -10,8 +10,8 @@ import torch
 from force_formulas import drift_force, paper_drift
 
 from dist_contrastive import config as configs
+from dist_contrastive.evaluation.generators import FIELD_SIDE, force_field
 from dist_contrastive.losses import ContrastiveForce
-from dist_contrastive.tasks.generator_measures import FIELD_SIDE, force_field
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gallery

@@ -9,8 +9,8 @@ import torch
 
 from dist_contrastive import trainer
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.runs import load_weights
 from dist_contrastive.tasks import build_task
-from dist_contrastive.tasks.runs import load_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import metric_learning

@@ -106,14 +106,14 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from dist_contrastive.tasks.evaluate import evaluate_runs, print_table
+    from dist_contrastive.runs import evaluate_runs, print_table
 
     print_table(evaluate_runs(args.runs))
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    from dist_contrastive.tasks.runs import export
+    from dist_contrastive.runs import export
 
     out = args.out or args.run / "export"
     found = export(args.run, out, args.checkpoint)
@@ -122,7 +122,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    from dist_contrastive.tasks.sample import write_samples
+    from dist_contrastive.runs import write_samples
 
     out = args.out or args.run / "samples"
     grid = write_samples(args.run, out, args.count, args.classes, args.guidance, args.seed)

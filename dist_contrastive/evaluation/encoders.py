@@ -10,10 +10,10 @@ from dist_contrastive.data.fields import Samples
 from dist_contrastive.evaluation.neighbours import knn_accuracy, knn_regression_error
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
 from dist_contrastive.evaluation.retrieval import recall_at_k, zero_shot_accuracy
+from dist_contrastive.evaluation.splits import Line, Splits, labels_of, with_labels
 from dist_contrastive.tasks.hybrid import Hybrid
 from dist_contrastive.tasks.images import ImageTask
 from dist_contrastive.tasks.paired import Paired
-from dist_contrastive.tasks.splits import Line, Splits, labels_of, with_labels
 
 PER_CLASS = 10  # labelled samples of the few-label probe
 DRAWS = 20

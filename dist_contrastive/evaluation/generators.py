@@ -12,10 +12,10 @@ from dist_contrastive.data.fields import Samples
 from dist_contrastive.evaluation import generative
 from dist_contrastive.evaluation.distances import MEDIAN_POINTS
 from dist_contrastive.evaluation.generative import Classifier
+from dist_contrastive.evaluation.splits import Line, Splits, labels_of
 from dist_contrastive.losses import ContrastiveForce
 from dist_contrastive.models import representations_of
 from dist_contrastive.tasks.drift import Drift
-from dist_contrastive.tasks.splits import Line, Splits, labels_of
 
 CLASSIFIER_SAMPLES = 6000  # its time grows with their square
 FIELD_POINTS, FIELD_SIDE = 256, 21  # of each kind, and arrows in a row, of the picture of the force

@@ -1,0 +1,202 @@
+"""Trained runs: measured on held-out data, and sampled from.
+
+Every number of an evaluation stands beside a reference: the same measure of raw pixels, or of
+training data in the place of generated samples.
+"""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dist_contrastive import config as configs
+from dist_contrastive import metrics, report
+from dist_contrastive.config import RunConfig
+from dist_contrastive.data.shards.index import concatenate
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.evaluation.encoders import measure_encoder
+from dist_contrastive.evaluation.generators import measure_generator
+from dist_contrastive.evaluation.splits import Splits, labels_of, with_labels
+from dist_contrastive.tasks import Drift, ImageTask, build_task
+from dist_contrastive.tasks.runs import export, load_weights
+
+__all__ = [
+    "Measurement",
+    "evaluate_runs",
+    "export",
+    "load_weights",
+    "print_table",
+    "read_splits",
+    "write_samples",
+]
+
+GENERATED_PER_HELD_OUT = 4
+PER_CLASS_IN_GRID = 8
+MOST_SAMPLES = 1_000_000  # they are made in memory, then written
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of the table of an evaluation."""
+
+    run: str
+    name: str
+    value: float
+    beside: dict[str, float]
+    """Reference values by name."""
+
+
+def evaluate_runs(runs: list[Path]) -> list[Measurement]:
+    """Measurements of each run; writes RUN/eval.json and the pictures in RUN/plots."""
+    return [measurement for run in runs for measurement in _evaluate(run)]
+
+
+def print_table(measurements: list[Measurement]) -> None:
+    """One table of all measurements on stdout, and the folders of the pictures."""
+    # A file or a pipe has no width of its own; rich would take 80 columns and cut names off.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table("run", "measure", "value", "to compare with")
+    for m in measurements:
+        beside = ", ".join(f"{name} {value:.4f}" for name, value in m.beside.items())
+        table.add_row(m.run, m.name, f"{m.value:.4f}", beside)
+    console.print(table)
+    for run in dict.fromkeys(m.run for m in measurements):
+        console.print(f"pictures: {run}/plots", soft_wrap=True)
+
+
+def read_splits(config: RunConfig) -> Splits:
+    """All samples of data.train and data.test, which must fit in memory.
+
+    Raises:
+        ConfigError: there is no data.test.
+    """
+    if config.data.test is None:
+        raise ConfigError("eval needs data.test, a folder of held-out shards; set it for the run")
+    indexes = [concatenate(parts) for parts in (config.data.open_train(), config.data.open_test())]
+    return Splits(*(config.fields.read(index, range(len(index))) for index in indexes))
+
+
+def _evaluate(run: Path) -> list[Measurement]:
+    config = configs.load_run(run)
+    splits = read_splits(config)
+    task = build_task(config, splits.train).eval()
+    if isinstance(task, ImageTask):
+        load_weights(task, run)
+        lines = measure_encoder(task, splits, run)
+    else:
+        assert isinstance(task, Drift)
+        labels, count = None, len(splits.test.images) * GENERATED_PER_HELD_OUT
+        if config.data.num_classes is not None:
+            splits = with_labels(splits)
+            labels = labels_of(splits.test).repeat(GENERATED_PER_HELD_OUT)
+            count = len(labels)
+        before = task.generate(labels, count, seed=0)  # as initialised
+        load_weights(task, run)
+        lines = measure_generator(task, before, labels, splits, run)
+    _draw_curves(run)
+    measurements = [Measurement(str(run), *line) for line in lines]
+    text = json.dumps([asdict(m) for m in measurements], indent=1) + "\n"
+    (run / "eval.json").write_text(text)
+    return measurements
+
+
+def _draw_curves(run: Path) -> None:
+    rows = metrics.read_rows(run)
+    terms = sorted({name for row in rows for name in row if name.startswith("loss/")})
+    fields = ("loss", *terms, "mean_reward", "lr")
+    report.loss_curves(rows, run / "plots" / "loss.png", fields, title=str(run))
+
+
+def write_samples(
+    run: Path,
+    out: Path,
+    count: int = 80,
+    classes: list[int] | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+) -> Path:
+    """Samples of a run's newest checkpoint: OUT/sample-00000.png ... and OUT/grid.png, or of arrays
+    OUT/samples.npy, and OUT/grid.png if they are points of the plane.
+
+    Args:
+        count: how many, of the classes in turn.
+        classes: None: all that there are.
+        guidance: strength, 1 or more; above 1 only of runs that trained with guidance.
+        seed: the same gives the same samples.
+
+    Returns:
+        The path of the grid, or of the array if there is none.
+
+    Raises:
+        ConfigError: the run trains no generator, has no checkpoint, or not such classes; OUT cannot
+            be written.
+    """
+    if not 1 <= count <= MOST_SAMPLES or not 1 <= guidance < math.inf:
+        raise ConfigError(
+            f"count={count} and guidance={guidance:g} must both be 1 or more, count up to "
+            f"{MOST_SAMPLES}, guidance finite; guidance of 1 is none"
+        )
+    config = configs.load_run(run)
+    example = config.fields.read(config.data.open_train()[0], [0])
+    task = build_task(config, example).eval()
+    if not isinstance(task, Drift):
+        raise ConfigError(
+            f"{run} is a run of task {config.task.name!r}, which trains no generator; sample a run "
+            f"of task drift"
+        )
+    load_weights(task, run)
+    labels = _classes_in_turn(config.data.num_classes, classes, count)
+    samples = task.generate(labels, count, seed, guidance)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return _write_files(samples, labels, out, str(run))
+    except OSError as error:
+        raise ConfigError(
+            f"samples cannot be written to {out} ({error.strerror}); choose another folder"
+        ) from error
+
+
+def _write_files(samples: Tensor, labels: Tensor | None, out: Path, title: str) -> Path:
+    """Path of the grid, or of the array if there is none."""
+    grid = out / "grid.png"
+    if not report.are_images(samples):
+        np.save(out / "samples.npy", samples.numpy())
+        if samples[0].numel() != 2:
+            return out / "samples.npy"
+        report.point_clouds({"generated": samples.flatten(1)}, grid, title)
+        return grid
+    for number, image in enumerate(samples):
+        name = f"sample-{number:05d}" + ("" if labels is None else f"-class-{labels[number]}")
+        _as_picture(image).save(out / f"{name}.png")
+    rows = torch.zeros(len(samples), dtype=torch.int64) if labels is None else labels
+    report.sample_grid(samples, rows, path=grid, per_class=PER_CLASS_IN_GRID, title=title)
+    return grid
+
+
+def _classes_in_turn(
+    num_classes: int | None, classes: list[int] | None, count: int
+) -> Tensor | None:
+    """Class of each sample [count]; None for a generator without classes."""
+    if num_classes is None:
+        if classes:
+            raise ConfigError(f"classes={classes}, but this generator was trained without classes")
+        return None
+    chosen = classes or list(range(num_classes))
+    wrong = [c for c in chosen if not 0 <= c < num_classes]
+    if wrong:
+        raise ConfigError(f"classes {wrong} are not among 0 ... {num_classes - 1}; choose of these")
+    return torch.tensor(chosen).repeat(-(-count // len(chosen)))[:count]
+
+
+def _as_picture(image: Tensor) -> Image.Image:
+    """8-bit picture of an image [C, H, W] in [0, 1], C 1 or 3."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
