@@ -26,11 +26,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dist_contrastive import config as configs
-from dist_contrastive import trainer
+from dist_contrastive import evaluation, trainer
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data import pack_digits, pack_toy
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.evaluation import generative
 from dist_contrastive.evaluation.splits import Splits, labels_of
 from dist_contrastive.runs import load_weights, read_splits
 from dist_contrastive.tasks import Drift, build_task
@@ -45,7 +44,7 @@ def to_nearest_sample(samples: Tensor, data: Tensor) -> float:
 
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {
-    "energy distance": generative.energy_distance,
+    "energy distance": evaluation.energy_distance,
     "datum to nearest sample": to_nearest_sample,
 }
 

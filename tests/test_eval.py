@@ -14,14 +14,13 @@ from conftest import CONFIGS, num_colours, pixels_of
 from sklearn.svm import SVC
 from torch import Tensor
 
-from dist_contrastive import checkpoint, trainer
+from dist_contrastive import checkpoint, evaluation, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.cli import main
 from dist_contrastive.config import DriftSettings, RunConfig
 from dist_contrastive.data import index_folder, keyed_random, load_index
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.shards.tars import write_samples
-from dist_contrastive.evaluation import generative
 from dist_contrastive.tasks import Drift, build_task
 from dist_contrastive.tasks.drift import NOISE_STREAM
 
@@ -288,9 +287,9 @@ def check_distances(found: Generator, name: str, space: Callable[[Tensor], Tenso
     assert line == {**line, "value": pytest.approx(way, rel=1e-6), "beside": {}}
     width = torch.pdist(test.double()).median().item()
     measures = (
-        lambda x: generative.mmd(x, test, bandwidth=width),
-        lambda x: generative.sliced_wasserstein(x, test),
-        lambda x: generative.frechet_distance(x, test),
+        lambda x: evaluation.mmd(x, test, bandwidth=width),
+        lambda x: evaluation.sliced_wasserstein(x, test),
+        lambda x: evaluation.frechet_distance(x, test),
     )
     for title, measure in zip(DISTANCES, measures, strict=True):
         line = found.lines[f"{title}, {name}"]
@@ -325,7 +324,7 @@ def test_eval_of_the_classes_of_a_generator(digits_made):
         (made, labels, line["value"]),
         (test.images, test.labels, line["beside"]["held-out data"]),
     ):
-        agreed = generative.class_agreement(train.images, train.labels, images, asked)
+        agreed = evaluation.class_agreement(train.images, train.labels, images, asked)
         assert 0 < found == pytest.approx(agreed)
 
 
@@ -341,8 +340,8 @@ def check_manifold_and_copies(found: Generator) -> None:
                 chosen.append(number)
         train_labels = train.labels[chosen]
     for names, measure in (
-        (MANIFOLD[:2], generative.precision_recall),
-        (MANIFOLD[2:], generative.density_coverage),
+        (MANIFOLD[:2], evaluation.precision_recall),
+        (MANIFOLD[2:], evaluation.density_coverage),
     ):
         ours = measure(test.images, test.labels, made, test.labels)
         beside = measure(test.images, test.labels, train.images[chosen], train_labels)

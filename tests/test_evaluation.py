@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand, and the pictures of a run."""
+"""Measures against values by hand, scikit-learn and torchmetrics, and the pictures of a run."""
 
 import math
 from pathlib import Path
@@ -7,18 +7,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.retrieval import RetrievalHitRate
 
 from dist_contrastive import report
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.neighbours import (
+    Metric,
     knn_accuracy,
     knn_predict,
     knn_regression_error,
+    recall_at_k,
+    zero_shot_accuracy,
 )
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
-from dist_contrastive.evaluation.retrieval import recall_at_k, zero_shot_accuracy
 
 
 def line(*values: float) -> Tensor:
@@ -76,6 +81,22 @@ def test_knn_regression_computes_in_fp64() -> None:
     values = torch.tensor([2.0**25, 1.0, 1.0])  # their sum needs 26 bits
     error = knn_regression_error(angles(0, 10, 20), values, angles(5), torch.zeros(1), k=3)
     assert error == pytest.approx((2**25 + 2) / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("k", [1, 5])
+def test_knn_is_that_of_scikit_learn(metric: Metric, k: int) -> None:
+    """Two classes, whose odd numbers of votes never tie."""
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(200, 6, generator=generator), torch.randn(90, 6, generator=generator)
+    labels, values = (train[:, 0] > 0.1).long(), train[:, :2].sum(1)
+    theirs = KNeighborsClassifier(k, metric=metric).fit(train.numpy(), labels.numpy())
+    predicted = knn_predict(train, labels, test, k, metric)
+    assert predicted.tolist() == theirs.predict(test.numpy()).tolist()
+    regression = KNeighborsRegressor(k, metric="cosine").fit(train.numpy(), values.numpy())
+    errors = regression.predict(test.numpy()) - test[:, 0].numpy()
+    ours = knn_regression_error(train, values, test, test[:, 0], k)
+    assert ours == pytest.approx(abs(errors).mean(), rel=1e-5)
 
 
 def blobs(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -147,6 +168,27 @@ def test_retrieval_by_hand() -> None:
     groups = torch.tensor([7, 0, 7])  # query 0 may find key 2, and query 2 key 0
     assert recall_at_k(queries, keys.flip(0), 1, groups) == 1
     assert recall_at_k(queries, keys[[1, 0, 2]], 1, groups) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_retrieval_is_that_of_torchmetrics(k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(2, 60, 8, generator=generator)
+    queries += keys
+    groups = torch.arange(60) // 2
+    scores = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T
+    query_of_score = torch.arange(60)[:, None].expand(60, 60)
+    for own, ours in (
+        (torch.eye(60, dtype=torch.bool), recall_at_k(queries, keys, k)),
+        (groups[:, None] == groups, recall_at_k(queries, keys, k, groups)),
+    ):
+        theirs = RetrievalHitRate(top_k=k)(
+            scores.flatten(), own.flatten(), indexes=query_of_score.flatten()
+        )
+        assert ours == pytest.approx(theirs.item(), rel=1e-6)
+        assert 0.3 < ours < 1
+    accuracy = MulticlassAccuracy(60, average="micro")(scores, torch.arange(60))
+    assert zero_shot_accuracy(queries, torch.arange(60), keys) == pytest.approx(accuracy.item())
 
 
 def naive_recall(queries: Tensor, keys: Tensor, k: int, groups: list[int]) -> float:

@@ -1,4 +1,4 @@
-"""Measures of generated samples against scipy, closed forms, naive loops and values by hand."""
+"""Measures of generated samples against POT, torchmetrics, scikit-learn, scipy and closed forms."""
 
 import itertools
 import math
@@ -6,19 +6,23 @@ from collections.abc import Callable
 from statistics import fmean
 
 import numpy as np
+import ot
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
-from scipy.spatial.distance import pdist
+from scipy.spatial.distance import cdist, pdist
 from scipy.stats import wasserstein_distance
 from sklearn.datasets import load_digits
+from sklearn.metrics.pairwise import rbf_kernel
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import maximum_mean_discrepancy
 
 from dist_contrastive.errors import ConfigError, DataError
-from dist_contrastive.evaluation.distances import MEDIAN_POINTS
-from dist_contrastive.evaluation.generative import (
+from dist_contrastive.evaluation import (
     Classifier,
     class_agreement,
     density_coverage,
@@ -29,6 +33,7 @@ from dist_contrastive.evaluation.generative import (
     precision_recall,
     sliced_wasserstein,
 )
+from dist_contrastive.evaluation.distances import MEDIAN_POINTS
 
 SYMMETRIC = (energy_distance, mmd, sliced_wasserstein, frechet_distance)
 
@@ -130,6 +135,14 @@ def test_mmd_is_the_naive_one(width: float) -> None:
     assert mmd(x, y, bandwidth=width) == pytest.approx(expected, rel=1e-9)
 
 
+def test_mmd_is_that_of_the_kernel_inception_distance() -> None:
+    """torchmetrics' estimator, with scikit-learn's Gaussian kernel; it takes as many of both."""
+    x, y, width = normal(30, 4), normal(30, 4, seed=1) * 1.5, 1.3
+    kernels = (rbf_kernel(a, b, gamma=1 / (2 * width**2)) for a, b in ((x, x), (x, y), (y, y)))
+    expected = maximum_mean_discrepancy(*map(torch.from_numpy, kernels))
+    assert mmd(x, y, bandwidth=width) == pytest.approx(expected.item(), rel=1e-9)
+
+
 def test_mmd_of_gaussians_is_the_closed_form() -> None:
     # With X ~ N(a, 1), Y ~ N(b, 1): X - Y ~ N(a - b, 2), and E k is a Gaussian integral.
     dim, width, shift = 3, 1.5, 1.2
@@ -208,6 +221,17 @@ def test_sliced_wasserstein_averages_scipys_over_directions() -> None:
         sliced_wasserstein(x, y, num_projections=0)
 
 
+@pytest.mark.parametrize("sizes", [(12, 12), (12, 17)])
+def test_sliced_wasserstein_is_that_of_pot(sizes: tuple[int, int]) -> None:
+    """Along the same directions."""
+    x, y = normal(sizes[0], 3), normal(sizes[1], 3, seed=1) + 0.3
+    directions = torch.nn.functional.normalize(normal(50, 3, seed=7), dim=1)
+    expected = ot.sliced_wasserstein_distance(
+        x.numpy(), y.numpy(), projections=directions.T.numpy(), p=1
+    )
+    assert sliced_wasserstein(x, y, num_projections=50, seed=7) == pytest.approx(expected, rel=1e-9)
+
+
 def with_moments(n: int, mean: Tensor, root: Tensor, seed: int) -> Tensor:
     """Points whose mean and covariance are exactly `mean` and root^T root."""
     x = normal(n, len(mean), seed=seed)
@@ -235,6 +259,21 @@ def fid(x: np.ndarray, y: np.ndarray) -> float:
 def test_frechet_distance_is_the_usual_fid() -> None:
     x, y = normal(50, 6) @ normal(6, 6, seed=2) + 30, normal(40, 6, seed=1) @ normal(6, 6, seed=3)
     assert frechet_distance(x, y) == pytest.approx(fid(x.numpy(), y.numpy()), rel=1e-10)
+
+
+class _Flattened(torch.nn.Module):
+    """Features of torchmetrics' FID: the first six values; it tries its features on one image."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, :6].double()
+
+
+def test_frechet_distance_is_that_of_torchmetrics() -> None:
+    x, y = normal(200, 6), normal(150, 6, seed=1) @ normal(6, 6, seed=2) + 1
+    theirs = FrechetInceptionDistance(feature=_Flattened()).set_dtype(torch.float64)
+    theirs.update(x[:, :, None, None], real=True)
+    theirs.update(y[:, :, None, None], real=False)
+    assert frechet_distance(x, y) == pytest.approx(theirs.compute().item(), rel=1e-6)
 
 
 def test_frechet_distance_of_fewer_points_than_dimensions() -> None:
@@ -314,6 +353,26 @@ def test_manifold_measures_are_the_naive_ones(data: st.DataObject) -> None:
     assert (ours.precision, ours.recall) == pytest.approx(expected[:2])
     theirs = density_coverage(*sides, k=k, chunk=chunk)
     assert (theirs.density, theirs.coverage) == pytest.approx(expected[2:])
+
+
+def test_manifold_and_memorisation_by_neighbours_of_scikit_learn() -> None:
+    real, generated, k = normal(80, 3), normal(60, 3, seed=1) * 1.3, 3
+
+    def radii(points: Tensor) -> np.ndarray:
+        return NearestNeighbors(n_neighbors=k).fit(points.numpy()).kneighbors()[0][:, -1]
+
+    apart = cdist(generated.numpy(), real.numpy())
+    in_real, in_generated = apart <= radii(real), radii(generated) >= apart.T
+    ours = precision_recall(real, None, generated, None, k)
+    assert ours.precision == pytest.approx(in_real.any(axis=1).mean())
+    assert ours.recall == pytest.approx(in_generated.any(axis=1).mean())
+    theirs = density_coverage(real, None, generated, None, k)
+    assert theirs.density == pytest.approx(in_real.sum(axis=1).mean() / k)
+    assert theirs.coverage == pytest.approx(in_real.any(axis=0).mean())
+    nearest = NearestNeighbors(n_neighbors=1).fit(real.numpy()).kneighbors(generated.numpy())[0]
+    found = memorisation(generated, real, generated)
+    assert found.generated_median == pytest.approx(np.median(nearest))
+    assert found.generated_low == pytest.approx(np.quantile(nearest, 0.05))
 
 
 def test_density_and_coverage_of_real_samples_are_the_closed_form() -> None:

@@ -18,8 +18,7 @@ from dist_contrastive import config as configs
 from dist_contrastive import trainer
 from dist_contrastive.backend import trackers
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.metrics import Clock, duplicates, geometry, read_rows
-from dist_contrastive.metrics.lines import JsonLines
+from dist_contrastive.metrics import Clock, JsonLines, duplicates, geometry, read_rows
 from dist_contrastive.testing import run_ranks
 
 ENCODER = CONFIGS / "digits_encoder.yaml"
@@ -82,7 +81,7 @@ def test_no_temperature_no_effective_negatives():
     assert geometry(a[:1], b[:1]) == {}
 
 
-def test_every_logged_row_tells_how_the_step_was_spent(tmp_path, overrides):
+def test_every_logged_row_has_the_parts_of_the_step(tmp_path, overrides):
     for name, size in (("plain", "null"), ("cached", "5")):
         options = overrides(tmp_path / name, *SMALL, f"train.micro_batch_size={size}")
         assert trainer.train(configs.load(ENCODER, options)) == 0
@@ -180,7 +179,7 @@ def test_a_tracker_that_fails_is_left(tmp_path, overrides, monkeypatch, capsys):
     )
 
 
-def test_lines_are_whole_or_not_there(tmp_path: Path, capsys):
+def test_lines_are_whole_or_not_there(tmp_path: Path, caplog):
     """A file that may not grow takes a part of a line only."""
     lines = JsonLines(tmp_path / "rows.jsonl")
     lines.write({"step": 1, "text": "x" * 50})
@@ -198,6 +197,5 @@ def test_lines_are_whole_or_not_there(tmp_path: Path, capsys):
     lines.close()
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 4]
-    told = capsys.readouterr().err
-    assert told.count("is not written") == 1
-    assert "rows.jsonl lacks 2 lines" in told
+    assert caplog.text.count("is not written") == 1
+    assert "rows.jsonl lacks 2 lines" in caplog.text

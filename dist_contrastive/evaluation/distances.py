@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.evaluation.point_sets import as_points
+from dist_contrastive.evaluation.points import as_points
 
 MEDIAN_POINTS = 2000
 """The median distance is taken among so many points: two million pairs, 16 MB."""

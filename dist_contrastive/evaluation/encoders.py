@@ -1,4 +1,4 @@
-"""What `eval` measures of an encoder, of its classifier, and of two towers."""
+"""Measures of an encoder, of its classifier, and of two towers, and a map of representations."""
 
 from pathlib import Path
 
@@ -7,9 +7,13 @@ from torch import Tensor
 
 from dist_contrastive import report
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.evaluation.neighbours import knn_accuracy, knn_regression_error
+from dist_contrastive.evaluation.neighbours import (
+    knn_accuracy,
+    knn_regression_error,
+    recall_at_k,
+    zero_shot_accuracy,
+)
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
-from dist_contrastive.evaluation.retrieval import recall_at_k, zero_shot_accuracy
 from dist_contrastive.evaluation.splits import Line, Splits, labels_of, with_labels
 from dist_contrastive.tasks.hybrid import Hybrid
 from dist_contrastive.tasks.images import ImageTask
@@ -21,12 +25,12 @@ NEIGHBOURS = 5
 
 
 def measure_encoder(task: ImageTask, splits: Splits, run: Path) -> list[Line]:
-    """How well the representation shows the labels, and a map of it.
+    """Classes or values of labels from the representation, retrieval, and a map of it.
 
     Args:
         run: the run directory, for pictures.
     """
-    lines = _of_towers(task, splits) if isinstance(task, Paired) else []
+    lines = _retrieval(task, splits) if isinstance(task, Paired) else []
     if lines and splits.train.labels is None:
         return lines
     splits = with_labels(splits)
@@ -36,27 +40,27 @@ def measure_encoder(task: ImageTask, splits: Splits, run: Path) -> list[Line]:
     title = "held-out samples in the representation"
     report.embedding_map(features[1], labels[1], run / "plots" / "embedding.png", title)
     if labels[0].is_floating_point():
-        return _of_values(features, pixels, labels) + lines
+        return _regression(features, pixels, labels) + lines
     if isinstance(task, Hybrid) and task.classifies:
-        lines += _of_classifier(task, test)
+        lines += _classifier_by_level(task, test)
     if isinstance(task, Paired) and isinstance(train.pair, tuple):
-        lines += _of_descriptions(task, splits)
-    return _of_classes(features, pixels, labels) + lines
+        lines += _zero_shot(task, splits)
+    return _classification(features, pixels, labels) + lines
 
 
-Two = tuple[Tensor, Tensor]  # of training and of held-out samples
+Pair = tuple[Tensor, Tensor]  # of training and of held-out samples
 
 
-def _of_classes(features: Two, pixels: Two, labels: Two) -> list[Line]:
+def _classification(features: Pair, pixels: Pair, labels: Pair) -> list[Line]:
     few = min(PER_CLASS, int(labels[0].unique(return_counts=True)[1].min()))
 
-    def knn(x: Two) -> float:
+    def knn(x: Pair) -> float:
         return knn_accuracy(x[0], labels[0], x[1], labels[1], NEIGHBOURS)
 
-    def linear(x: Two) -> float:
+    def linear(x: Pair) -> float:
         return linear_probe(x[0], labels[0], x[1], labels[1])
 
-    def few_labels(x: Two) -> float:
+    def few_labels(x: Pair) -> float:
         return few_label_probe(x[0], labels[0], x[1], labels[1], few, DRAWS).mean
 
     return [
@@ -70,8 +74,8 @@ def _of_classes(features: Two, pixels: Two, labels: Two) -> list[Line]:
     ]
 
 
-def _of_values(features: Two, pixels: Two, labels: Two) -> list[Line]:
-    def knn(x: Two) -> float:
+def _regression(features: Pair, pixels: Pair, labels: Pair) -> list[Line]:
+    def knn(x: Pair) -> float:
         return knn_regression_error(x[0], labels[0], x[1], labels[1], NEIGHBOURS)
 
     constant = (labels[1] - labels[0].median()).abs().mean().item()
@@ -79,7 +83,7 @@ def _of_values(features: Two, pixels: Two, labels: Two) -> list[Line]:
     return [(f"mean absolute error of kNN, k = {NEIGHBOURS}", knn(features), beside)]
 
 
-def _of_classifier(task: Hybrid, test: Samples) -> list[Line]:
+def _classifier_by_level(task: Hybrid, test: Samples) -> list[Line]:
     """Accuracy of the decided path, down to each level of the hierarchy."""
     truth, depth = labels_of(test), task.hierarchy.depth
     matched = task.hierarchy.matched_levels(task.classify(test.images).argmax(1), truth)
@@ -92,8 +96,8 @@ def _of_classifier(task: Hybrid, test: Samples) -> list[Line]:
     return lines
 
 
-def _of_towers(task: Paired, splits: Splits) -> list[Line]:
-    """How often one half of a pair finds the other; equal texts are equally right."""
+def _retrieval(task: Paired, splits: Splits) -> list[Line]:
+    """Recall of the other half of a pair; equal texts are equally right."""
     pair = splits.test.pair
     assert pair is not None
     groups = None
@@ -108,22 +112,22 @@ def _of_towers(task: Paired, splits: Splits) -> list[Line]:
     ]
 
 
-def _of_descriptions(task: Paired, splits: Splits) -> list[Line]:
-    """Classes by the texts that training had of them; what is of another class is left out."""
+def _zero_shot(task: Paired, splits: Splits) -> list[Line]:
+    """Zero-shot accuracy by the training texts of each class; other classes are left out."""
     train, test = splits.train, splits.test
     assert train.pair is not None
     present, number = labels_of(train).unique(return_inverse=True)
     embedded = torch.nn.functional.normalize(task.embed_pair(train.pair), dim=1)
-    of_class = torch.stack([embedded[number == c].mean(0) for c in range(len(present))])
+    class_means = torch.stack([embedded[number == c].mean(0) for c in range(len(present))])
     truth = labels_of(test)
     known = torch.isin(truth, present).nonzero().flatten()
     if not len(known):
         return []
     truth = torch.searchsorted(present, truth[known])
-    accuracy = zero_shot_accuracy(task.embed_images(test.images[known]), truth, of_class)
+    accuracy = zero_shot_accuracy(task.embed_images(test.images[known]), truth, class_means)
     return [("class by its texts", accuracy, {"the most frequent": _largest_share(truth)})]
 
 
 def _largest_share(numbers: Tensor) -> float:
-    """The part of the most frequent number."""
+    """Share of the most frequent number."""
     return numbers.bincount().max().item() / len(numbers)

@@ -16,7 +16,7 @@ from torch import Tensor
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.inspect import spread
 from dist_contrastive.errors import DataError, UnreachableError
-from dist_contrastive.report.figures import BLUE, GREY
+from dist_contrastive.report.pictures import BLUE, GREY
 
 _BOX = 168  # pixels, both sides of what holds a picture
 _GAP = 16

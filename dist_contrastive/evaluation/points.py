@@ -1,4 +1,4 @@
-"""Samples as points, checked: what the measures of generated samples have in common."""
+"""Checked point sets [n, D]: input of the measures of generated samples."""
 
 from torch import Tensor
 

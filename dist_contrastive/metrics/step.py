@@ -1,0 +1,144 @@
+"""Numbers of a step: where its time went, its memory, and the geometry of its embeddings."""
+
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_contrastive import collectives
+
+PARTS = ("data", "embed", "compare", "replay", "optimizer")
+
+
+class Clock:
+    """Wall-clock time of a rank by parts of a step.
+
+    On a GPU kernels run asynchronously, and telling parts of a step apart takes a synchronisation
+    after each, which costs time: there only steps whose row will be written are measured.
+
+    Args:
+        consumed: samples of the stream so far.
+    """
+
+    def __init__(self, consumed: int, device: torch.device) -> None:
+        self._start = time.perf_counter()
+        self._spent_s: dict[str, float] = defaultdict(float)
+        self._consumed, self._steps, self._measured = consumed, 0, 0
+        self._device, self._is_gpu = device, device.type == "cuda"
+        self._is_measured = True
+        self._reduce_s = 0.0
+
+    def begin_step(self, is_logged: bool) -> None:
+        """Start of a step; `is_logged`: its row will be written."""
+        self._is_measured = is_logged or not self._is_gpu
+        self._steps += 1
+        self._measured += self._is_measured
+
+    @contextmanager
+    def spent(self, name: str) -> Iterator[None]:
+        """Context whose time counts under this name."""
+        if not self._is_measured:
+            yield
+            return
+        begin = time.perf_counter()
+        yield
+        if self._is_gpu:
+            torch.cuda.synchronize(self._device)
+        self._spent_s[name] += time.perf_counter() - begin
+
+    def rates(self, consumed: int, reduce_s: float) -> dict[str, Any]:
+        """Row of throughput, times per step and memory since the last call, on this rank.
+
+        Args:
+            consumed: samples of the stream so far.
+            reduce_s: seconds of reductions so far.
+        """
+        now = time.perf_counter()
+        elapsed_s, steps, measured = now - self._start, max(1, self._steps), max(1, self._measured)
+        row: dict[str, Any] = {
+            "consumed": consumed,
+            "samples_per_s": (consumed - self._consumed) / elapsed_s,
+            "step_s": elapsed_s / steps,
+        }
+        row |= {f"{part}_s": self._spent_s[part] / measured for part in PARTS}
+        row["reduce_s"] = (reduce_s - self._reduce_s) / steps
+        row["data_wait"] = row["data_s"] / row["step_s"]
+        row["memory_peak_mb"] = round(self._peak_mb(), 1)
+        self._start, self._consumed, self._reduce_s = now, consumed, reduce_s
+        self._steps = self._measured = 0
+        self._spent_s.clear()
+        return row
+
+    def _peak_mb(self) -> float:
+        """Peak memory so far: of the GPU, or of the process."""
+        if self._is_gpu:
+            return torch.cuda.max_memory_allocated(self._device) / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+@torch.no_grad()
+def geometry(
+    a: Tensor, b: Tensor, temperature: float | None = None, max_rows: int = 1024
+) -> dict[str, float]:
+    """Alignment, uniformity and similarities of paired embeddings, the same on every rank.
+
+    Of the first `max_rows` rows of the global batch.
+
+    With a_i, b_i normalised, n rows, and means over all i and all j != i:
+
+        positive_similarity   mean <a_i, b_i>
+        negative_similarity   mean <a_i, b_j>
+        alignment             mean |a_i - b_i|^2                      (0: all pairs agree)
+        uniformity            log mean exp(-2 |a_i - a_j|^2)          (lower: more evenly spread)
+        effective_negatives   mean over i of exp(entropy of softmax_j(<a_i, b_j> / temperature)):
+                              how many of the n - 1 negatives the gradient comes from
+
+    Args:
+        a, b: two embeddings of this rank's samples, [b, D] each.
+        temperature: of the loss; without one there are no effective negatives.
+        max_rows: more of them cost memory and make the means no better.
+
+    References:
+        Wang and Isola 2020, arXiv 2005.10242 (alignment, uniformity).
+
+    Collectives: a gather of objects, and one of rows.
+    """
+    sizes = collectives.gather_objects(len(a))
+    first = sum(sizes[: collectives.rank()])
+    local = torch.stack([a, b], dim=1)[: max(0, max_rows - first)].float()
+    rows, _ = collectives.all_gather_rows(F.normalize(local, dim=-1).contiguous())
+    if len(rows) < 2:
+        return {}
+    a, b = rows.unbind(1)
+    others = ~torch.eye(len(a), dtype=torch.bool, device=a.device)
+    scores = a @ b.T
+    distances = (2 - 2 * (a @ a.T)).clamp(min=0)
+    numbers = {
+        "positive_similarity": scores.diagonal().mean().item(),
+        "negative_similarity": scores[others].mean().item(),
+        "alignment": (a - b).square().sum(-1).mean().item(),
+        "uniformity": (-2 * distances[others]).exp().mean().log().item(),
+    }
+    if temperature is not None:
+        logits = scores[others].view(len(a), -1) / temperature
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        numbers["effective_negatives"] = entropy.exp().mean().item()
+    return numbers
+
+
+def duplicates(index: Tensor) -> int:
+    """Number of rows of the global batch whose sample an earlier row holds: false negatives.
+
+    Args:
+        index: number of each of this rank's samples in the data set, int64 [b].
+
+    Collectives: one gather of rows.
+    """
+    gathered, _ = collectives.all_gather_rows(index[:, None])
+    return len(gathered) - len(gathered.unique())
