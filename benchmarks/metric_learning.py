@@ -85,7 +85,7 @@ def train(config: RunConfig) -> tuple[ImageTask, list[float]]:
     with closing(iter(data.stream)) as batches:
         for step in range(config.train.steps):
             samples = data.samples(next(batches))
-            embeddings = task(*task.inputs(samples))
+            embeddings = task(*task.inputs(samples, task.begin_step(samples)))
             value = loss(embeddings, samples.labels)
             differences.append(_difference(task, embeddings, samples, value))
             optimizer.zero_grad()
@@ -102,5 +102,6 @@ def train(config: RunConfig) -> tuple[ImageTask, list[float]]:
 def _difference(
     task: ImageTask, embeddings: tuple[Tensor, ...], samples: Samples, theirs: Tensor
 ) -> float:
-    ours = torch.stack(list(task.compare(embeddings, samples).values())).sum()
+    terms = task.compare(embeddings, samples, task.begin_step(samples))
+    ours = torch.stack(list(terms.values())).sum()
     return ((theirs - ours).abs() / ours.abs().clamp(min=1e-6)).item()  # a loss may become 0

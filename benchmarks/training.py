@@ -152,8 +152,9 @@ def overhead(args: argparse.Namespace) -> None:
 def bare_step(run: Any, samples: Any) -> None:
     """What a script would do without a trainer."""
     task, optimizer = run.task, run.engine.optimizer
-    embeddings = task(*task.inputs(samples))
-    loss = sum(task.compare(embeddings, samples).values())
+    context = task.begin_step(samples)
+    embeddings = task(*task.inputs(samples, context))
+    loss = sum(task.compare(embeddings, samples, context).values())
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -65,22 +65,25 @@ def is_distributed_as(name: str, numbers: list[float]) -> bool:
 
 
 def inputs_of(task: Drift, samples: Samples) -> list[Tensor]:
-    inputs = *task.inputs(samples), *task.batch_inputs(samples)
+    inputs = task.inputs(samples, task.begin_step(samples))
     return [x.double() if x.is_floating_point() else x for x in inputs]
 
 
-def one_step(task: Drift, samples: Samples, lr: float = 0.0) -> dict[str, Tensor]:
-    """A step of gradient descent; the terms of the loss."""
+def one_step(
+    task: Drift, samples: Samples, lr: float = 0.0, is_logged: bool = False
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """A step of gradient descent; the terms of the loss and the metrics."""
+    context = task.begin_step(samples, is_logged=is_logged)
     module = DistributedDataParallel(task) if dist.is_initialized() else task
     embeddings = module(*inputs_of(task, samples))
-    terms = task.compare(embeddings, samples)
+    terms = task.compare(embeddings, samples, context)
     task.zero_grad()
     torch.stack(list(terms.values())).sum().backward()
     with torch.no_grad():
         for p in task.generator.parameters():
             p -= lr * p.grad
-    task.finish_step(embeddings)
-    return {name: term.detach() for name, term in terms.items()}
+    task.finish_step(embeddings, samples, context)
+    return {name: term.detach() for name, term in terms.items()}, task.scalars(context)
 
 
 # ---------------------------------------------------------------------------- ranks
@@ -98,14 +101,16 @@ class Trained(NamedTuple):
 
 def trained(config: RunConfig, sizes: Sequence[int]) -> Trained:
     task, terms, scalars, whole = drift(config), [], [], []
-    task.is_logged = True
-    if task._loss_of_whole_groups is not None:
-        task._loss_of_whole_groups.register_forward_hook(lambda *_: whole.append(1))
+    if task.local_loss is not None:
+        task.local_loss.register_forward_hook(lambda *_: whole.append(1))
     rank = dist.get_rank() if dist.is_initialized() else 0
     mine = torch.arange(ROWS).split(list(sizes))[rank]
     for step in range(STEPS if task.bank else 1):
-        terms.append(one_step(task, samples_of(config, step).rows(mine), lr=0.05))
-        scalars.append(task.scalars())
+        samples = samples_of(config, step).rows(mine)
+        for record, values in zip(
+            (terms, scalars), one_step(task, samples, 0.05, True), strict=True
+        ):
+            record.append(values)
     gradients = {name: p.grad for name, p in task.generator.named_parameters()}
     return Trained(terms, gradients, scalars, task.state_dict(), len(whole))
 
@@ -225,7 +230,7 @@ def test_terms_are_the_literal_force(loss, groups, overrides, tmp_path):
     config = load(overrides, tmp_path, FEATURES, *loss, f"task.groups={groups}")
     task, samples = drift(config), samples_of(config)
     noise, labels = inputs_of(task, samples)
-    terms = task.compare(task(noise, labels), samples)
+    terms = task.compare(task(noise, labels), samples, task.begin_step(samples))
     made = features_by_hand(task, task.generator(noise, labels))
     data = features_by_hand(task, samples.images)
     cells = torch.tensor([100 * (row * groups // ROWS) for row in range(ROWS)]) + samples.labels
@@ -244,7 +249,7 @@ def test_without_classes_all_points_are_compared(overrides, tmp_path):
     samples = points_of(config)
     task = drift_of(config, samples)
     (noise,) = inputs_of(task, samples)
-    (term,) = task.compare(task(noise), samples).values()
+    (term,) = task.compare(task(noise), samples, task.begin_step(samples)).values()
     made, data = task.generator(noise), samples.images
     expected = naive("drift", made, data, temperatures=(0.05, 0.2)).loss
     assert term.item() == pytest.approx(expected.item(), rel=1e-9)
@@ -265,14 +270,15 @@ def test_noise_is_that_of_the_data_row(overrides, tmp_path):
     config = load(overrides, tmp_path)
     samples = samples_of(config)
     task = drift(config)
-    noise, labels = task.inputs(samples)
+    context = task.begin_step(samples)
+    noise, labels = task.inputs(samples, context)
     assert torch.equal(labels, samples.labels)
     later = replace(samples, epoch=samples.epoch + 1)
     other = drift(load(overrides, tmp_path, "seed=1"))
-    rows = torch.cat([noise, task.inputs(later)[0], other.inputs(samples)[0]])
+    rows = torch.cat([noise, task.inputs(later, context)[0], other.inputs(samples, context)[0]])
     assert len(rows.unique(dim=0)) == 3 * ROWS
     some = torch.tensor([17, 4])
-    assert torch.equal(task.inputs(samples.rows(some))[0], noise[some])
+    assert torch.equal(task.inputs(samples.rows(some), context.rows(some))[0], noise[some])
     assert is_distributed_as("norm", rows.flatten().tolist())
 
 
@@ -301,7 +307,7 @@ def steps_of(config: RunConfig, steps: int) -> list[Given]:
     for step in range(steps):
         samples = samples_of(config, step)
         strengths = inputs_of(task, samples)[2]
-        (term,) = one_step(task, samples).values()
+        (term,) = one_step(task, samples)[0].values()
         (made, data, cells, data_cells), more = given[-1]
         fixed = more.get("fixed", made[:, :0])
         nothing = torch.zeros(0)
@@ -374,7 +380,7 @@ def test_each_step_draws_anew(overrides, tmp_path):
     embeddings = task(*inputs_of(task, samples))
     for step in (1, 2, 1):
         task.steps_done.fill_(step)
-        task.compare(embeddings, samples)
+        task.compare(embeddings, samples, task.begin_step(samples))
     _, first, second, again = [(args[1], more.get("fixed")) for args, more in given]
     for mine, other, same in zip(first, second, again, strict=True):
         assert torch.equal(mine, same)
@@ -418,7 +424,7 @@ def test_strengths_have_their_density(power, overrides, tmp_path):
     one_of_each = samples.rows(torch.tensor([(samples.labels == c).nonzero()[0] for c in (0, 1)]))
     for step in range(300):
         task.steps_done.fill_(step)
-        found += task.batch_inputs(one_of_each)
+        found.append(inputs_of(task, one_of_each)[-1])
     strengths = torch.cat(found).double()
     assert len(strengths.unique()) > 595
     assert 1.5 <= strengths.min() < 1.52

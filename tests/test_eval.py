@@ -177,7 +177,7 @@ def test_towers_embed_what_they_are_given(some_digits, overrides, tmp_path):
     config = load("digits_captions", overrides, tmp_path, f"data.train={some_digits}/train")
     samples = digits_of(config, *range(5))
     task = build_task(config, samples)
-    images, tokens = task.inputs(samples)
+    images, tokens = task.inputs(samples, task.begin_step(samples))
     by_training = task(images, tokens)
     torch.testing.assert_close(task.embed_images(images), by_training[0])
     torch.testing.assert_close(task.embed_pair(samples.pair), by_training[1])

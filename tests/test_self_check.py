@@ -119,7 +119,8 @@ def kept_bytes(config: RunConfig) -> int:
 
     taken = next(run.data.batches(backend.device))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        run.engine.embed(*run.task.inputs(taken.samples))
+        context = run.task.begin_step(taken.samples)
+        run.engine.embed(*run.task.inputs(taken.samples, context))
     backend.close()
     return kept
 

@@ -24,6 +24,7 @@ from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.training import open_data
 from dist_contrastive.metrics import read_rows
 from dist_contrastive.tasks import Hybrid, Moco, Task, TwoView, build_task
+from dist_contrastive.tasks.base import StepContext
 
 TINY = "task.encoder.widths=[8, 16]"
 FLAT = ("data.balance=null", "data.labels_per_class=null", "task.hierarchy=null")
@@ -36,6 +37,9 @@ def load(name: str, overrides, run_dir: Path, *more: str) -> RunConfig:
 
 def digits_of(config: RunConfig, *numbers: int) -> Samples:
     return config.fields.read(load_index(config.data.train), numbers)
+
+
+CONTEXT = StepContext()
 
 
 def double(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -75,11 +79,11 @@ def test_moco_is_a_queue_of_the_last_keys_of_a_slow_copy(overrides, tmp_path):
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.5)
     places: list[Tensor] = []
     for step in range(5):
-        task.progress = step / 5
         samples = digits.rows(torch.arange(8 * step, 8 * step + 8))
-        views = double(task.inputs(samples))
+        context = task.begin_step(samples, progress=step / 5)
+        views = double(task.inputs(samples, context))
         embeddings = task(*views)
-        loss = task.compare(embeddings, samples)["contrastive"]
+        loss = task.compare(embeddings, samples, context)["contrastive"]
         queries = task.head(task.encoder(views[0]))
         with torch.no_grad():
             keys = head(encoder(views[1]))
@@ -87,7 +91,7 @@ def test_moco_is_a_queue_of_the_last_keys_of_a_slow_copy(overrides, tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        task.finish_step(embeddings)
+        task.finish_step(embeddings, samples, context)
         momentum = 1 - (1 - 0.5) * (1 + math.cos(math.pi * step / 5)) / 2
         follow(encoder, task.encoder, momentum)
         follow(head, task.head, momentum)
@@ -209,15 +213,15 @@ def test_views_belong_to_sample_epoch_and_number(name, overrides, tmp_path):
     task, samples = task_with_views(name, overrides, tmp_path)
     alike = replace(samples, images=samples.images[:1].repeat(6, 1, 1, 1))
     later = replace(alike, epoch=alike.epoch + 1)
-    views = [images_in(task.inputs(part)) for part in (alike, later)]
+    views = [images_in(task.inputs(part, CONTEXT)) for part in (alike, later)]
     assert [len(found) for found in views] == [VIEWS[name]] * 2
     rows = torch.cat([*views[0], *views[1]]).flatten(1)
     assert len(rows.unique(dim=0)) == len(rows) == 2 * 6 * VIEWS[name]
     for part, found in zip((alike, later), views, strict=True):
-        for again, view in zip(images_in(task.inputs(part)), found, strict=True):
+        for again, view in zip(images_in(task.inputs(part, CONTEXT)), found, strict=True):
             assert torch.equal(again, view)
         for again, view in zip(
-            images_in(task.inputs(part.rows(torch.tensor([4, 1])))), found, strict=True
+            images_in(task.inputs(part.rows(torch.tensor([4, 1])), CONTEXT)), found, strict=True
         ):
             assert torch.equal(again, view[[4, 1]])
 
@@ -225,7 +229,7 @@ def test_views_belong_to_sample_epoch_and_number(name, overrides, tmp_path):
 @pytest.mark.parametrize("name", ["digits_encoder", "digits_multicrop", "digits_supcon"])
 def test_each_view_is_projected_by_itself(name, overrides, tmp_path):
     task, samples = task_with_views(name, overrides, tmp_path)
-    views = double(task.double().inputs(samples))
+    views = double(task.double().inputs(samples, CONTEXT))
     for embedding, view in zip(task(*views), views, strict=True):
         torch.testing.assert_close(embedding, task.head(task.encoder(view)))
 
@@ -240,12 +244,12 @@ def test_crops_are_compared_with_the_global_views_alone(overrides, tmp_path):
     config = load("digits_multicrop", overrides, tmp_path)
     samples = digits_of(config, *range(7))
     task = build_task(config, samples).double()
-    inputs = task.inputs(samples)
+    inputs = task.inputs(samples, CONTEXT)
     assert [list(x.shape) for x in inputs] == [[7, 1, 8, 8]] * 2 + [[7, 1, 6, 6]] * 2
     views = task(*double(inputs))
     pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
     expected = torch.stack([naive_ntxent(views[i], views[j], 0.2) for i, j in pairs]).mean()
-    assert task.compare(views, samples)["contrastive"].item() == pytest.approx(
+    assert task.compare(views, samples, CONTEXT)["contrastive"].item() == pytest.approx(
         expected.item(), **EXACT
     )
 
@@ -256,7 +260,7 @@ def test_crops_have_settings_of_their_own(overrides, tmp_path):
     samples = digits_of(config, *range(7))
     task = build_task(config, samples)
     assert isinstance(task, TwoView)
-    views = task.inputs(samples)
+    views = task.inputs(samples, CONTEXT)
     for crop in views[2:]:
         assert torch.equal(crop, samples.images)
     for view in views[:2]:
@@ -285,7 +289,7 @@ def test_labels_say_what_is_similar(name, formula, options, overrides, tmp_path)
     samples = replace(digits_of(config, *range(10)), labels=labels)
     task = build_task(config, samples).double()
     views = [torch.randn(10, 5, dtype=torch.float64) for _ in range(config.task.num_views)]
-    found = task.compare(tuple(views), samples)["contrastive"]
+    found = task.compare(tuple(views), samples, CONTEXT)["contrastive"]
     expected = formula(torch.stack(views, dim=1), labels, **options)
     assert found.item() == pytest.approx(expected.item(), **EXACT)
 
@@ -315,7 +319,7 @@ def recorded_numbers(task: Hybrid) -> list[Tensor]:
 
 def test_both_heads_see_each_view_in_its_place(overrides, tmp_path):
     task, samples = hybrid(overrides, tmp_path, "task.num_views=3")
-    views = double(task.inputs(samples))
+    views = double(task.inputs(samples, CONTEXT))
     projections, logits = task(*views)
     for number, view in enumerate(views):
         torch.testing.assert_close(projections[:, number], task.head(task.encoder(view)))
@@ -326,8 +330,8 @@ def test_supervised_and_contrastive_terms(overrides, tmp_path):
     weights = ["task.supervised.weight=3", "task.contrastive.weight=[[0, 0], [1, 2]]"]
     task, samples = hybrid(overrides, tmp_path, "task.num_views=3", *weights)
     projections, logits = random_embeddings(3)
-    task.progress = 0.25
-    terms = task.compare((projections, logits), samples)
+    context = task.begin_step(samples, progress=0.25)
+    terms = task.compare((projections, logits), samples, context)
     rows = [(i, v) for i, label in enumerate(TEN) if label >= 0 for v in range(3)]
     supervised = sum(-logits[i, v].log_softmax(0)[TEN[i]].item() for i, v in rows) / len(rows)
     contrastive = naive_supcon(projections, samples.labels, temperature=0.1)
@@ -373,7 +377,7 @@ def test_reward_term(baseline, entropy_weight, overrides, tmp_path):
     for step in range(4):
         samples = replace(samples, epoch=samples.epoch + 1)
         embeddings = random_embeddings(2)
-        found = task.compare(embeddings, samples)["reward"].item()
+        found = task.compare(embeddings, samples, CONTEXT)["reward"].item()
         fixed: float | None = None if baseline == "self_critical" else 0.0
         if baseline == "running_mean" and earlier:
             weights = [0.99 ** (step - 1 - i) for i in range(step)]
@@ -381,11 +385,11 @@ def test_reward_term(baseline, entropy_weight, overrides, tmp_path):
         uniform = numbers[step].view(10, 2, 3)
         expected = naive_reward(embeddings[1], uniform, fixed, entropy_weight)
         assert found == pytest.approx(2 * expected["loss"], **EXACT)
-        scalars = task.scalars()
+        scalars = task.scalars(CONTEXT)
         for name in ("reward", "baseline", "entropy"):
             assert scalars[f"mean_{name}"] == pytest.approx(expected[name], **EXACT)
         earlier.append(expected["reward"])
-        task.finish_step(embeddings)
+        task.finish_step(embeddings, samples, CONTEXT)
     assert len(set(earlier)) > 1
 
 
@@ -394,8 +398,8 @@ def test_entropy_is_weighed(overrides, tmp_path):
     embeddings, found = random_embeddings(2), []
     for weight in (0.0, 0.3):
         task, samples = hybrid(overrides, tmp_path, f"task.reward.entropy_weight={weight}")
-        task.progress = 1.0  # where the config's reward weighs 0.5
-        found.append(task.compare(embeddings, samples)["reward"].item())
+        context = task.begin_step(samples, progress=1.0)  # where the config's reward weighs 0.5
+        found.append(task.compare(embeddings, samples, context)["reward"].item())
     log_p = embeddings[1][torch.tensor(TEN) >= 0].log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1).mean().item()
     assert found[0] - found[1] == pytest.approx(0.5 * 0.3 * entropy, **EXACT)
@@ -410,8 +414,8 @@ def test_every_decision_has_a_number_of_its_own(overrides, tmp_path):
     some = torch.tensor([8, 2, 5])
     embeddings = random_embeddings(3)
     for part in (samples, later, samples):
-        task.compare(embeddings, part)
-    task.compare(tuple(x[some] for x in embeddings), samples.rows(some))
+        task.compare(embeddings, part, CONTEXT)
+    task.compare(tuple(x[some] for x in embeddings), samples.rows(some), CONTEXT)
     first, of_later, again, of_some = (x.view(-1, 3, 4) for x in numbers)
     drawn = torch.cat([first, of_later])
     assert len(drawn.unique()) == drawn.numel() == 2 * 10 * 3 * 4
@@ -472,8 +476,8 @@ def test_norm_of_a_term_is_that_of_the_term_alone(term, metrics, overrides, tmp_
     config = load("digits_hybrid", overrides, tmp_path, *RUN, *others)
     task = build_task(config, digits_of(config, 0))
     (samples,) = first_samples(config, steps=1)
-    embeddings = [x.detach().requires_grad_() for x in task(*task.inputs(samples))]
-    (loss,) = task.compare(tuple(embeddings), samples).values()
+    embeddings = [x.detach().requires_grad_() for x in task(*task.inputs(samples, CONTEXT))]
+    (loss,) = task.compare(tuple(embeddings), samples, CONTEXT).values()
     loss.backward()
     square = sum(x.grad.square().sum().item() for x in embeddings if x.grad is not None)
     assert metrics[0][f"embedding_grad_norm/{term}"] == pytest.approx(math.sqrt(square), rel=1e-5)

@@ -25,6 +25,7 @@ from dist_contrastive.data.fields import Samples
 from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.metrics import read_rows
 from dist_contrastive.tasks import Drift, ImageTask, Moco, Task, TwoView, build_task
+from dist_contrastive.tasks.base import StepContext
 from dist_contrastive.testing import run_ranks
 
 SETTINGS = {path.stem: configs.load(path) for path in CONFIGS.glob("*.yaml")}
@@ -84,7 +85,6 @@ def batch_of(config: RunConfig) -> Samples:
 def prepared(config: RunConfig, example: Samples) -> Task:
     """The task in fp64, in the middle of a run, with some keys queued, or samples banked."""
     task = build_task(config, example).double()
-    task.progress = 0.4
     if isinstance(task, Moco):
         torch.manual_seed(3)
         task.queue.normal_()
@@ -100,15 +100,16 @@ def step_of(config: RunConfig, rows: slice) -> Step:
     samples = batch_of(config)
     task = prepared(config, samples)
     samples = samples.rows(torch.arange(ROWS)[rows])
-    inputs = *task.inputs(samples), *task.batch_inputs(samples)
+    context = task.begin_step(samples, progress=0.4)
+    inputs = task.inputs(samples, context)
     inputs = [x.double() if x.is_floating_point() else x for x in inputs]
     module = DistributedDataParallel(task) if dist.is_initialized() else task
     embeddings = module(*inputs)
     # Frozen encoders are in fp64 too; only their data are not made by `inputs`.
     samples = replace(samples, images=samples.images.double())
-    terms = task.compare(embeddings, samples)
+    terms = task.compare(embeddings, samples, context)
     torch.stack(list(terms.values())).sum().backward()
-    task.finish_step(embeddings)
+    task.finish_step(embeddings, samples, context)
     gradients = {name: p.grad for name, p in task.named_parameters() if p.requires_grad}
     found = {name: term.detach() for name, term in terms.items()}
     state = {name: x for name, x in task.state_dict().items() if name not in gradients}
@@ -261,11 +262,12 @@ def test_towers_are_measured_without_labels(one_rank, tmp_path, capsys):
 def test_scales_are_kept_within_the_limits_of_clip(tmp_path, overrides):
     """A learnable temperature that a step has carried too far is brought back after it."""
     config = small("digits_captions", overrides, tmp_path)
-    task = build_task(config, batch_of(config))
+    samples = batch_of(config)
+    task = build_task(config, samples)
     for too_far, limit in ((9.0, 100.0), (-3.0, 1.0)):
         with torch.no_grad():
             task.loss.scale.log_scale.fill_(too_far)
-        task.finish_step(())
+        task.finish_step((), samples, StepContext())
         assert task.loss.scale().item() == pytest.approx(limit)
 
 
@@ -334,5 +336,7 @@ def test_the_readme_s_task_works(overrides, tmp_path):
     for make in (names["Twins"], TwoView):
         torch.manual_seed(0)
         task = make(config.task, samples, config.seed)
-        losses.append(task.compare(task(*task.inputs(samples)), samples)["contrastive"])
+        context = task.begin_step(samples)
+        embeddings = task(*task.inputs(samples, context))
+        losses.append(task.compare(embeddings, samples, context)["contrastive"])
     assert torch.equal(*losses)

@@ -17,7 +17,7 @@ from dist_contrastive.losses.rewards import load_reward
 from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.losses.views import compare_views
 from dist_contrastive.schedule import Points, value_at
-from dist_contrastive.tasks.base import Embeddings, Terms, scalars_of
+from dist_contrastive.tasks.base import Embeddings, StepContext, Terms, scalars_of
 from dist_contrastive.tasks.images import ImageTask
 
 DECISION_STREAM = 0x6465636964  # "decid": keeps these keys apart from other uses of the same seed
@@ -39,7 +39,6 @@ class Hybrid(ImageTask):
             self.hierarchy = Hierarchy.of_tree(settings.hierarchy, num_classes)
         self.classifier = nn.Linear(self.encoder.dim, self.hierarchy.num_nodes)
         self._weights: dict[str, float | Points] = {}
-        self._values: dict[str, Tensor] = {}
         if settings.supervised is not None:
             self._weights["supervised"] = settings.supervised.weight
             self.supervised = PathCrossEntropy(self.hierarchy, settings.supervised.level_weights)
@@ -53,7 +52,7 @@ class Hybrid(ImageTask):
         self.head.requires_grad_("contrastive" in self._weights)
         self.classifier.requires_grad_(self.classifies)
 
-    def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
+    def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
         """Views of every image: [b, C, H, W] each."""
         return self.make_views(samples, self.num_views)
 
@@ -63,7 +62,7 @@ class Hybrid(ImageTask):
         heads = self.head(representations), self.classifier(representations)
         return tuple(x.unflatten(0, (len(inputs), len(inputs[0]))).transpose(0, 1) for x in heads)
 
-    def compare(self, embeddings: Embeddings, samples: Samples) -> Terms:
+    def compare(self, embeddings: Embeddings, samples: Samples, context: StepContext) -> Terms:
         """The terms that take part, each times its weight at this step."""
         terms = {
             "supervised": self._supervised,
@@ -71,16 +70,18 @@ class Hybrid(ImageTask):
             "contrastive": self._contrastive,
         }
         values = {name: terms[name](embeddings, samples) for name in self._weights}
-        self._values = {name: value.detach() for name, value in values.items()}
-        return {name: self._weight(name) * value for name, value in values.items()}
+        if context.is_logged:
+            context.metrics.update({name: float(value) for name, value in values.items()})
+        weights = self._weights_at(context.progress)
+        return {name: weights[name] * value for name, value in values.items()}
 
     def pairs(self, embeddings: Embeddings) -> tuple[Tensor, Tensor] | None:
         """The projections of the first two views."""
         return super().pairs(embeddings[0].unbind(1))
 
-    def finish_step(self, embeddings: Embeddings) -> None:
+    def finish_step(self, embeddings: Embeddings, samples: Samples, context: StepContext) -> None:
         """The running mean of the reward follows."""
-        super().finish_step(embeddings)
+        super().finish_step(embeddings, samples, context)
         if "reward" in self._weights:
             self.reward.finish_step()
 
@@ -95,18 +96,19 @@ class Hybrid(ImageTask):
             return self.hierarchy.log_probabilities(self.classifier(self.represent(images)))
 
     @torch.no_grad()
-    def scalars(self) -> dict[str, float]:
+    def scalars(self, context: StepContext) -> dict[str, float]:
         """Values of the terms before they are weighted, their weights, and what they count."""
-        found = {name: float(value) for name, value in self._values.items()}
-        found |= {f"{name}_weight": self._weight(name) for name in self._weights}
+        scalars = dict(context.metrics)
+        weights = self._weights_at(context.progress)
+        scalars |= {f"{name}_weight": weight for name, weight in weights.items()}
         if "reward" in self._weights:
-            found |= {f"mean_{name}": float(x) for name, x in self.reward.metrics.items()}
+            scalars |= {f"mean_{name}": float(x) for name, x in self.reward.metrics.items()}
         if "contrastive" in self._weights:
-            found |= scalars_of(self.contrastive)
-        return found
+            scalars |= scalars_of(self.contrastive)
+        return scalars
 
-    def _weight(self, name: str) -> float:
-        return value_at(self._weights[name], self.progress)
+    def _weights_at(self, progress: float) -> dict[str, float]:
+        return {name: value_at(weight, progress) for name, weight in self._weights.items()}
 
     def _supervised(self, embeddings: Embeddings, samples: Samples) -> Tensor:
         _, logits = embeddings

@@ -9,7 +9,7 @@ from dist_contrastive.data.views import ViewSettings, make_view, view_keys
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.models import build_encoder, build_head, representations_of
-from dist_contrastive.tasks.base import Embeddings, Task, scalars_of
+from dist_contrastive.tasks.base import Embeddings, StepContext, Task, scalars_of
 
 
 class ImageTask(Task):
@@ -54,9 +54,9 @@ class ImageTask(Task):
         return (embeddings[0], embeddings[1]) if len(embeddings) > 1 else None
 
     @torch.no_grad()
-    def scalars(self) -> dict[str, float]:
-        """See `scalars_of`."""
-        return scalars_of(self.loss)
+    def scalars(self, context: StepContext) -> dict[str, float]:
+        """Metrics of the step, and learnable scalars of the loss."""
+        return {**super().scalars(context), **scalars_of(self.loss)}
 
 
 def seen_shape(image_shape: tuple[int, int, int], views: ViewSettings) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ from dist_contrastive.config import LabelledSettings
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.losses.views import compare_views
-from dist_contrastive.tasks.base import Embeddings, Terms
+from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
 from dist_contrastive.tasks.images import ImageTask
 
 
@@ -22,7 +22,7 @@ class Labelled(ImageTask):
         self.loss = build_loss(settings.loss)
         self.num_views = settings.num_views
 
-    def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
+    def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
         """Views of every image: [b, C, H, W] each."""
         return self.make_views(samples, self.num_views)
 
@@ -30,7 +30,7 @@ class Labelled(ImageTask):
         """Projections of all views: [b, D] each."""
         return self.project(inputs)
 
-    def compare(self, embeddings: Embeddings, samples: Samples) -> Terms:
+    def compare(self, embeddings: Embeddings, samples: Samples, context: StepContext) -> Terms:
         """The loss over all pairs of views of the global batch."""
         num_views = len(embeddings)
         return {"contrastive": compare_views(self.loss, embeddings, samples.labels, num_views)}

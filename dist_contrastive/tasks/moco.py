@@ -9,7 +9,7 @@ from dist_contrastive.data.fields import Samples
 from dist_contrastive.losses.infonce import InfoNCE
 from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.models.momentum import MomentumCopy, check_row_independent, momentum_at
-from dist_contrastive.tasks.base import Embeddings, Terms
+from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
 from dist_contrastive.tasks.images import ImageTask
 
 
@@ -38,7 +38,7 @@ class Moco(ImageTask):
         self.register_buffer("queue", torch.zeros(settings.queue_size, settings.head.out))
         self.register_buffer("num_queued", torch.zeros((), dtype=torch.int64))  # since the start
 
-    def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
+    def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
         """A view for the query and one for the key of every image: [b, C, H, W] each."""
         return self.make_views(samples, 2)
 
@@ -47,7 +47,7 @@ class Moco(ImageTask):
         for_query, for_key = inputs
         return self.head(self.encoder(for_query)), self.key_head(self.key_encoder(for_key))
 
-    def compare(self, embeddings: Embeddings, samples: Samples) -> Terms:
+    def compare(self, embeddings: Embeddings, samples: Samples, context: StepContext) -> Terms:
         """InfoNCE against the keys of the batch and those of the queue."""
         queries, keys = embeddings
         held = self._num_held()
@@ -55,10 +55,10 @@ class Moco(ImageTask):
         return {"contrastive": self.loss(queries, keys, bank=bank)}
 
     @torch.no_grad()
-    def finish_step(self, embeddings: Embeddings) -> None:
+    def finish_step(self, embeddings: Embeddings, samples: Samples, context: StepContext) -> None:
         """The key encoder follows; the keys of all ranks replace the oldest of the queue."""
-        super().finish_step(embeddings)
-        momentum = self._momentum()
+        super().finish_step(embeddings, samples, context)
+        momentum = momentum_at(context.progress, self.momentum)
         self.key_encoder.update(self.encoder, momentum)
         self.key_head.update(self.head, momentum)
         keys, _ = collectives.all_gather_rows(embeddings[1].to(self.queue.dtype))
@@ -67,14 +67,12 @@ class Moco(ImageTask):
         self.num_queued += len(keys)
 
     @torch.no_grad()
-    def scalars(self) -> dict[str, float]:
+    def scalars(self, context: StepContext) -> dict[str, float]:
         """The temperature, the momentum of this step, and how many keys are queued."""
         held = float(self._num_held())
-        return {**super().scalars(), "momentum": self._momentum(), "queued_keys": held}
+        momentum = momentum_at(context.progress, self.momentum)
+        return {**super().scalars(context), "momentum": momentum, "queued_keys": held}
 
     def _num_held(self) -> int:
         """Keys in the queue, which fills up first."""
         return min(int(self.num_queued), len(self.queue))
-
-    def _momentum(self) -> float:
-        return momentum_at(self.progress, self.momentum)

@@ -15,7 +15,7 @@ from dist_contrastive.models import (
     representations_of,
     text_tokens,
 )
-from dist_contrastive.tasks.base import Embeddings, Terms
+from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
 from dist_contrastive.tasks.images import ImageTask
 
 
@@ -29,7 +29,7 @@ class Paired(ImageTask):
         self.pair_head = build_head(settings.pair.head, self.pair_encoder.dim)
         self.loss = build_loss(settings.loss)
 
-    def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
+    def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
         """A view of every image [b, C, H, W], and what its partner's encoder takes [b, ...]."""
         assert samples.pair is not None
         return *self.make_views(samples, 1), self.as_input(samples.pair).to(samples.images.device)
@@ -39,7 +39,7 @@ class Paired(ImageTask):
         images, partners = inputs
         return self.head(self.encoder(images)), self.pair_head(self.pair_encoder(partners))
 
-    def compare(self, embeddings: Embeddings, samples: Samples) -> Terms:
+    def compare(self, embeddings: Embeddings, samples: Samples, context: StepContext) -> Terms:
         """The loss between modalities, all rows of the global batch as negatives."""
         return {"contrastive": self.loss(*embeddings)}
 

@@ -9,7 +9,7 @@ from dist_contrastive.data.views import ViewSettings
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.losses.views import compare_views
-from dist_contrastive.tasks.base import Embeddings, Terms
+from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
 from dist_contrastive.tasks.images import ImageTask, seen_shape
 
 GLOBAL_VIEWS = 2
@@ -25,7 +25,7 @@ class TwoView(ImageTask):
         if self.crops:
             self._check_crops(self.crops.views)
 
-    def inputs(self, samples: Samples) -> tuple[Tensor, ...]:
+    def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
         """The global views of every image, then its crops: [b, C, H, W] each."""
         views = self.make_views(samples, GLOBAL_VIEWS)
         if self.crops is None:
@@ -37,7 +37,7 @@ class TwoView(ImageTask):
         views, crops = inputs[:GLOBAL_VIEWS], inputs[GLOBAL_VIEWS:]
         return self.project(views) + (self.project(crops) if crops else ())
 
-    def compare(self, embeddings: Embeddings, samples: Samples) -> Terms:
+    def compare(self, embeddings: Embeddings, samples: Samples, context: StepContext) -> Terms:
         """The loss between views, all rows of the global batch as negatives."""
         return {"contrastive": compare_views(self.loss, embeddings, num_global=GLOBAL_VIEWS)}
 

@@ -46,9 +46,12 @@ def self_check(run: Run) -> str:
     count, rank = len(samples.images) // run.backend.world_size, run.backend.rank
     mine = samples.rows(torch.arange(rank * count, (rank + 1) * count, device=run.backend.device))
     parameters = _some_of(run.task)
-    with _quietly(run, None if micro is None else min(micro, math.ceil(count / 2))):
+    progress = run.progress.step / run.config.train.steps
+    half = None if micro is None else min(micro, math.ceil(count / 2))
+    with _eval_mode(run.task):
         begin = time.perf_counter()
-        backward(run, mine)
+        context = run.task.begin_step(mine, progress=progress, micro_batch_size=half)
+        backward(run, mine, context)
         found = [run.engine.gradient(p).cpu() for p in parameters.values()]
         run.engine.discard_gradients()
         took_s = max(collectives.gather_objects(time.perf_counter() - begin))
@@ -58,7 +61,7 @@ def self_check(run: Run) -> str:
     with collectives.raised_together():
         worst = 0.0
         if run.backend.is_main:
-            expected = _of_one_process(run, samples, weights, list(parameters))
+            expected = _single_process_gradients(run, samples, weights, list(parameters))
             worst = _compare(run, dict(zip(parameters, found, strict=True)), expected)
     worst = collectives.gather_objects(worst)[0]
     return f"{len(parameters)} parameters have that of one process to {worst:.0e}"
@@ -94,30 +97,27 @@ def _some_of(task: Task) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def _quietly(run: Run, micro_batch_size: int | None) -> Iterator[None]:
-    """In eval mode: dropout would draw other masks for other ranks."""
-    mode = run.task.training
-    run.task.eval()
-    run.task.is_logged = False
-    run.task.progress = run.progress.step / run.config.train.steps
-    run.task.micro_batch_size = micro_batch_size
+def _eval_mode(task: Task) -> Iterator[None]:
+    """In training mode dropout would draw other masks for other ranks."""
+    mode = task.training
+    task.eval()
     try:
         yield
     finally:
-        run.task.train(mode)
+        task.train(mode)
 
 
-def _of_one_process(
+def _single_process_gradients(
     run: Run, samples: Samples, weights: dict[str, Tensor], names: list[str]
 ) -> dict[str, Tensor]:
     """Gradients by the plain step, in fp32, of the task with these weights."""
     with collectives.alone():
         task = build_task(run.config, run.data.example).to(run.backend.device).eval()
         task.load_state_dict(weights)
-        task.progress = run.task.progress
-        of_batch = task.batch_inputs(samples)
-        embeddings = task(*task.inputs(samples), *of_batch)
-        torch.stack(list(task.compare(embeddings, samples).values())).sum().backward()
+        progress = run.progress.step / run.config.train.steps
+        context = task.begin_step(samples, progress=progress)
+        embeddings = task(*task.inputs(samples, context))
+        torch.stack(list(task.compare(embeddings, samples, context).values())).sum().backward()
     grads = {name: task.get_parameter(name).grad for name in names}
     return {
         name: torch.zeros(task.get_parameter(name).shape) if grad is None else grad.cpu()

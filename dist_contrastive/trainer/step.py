@@ -14,7 +14,7 @@ from dist_contrastive.data.fields import Samples
 from dist_contrastive.errors import NonFiniteError
 from dist_contrastive.grad_cache import GradCache
 from dist_contrastive.metrics import duplicates, geometry
-from dist_contrastive.tasks.base import Embeddings, Terms
+from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
 from dist_contrastive.trainer.start import Run
 
 
@@ -32,12 +32,16 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
             when the weights are not finite themselves.
     """
     config, step = run.config, run.progress.step
-    run.task.progress, run.task.is_logged = step / config.train.steps, is_logged
-    run.task.micro_batch_size = config.train.micro_batch_size
     run.clock.begin_step(is_logged)
     lr = optim.learning_rate(step, config.train.steps, config.optim, config.data.global_batch_size)
+    context = run.task.begin_step(
+        samples,
+        progress=step / config.train.steps,
+        is_logged=is_logged,
+        micro_batch_size=config.train.micro_batch_size,
+    )
     try:
-        embeddings, row = backward(run, samples)
+        embeddings, row = backward(run, samples, context)
         with run.clock.spent("optimizer"):
             updated = run.engine.step(lr)
         if updated.rescaled:  # what a loss scale is found by: no step is bad for it
@@ -48,12 +52,12 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
         _without_update(run, consumed, error)
         return {}
     with run.clock.spent("optimizer"), run.engine.whole_parameters():
-        run.task.finish_step(embeddings)
+        run.task.finish_step(embeddings, samples, context)
     run.progress = Progress(step + 1, consumed)
     if not is_logged:
         return {}
     row = {"step": step + 1, **row, "lr": lr, "grad_norm": updated.grad_norm}
-    row |= {"parameter_norm": run.engine.parameter_norm(), **run.task.scalars()}
+    row |= {"parameter_norm": run.engine.parameter_norm(), **run.task.scalars(context)}
     return row | _of_batch(run, embeddings, samples, row.get("temperature"))
 
 
@@ -65,34 +69,38 @@ def _of_batch(
     return found if pairs is None else found | geometry(*pairs, temperature)
 
 
-def backward(run: Run, samples: Samples) -> tuple[Embeddings, dict[str, float]]:
+def backward(
+    run: Run, samples: Samples, context: StepContext
+) -> tuple[Embeddings, dict[str, float]]:
     """Leave the gradient of a step in the engine.
 
     Returns:
-        Embeddings of this rank's rows without their graph, and the loss, with its terms if the task
-        `is_logged`.
+        Embeddings of this rank's rows without their graph, and the loss, with its terms if the step
+        is logged.
 
     Raises:
         NonFiniteError: embeddings or loss are not finite, on any rank.
     """
-    inputs = _Inputs(run, samples)
+    inputs = _Inputs(run, samples, context)
     if inputs.num_parts == 1:
-        return _plain(run, inputs, samples)
+        return _plain(run, inputs, samples, context)
     with run.clock.spent("embed"):
         cache = GradCache(inputs.embed, inputs.num_parts)
     with run.clock.spent("compare"):
-        loss, row = _compare(run, cache.embeddings, samples)
+        loss, row = _compare(run, cache.embeddings, samples, context)
         cache.compared(loss, [p for p in run.task.parameters() if p.requires_grad])
     with run.clock.spent("replay"):
         run.engine.backward(cache.replay, cache.num_parts)
     return tuple(x.detach() for x in cache.embeddings), row
 
 
-def _plain(run: Run, inputs: "_Inputs", samples: Samples) -> tuple[Embeddings, dict[str, float]]:
+def _plain(
+    run: Run, inputs: "_Inputs", samples: Samples, context: StepContext
+) -> tuple[Embeddings, dict[str, float]]:
     with run.clock.spent("embed"):
         embeddings = inputs.embed(0)
     with run.clock.spent("compare"):
-        loss, row = _compare(run, embeddings, samples)
+        loss, row = _compare(run, embeddings, samples, context)
     with run.clock.spent("replay"):
         run.engine.backward(lambda _: loss)
     return tuple(x.detach() for x in embeddings), row
@@ -101,12 +109,10 @@ def _plain(run: Run, inputs: "_Inputs", samples: Samples) -> tuple[Embeddings, d
 class _Inputs:
     """This rank's rows of a batch in micro-batches, each made and embedded when it is asked for."""
 
-    def __init__(self, run: Run, samples: Samples) -> None:
-        self._run = run
+    def __init__(self, run: Run, samples: Samples, context: StepContext) -> None:
+        self._run, self._samples, self._context = run, samples, context
         rows = torch.arange(len(samples.images), device=samples.images.device)
-        self._parts = rows.split(run.task.micro_batch_size or max(1, len(rows)))
-        self._samples = samples
-        self._of_batch = run.task.batch_inputs(samples)
+        self._parts = rows.split(context.micro_batch_size or max(1, len(rows)))
 
     @property
     def num_parts(self) -> int:
@@ -114,27 +120,29 @@ class _Inputs:
 
     def embed(self, part: int) -> Embeddings:
         """Embeddings of a micro-batch, alike however often it is asked for."""
-        run, samples, of_batch = self._run, self._samples, self._of_batch
+        run, samples, context = self._run, self._samples, self._context
         if self.num_parts > 1:
-            samples = samples.rows(self._parts[part])
-            of_batch = tuple(x[self._parts[part]] for x in of_batch)
+            rows = self._parts[part]
+            samples, context = samples.rows(rows), context.rows(rows)
         seed_everything(
             run.config.seed * 1_000_003
             + run.progress.step * 1009
             + run.backend.rank
             + part * 2_147_483_647
         )
-        return run.engine.embed(*run.task.inputs(samples), *of_batch)
+        return run.engine.embed(*run.task.inputs(samples, context))
 
 
-def _compare(run: Run, embeddings: Embeddings, samples: Samples) -> tuple[Tensor, dict[str, float]]:
+def _compare(
+    run: Run, embeddings: Embeddings, samples: Samples, context: StepContext
+) -> tuple[Tensor, dict[str, float]]:
     """The loss; it and, if logged and several, its terms as numbers."""
-    terms = run.task.compare(embeddings, samples)
+    terms = run.task.compare(embeddings, samples, context)
     for name, term in terms.items():
         if not term.isfinite():
             raise NonFiniteError(f"{name} of finite embeddings is {term.item()}")
     loss = torch.stack(list(terms.values())).sum()
-    if not run.task.is_logged:
+    if not context.is_logged:
         return loss, {}
     row = {"loss": loss.item()}
     return loss, row | (_of_terms(embeddings, terms) if len(terms) > 1 else {})
