@@ -71,7 +71,7 @@ class Hybrid(ImageTask):
         }
         values = {name: terms[name](embeddings, samples) for name in self._weights}
         if context.is_logged:
-            context.metrics.update({name: float(value) for name, value in values.items()})
+            context.metrics.update({name: float(x.detach()) for name, x in values.items()})
         weights = self._weights_at(context.progress)
         return {name: weights[name] * value for name, value in values.items()}
 
