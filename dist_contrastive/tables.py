@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -26,18 +27,20 @@ def format_table(
     title: str | None = None,
     width: int = _WIDTH,
 ) -> str:
-    """Aligned text: numbers to the right, texts wrapped between words, words never cut.
+    """Aligned text: numbers to the right, texts wrapped, single words as paths never cut.
 
     Args:
         columns: their names; all empty: no line of names.
         rows: of cells, shown by `str`, and None by "?".
-        width: in characters, more where words do not fit.
+        width: in characters, more where single words do not fit.
     """
     cells = [["?" if cell is None else str(cell) for cell in row] for row in rows]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
     for column, name in enumerate(columns):
-        is_number = cells and all(_NUMBER.fullmatch(row[column]) for row in cells)
-        table.add_column(name, justify="right" if is_number else "left")
+        is_number = bool(cells) and all(_NUMBER.fullmatch(row[column]) for row in cells)
+        has_words = any(" " in row[column] for row in cells)
+        justify: Literal["left", "right"] = "right" if is_number else "left"
+        table.add_column(name, justify=justify, no_wrap=is_number or not has_words)
     for row in cells:
         table.add_row(*row)
     console = Console(width=_MOST, color_system=None, markup=False, emoji=False, highlight=False)
