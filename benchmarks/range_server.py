@@ -26,9 +26,9 @@ class RangeServer(ThreadingHTTPServer):
     Args:
         fault: called with the path and the number of the request to it, tells what goes wrong:
             "reset" closes the connection in the middle of the body, "truncate" ends the body early
-            with a proper end of the connection, "503" and "404" answer so, "slow" waits a second
-            first, "hang" half a minute, "flip" changes a byte, "whole" ignores the range, None
-            serves.
+            with a proper end of the connection, "503" and "404" answer so, "slow" waits three
+            seconds first, "hang" until the server is closed, "flip" changes a byte, "whole" ignores
+            the range, None serves.
     """
 
     daemon_threads = True
@@ -42,6 +42,8 @@ class RangeServer(ThreadingHTTPServer):
         self.requests: dict[str, int] = {}
         self.bytes_sent = 0
         self.lock = threading.Lock()
+        self.is_hanging = threading.Event()
+        self._is_closed = threading.Event()
         super().__init__(("127.0.0.1", port), _Handler)
 
     @property
@@ -54,8 +56,13 @@ class RangeServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._is_closed.set()
         self.shutdown()
         self.server_close()
+
+    def wait_for_close(self) -> None:
+        """Block until the server is closed."""
+        self._is_closed.wait()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients may go away."""
@@ -79,8 +86,11 @@ class _Handler(SimpleHTTPRequestHandler):
             count = self.server.requests.get(self.path, 0)
             self.server.requests[self.path] = count + 1
         fault = self.server.fault(self.path, count)
-        if fault in ("slow", "hang"):
-            time.sleep(1 if fault == "slow" else 30)
+        if fault == "slow":
+            time.sleep(3)
+        if fault == "hang":
+            self.server.is_hanging.set()
+            self.server.wait_for_close()
         file = self.server.folder / self.path.lstrip("/")
         if fault in ("503", "404"):
             return self._refuse(int(fault))

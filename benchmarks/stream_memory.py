@@ -15,8 +15,8 @@ import psutil
 from memory import own_memory_kib
 from stream_runs import LANES, MIXED
 
-from dist_contrastive.data.shards.index import ShardIndex
-from dist_contrastive.data.shards.index_file import load_index, save_index
+from dist_contrastive.data.shards.index import ShardIndex, save_index
+from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.shards.locations import INDEX_NAME
 from dist_contrastive.data.stream.shard_stream import ShardStream
 
@@ -154,6 +154,6 @@ def _used(way: str, function: Callable, index: ShardIndex | None) -> list[float]
 def _look_up(pipe: Any, index: ShardIndex | None) -> None:
     if index is not None:
         for number in np.random.default_rng(0).integers(len(index), size=LOOKED_UP).tolist():
-            index.expect(number)
+            index.prefetch(number)
     used = psutil.Process().memory_full_info()
     pipe.send([used.uss / MIB, used.pss / MIB])

@@ -19,9 +19,9 @@ import torch
 import webdataset
 from stream_shards import tars
 
-from dist_contrastive.data.shards.block_cache import CacheSettings
 from dist_contrastive.data.shards.encoding import decode_field
-from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.indexing import load_index
+from dist_contrastive.data.shards.storage import BlockCache
 from dist_contrastive.data.stream.shard_stream import ShardStream
 
 LANES = 8
@@ -57,7 +57,7 @@ def ours(location: str, batch: int, workers: int, seed: int, cache: str = "") ->
     Args:
         location: a folder or its URL. cache: folder for blocks of a remote one.
     """
-    index = load_index(location, CacheSettings(folder=Path(cache)) if cache else None)
+    index = load_index(location, BlockCache.Config(folder=Path(cache)) if cache else None)
     stream = ShardStream(
         index,
         global_batch_size=batch,

@@ -13,7 +13,7 @@ from dist_contrastive import trainer
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Fields, Samples
 from dist_contrastive.data.labels import keep_per_class
-from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.evaluation.neighbours import knn_accuracy
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
 from dist_contrastive.evaluation.splits import labels_of

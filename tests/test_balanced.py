@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dist_contrastive.data import Balance, Fields, ShardStream
 from dist_contrastive.data.keyed_random import keyed_permutation
 from dist_contrastive.data.labels import keep_per_class
-from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.stream.balanced import BalancedOrder
 from dist_contrastive.errors import ConfigError
 

@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool2d
 
 from dist_contrastive.data import Fields, pack_glyphs
 from dist_contrastive.data.packing.glyphs import CHARACTERS, FONTS, _code, draw_font
-from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.errors import ConfigError, DataError
 
 GLYPHS = len(CHARACTERS) * len(FONTS)

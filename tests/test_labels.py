@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dist_contrastive.data import Fields, ShardIndex, ShardStream, index_folder
 from dist_contrastive.data.collate import collate, without_rows
 from dist_contrastive.data.labels import check_labels, keep_per_class, read_label_table
-from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.errors import ConfigError, DataError
 from dist_contrastive.testing import RankError, run_ranks

@@ -18,14 +18,18 @@ import torch
 import webdataset
 from PIL import Image
 
-from dist_contrastive.data import index_folder, load_index, pack_digits
+from dist_contrastive.data import ShardIndex, index_folder, load_index, pack_digits
 from dist_contrastive.data.collate import collate
 from dist_contrastive.data.packing.digits import _slant
 from dist_contrastive.data.shards.encoding import decode_field
-from dist_contrastive.data.shards.index_file import save_index
-from dist_contrastive.data.shards.indexing import build_index
+from dist_contrastive.data.shards.index import save_index
 from dist_contrastive.data.shards.tars import scan_samples, write_samples
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
+
+
+def build_index(folder: Path) -> ShardIndex:
+    """The index of all tars of a folder, read anew."""
+    return index_folder(folder, full=True)
 
 
 def image_bytes(mode: str, image_format: str, size: tuple[int, int] = (5, 3)) -> bytes:
@@ -326,7 +330,7 @@ def test_index_can_be_sent_to_a_process(folder: Path):
 
 
 def test_more_shards_than_open_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dist_contrastive.data.shards.files._MAX_OPEN", 1)
+    monkeypatch.setattr("dist_contrastive.data.shards.storage._MAX_OPEN", 1)
     index = load_index(folder)
     assert [index.read(n)["cls"] for n in (0, 4, 1, 5)] == [0, 4, 1, 5]
 

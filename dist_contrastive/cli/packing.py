@@ -268,7 +268,7 @@ def _report(args: argparse.Namespace, packed: "Packed") -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from dist_contrastive.data.packing.listing import list_shards
+    from dist_contrastive.data.shards.inspect import list_shards
 
     rows, problems = list_shards(args.patterns)
     width = max(len(row.shard) for row in rows)

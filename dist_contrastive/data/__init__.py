@@ -11,16 +11,16 @@ from dist_contrastive.data.packing.merge import merge_shards
 from dist_contrastive.data.packing.options import PackOptions
 from dist_contrastive.data.packing.pairs import pack_pairs
 from dist_contrastive.data.packing.toys import pack_toy, toy_points
-from dist_contrastive.data.shards.block_cache import CacheSettings
 from dist_contrastive.data.shards.index import ShardIndex
-from dist_contrastive.data.shards.index_file import load_index
-from dist_contrastive.data.shards.indexing import index_folder
+from dist_contrastive.data.shards.indexing import index_folder, load_index
+from dist_contrastive.data.shards.storage import BlockCache
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.shard_stream import ShardStream
+from dist_contrastive.errors import retired
 
 __all__ = [
     "Balance",
-    "CacheSettings",
+    "BlockCache",
     "DataConfig",
     "Fields",
     "PackOptions",
@@ -39,3 +39,5 @@ __all__ = [
     "pack_toy",
     "toy_points",
 ]
+
+__getattr__ = retired(__name__, {"CacheSettings": "dist_contrastive.data.BlockCache.Config"})

@@ -5,9 +5,9 @@ from typing import Annotated, Self
 from pydantic import Discriminator, NonNegativeInt, PositiveInt, Tag, model_validator
 
 from dist_contrastive.data.fields import Fields, FieldsConfig
-from dist_contrastive.data.shards.block_cache import CacheSettings
 from dist_contrastive.data.shards.index import ShardIndex
-from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.indexing import load_index
+from dist_contrastive.data.shards.storage import BlockCache
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.shard_stream import ShardStream
 from dist_contrastive.settings import Settings
@@ -45,7 +45,7 @@ class DataConfig(FieldsConfig, ShardStream.Config):
     max_skipped: NonNegativeInt = 10
     """Different samples that may be unreadable or lack a field; each is replaced by another one and
     listed in skipped.jsonl. One more stops the run."""
-    cache: CacheSettings = CacheSettings()
+    cache: BlockCache.Config = BlockCache.Config()
     """Of remote shards, on this machine's disk."""
 
     @property

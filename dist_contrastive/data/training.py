@@ -15,7 +15,7 @@ from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields, Samples
 from dist_contrastive.data.labels import check_labels, keep_per_class, read_label_table
 from dist_contrastive.data.shards.index import ShardIndex, concatenate
-from dist_contrastive.data.shards.locations import is_url
+from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.shard_stream import ShardStream
 from dist_contrastive.data.stream.unreadable import Skipped

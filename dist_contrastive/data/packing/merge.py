@@ -9,12 +9,11 @@ from dist_contrastive.data.packing.keys import SeenKeys
 from dist_contrastive.data.packing.options import PackOptions, check_target
 from dist_contrastive.data.packing.writer import Packed, pack_samples
 from dist_contrastive.data.progress import shown
-from dist_contrastive.data.shards.block_cache import BlockCache
-from dist_contrastive.data.shards.files import ShardFiles
 from dist_contrastive.data.shards.index import ShardIndex
-from dist_contrastive.data.shards.index_file import load_index
-from dist_contrastive.data.shards.indexing import index_shard, open_shard
-from dist_contrastive.data.shards.locations import INDEX_NAME, find_shards, folder_of, is_url
+from dist_contrastive.data.shards.indexing import index_shard, load_index
+from dist_contrastive.data.shards.locations import INDEX_NAME, find_shards, folder_of
+from dist_contrastive.data.shards.remote import is_url
+from dist_contrastive.data.shards.storage import BlockCache, ShardFiles, open_shard
 from dist_contrastive.data.shards.tars import scan_samples
 from dist_contrastive.errors import DataError
 

@@ -14,8 +14,7 @@ from dist_contrastive.data.keyed_random import keyed_permutation
 from dist_contrastive.data.packing.aside import refuse_foreign_files, written_aside
 from dist_contrastive.data.packing.writer import ShardBounds, encoded, made, write_shards
 from dist_contrastive.data.shards.index import ShardIndex
-from dist_contrastive.data.shards.index_file import load_index
-from dist_contrastive.data.shards.indexing import index_folder
+from dist_contrastive.data.shards.indexing import index_folder, load_index
 
 _SPLITS = ("train", "test")
 _SPLIT_SEED = 0

@@ -21,8 +21,7 @@ from dist_contrastive.data.packing.options import PackOptions, ShardBounds, chec
 from dist_contrastive.data.progress import shown
 from dist_contrastive.data.shards.encoding import encode_field
 from dist_contrastive.data.shards.index import ShardIndex
-from dist_contrastive.data.shards.index_file import load_index
-from dist_contrastive.data.shards.indexing import index_folder
+from dist_contrastive.data.shards.indexing import index_folder, load_index
 from dist_contrastive.data.shards.tars import BLOCK, ShardWriter, tar_bytes
 from dist_contrastive.errors import DataError, UnreadableSample
 

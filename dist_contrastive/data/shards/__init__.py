@@ -2,11 +2,12 @@
 
 tars.py         samples in tars: write, find
 encoding.py     fields by extension: encode, decode (nothing is unpickled)
-locations.py    which shards a folder, a pattern or a URL names
-remote.py       bytes of a server, asked again until they come
-block_cache.py  blocks of remote shards on a local disk
-files.py        bytes of any shard
-index.py        where every field of every sample lies, with checksums; reading by it
-index_file.py   the index as a file, compared with its tars
-indexing.py     the index of tars, whoever wrote them
+remote.py       requests to servers, with retries
+locations.py    the shards of a folder, a pattern or a URL
+storage.py      bytes of any shard, through a cache if it is remote
+index.py        place and checksum of every field of every sample; reading by it; its file
+indexing.py     indexes loaded, compared with their tars, and made of tars, whoever wrote them
+inspect.py      summaries: samples, fields, types of values, classes
+shard_check.py  problems of one shard
+verify.py       problems of shards and of their indexes
 """

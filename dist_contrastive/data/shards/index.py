@@ -1,32 +1,50 @@
-"""The index of shards: where every field of every sample lies, and checksums to trust it by.
+"""Index of shards: place and checksum of every field of every sample, and its file, `index.npz`.
 
 With it a field is read by one request for its bytes, wherever the shard is.
 """
 
+import contextlib
 import hashlib
+import io
+import os
+import zipfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_contrastive.data.shards.block_cache import BlockCache
 from dist_contrastive.data.shards.encoding import decode_or_explain
-from dist_contrastive.data.shards.files import ShardFiles
-from dist_contrastive.data.shards.locations import is_url
+from dist_contrastive.data.shards.locations import folder_of, join
+from dist_contrastive.data.shards.remote import is_url
+from dist_contrastive.data.shards.storage import BlockCache, ShardFiles
 from dist_contrastive.data.shards.tars import member_key
 from dist_contrastive.errors import DataError, UnreadableSample
 
-_ATTEMPTS = 4  # that a server has to send the right bytes
+_VERSION = 2  # of the file
+_ATTEMPTS = 4  # to receive the right bytes from a server
+# What NumPy and `zipfile` raise for damaged files.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
+_ARRAYS = {
+    "shard_bytes": np.int64,
+    "shard_samples": np.int64,
+    "sample_offset": np.int64,
+    "member_start": np.uint32,
+    "member_header": np.uint16,
+    "member_size": np.uint32,
+    "member_crc32": np.uint32,
+}
+MEMBER_TABLES = tuple(name for name in _ARRAYS if name.startswith("member"))
 ABSENT = np.iinfo(np.uint32).max  # `member_start` of a field that a sample lacks
 
 
 def index_command(location: str) -> str:
-    """The command that (re)builds the index of a folder or pattern, for messages."""
+    """Command that (re)builds the index of a folder or pattern, for messages."""
     return f"dist-contrastive shards index {location}"
 
 
@@ -77,22 +95,22 @@ class ShardIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal checksum of what the shards hold, in order, wherever they lie."""
-        told = zip(self.shard_sha256, self.shard_samples.tolist(), strict=True)
-        return hashlib.sha256(repr(list(told)).encode()).hexdigest()
+        """Hexadecimal checksum of the contents of the shards, in order, wherever they lie."""
+        contents = list(zip(self.shard_sha256, self.shard_samples.tolist(), strict=True))
+        return hashlib.sha256(repr(contents).encode()).hexdigest()
 
     def shard_of(self, sample_number: int) -> int:
         """Number of the shard that holds a sample."""
         return bisect_right(self._starts, sample_number) - 1
 
     def field_counts(self) -> NDArray[np.int64]:
-        """How many samples of each shard have each field, int64 [S, F]."""
+        """Number of samples of each shard that have each field, int64 [S, F]."""
         present = (self.member_start != ABSENT).astype(np.int64)
         sums = np.concatenate([np.zeros((1, len(self.fields)), np.int64), present.cumsum(axis=0)])
         return sums[self.shard_starts[1:]] - sums[self.shard_starts[:-1]]
 
     def read(self, sample_number: int, only: Collection[str] | None = None) -> dict[str, Any]:
-        """Read and decode one sample: `__key__` and its fields by extension, as `decode_field`.
+        """Decoded sample: `__key__` and its fields by extension, as `decode_field` gives them.
 
         Args:
             only: the fields to read, which the sample must have; None reads what there is.
@@ -118,7 +136,7 @@ class ShardIndex:
     def read_contents(
         self, sample_number: int, only: Collection[str] | None = None
     ) -> dict[str, Any]:
-        """`read` without decoding: `__key__`, and those of the fields that it has, as bytes."""
+        """Sample as bytes: `__key__`, and those of the fields that it has."""
         if not 0 <= sample_number < len(self):
             raise IndexError(f"sample {sample_number} is outside 0..{len(self) - 1}")
         columns = self._columns(sample_number, only) or self._columns(sample_number, None)[:1]
@@ -130,28 +148,30 @@ class ShardIndex:
             # What came from a server, or lies in the cache, may be bad where the shard is not.
             if attempts >= _ATTEMPTS or not is_url(self.shards[shard]):
                 raise UnreadableSample(problem)
-            self.files.forget(*place)
+            self.files.drop(*place)
             data, attempts = self.files.read(*place), attempts + 1
-        found: dict[str, Any] = {"__key__": self._key(sample_number, columns[0], data)}
+        key = member_key(data[: self._member_bytes(sample_number, columns[0])])
+        contents: dict[str, Any] = {"__key__": key}
         first = self._start(sample_number, columns)
         for column in columns:
             name = self.fields[column]
             if only is None or name in only:
                 begin = int(self.member_start[sample_number, column]) - first
                 content = begin + int(self.member_header[sample_number, column])
-                found[name] = data[content : content + int(self.member_size[sample_number, column])]
-        return found
+                size = int(self.member_size[sample_number, column])
+                contents[name] = data[content : content + size]
+        return contents
 
-    def expect(self, sample_number: int, only: Collection[str] | None = None) -> None:
-        """These fields will be read soon: fetch them meanwhile, if they lie far."""
+    def prefetch(self, sample_number: int, only: Collection[str] | None = None) -> None:
+        """Begin to fetch fields that will be read soon."""
         columns = self._columns(sample_number, only)
         if columns:
             shard = self.shard_of(sample_number)
             size = int(self.shard_bytes[shard])
-            self.files.expect(self.shards[shard], size, *self._span(sample_number, columns))
+            self.files.prefetch(self.shards[shard], size, *self._span(sample_number, columns))
 
     def key(self, sample_number: int) -> str | None:
-        """The key of a sample, or None where none of its fields can be read."""
+        """Key of a sample, or None where none of its fields can be read."""
         for column in self._columns(sample_number, None):
             try:
                 return self.read_contents(sample_number, (self.fields[column],))["__key__"]
@@ -160,7 +180,7 @@ class ShardIndex:
         return None
 
     def select(self, shards: Iterable[int]) -> "ShardIndex":
-        """The index of some of the shards, in the given order."""
+        """Index of some of the shards, in the given order."""
         numbers = list(shards)
         spans = [slice(*self.shard_starts[i : i + 2]) for i in numbers]
         rows = np.concatenate([np.arange(s.start, s.stop) for s in spans] or [np.arange(0)])
@@ -171,11 +191,8 @@ class ShardIndex:
             shard_samples=self.shard_samples[numbers],
             fields=self.fields,
             sample_offset=self.sample_offset[rows],
-            member_start=self.member_start[rows],
-            member_header=self.member_header[rows],
-            member_size=self.member_size[rows],
-            member_crc32=self.member_crc32[rows],
             files=self.files,
+            **{name: getattr(self, name)[rows] for name in MEMBER_TABLES},
         )
 
     def _columns(self, number: int, only: Collection[str] | None) -> list[int]:
@@ -200,11 +217,8 @@ class ShardIndex:
         stop = int(self.member_start[number, last]) + self._member_bytes(number, last)
         return int(self.sample_offset[number]) + first, stop - first
 
-    def _key(self, number: int, column: int, data: bytes) -> str:
-        return member_key(data[: self._member_bytes(number, column)])
-
     def _problem(self, number: int, columns: Sequence[int], data: bytes) -> str | None:
-        """What is wrong with the bytes of these fields."""
+        """Sentence about the first of these fields whose bytes are wrong."""
         first = self._start(number, columns)
         for column in columns:
             begin = int(self.member_start[number, column]) - first
@@ -224,7 +238,7 @@ class ShardIndex:
 
 
 def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
-    """One index of all shards of several, in order; samples are numbered through.
+    """Index of all shards of several, in order; samples are numbered through.
 
     Raises:
         DataError: a shard is in two of them.
@@ -233,33 +247,127 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
         return indexes[0]
     shards = [shard for index in indexes for shard in index.shards]
     if len(set(shards)) < len(shards):
-        twice = next(shard for shard in shards if shards.count(shard) > 1)
-        raise DataError(f"shard {twice} is given twice; name every shard in one source only")
+        repeated = next(shard for shard in shards if shards.count(shard) > 1)
+        raise DataError(f"shard {repeated} is given twice; name every shard in one source only")
     fields = tuple(sorted({name for index in indexes for name in index.fields}))
-    starts = [_aligned(index, index.member_start, fields, ABSENT) for index in indexes]
-    headers, sizes, checksums = (
-        np.concatenate([_aligned(index, getattr(index, name), fields, 0) for index in indexes])
-        for name in ("member_header", "member_size", "member_crc32")
-    )
+    columns = ("shard_bytes", "shard_samples", "sample_offset")
     return ShardIndex(
         shards=tuple(shards),
-        shard_bytes=np.concatenate([index.shard_bytes for index in indexes]),
         shard_sha256=tuple(x for index in indexes for x in index.shard_sha256),
-        shard_samples=np.concatenate([index.shard_samples for index in indexes]),
         fields=fields,
-        sample_offset=np.concatenate([index.sample_offset for index in indexes]),
-        member_start=np.concatenate(starts),
-        member_header=headers,
-        member_size=sizes,
-        member_crc32=checksums,
         files=indexes[0].files,
+        **{name: np.concatenate([getattr(index, name) for index in indexes]) for name in columns},
+        **{name: _concatenated(indexes, name, fields) for name in MEMBER_TABLES},
     )
 
 
-def _aligned(
-    index: ShardIndex, table: NDArray[Any], fields: tuple[str, ...], absent: int
+def _concatenated(
+    indexes: Sequence[ShardIndex], name: str, fields: tuple[str, ...]
 ) -> NDArray[Any]:
-    """The columns of a member table under other field names, of which its own are a part."""
-    wide = np.full((len(table), len(fields)), absent, table.dtype)
-    wide[:, [fields.index(name) for name in index.fields]] = table
-    return wide
+    """Member tables with one column for each field of any index."""
+    absent = ABSENT if name == "member_start" else 0
+    shape = sum(len(index) for index in indexes), len(fields)
+    table, row = np.full(shape, absent, _ARRAYS[name]), 0
+    for index in indexes:
+        columns = [fields.index(x) for x in index.fields]
+        table[row : row + len(index), columns] = getattr(index, name)
+        row += len(index)
+    return table
+
+
+# ---------------------------------------------------------------------------- the file
+
+
+def save_index(index: ShardIndex, path: Path | str) -> Path:
+    """Write an index atomically, and return its path.
+
+    Shards of the folder that it is written to are named without it, so that both can move.
+
+    Raises:
+        DataError: there it cannot be written, or could not be found by its name.
+    """
+    path = Path(path)
+    check_target(path)
+    names = [_stored_name(str(path.parent), shard) for shard in index.shards]
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(
+                file,
+                version=np.int64(_VERSION),
+                shards=np.array(names, np.str_),
+                shard_sha256=np.array(index.shard_sha256, np.str_),
+                fields=np.array(index.fields, np.str_),
+                **{name: getattr(index, name) for name in _ARRAYS},
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"the index {path} cannot be written ({error.strerror}); give another place: --out "
+            f"FILE.npz"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return path
+
+
+def check_target(path: Path) -> None:
+    """Refuse a path at which no index file can be written. Raises: DataError."""
+    if path.suffix != ".npz" or path.is_dir():
+        raise DataError(f"{path} is no name of an index; give a file that ends in .npz")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise DataError(
+            f"the index {path} cannot be written ({path.parent} is no folder that may be written "
+            f"to); give another place: --out FILE.npz"
+        )
+
+
+def _stored_name(folder: str, shard: str) -> str:
+    if is_url(shard):
+        return shard
+    return Path(shard).name if folder_of(shard) == folder else str(Path(shard).resolve())
+
+
+def parse_index(data: bytes, file: str, files: ShardFiles) -> ShardIndex:
+    """Index from the bytes of an index file.
+
+    Raises:
+        DataError: they hold none, or one of another version.
+    """
+    folder = folder_of(file)
+    try:
+        if not zipfile.is_zipfile(io.BytesIO(data)):
+            raise ValueError("it is not an npz file")
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            version = int(stored["version"])
+            if version != _VERSION:
+                raise ValueError(f"it has format {version}, this version reads {_VERSION}")
+            arrays: dict[str, Any] = {name: stored[name].astype(t) for name, t in _ARRAYS.items()}
+            index = ShardIndex(
+                shards=tuple(join(folder, name) for name in stored["shards"].tolist()),
+                shard_sha256=tuple(stored["shard_sha256"].tolist()),
+                fields=tuple(stored["fields"].tolist()),
+                files=files,
+                **arrays,
+            )
+            _check_shapes(index)
+            return index
+    except _DAMAGE as error:
+        raise DataError(
+            f"the index {file} cannot be read ({error}); run `{index_command(folder)}`"
+        ) from error
+
+
+def _check_shapes(index: ShardIndex) -> None:
+    shards, samples = len(index.shards), len(index)
+    tables = [getattr(index, name).shape for name in _ARRAYS if name.startswith("member")]
+    of_shards = (index.shard_bytes, index.shard_samples, index.shard_sha256)
+    if (
+        any(shape != (samples, len(index.fields)) for shape in tables)
+        or any(len(column) != shards for column in of_shards)
+        or index.shard_samples.sum() != samples
+    ):
+        raise ValueError("its parts do not fit each other")

@@ -1,12 +1,11 @@
-"""Making the index of tars, whoever wrote them, wherever they lie."""
+"""Indexes loaded, and made of tars, whoever wrote them, wherever they lie."""
 
 import hashlib
-import io
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,13 +13,13 @@ import numpy as np
 
 from dist_contrastive.data.progress import by_threads
 from dist_contrastive.data.shards import remote
-from dist_contrastive.data.shards.block_cache import BlockCache
-from dist_contrastive.data.shards.files import ShardFiles
-from dist_contrastive.data.shards.index import ABSENT, ShardIndex, concatenate
-from dist_contrastive.data.shards.index_file import (
-    check_ends,
+from dist_contrastive.data.shards.index import (
+    ABSENT,
+    MEMBER_TABLES,
+    ShardIndex,
     check_target,
-    load_index,
+    concatenate,
+    index_command,
     parse_index,
     save_index,
 )
@@ -29,17 +28,150 @@ from dist_contrastive.data.shards.locations import (
     find_shards,
     folder_of,
     is_pattern,
-    is_url,
 )
+from dist_contrastive.data.shards.remote import is_url
+from dist_contrastive.data.shards.storage import BlockCache, ShardFiles, open_shard, temporary_cache
 from dist_contrastive.data.shards.tars import SampleSlice, scan_samples
-from dist_contrastive.data.shards.temporary_cache import temporary_cache
-from dist_contrastive.errors import DataError
+from dist_contrastive.errors import DataError, UnreadableSample
 
 _CHUNK = 1 << 20  # bytes read at once
 _MAX_FIELDS = 64  # of a data set; more mean that keys hold dots
 
 Progress = Callable[[Iterator[Any], int], Iterator[Any]]
-"""Shows how far an iterator of so many items is."""
+"""Wraps an iterator of so many items, to show its progress."""
+
+
+def load_index(location: Path | str, cache: BlockCache.Config | None = None) -> ShardIndex:
+    """Load an index and compare it with its tars.
+
+    Local tars must have the sizes that were indexed, and where one is newer than the index its
+    first and last samples must be those that were indexed too. Of remote tars nothing is asked
+    here: what is read of them later is compared with the index.
+
+    Args:
+        location: a folder or its URL, with `index.npz` beside the tars; an index file or its URL;
+            or a pattern of shards whose folders have an index, as `data/train-{000..099}.tar`.
+        cache: of remote shards.
+
+    Raises:
+        DataError: no folder, tars or index; an index that cannot be read, or that does not fit the
+            tars.
+        UnreachableError: the server does not answer.
+    """
+    location = str(location) if is_url(str(location)) else str(Path(location))
+    files = ShardFiles(BlockCache(cache))
+    if is_pattern(location):
+        return _load_pattern(location, files)
+    file = location if location.endswith(".npz") else f"{location.rstrip('/')}/{INDEX_NAME}"
+    index = _read_index(file, location, files)
+    if not is_url(file):
+        _check_local(index, Path(file))
+    return index
+
+
+def _load_pattern(pattern: str, files: ShardFiles) -> ShardIndex:
+    """Index of the shards that a pattern names, from the indexes beside them."""
+    parts = []
+    for folder, group in groupby(find_shards(pattern), folder_of):
+        file = f"{folder}/{INDEX_NAME}"
+        index = _read_index(file, pattern, files)
+        known = {shard: number for number, shard in enumerate(index.shards)}
+        names = list(group)
+        if unknown := [name for name in names if name not in known]:
+            raise DataError(
+                f"shard {unknown[0]} of the pattern {pattern} is not in the index {file} "
+                f"({len(unknown)} are not); run `{index_command(folder)}`"
+            )
+        part = index.select(known[name] for name in names)
+        if not is_url(file):
+            _check_shards(part, Path(file))
+        parts.append(part)
+    return concatenate(parts)
+
+
+def _read_index(file: str, location: str, files: ShardFiles) -> ShardIndex:
+    if is_url(file):
+        try:
+            data = remote.read_all(file)
+        except UnreadableSample as error:
+            raise DataError(
+                f"{location} has no {INDEX_NAME} ({error}); run `{index_command(location)} --out "
+                f"FILE`, and give FILE, or put it there"
+            ) from error
+    else:
+        if not os.path.isfile(file):
+            folder = folder_of(file)
+            count = len(find_shards(folder))
+            raise DataError(
+                f"{folder} has {count} shards but no {Path(file).name}; run "
+                f"`{index_command(folder)}`"
+            )
+        try:
+            data = Path(file).read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"the index {file} cannot be read ({error.strerror}); allow it"
+            ) from error
+    return parse_index(data, file, files)
+
+
+def _check_local(index: ShardIndex, file: Path) -> None:
+    """Refuse an index of a folder that lacks some of its tars."""
+    if file.name == INDEX_NAME and all(folder_of(s) == str(file.parent) for s in index.shards):
+        found, command = find_shards(str(file.parent)), index_command(str(file.parent))
+        indexed = set(index.shards)
+        if new := [shard for shard in found if shard not in indexed]:
+            raise DataError(
+                f"shard {new[0]} is in the folder but not in the index (the folder has "
+                f"{len(found)} shards, the index lists {len(indexed)}); run `{command}`"
+            )
+    _check_shards(index, file)
+
+
+def _check_shards(index: ShardIndex, file: Path) -> None:
+    command, written = index_command(str(file.parent)), file.stat().st_mtime_ns
+    newer = []
+    for number, (shard, size) in enumerate(zip(index.shards, index.shard_bytes, strict=True)):
+        if is_url(shard):
+            continue
+        try:
+            status = os.stat(shard)
+        except OSError as error:
+            raise DataError(
+                f"shard {shard} is in the index but cannot be found ({error.strerror}; the index "
+                f"lists {len(index.shards)} shards); restore it, or run `{command}`"
+            ) from error
+        is_newer = status.st_mtime_ns > written
+        if not os.access(shard, os.R_OK):
+            raise DataError(f"shard {shard} may not be read; allow it, or index the others alone")
+        if status.st_size != size:
+            age = ": the index is older than it" if is_newer else ""
+            raise DataError(
+                f"shard {shard} has {status.st_size} bytes but {size} were indexed{age}; restore "
+                f"it, or run `{command}` if it was changed on purpose"
+            )
+        if is_newer:
+            newer.append(number)
+    try:
+        check_ends(index, newer)
+    except UnreadableSample as error:
+        raise DataError(f"the index {file} is older than its tar: {error}") from error
+
+
+def check_ends(index: ShardIndex, shards: list[int]) -> None:
+    """Read the first and last sample of shards, which differ where one was replaced.
+
+    Raises:
+        UnreadableSample: they are not as indexed.
+    """
+    for number in shards:
+        first, stop = index.shard_starts[number : number + 2].tolist()
+        for sample in sorted({first, stop - 1}) if stop > first else ():
+            index.read_contents(sample)
+    index.files.close()
+
+
+# ---------------------------------------------------------------------------- making
 
 
 def index_folder(
@@ -49,14 +181,13 @@ def index_folder(
     full: bool = False,
     progress: Progress = lambda items, _: items,
 ) -> ShardIndex:
-    """Index tars and save the index. What an index at that place tells of tars that have not
-    changed since is taken over.
+    """Index tars and save the index; entries of tars that have not changed since are reused.
 
     Args:
         location: a folder, a pattern, or a URL of either.
         out: where to write; None: `index.npz` in the folder, which must then be one and local.
         full: read all tars, changed or not.
-        progress: told of each shard.
+        progress: wraps the iterator over shards.
 
     Raises:
         DataError: no shards or samples; a tar truncated, damaged or with a key twice; nowhere to
@@ -78,20 +209,8 @@ def index_folder(
     return load_index(target)
 
 
-def build_index(location: Path | str) -> ShardIndex:
-    """The index of the tars of a folder; nothing is read from an older one, nothing is written.
-
-    Raises:
-        DataError: as `index_folder`.
-    """
-    shards = find_shards(str(location))
-    index = concatenate(list(_index_all(shards, ShardFiles(BlockCache()))))
-    _check_samples(index, str(location))
-    return index
-
-
 def index_shard(shard: str, files: ShardFiles, *, unique_keys: bool = True) -> ShardIndex:
-    """The index of one tar.
+    """Index of one tar.
 
     Args:
         unique_keys: refuse a key that it holds twice.
@@ -124,54 +243,6 @@ def index_shard(shard: str, files: ShardFiles, *, unique_keys: bool = True) -> S
     )
 
 
-@contextmanager
-def open_shard(shard: str, files: ShardFiles) -> Iterator[tuple[BinaryIO, int]]:
-    """A shard as a file, and its size in bytes.
-
-    Raises:
-        DataError: it is not there, may not be read, or its server does not tell its size.
-    """
-    if not is_url(shard):
-        try:
-            file = open(shard, "rb")  # noqa: SIM115  # what fails below is not the opening
-        except OSError as error:
-            raise DataError(
-                f"shard {shard} cannot be read ({error.strerror}); restore it, or leave it out"
-            ) from error
-        with file:
-            yield file, os.fstat(file.fileno()).st_size
-        return
-    size = remote.size(shard)
-    if size is None:
-        raise DataError(f"the server of {shard} does not tell its size; use one that does")
-    yield io.BufferedReader(_RemoteFile(shard, size, files), _CHUNK), size
-
-
-class _RemoteFile(io.RawIOBase):
-    """A remote shard as a file, for `tarfile`."""
-
-    def __init__(self, shard: str, size: int, files: ShardFiles) -> None:
-        self._shard, self._size, self._files, self._at = shard, size, files, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        length = max(0, min(len(buffer), self._size - self._at))
-        if length:
-            buffer[:length] = self._files.read(self._shard, self._size, self._at, length)
-        self._at += length
-        return length
-
-
 def _place(location: str, shards: Sequence[str]) -> Path:
     folders = {folder_of(shard) for shard in shards}
     if len(folders) == 1 and not is_url(location):
@@ -185,7 +256,7 @@ def _place(location: str, shards: Sequence[str]) -> Path:
 
 
 def _unchanged(file: Path, files: ShardFiles) -> dict[str, ShardIndex]:
-    """The parts of an index file that still fit their tars, by shard."""
+    """Entries of an index file that still fit their tars, by shard."""
     try:
         index = parse_index(file.read_bytes(), str(file), files)
         written = file.stat().st_mtime_ns
@@ -213,12 +284,9 @@ def _has_changed(part: ShardIndex, written_ns: int) -> bool:
 
 
 def _without_unused_fields(part: ShardIndex) -> ShardIndex:
-    """As `index_shard` makes it: an index of many shards has the fields of all of them."""
+    """Index of one shard as `index_shard` makes it, without the fields of other shards."""
     used = np.flatnonzero(part.field_counts()[0])
-    tables = {
-        name: getattr(part, name)[:, used]
-        for name in ("member_start", "member_header", "member_size", "member_crc32")
-    }
+    tables = {name: getattr(part, name)[:, used] for name in MEMBER_TABLES}
     return replace(part, fields=tuple(part.fields[i] for i in used), **tables)
 
 
@@ -279,7 +347,7 @@ def _member_tables(
 def _read_checksums(
     file: BinaryIO, samples: Sequence[SampleSlice], fields: Sequence[str], crc32: Any, digest: Any
 ) -> None:
-    """Fill in the checksum of every member, and digest the whole tar, in one pass."""
+    """Checksum of every member, and digest of the whole tar, in one pass."""
     columns = {name: column for column, name in enumerate(fields)}
     at = 0
     file.seek(0)

@@ -1,33 +1,39 @@
-"""What shards hold, in numbers: samples, fields, what these decode to, classes.
+"""Summaries of shards: samples, sizes, fields, the types of values, classes.
 
-Numbers and sizes come from the index and are of all samples; what fields decode to, and classes,
-are told from samples that are read.
+Numbers and sizes come from the index and are of all samples; types of values and classes come from
+samples that are read.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from torch import Tensor
+
+from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.encoding import decode_or_explain
 from dist_contrastive.data.shards.index import ABSENT, ShardIndex
-from dist_contrastive.data.shards.index_file import load_index
-from dist_contrastive.data.shards.kinds import kinds
-from dist_contrastive.data.shards.locations import is_url
+from dist_contrastive.data.shards.indexing import load_index
+from dist_contrastive.data.shards.locations import find_shards, folder_of
+from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.errors import DataError, UnreachableError
+from dist_contrastive.tables import format_table
 
 _DECODED = 64  # samples of which every field is decoded
 _LABELLED = 10_000  # samples of which the label is read, if they are on this machine
 _FIRST_KEYS = 3
-_MAX_CLASSES = 20  # that are told one by one
-_MAX_NAME = 30  # characters of a class
+_MAX_CLASSES = 20  # that are listed one by one
+_MAX_LABEL = 30  # characters of a class
+_MAX_VALUES = 8  # of an object that are listed by name
 
 
 @dataclass(frozen=True)
 class FieldSummary:
-    """One field: the samples that have it, the bytes of its content, what it decodes to."""
+    """One field: the samples that have it, the bytes of its content, the types of its values."""
 
     name: str
     samples: int
@@ -47,7 +53,7 @@ class LabelSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_shards` found."""
+    """Result of `inspect_shards`."""
 
     shards: int
     samples: int
@@ -60,17 +66,24 @@ class Inspection:
     first_keys: tuple[str, ...]
 
     def text(self) -> str:
-        """A readable summary of several lines."""
+        """Summary of several lines."""
         least, middle, most = self.shard_samples
         each = f"{most:,} samples"
         if least < most:
             each = f"{least:,} to {most:,} samples (median {middle:,g})"
         evenly = " spread evenly" if self.decoded < self.samples else ""
+        values = f"decodes to (of {self.decoded:,} samples{evenly})"
         lines = [
             f"shards   {self.shards:,} of {each}, {_size(self.tar_bytes)}",
             f"samples  {self.samples:,}, the first are {', '.join(self.first_keys)}",
             "",
-            *_table(self.fields, f"decodes to (of {self.decoded:,} samples{evenly})"),
+            format_table(
+                ["field", "samples", "mean bytes", "max bytes", values],
+                [
+                    (x.name, f"{x.samples:,}", f"{x.mean_bytes:,.0f}", f"{x.max_bytes:,}", x.kind)
+                    for x in self.fields
+                ],
+            ),
         ]
         if self.unreadable:
             lines.append(
@@ -87,7 +100,7 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def inspect_shards(shards: ShardIndex | Path | str) -> Inspection:
-    """Sum up what shards hold.
+    """Summary of shards.
 
     Args:
         shards: an index, or what `load_index` takes.
@@ -115,7 +128,7 @@ def inspect_shards(shards: ShardIndex | Path | str) -> Inspection:
 
 
 def _read(index: ShardIndex, number: int, only: set[str] | None) -> dict[str, Any] | None:
-    """The bytes of a sample's fields, with its `__shard__`, or None where they cannot be read."""
+    """Bytes of a sample's fields, with its `__shard__`; None where they cannot be read."""
     try:
         shard = index.shards[index.shard_of(number)]
         return {**index.read_contents(number, only), "__shard__": shard}
@@ -135,11 +148,11 @@ def _field(index: ShardIndex, column: int, contents: Sequence[Mapping[str, Any]]
                 values.append(_decode(content, name))
             except DataError:
                 failed += 1
-    told = kinds(values)
+    types = _types(values)
     if failed:
-        told.append(f"{failed} of {failed + len(values)} cannot be decoded")
+        types.append(f"{failed} of {failed + len(values)} cannot be decoded")
     mean, most = (float(sizes.mean()), int(sizes.max())) if len(sizes) else (0.0, 0)
-    return FieldSummary(name, len(sizes), mean, most, "; ".join(told) or "not seen")
+    return FieldSummary(name, len(sizes), mean, most, "; ".join(types) or "not seen")
 
 
 def _decode(content: Mapping[str, Any], name: str) -> Any:
@@ -150,7 +163,7 @@ def _decode(content: Mapping[str, Any], name: str) -> Any:
 
 
 def _labels(index: ShardIndex) -> LabelSummary | None:
-    """The labels of samples that hold some in `cls`, or as "label" in `json`."""
+    """Labels of samples, from `cls`, or from "label" in `json`."""
     name = "cls" if "cls" in index.fields else "json"
     if name not in index.fields:
         return None
@@ -174,21 +187,92 @@ def _labels(index: ShardIndex) -> LabelSummary | None:
     return LabelSummary(path, len(numbers), dict(counts.most_common())) if counts else None
 
 
+# ---------------------------------------------------------------------------- types of values
+
+
+def _types(values: Sequence[Any]) -> list[str]:
+    """Types and sizes of decoded values in words, as "image uint8 3 x 180..500 x 240"."""
+    groups: dict[str, list[Any]] = {}
+    for value in values:
+        groups.setdefault(_kind(value), []).append(value)
+    described = []
+    for kind, members in groups.items():
+        share = f" ({len(members)} of {len(values)})" if len(groups) > 1 else ""
+        described.append(kind + _details(members) + share)
+    return described
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case Tensor():
+            return "image " + str(value.dtype).removeprefix("torch.")
+        case np.ndarray():
+            return f"array {value.dtype}" + ("" if value.ndim else " (a single number)")
+        case bool() | None:
+            return "null" if value is None else "truth value"
+        case int():
+            return "whole number"
+        case float():
+            return "number"
+        case str():
+            return "text"
+        case bytes():
+            return "bytes, not decoded"
+        case dict():
+            return "object"
+        case list():
+            return "list"
+    return type(value).__name__
+
+
+def _details(values: Sequence[Any]) -> str:
+    """Range of the sizes of values of one type."""
+    first = values[0]
+    if isinstance(first, dict):
+        return f": {_names(values)}"
+    if isinstance(first, str | list):
+        what = "characters" if isinstance(first, str) else "values"
+        return f" of {_range([len(value) for value in values])} {what}"
+    if isinstance(first, int | float) and not isinstance(first, bool):
+        return f" {_range(values)}"
+    if isinstance(first, Tensor | np.ndarray):
+        shapes = sorted({tuple(value.shape) for value in values}, key=lambda shape: len(shape))
+        ranks = {len(shape) for shape in shapes}
+        if len(ranks) > 1:
+            return f" of {_range(sorted(ranks))} dimensions"
+        return "".join(
+            f"{' x' if axis else ''} {_range(sides)}"
+            for axis, sides in enumerate(zip(*shapes, strict=True))
+        )
+    return ""
+
+
+def _names(objects: Sequence[Mapping[str, Any]]) -> str:
+    """Values in JSON objects: name, types, and how many objects have them."""
+    types: dict[str, Counter[str]] = {}
+    for members in objects:
+        for name, value in members.items():
+            types.setdefault(name, Counter())[_json_type(value)] += 1
+    described = [
+        f"{name} {'|'.join(counts)}"
+        + ("" if counts.total() == len(objects) else f" (in {counts.total()})")
+        for name, counts in sorted(types.items())
+    ]
+    more = f" and {len(described) - _MAX_VALUES} more" if len(described) > _MAX_VALUES else ""
+    return ", ".join(described[:_MAX_VALUES]) + more
+
+
+def _json_type(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _range(numbers: Iterable[float]) -> str:
+    numbers = list(numbers)
+    low, high = min(numbers), max(numbers)
+    return f"{low:,g}" if low == high else f"{low:,g}..{high:,g}"
+
+
 # ---------------------------------------------------------------------------- as text
-
-
-def _table(fields: Sequence[FieldSummary], kind: str) -> list[str]:
-    rows = [("field", "samples", "mean bytes", "max bytes", kind)]
-    rows += [
-        (one.name, f"{one.samples:,}", f"{one.mean_bytes:,.0f}", f"{one.max_bytes:,}", one.kind)
-        for one in fields
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return [
-        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  "
-        f"{row[3]:>{widths[3]}}  {row[4]}"
-        for row in rows
-    ]
 
 
 def _label_lines(labels: LabelSummary | None, samples: int) -> list[str]:
@@ -202,9 +286,9 @@ def _label_lines(labels: LabelSummary | None, samples: int) -> list[str]:
     if len(counts) > _MAX_CLASSES:
         return ["", f"{head}, each in {counts[-1]:,} to {counts[0]:,}"]
     order = sorted(labels.counts, key=lambda x: (type(x).__name__, 0 if x is None else x))
-    names = ["null" if label is None else str(label)[:_MAX_NAME] for label in order]
-    told = [f"{name}: {labels.counts[label]:,}" for name, label in zip(names, order, strict=True)]
-    return ["", head, *(f"  {'   '.join(told[i : i + 10])}" for i in range(0, len(told), 10))]
+    names = ["null" if label is None else str(label)[:_MAX_LABEL] for label in order]
+    cells = [f"{name}: {labels.counts[label]:,}" for name, label in zip(names, order, strict=True)]
+    return ["", head, *(f"  {'   '.join(cells[i : i + 10])}" for i in range(0, len(cells), 10))]
 
 
 def _size(count: int) -> str:
@@ -215,3 +299,44 @@ def _size(count: int) -> str:
             return f"{size:,.0f} bytes" if unit == "bytes" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.3g} TB"
+
+
+# ---------------------------------------------------------------------------- sizes
+
+
+class ShardSize(NamedTuple):
+    """Size of a shard, as far as it is known without reading it."""
+
+    shard: str
+    size: int | None  # bytes; None where a server does not send it
+    samples: int | None  # None without an index
+
+
+def list_shards(locations: Sequence[Path | str]) -> tuple[list[ShardSize], list[str]]:
+    """Shards of folders, patterns or URLs of these, and why samples of some are not known.
+
+    Raises:
+        DataError: no such folder, or no shard matches.
+        UnreachableError: a server does not answer.
+    """
+    shards = [shard for location in locations for shard in find_shards(str(location))]
+    counts: dict[str, dict[str, int]] = {}
+    problems = []
+    for folder in dict.fromkeys(map(folder_of, shards)):
+        try:
+            index = load_index(folder)
+        except DataError as error:
+            counts[folder] = {}
+            problems.append(str(error))
+        else:
+            names = (shard.rpartition("/")[2] for shard in index.shards)
+            counts[folder] = dict(zip(names, index.shard_samples.tolist(), strict=True))
+    rows = [
+        ShardSize(shard, _bytes(shard), counts[folder_of(shard)].get(shard.rpartition("/")[2]))
+        for shard in shards
+    ]
+    return rows, problems
+
+
+def _bytes(shard: str) -> int | None:
+    return remote.size(shard) if is_url(shard) else Path(shard).stat().st_size

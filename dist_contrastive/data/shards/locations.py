@@ -1,5 +1,4 @@
-"""Which shards a text names: a folder, a pattern such as `train-{00000..00099}.tar`, a URL of
-either."""
+"""Locations of shards: a folder, a pattern `train-{00000..00099}.tar`, or a URL of either."""
 
 import glob
 import os
@@ -8,15 +7,11 @@ from pathlib import Path
 import braceexpand
 
 from dist_contrastive.data.shards import remote
+from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.errors import DataError
 
 INDEX_NAME = "index.npz"
 _MAGIC = ("*", "?", "[")
-
-
-def is_url(location: str) -> bool:
-    """Whether it is opened by fsspec rather than as a path."""
-    return "://" in location
 
 
 def is_pattern(location: str) -> bool:

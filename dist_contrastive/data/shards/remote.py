@@ -1,8 +1,8 @@
-"""Bytes of files on a server, through fsspec, asked for again until they come or time is up."""
+"""Remote files through fsspec, with retries."""
 
+import logging
 import os
 import random
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -12,23 +12,28 @@ import fsspec
 from dist_contrastive.errors import DataError, UnreachableError, UnreadableSample
 
 _T = TypeVar("_T")
+_logger = logging.getLogger(__name__)
 
-# Client errors that pass: an answer that cannot be parsed (as which aiohttp counts a torn one),
-# timeout, too early, too many requests.
-_ASK_AGAIN = (400, 408, 425, 429)
+# Client errors that are transient: an answer that cannot be parsed (as which aiohttp counts a torn
+# one), timeout, too early, too many requests.
+_TRANSIENT = (400, 408, 425, 429)
 _MAX_REASON = 300  # characters
-_TOLD = (4, 7)  # attempts whose failure is told, lest waiting looks like hanging
+_LOGGED = (4, 7)  # attempts whose failure is logged, lest waiting looks like hanging
+
+
+def is_url(location: str) -> bool:
+    """Whether fsspec opens it, rather than `open`."""
+    return "://" in location
 
 
 class Retries(NamedTuple):
-    """How long a server is asked. Waits double from the first to the longest, and vary by half so
-    that ranks do not return all at once."""
+    """Exponential backoff with jitter, so that ranks do not return all at once."""
 
     attempts: int = 10
     first_wait_s: float = 0.25
     longest_wait_s: float = 30.0
     timeout_s: float = 60.0
-    """Without a byte, after which a request counts as failed."""
+    """Seconds without a byte after which a request counts as failed."""
 
 
 retries = Retries()
@@ -37,7 +42,7 @@ retries = Retries()
 def read_range(
     url: str, start: int, stop: int, known_size: int, attempts: int | None = None
 ) -> bytes:
-    """Bytes [start, stop) of a remote file that is known to have so many.
+    """Bytes [start, stop) of a remote file of a known size.
 
     Raises:
         UnreadableSample: there is no such file, the server refuses it, or it has another size.
@@ -46,7 +51,7 @@ def read_range(
             knows only whole files.
     """
 
-    def ask() -> bytes:
+    def request() -> bytes:
         data = _file_system(url).cat_file(url, start=start, end=stop)
         if len(data) > stop - start:
             raise DataError(
@@ -58,40 +63,41 @@ def read_range(
             raise OSError(f"{stop - start} bytes from {start} on were asked for, {len(data)} came")
         return data
 
-    return _persist(ask, url, attempts)
+    return _retry(request, url, attempts)
 
 
 def _check_size(url: str, known: int) -> None:
-    found = _file_system(url).info(url)["size"]
-    if found not in (None, known):
+    size = _file_system(url).info(url)["size"]
+    if size not in (None, known):
         raise UnreadableSample(
-            f"shard {url} is damaged or was changed: it has {found} bytes but {known} were "
+            f"shard {url} is damaged or was changed: it has {size} bytes but {known} were "
             f"indexed; restore it, or index it again if it was changed on purpose"
         )
 
 
 def read_all(url: str) -> bytes:
-    """The whole of a small remote file. Raises: as `read_range`."""
-    return _persist(lambda: _file_system(url).cat_file(url), url)
+    """Content of a small remote file. Raises: as `read_range`."""
+    return _retry(lambda: _file_system(url).cat_file(url), url)
 
 
 def size(url: str) -> int | None:
-    """Bytes of a remote file, or None if the server does not tell. Raises: as `read_range`."""
-    return _persist(lambda: _file_system(url).info(url)["size"], url)
+    """Size in bytes, None if the server does not send it. Raises: as `read_range`."""
+    return _retry(lambda: _file_system(url).info(url)["size"], url)
 
 
 def glob(pattern: str) -> list[str]:
     """URLs that match, sorted, as far as the server lists files. Raises: as `read_range`."""
     system = _file_system(pattern)
-    return _persist(lambda: sorted(map(system.unstrip_protocol, system.glob(pattern))), pattern)
+    return _retry(lambda: sorted(map(system.unstrip_protocol, system.glob(pattern))), pattern)
 
 
-def _persist(ask: Callable[[], _T], url: str, attempts: int | None = None) -> _T:
+# By hand: tenacity would save 6 of these 30 lines, and be one more dependency.
+def _retry(request: Callable[[], _T], url: str, attempts: int | None = None) -> _T:
     begin, wait_s = time.monotonic(), retries.first_wait_s
     attempts = attempts or retries.attempts
     for attempt in range(1, attempts + 1):
         try:
-            return ask()
+            return request()
         except DataError:
             raise
         except Exception as error:  # every protocol has its own
@@ -107,34 +113,32 @@ def _persist(ask: Callable[[], _T], url: str, attempts: int | None = None) -> _T
                     f"{time.monotonic() - begin:.0f} s ({reason}); see to the server or the "
                     f"network, then start again"
                 ) from error
-            if attempt in _TOLD:
-                print(
-                    f"waiting for {url} (attempt {attempt} of {attempts} failed: {reason})",
-                    file=sys.stderr,
-                    flush=True,
+            if attempt in _LOGGED:
+                _logger.warning(
+                    "waiting for %s (attempt %d of %d failed: %s)", url, attempt, attempts, reason
                 )
         time.sleep(wait_s * random.uniform(0.5, 1))
         wait_s = min(2 * wait_s, retries.longest_wait_s)
-    raise AssertionError("no attempt is left, and none has failed")
+    raise AssertionError("every attempt returns or raises")
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether asking again is of no use."""
+    """Whether another attempt would fail too."""
     status = getattr(error, "status", None)
     if isinstance(status, int):
-        return 400 <= status < 500 and status not in _ASK_AGAIN
+        return 400 <= status < 500 and status not in _TRANSIENT
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
         return _is_final(error.__cause__)  # fsspec says this of a server that is busy, too
     return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
 
 
-_systems: dict[tuple[int, str, str], Any] = {}
+_systems: dict[tuple[int, str, str, Retries], Any] = {}
 
 
 def _file_system(url: str) -> Any:
-    """The file system of a URL; a forked process opens its own."""
+    """File system of a URL; a forked process opens its own."""
     protocol, _, rest = url.partition("://")
-    key = (os.getpid(), protocol, rest.partition("/")[0])
+    key = (os.getpid(), protocol, rest.partition("/")[0], retries)
     if key not in _systems:
         try:
             _systems[key] = fsspec.core.url_to_fs(url, **_options(protocol))[0]

@@ -1,4 +1,4 @@
-"""What is wrong with one shard: it is read whole, and compared with what an index tells of it."""
+"""Verification of one shard: read whole, and compared with its index."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,21 +8,19 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_contrastive.data.shards.block_cache import BlockCache
 from dist_contrastive.data.shards.encoding import decode_or_explain
-from dist_contrastive.data.shards.files import ShardFiles
-from dist_contrastive.data.shards.index import ABSENT, ShardIndex, index_command
-from dist_contrastive.data.shards.indexing import index_shard, open_shard
+from dist_contrastive.data.shards.index import ABSENT, MEMBER_TABLES, ShardIndex, index_command
+from dist_contrastive.data.shards.indexing import index_shard
 from dist_contrastive.data.shards.locations import folder_of
+from dist_contrastive.data.shards.storage import BlockCache, ShardFiles, open_shard
 from dist_contrastive.data.shards.tars import member_key, scan_samples
 from dist_contrastive.errors import DataError, UnreachableError
 
-MAX_LISTED = 20  # findings of one kind that are told one by one
-_TABLES = ("member_start", "member_header", "member_size", "member_crc32")
+MAX_LISTED = 20  # problems of one kind that are listed one by one
 
 
 class CheckedShard(NamedTuple):
-    """What was found in one shard. 16 bytes of each sample are kept, to compare it with others."""
+    """Problems of one shard, and 16 bytes of each sample to compare it with other shards."""
 
     shard: str
     problems: list[str]
@@ -34,11 +32,11 @@ class CheckedShard(NamedTuple):
 def check_shard(
     shard: str, indexed: ShardIndex | None, decode: bool, cache: BlockCache
 ) -> CheckedShard:
-    """Read a shard whole, and find all that is wrong with it.
+    """All problems of a shard, which is read whole.
 
     Args:
         shard: path or URL.
-        indexed: what an index tells of this shard; None: there is nothing to compare with.
+        indexed: the index of this shard; None: there is nothing to compare with.
         decode: decode every field.
         cache: of remote shards.
 
@@ -72,14 +70,14 @@ def check_shard(
 
 
 def limited(findings: Iterator[str], what: str) -> list[str]:
-    """The first `MAX_LISTED` findings, and the number of the others."""
+    """First `MAX_LISTED` findings, and the number of the others."""
     listed = list(islice(findings, MAX_LISTED))
     more = sum(1 for _ in findings)
     return [*listed, f"{more} more {what}"] if more else listed
 
 
 def key_at(shard: str, offset: int, files: ShardFiles) -> str:
-    """The key of the sample that begins at this byte of a shard.
+    """Key of the sample that begins at this byte of a shard.
 
     Raises:
         DataError, UnreachableError: it cannot be read.
@@ -90,7 +88,7 @@ def key_at(shard: str, offset: int, files: ShardFiles) -> str:
 
 
 def _keys(part: ShardIndex) -> Iterator[str]:
-    """The keys of all samples of one shard, each from the headers of the sample's first member."""
+    """Keys of all samples of one shard, from the headers of their first members."""
     if not len(part):
         return
     first = part.member_start.argmin(axis=1)[:, None]
@@ -101,11 +99,11 @@ def _keys(part: ShardIndex) -> Iterator[str]:
 
 
 def _changes(indexed: ShardIndex, fresh: ShardIndex) -> Iterator[str]:
-    """How the bytes of a shard differ from those that were indexed."""
+    """Differences between a shard and its index."""
     shard = fresh.shards[0]
     then, now = ((int(x.shard_bytes[0]), x.shard_sha256[0]) for x in (indexed, fresh))
     if then != now:
-        yield _is_changed(indexed, f"{now[0]} bytes with sha256 {now[1]}", fresh.files, now[0])
+        yield _change(indexed, f"{now[0]} bytes with sha256 {now[1]}", fresh.files, now[0])
     elif not _is_same(indexed, fresh):
         yield (
             f"the index tells other samples of shard {shard} than its tar holds, though the "
@@ -114,7 +112,7 @@ def _changes(indexed: ShardIndex, fresh: ShardIndex) -> Iterator[str]:
 
 
 def _losses(indexed: ShardIndex, files: ShardFiles) -> Iterator[str]:
-    """What can still be read of a shard that is not a whole tar."""
+    """Samples that are lost where a shard is not a whole tar."""
     shard, then = indexed.shards[0], int(indexed.shard_bytes[0])
     try:
         with open_shard(shard, files) as (_, now):
@@ -123,10 +121,10 @@ def _losses(indexed: ShardIndex, files: ShardFiles) -> Iterator[str]:
         raise
     except DataError:  # it is not there at all
         return
-    yield _is_changed(indexed, f"{now} bytes" if now != then else "other bytes", files, now)
+    yield _change(indexed, f"{now} bytes" if now != then else "other bytes", files, now)
 
 
-def _is_changed(indexed: ShardIndex, now: str, files: ShardFiles, size: int) -> str:
+def _change(indexed: ShardIndex, now: str, files: ShardFiles, size: int) -> str:
     shard, then = indexed.shards[0], int(indexed.shard_bytes[0])
     # Of the size that it has now, lest a server be asked for bytes beyond its end.
     part = replace(indexed, shard_bytes=np.array([size], np.int64), files=files)
@@ -157,12 +155,13 @@ def _is_readable(part: ShardIndex, number: int) -> bool:
 
 
 def _is_same(indexed: ShardIndex, fresh: ShardIndex) -> bool:
-    """Whether two indexes of a shard tell the same; one may have fields of other shards besides."""
+    """Equality of two indexes of a shard, up to fields of other shards."""
     if not np.array_equal(indexed.sample_offset, fresh.sample_offset):
         return False
     used = np.flatnonzero((indexed.member_start != ABSENT).any(axis=0))
     return tuple(indexed.fields[i] for i in used) == fresh.fields and all(
-        np.array_equal(getattr(indexed, name)[:, used], getattr(fresh, name)) for name in _TABLES
+        np.array_equal(getattr(indexed, name)[:, used], getattr(fresh, name))
+        for name in MEMBER_TABLES
     )
 
 

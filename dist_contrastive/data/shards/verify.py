@@ -1,7 +1,6 @@
-"""All that is wrong with shards: each read whole and compared with its index, and with the others.
+"""Verification of shards: each read whole, and compared with its index and with the others.
 
-A stream reads by the index, trusts it, and finds damage only where it comes upon it. This finds it
-before.
+A stream reads by the index, trusts it, and meets damage only where it reads.
 """
 
 from collections import Counter
@@ -15,31 +14,23 @@ import numpy as np
 
 from dist_contrastive.data.progress import by_threads
 from dist_contrastive.data.shards import remote
-from dist_contrastive.data.shards.block_cache import BlockCache, CacheSettings
-from dist_contrastive.data.shards.files import ShardFiles
-from dist_contrastive.data.shards.index import ShardIndex, index_command
-from dist_contrastive.data.shards.index_file import parse_index
+from dist_contrastive.data.shards.index import ShardIndex, index_command, parse_index
 from dist_contrastive.data.shards.indexing import Progress
-from dist_contrastive.data.shards.locations import (
-    INDEX_NAME,
-    find_shards,
-    folder_of,
-    is_pattern,
-    is_url,
-)
+from dist_contrastive.data.shards.locations import INDEX_NAME, find_shards, folder_of, is_pattern
+from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.data.shards.shard_check import (
     CheckedShard,
     check_shard,
     key_at,
     limited,
 )
-from dist_contrastive.data.shards.temporary_cache import temporary_cache
+from dist_contrastive.data.shards.storage import BlockCache, ShardFiles, temporary_cache
 from dist_contrastive.errors import DataError, UnreachableError, UnreadableSample
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was read, and what was found.
+    """Result of `verify_shards`.
 
     Attributes:
         problems: one sentence each; data without any are sound.
@@ -60,10 +51,10 @@ def verify_shards(
     location: Path | str,
     decode: bool = False,
     *,
-    cache: CacheSettings | None = None,
+    cache: BlockCache.Config | None = None,
     progress: Progress = lambda items, _: items,
 ) -> Verification:
-    """Read all shards whole and find what is wrong with them.
+    """All problems of shards, which are read whole.
 
     Compared with the index: which tars there are, their sizes, checksums, and where every field
     lies. Without it too: whether each is a tar from one end to the other, keys that a shard holds
@@ -74,7 +65,7 @@ def verify_shards(
         decode: decode every field.
         cache: of remote shards; None: a temporary one, so that nothing kept from earlier is taken
             for what the server holds.
-        progress: told of each shard.
+        progress: wraps the iterator over shards.
 
     Raises:
         DataError: no such folder or index file; no shards.
@@ -105,7 +96,7 @@ def verify_shards(
 
 @dataclass
 class _Plan:
-    """What is to be checked, against what, and what was found so far."""
+    """Shards to be checked, their indexes, and problems of the indexes."""
 
     shards: list[str] = field(default_factory=list)
     indexed: dict[str, tuple[ShardIndex, int]] = field(default_factory=dict)
@@ -114,7 +105,7 @@ class _Plan:
     notes: list[str] = field(default_factory=list)
 
     def part(self, shard: str) -> ShardIndex | None:
-        """What an index tells of a shard."""
+        """Index of one shard, if there is one."""
         if shard not in self.indexed:
             return None
         index, number = self.indexed[shard]
@@ -134,17 +125,17 @@ def _plan(location: str, files: ShardFiles) -> _Plan:
     has_index = _add_index(plan, file, files)
     if is_file and not has_index and not plan.problems:
         raise DataError(f"the index {file} does not exist; give a folder, or an index that does")
-    found = _listed(folder, plan) if file.rpartition("/")[2] == INDEX_NAME else []
+    listed = _listed(folder, plan) if file.rpartition("/")[2] == INDEX_NAME else []
     if all(_plain(folder_of(shard)) == folder for shard in plan.indexed):
-        _find_new(plan, found)
-    plan.shards = sorted({*found, *plan.indexed})
+        _find_new(plan, listed)
+    plan.shards = sorted({*listed, *plan.indexed})
     return plan
 
 
 def _named(pattern: str) -> list[str]:
-    """The shards that a pattern names, also if some of them are not there."""
+    """Shards that a pattern names, also if some of them are not there."""
     if not is_url(pattern) and not any(sign in pattern for sign in "*?["):
-        with suppress(ValueError):  # braces that are not closed: `find_shards` tells
+        with suppress(ValueError):  # braces that are not closed: `find_shards` refuses them
             names = [x for x in braceexpand.braceexpand(pattern) if x.endswith(".tar")]
             if 0 < sum(Path(name).is_file() for name in names) < len(names):
                 return list(dict.fromkeys(names))
@@ -152,7 +143,7 @@ def _named(pattern: str) -> list[str]:
 
 
 def _listed(folder: str, plan: _Plan) -> list[str]:
-    """The tars of a folder. Where none are found those of the index are looked for."""
+    """Tars of a folder; none where an index names some."""
     try:
         return find_shards(folder)
     except UnreachableError:
@@ -169,7 +160,7 @@ def _listed(folder: str, plan: _Plan) -> list[str]:
 
 
 def _add_index(plan: _Plan, file: str, files: ShardFiles) -> bool:
-    """Take in an index file, if it is there and sound."""
+    """Whether an index file is there and sound, and has been added."""
     try:
         data = remote.read_all(file) if is_url(file) else Path(file).read_bytes()
     except (UnreadableSample, FileNotFoundError, NotADirectoryError):
@@ -191,11 +182,11 @@ def _add_index(plan: _Plan, file: str, files: ShardFiles) -> bool:
     return True
 
 
-def _find_new(plan: _Plan, found: Sequence[str]) -> None:
+def _find_new(plan: _Plan, shards: Sequence[str]) -> None:
     indexed_folders = {_plain(folder_of(file)) for file in plan.index_files}
-    for shard in found:
+    for shard in shards:
         folder = folder_of(shard)
-        is_there = is_url(shard) or Path(shard).exists()  # or else reading it will tell
+        is_there = is_url(shard) or Path(shard).exists()  # otherwise reading it fails
         if is_there and shard not in plan.indexed and _plain(folder) in indexed_folders:
             plan.problems.append(
                 f"shard {shard} is not in the index of its folder; run `{index_command(folder)}`"
@@ -238,7 +229,7 @@ def _empty(checked: Sequence[CheckedShard]) -> Iterator[str]:
 
 
 def _shared_keys(checked: Sequence[CheckedShard], files: ShardFiles) -> list[str]:
-    """Keys that several shards hold. Of every pair of shards the first in them is told."""
+    """Keys that several shards hold; of every pair of shards the first."""
     hashes = np.concatenate([one.key_hashes for one in checked])
     owners = np.repeat(np.arange(len(checked)), [len(one.offsets) for one in checked])
     order = hashes.argsort(kind="stable")

@@ -81,7 +81,7 @@ class Reader:
             wanted += zip(epochs.tolist(), numbers.tolist(), strict=True)
             upcoming += self.order.upcoming(lane, first, last).tolist()
         for number in [*(number for _, number in wanted), *upcoming]:
-            self.index.expect(number, self.only)
+            self.index.prefetch(number, self.only)
         skipped: list[Skipped] = []
         rows = [self._read_or_replace(epoch, number, skipped) for epoch, number in wanted]
         if rows:

@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from dist_contrastive.data.collate import Batch
 from dist_contrastive.data.shards.index import ShardIndex, concatenate
-from dist_contrastive.data.shards.index_file import load_index
+from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.order import Order, SampleOrder, Tail, nearest_multiples
 from dist_contrastive.data.stream.reader import Reader, Transform
