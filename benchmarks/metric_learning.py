@@ -18,12 +18,7 @@ from dist_contrastive import optim
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.training import open_data
-from dist_contrastive.losses.settings import (
-    NTXentSettings,
-    SupConSettings,
-    TripletSettings,
-    VICRegSettings,
-)
+from dist_contrastive.losses import NTXent, SupCon, Triplet, VICReg
 from dist_contrastive.tasks import ImageTask, build_task
 
 Loss = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
@@ -42,15 +37,15 @@ def equal_loss(settings: configs.TwoViewSettings | configs.LabelledSettings) -> 
     """
     loss = settings.loss
     match loss:
-        case NTXentSettings():
+        case NTXent.Config(name="ntxent"):  # DCL is one, too
             return _of_views(losses.SelfSupervisedLoss(losses.NTXentLoss(loss.temperature)))
-        case SupConSettings():
+        case SupCon.Config():
             return _of_labels(losses.SupConLoss(loss.temperature))
-        case TripletSettings(mining="all", distance="cosine"):
+        case Triplet.Config(mining="all", distance="cosine"):
             distance, reducer = CosineSimilarity(), MeanReducer()
             theirs = losses.TripletMarginLoss(loss.margin, distance=distance, reducer=reducer)
             return _of_labels(theirs)
-        case VICRegSettings():
+        case VICReg.Config():
             weights = loss.invariance_weight, loss.variance_weight, loss.covariance_weight
             return _of_views(losses.VICRegLoss(*weights, eps=loss.eps, reducer=MeanReducer()))
     raise ValueError(f"pytorch-metric-learning has no equal of {loss}")

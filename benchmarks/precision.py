@@ -10,7 +10,7 @@ to end. The reference is the dense code in fp64 on the same rounded embeddings. 
 
 import argparse
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 from dist_contrastive import losses
-from dist_contrastive.losses.base import PairLoss, PairOptions
+from dist_contrastive.losses import PairLoss
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALES = (14.0, 50.0, 100.0)
@@ -99,7 +99,7 @@ def relative(found: list[Tensor], exact: list[Tensor]) -> Tensor:
 
 def chunked(name: str) -> Loss:
     """Ours by the name it has in the table, as a function of its log_scale too."""
-    options = PairOptions(impl="chunked", chunk_size=TILE)
+    options: dict[str, Any] = {"impl": "chunked", "chunk_size": TILE}
     module: PairLoss
     if name == "SigLIP":
         module = losses.SigLIP(bias=BIAS, **options)

@@ -24,7 +24,7 @@ from memory import growth_mib
 from torch import Tensor, nn
 
 from dist_contrastive import collectives, losses
-from dist_contrastive.losses.base import KEYS_FROM
+from dist_contrastive.pairwise import KEYS_FROM
 from dist_contrastive.testing import run_ranks
 
 RANKS = 2

@@ -15,15 +15,18 @@ Where a config chooses one of several components by its ``name``, the type of th
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 from dist_contrastive.errors import ConfigError
 
+SettingsT = TypeVar("SettingsT", bound="Settings")
 IMPORT_PATH = "MODULE:CLASS"
 _LIMITS = {"ge": "{} or more", "gt": "more than {}", "le": "{} or less", "lt": "less than {}"}
 
@@ -164,6 +167,53 @@ def import_object(path: str, kind: str) -> Any:
             f"the {kind} {path} is not there: {module} has no {name!r}; write package.module:NAME"
         ) from None
     return found
+
+
+def settings_from(
+    config: type[SettingsT], args: Sequence[Any], keywords: Mapping[str, Any]
+) -> SettingsT:
+    """Settings from the arguments of a constructor: settings, or values of their fields.
+
+    Raises:
+        ConfigError: a value that is unknown or out of range.
+    """
+    owner = config.__qualname__.removesuffix(".Config")
+    if len(args) == 1 and isinstance(args[0], config):
+        if keywords:
+            raise TypeError(f"give {owner} its settings, or {', '.join(keywords)} with the others")
+        return args[0]
+    names = [name for name in ordered_fields(config) if name != "name"]
+    if len(args) > len(names):
+        raise TypeError(f"{owner} has {len(names)} settings, {', '.join(names)}; got {len(args)}")
+    by_position = dict(zip(names, args, strict=False))
+    if twice := by_position.keys() & keywords.keys():
+        raise TypeError(f"{owner} got {', '.join(sorted(twice))} by position and by name")
+    return config.checked({**by_position, **keywords}, f"{owner}: ")
+
+
+def ordered_fields(config: type[Settings]) -> dict[str, FieldInfo]:
+    """Fields as positional arguments: those of the class before inherited ones, in the order of
+    declaration, but first the ones without a default."""
+    names = [name for cls in config.__mro__ for name in inspect.get_annotations(cls)]
+    fields = {name: config.model_fields[name] for name in names if name in config.model_fields}
+    return dict(sorted(fields.items(), key=lambda item: not item[1].is_required()))
+
+
+def signature_of(
+    config: type[Settings], keywords: Mapping[str, inspect.Parameter]
+) -> inspect.Signature:
+    """Signature of a constructor that takes settings and further keyword arguments."""
+    positional = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=inspect.Parameter.empty if field.is_required() else field.default,
+            annotation=field.annotation,
+        )
+        for name, field in ordered_fields(config).items()
+        if name != "name"
+    ]
+    return inspect.Signature([*positional, *keywords.values()])
 
 
 def settings_in(

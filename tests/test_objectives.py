@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from dist_contrastive import losses
 from dist_contrastive.errors import ConfigError, NonFiniteError
-from dist_contrastive.losses import settings as loss_settings
 from dist_contrastive.losses.base import clamp_scales
 
 IMPLS = [{"impl": "dense"}, {"impl": "chunked", "chunk_size": 3}]
@@ -248,21 +247,23 @@ ROWS, LABELS = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: losses.DCL(-1.0), "temperature=-1.0 must be positive"),
-        (lambda: losses.SupCon(0.0), "temperature=0.0 must be positive"),
-        (lambda: losses.SelfDiagonal(math.nan), "temperature=nan must be positive"),
-        (lambda: losses.SigLIP(scale=0.0), "scale=0.0 must be"),
-        (lambda: losses.SigLIP(scale=math.inf), "scale=inf must be"),
-        (lambda: losses.SigLIP(bias=math.nan), "bias=nan finite"),
-        (lambda: losses.Triplet(distance="x"), "distance='x' is not known; use one of euclidean"),
-        (lambda: losses.Triplet(mining="x"), "mining='x' is not known; use one of all"),
-        (lambda: losses.Triplet(margin=math.nan), "margin=nan must be"),
+        (lambda: losses.DCL(-1.0), "temperature=-1.0"),
+        (lambda: losses.SupCon(0.0), "temperature=0.0"),
+        (lambda: losses.SelfDiagonal(math.nan), "temperature=nan"),
+        (lambda: losses.SigLIP(scale=0.0), "scale=0.0"),
+        (lambda: losses.SigLIP(scale=math.inf), "scale=inf"),
+        (lambda: losses.SigLIP(bias=math.nan), "bias=nan"),
+        (lambda: losses.Triplet(distance="x"), "distance=x: should be 'euclidean'"),
+        (lambda: losses.Triplet(mining="x"), "mining=x: should be 'all'"),
+        (lambda: losses.Triplet(margin=math.nan), "margin=nan"),
         (lambda: losses.CosineEmbedding(margin=2.0), "margin=2.0"),
-        (lambda: losses.SupCon(max_delta=-1.0), "max_delta=-1.0 must be"),
-        (lambda: losses.VICReg(variance_weight=-1.0), "variance_weight=-1.0 must be"),
-        (lambda: losses.BarlowTwins(eps=math.nan), "eps=nan must be"),
-        (lambda: losses.KoLeo(eps=0.0), "eps=0.0 must be"),
-        (lambda: losses.KoLeo(keys_from="moon"), "keys_from='moon' is not known; use one of"),
+        (lambda: losses.SupCon(max_delta=-1.0), "max_delta=-1.0"),
+        (lambda: losses.VICReg(variance_weight=-1.0), "variance_weight=-1.0"),
+        (lambda: losses.BarlowTwins(eps=math.nan), "eps=nan"),
+        (lambda: losses.KoLeo(eps=0.0), "eps=0.0"),
+        (lambda: losses.KoLeo(keys_from="moon"), "keys_from=moon: should be 'gather'"),
+        (lambda: losses.KoLeo(epsilon=1.0), "epsilon is not a known setting; did you mean eps"),
+        (lambda: losses.KoLeo(grad_reduction="max"), "grad_reduction='max'"),
         (lambda: losses.VICReg()(ROWS[:1], ROWS[:1]), "has 1 row"),
         (lambda: losses.DCL()(ROWS, ROWS[:2]), "4 rows of view_a, 2 rows of view_b"),
         (lambda: losses.BarlowTwins()(ROWS, ROWS[:, :2]), "different dimensions"),
@@ -309,39 +310,58 @@ def test_a_scale_at_its_limit_has_a_gradient():
     assert loss.scale.log_scale.grad != 0
 
 
-def test_settings_know_every_loss():
-    """By the names and with the defaults of the classes."""
-    classes = {x for x in vars(losses).values() if isinstance(x, type)}
-    assert {*loss_settings.LOSSES.values()} == classes
-    adapter = TypeAdapter(loss_settings.AnyLossSettings)
-    for name, cls in loss_settings.LOSSES.items():
+def test_a_config_names_every_loss():
+    public = [getattr(losses, name) for name in losses.__all__]
+    classes = {x for x in public if isinstance(x, type) and issubclass(x, losses.PairLoss)}
+    assert {*losses.LOSSES.values()} == classes - {losses.PairLoss}
+    adapter = TypeAdapter(losses.AnyLoss)
+    for name, cls in losses.LOSSES.items():
         if cls is not losses.ContrastiveForce:  # a task's only loss
             chosen = adapter.validate_python({"name": name})
-            assert type(loss_settings.build_loss(chosen)) is cls
-            defaults = {k: p.default for k, p in inspect.signature(cls).parameters.items()}
-            del defaults["options"]
-            set_here = chosen.model_dump(exclude={"name", "impl", "chunk_size", "keys_from"})
-            assert set_here == defaults, name
+            assert type(losses.build_loss(chosen)) is cls
+            assert chosen == cls().settings
+
+
+def test_settings_are_arguments_in_the_order_of_declaration():
+    signature = inspect.signature(losses.InfoNCE)
+    names = ["temperature", "symmetric", "learnable", "keys_from", "impl", "chunk_size"]
+    assert [*signature.parameters] == [*names, "group", "grad_reduction"]
+    assert signature.parameters["temperature"].default == 0.07
+    loss = losses.InfoNCE(0.2, True, True, impl="dense")
+    again = losses.InfoNCE(loss.settings)
+    for x in (loss.settings, again.settings):
+        assert (x.temperature, x.symmetric, x.learnable, x.impl) == (0.2, True, True, "dense")
+    assert losses.SupCon(0.2, True, 0.5).settings.max_delta == 0.5
+    assert losses.Triplet(0.1, "cosine", "hard", 0.5).settings.mining == "hard"
+    for wrong in (lambda: losses.DCL(0.1, temperature=0.1), lambda: losses.KoLeo(*[1] * 9)):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_local_keys_are_for_python_alone():
+    assert losses.KoLeo(keys_from="local").keys_from == "local"
+    with pytest.raises(ValidationError, match="keys_from=local.*gather or ring"):
+        TypeAdapter(losses.AnyLoss).validate_python({"name": "koleo", "keys_from": "local"})
 
 
 @pytest.mark.parametrize(
     ("union", "takes"),
     [
-        (loss_settings.ViewLossSettings, {"views", "features"}),
-        (loss_settings.LabelLossSettings, {"labels"}),
-        (loss_settings.AnyLossSettings, {"views", "features", "labels"}),
+        (losses.ViewLoss, {"views", "features"}),
+        (losses.LabelLoss, {"labels"}),
+        (losses.AnyLoss, {"views", "features", "labels"}),
     ],
 )
 def test_unions_of_settings_hold_the_losses_that_take_the_same(union, takes):
     adapter = TypeAdapter(union)
     accepted = set()
-    for name in loss_settings.LOSSES:
+    for name in losses.LOSSES:
         try:
             adapter.validate_python({"name": name})
         except ValidationError:
             continue
         accepted.add(name)
-    assert accepted == {n for n, cls in loss_settings.LOSSES.items() if cls.takes in takes}
+    assert accepted == {n for n, cls in losses.LOSSES.items() if cls.takes in takes}
 
 
 @pytest.mark.parametrize(
@@ -359,22 +379,22 @@ def test_unions_of_settings_hold_the_losses_that_take_the_same(union, takes):
     ],
 )
 def test_limits_of_settings_are_those_of_the_classes(name, setting, refused, accepted):
-    adapter = TypeAdapter(loss_settings.AnyLossSettings)
+    adapter = TypeAdapter(losses.AnyLoss)
     for value in refused:
         with pytest.raises(ValidationError):
             adapter.validate_python({"name": name, setting: value})
         with pytest.raises(ConfigError):
-            loss_settings.LOSSES[name](**{setting: value})
+            losses.LOSSES[name](**{setting: value})
     for value in accepted:
         chosen = adapter.validate_python({"name": name, setting: value})
         assert getattr(chosen, setting) == value
-        loss_settings.build_loss(chosen)
+        losses.build_loss(chosen)
 
 
 @pytest.mark.parametrize("name", ["infonce", "ntxent", "dcl", "self_diagonal", "supcon", "siglip"])
 def test_a_learnable_scale_starts_where_it_may_stay(name):
     setting, limits = ("scale", "1 to 100") if name == "siglip" else ("temperature", "0.01 to 1")
-    adapter = TypeAdapter(loss_settings.AnyLossSettings)
+    adapter = TypeAdapter(losses.AnyLoss)
     for value in (0.9, 101.0) if name == "siglip" else (0.009, 1.1):
         start = {"name": name, setting: value}
         words = (
@@ -383,7 +403,7 @@ def test_a_learnable_scale_starts_where_it_may_stay(name):
         )
         with pytest.raises(ValidationError, match=words):
             adapter.validate_python({**start, "learnable": True})
-        loss_settings.build_loss(adapter.validate_python({**start, "learnable": False}))
-        loss_settings.LOSSES[name](**{setting: value, "learnable": True})
+        losses.build_loss(adapter.validate_python({**start, "learnable": False}))
+        losses.LOSSES[name](**{setting: value, "learnable": True})
     for limit in (1.0, 100.0) if name == "siglip" else (0.01, 1.0):
         adapter.validate_python({"name": name, setting: limit, "learnable": True})

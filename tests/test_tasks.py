@@ -22,7 +22,7 @@ from dist_contrastive.cli import main
 from dist_contrastive.config import DriftSettings, RunConfig
 from dist_contrastive.data import load_index
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.losses.settings import build_loss
+from dist_contrastive.losses import build_loss
 from dist_contrastive.metrics import read_rows
 from dist_contrastive.tasks import Drift, ImageTask, Moco, Task, TwoView, build_task
 from dist_contrastive.tasks.base import StepContext

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, mode
 from dist_contrastive.config.task import TaskSettingsBase
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.stream.order import nearest_multiples
-from dist_contrastive.losses.settings import ContrastiveForceSettings
+from dist_contrastive.losses import FOR_RUNS, ContrastiveForce
 from dist_contrastive.models import EncoderSettings, FeatureMapSettings, GeneratorSettings
 from dist_contrastive.settings import Settings
 
@@ -88,7 +88,7 @@ class DriftSettings(TaskSettingsBase):
     generator: GeneratorSettings
     features: tuple[FeatureSettings, ...]
     """Spaces in which the force acts; their losses are added."""
-    loss: ContrastiveForceSettings = ContrastiveForceSettings()
+    loss: Annotated[ContrastiveForce.Config, FOR_RUNS] = ContrastiveForce.Config()
     groups: PositiveInt = 1
     """Equal parts of the global batch that do not interact; 1: all of it does."""
     ema: float | None = Field(default=None, ge=0, lt=1)

@@ -6,21 +6,17 @@ read.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from dist_contrastive.config.drift import DriftSettings
 from dist_contrastive.config.task import TaskSettingsBase
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.stream.order import nearest_multiples
 from dist_contrastive.data.views import ViewSettings
-from dist_contrastive.losses.settings import (
-    AnyLossSettings,
-    InfoNCESettings,
-    LabelLossSettings,
-    SelfDiagonalSettings,
-    SigLIPSettings,
-    ViewLossSettings,
-)
+from dist_contrastive.losses import FOR_RUNS, AnyLoss, InfoNCE, LabelLoss, PairedLoss, ViewLoss
+from dist_contrastive.losses.classification import PathCrossEntropy
+from dist_contrastive.losses.policy_gradient import PolicyGradient
+from dist_contrastive.losses.self_diagonal import SelfDiagonal
 from dist_contrastive.models import (
     EncoderSettings,
     PairEncoderSettings,
@@ -50,7 +46,7 @@ class TwoViewSettings(_ImageTaskSettings):
 
     name: Literal["two_view"]
     crops: CropSettings | None = None
-    loss: ViewLossSettings
+    loss: ViewLoss
 
 
 class LabelledSettings(_ImageTaskSettings):
@@ -61,7 +57,7 @@ class LabelledSettings(_ImageTaskSettings):
     name: Literal["labelled"]
     num_views: PositiveInt = 2
     """Views of each sample; they are similar to each other whether it has a label or not."""
-    loss: LabelLossSettings
+    loss: LabelLoss
 
     def check(self, data: DataConfig) -> None:
         """Labels of the kind that the loss is set for."""
@@ -84,7 +80,7 @@ class MocoSettings(_ImageTaskSettings):
     """Queries find keys of a momentum encoder among the batch and a queue of past keys."""
 
     name: Literal["moco"]
-    loss: InfoNCESettings
+    loss: Annotated[InfoNCE.Config, FOR_RUNS]
     queue_size: PositiveInt
     """Past keys to compare with; a multiple of the global batch."""
     momentum: float = Field(default=0.99, ge=0, le=1)
@@ -115,7 +111,7 @@ class PairedSettings(_ImageTaskSettings):
 
     name: Literal["paired"]
     pair: PairTowerSettings
-    loss: Annotated[InfoNCESettings | SigLIPSettings, Field(discriminator="name")]
+    loss: PairedLoss
 
     def check(self, data: DataConfig) -> None:
         """A second modality, embedded in the same space."""
@@ -130,12 +126,10 @@ class PairedSettings(_ImageTaskSettings):
             )
 
 
-class SupervisedSettings(Settings):
+class SupervisedSettings(PathCrossEntropy.Config):
     """Cross-entropy of the classifier."""
 
     weight: Schedule = 1.0
-    level_weights: tuple[NonNegativeFloat, ...] | None = None
-    """Weight of each level of the hierarchy, from the root; null: 1 each."""
 
     @field_validator("level_weights")
     @classmethod
@@ -145,14 +139,12 @@ class SupervisedSettings(Settings):
         return weights
 
 
-class RewardSettings(Settings):
+class RewardSettings(PolicyGradient.Config):
     """Policy gradient on decisions that are sampled from the classifier."""
 
     weight: Schedule = 1.0
     function: str = "dist_contrastive.losses.rewards:depth_credit"
     """MODULE:NAME of (decisions, labels, hierarchy) -> rewards."""
-    baseline: Literal["self_critical", "running_mean", "none"] = "self_critical"
-    entropy_weight: NonNegativeFloat = 0.0
     draws: PositiveInt = 1
     """Decisions sampled for each view of a sample."""
 
@@ -161,7 +153,7 @@ class ContrastiveSettings(Settings):
     """Any loss over pairs, on the projections."""
 
     weight: Schedule = 1.0
-    loss: AnyLossSettings = SelfDiagonalSettings(name="self_diagonal")
+    loss: AnyLoss = SelfDiagonal.Config()
 
 
 class HybridSettings(_ImageTaskSettings):

@@ -196,7 +196,7 @@ def force_field(loss: ContrastiveForce, generated: Tensor, data: Tensor) -> tupl
     negative = torch.cat([at[:, None], others], dim=1)
     floor = loss.rules.affinity.floor
     alone = ContrastiveForce(
-        loss.temperatures, loss.preset, affinity_floor=floor, keys_from="local"
+        loss.temperatures, loss.settings.preset, affinity_floor=floor, keys_from="local"
     )
     return at, alone.force(negative / scale, positive / scale)[:, 0]
 

@@ -1,10 +1,10 @@
 """Barlow Twins with the statistics of the global batch (Zbontar et al., arXiv 2103.03230)."""
 
-from typing import Unpack
+from typing import Literal
 
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from dist_contrastive.losses.base import PairOptions, at_least, positive
 from dist_contrastive.losses.statistics import StatisticsLoss, off_diagonal
 
 
@@ -20,30 +20,27 @@ class BarlowTwins(StatisticsLoss):
     (equations 1 and 2). No pair of samples is compared: ``gather`` and ``ring`` are the same here,
     and memory is that of [D, D].
 
-    Args:
-        redundancy_weight: the paper's lambda; 0 or more.
-        eps: is added to variances; above 0.
-        options: see `PairLoss`.
-
     Collectives: three all-reduces, two of [2, 1, D] and one of [D, D]; backward the same.
     """
 
-    def __init__(
-        self, redundancy_weight: float = 5e-3, eps: float = 1e-5, **options: Unpack[PairOptions]
-    ) -> None:
-        super().__init__(**options)
-        at_least(0, redundancy_weight=redundancy_weight)
-        positive(eps=eps)
-        self.redundancy_weight = redundancy_weight
-        self.eps = eps
+    class Config(StatisticsLoss.Config):
+        """The correlations between the dimensions of two views approach the identity."""
+
+        name: Literal["barlow_twins"] = "barlow_twins"
+        redundancy_weight: NonNegativeFloat = 5e-3
+        """The paper's lambda."""
+        eps: PositiveFloat = 1e-5
+        """Is added to variances."""
+
+    settings: Config
 
     def compare(self, views: Tensor, num_rows: int) -> Tensor:
         """See `StatisticsLoss`."""
         centred = views - self.over_ranks(views.sum(1, keepdim=True)) / num_rows
         variance = self.over_ranks(centred.square().sum(1, keepdim=True)) / num_rows
-        a, b = centred / (variance + self.eps).sqrt()
+        a, b = centred / (variance + self.settings.eps).sqrt()
         c = self.over_ranks(a.T @ b) / num_rows
         redundancy = off_diagonal(c).square().sum()
         return self.mean_of_ranks(
-            (c.diagonal() - 1).square().sum() + self.redundancy_weight * redundancy
+            (c.diagonal() - 1).square().sum() + self.settings.redundancy_weight * redundancy
         )

@@ -1,31 +1,24 @@
 """What all losses over the global batch share: options, the engine, the mean over ranks."""
 
+import inspect
 import math
-from typing import ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from dist_contrastive import collectives, pairwise
 from dist_contrastive.collectives import GradReduction, Group
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.pairwise import IMPLS, KEYS_FROM, Impl, KeysFrom, Pairs, Reduction
+from dist_contrastive.pairwise import Impl, KeysFrom, Pairs, Reduction
+from dist_contrastive.settings import ComponentSettings, settings_from, signature_of
 
 Takes = Literal["views", "features", "labels", "points"]
 
 # What a learnable scale is kept within: CLIP's upper limit (arXiv 2103.00020, section 2.5), and a
 # temperature of 1.
 SMALLEST_SCALE, LARGEST_SCALE = 1.0, 100.0
-
-
-class PairOptions(TypedDict, total=False):
-    """Keyword arguments that every loss accepts."""
-
-    keys_from: KeysFrom
-    impl: Impl
-    chunk_size: int | None
-    group: Group
-    grad_reduction: GradReduction
 
 
 class PairLoss(nn.Module):
@@ -35,20 +28,19 @@ class PairLoss(nn.Module):
     every rank; backward leaves ``W * dL/d(rows of this rank)``, so that the mean over ranks taken
     by DDP and ZeRO is the gradient of one process that holds the whole batch.
 
+    A loss is made of its `Config`, or of the settings in it: ``InfoNCE(InfoNCE.Config(...))`` is
+    ``InfoNCE(temperature=0.07, impl="dense")``. By position they follow the order in which the
+    classes declare them, the loss's own first.
+
     Args:
-        keys_from: ``gather`` compares with the rows of all ranks, all gathered at once; ``ring``
-            with the same, handed from rank to rank (memory does not grow with the number of
-            ranks); ``local`` with this rank's only, of which there must be two (the mean still
-            spans all ranks).
-        impl: ``dense`` keeps the score matrix (of a ring, that of one rank's keys), ``chunked``
-            computes it tile by tile (memory linear in the batch), ``auto`` chooses by size.
-        chunk_size: rows and keys of a tile of ``chunked``; None chooses.
+        args, settings: those of the nested `Config`.
         group: process group; None means all ranks.
         grad_reduction: ``mean`` when gradients are averaged over ranks later, ``sum`` when added.
 
     Raises:
-        ConfigError, NonFiniteError: inputs that do not fit together, or are not finite; by
-            ``forward``, on all ranks, in the same words, before any rows are exchanged.
+        ConfigError: a setting that is unknown or out of range; by ``forward`` inputs that do not
+            fit together, on all ranks, in the same words, before any rows are exchanged.
+        NonFiniteError: inputs that are not finite; likewise.
 
     Collectives: every loss makes one all-gather of a few numbers (what ranks hold) and one
     all-reduce of two (the mean); the losses say what comes on top.
@@ -58,27 +50,55 @@ class PairLoss(nn.Module):
     """What ``forward`` is given, set by every loss: two ``views`` of the same samples, one set of
     ``features``, features and their ``labels``, or ``points`` of two kinds."""
 
+    class Config(ComponentSettings):
+        """Settings that every loss has."""
+
+        name: str = ""
+        """A loss of this package, or the import path of another one."""
+        keys_from: KeysFrom = "gather"
+        """gather compares with the rows of all ranks, gathered at once; ring with the same, sent
+        from rank to rank (memory does not grow with the number of ranks); local with those of this
+        rank alone (the mean still spans all ranks; not in a config)."""
+        impl: Impl = "auto"
+        """dense keeps the score matrix (of a ring, that of one rank's keys), chunked computes it in
+        tiles (memory linear in the batch), auto chooses by size."""
+        chunk_size: PositiveInt | None = None
+        """Rows and keys of a tile of chunked; null chooses."""
+
+        def check_run(self) -> None:
+            """Refuse what the training loop of this package cannot use. Raises: ValueError."""
+            if self.keys_from == "local":
+                raise ValueError("keys_from=local compares no ranks; set it to gather or ring")
+
+    settings: Config
+
     def __init__(
         self,
-        keys_from: KeysFrom = "gather",
-        impl: Impl = "auto",
-        chunk_size: int | None = None,
+        *args: Any,
         group: Group = None,
         grad_reduction: GradReduction = "mean",
+        **settings: Any,
     ) -> None:
         super().__init__()
-        one_of("keys_from", keys_from, KEYS_FROM)
-        one_of("impl", impl, IMPLS)
-        one_of("grad_reduction", grad_reduction, ("mean", "sum"))
-        if chunk_size is not None and chunk_size < 1:
-            raise ConfigError(f"chunk_size={chunk_size} must be at least 1, or None to choose")
-        self.keys_from: KeysFrom = keys_from
-        self.impl: Impl = impl
-        self.chunk_size = chunk_size
+        if grad_reduction not in get_args(GradReduction):
+            raise ConfigError(f"grad_reduction={grad_reduction!r} is not known; use mean or sum")
+        self.settings = settings_from(type(self).Config, args, settings)
+        self.keys_from: KeysFrom = self.settings.keys_from
+        self.impl: Impl = self.settings.impl
+        self.chunk_size = self.settings.chunk_size
         self.group = group
         self.grad_reduction: GradReduction = grad_reduction
         self.metrics: dict[str, Tensor] = {}
         """Numbers about the last batch that a log should show; the same on all ranks."""
+
+    def __init_subclass__(cls) -> None:
+        """The signature that help and editors show."""
+        super().__init_subclass__()
+        own = inspect.signature(cls.__init__).parameters.values()
+        if any(p.kind is p.VAR_POSITIONAL for p in own):
+            shared = inspect.signature(PairLoss.__init__).parameters.values()
+            keywords = {p.name: p for p in (*own, *shared) if p.kind is p.KEYWORD_ONLY}
+            cls.__signature__ = signature_of(cls.Config, keywords)  # type: ignore[attr-defined]
 
     def check_batch(self, sizes: tuple[int, ...]) -> None:
         """Refuse too few rows to be compared with each other; sizes are those of all ranks."""
@@ -121,24 +141,37 @@ class PairLoss(nn.Module):
         self.metrics = dict(zip(local_counts, totals.unbind(), strict=True))
 
 
-def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the known ones."""
-    if value not in known:
-        raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(known)}")
+class TemperatureLoss(PairLoss):
+    """Base of the losses that divide similarities by a temperature."""
+
+    class Config(PairLoss.Config):
+        """Temperature, constant or learnable."""
+
+        temperature: PositiveFloat
+        """Divides the similarities."""
+        learnable: bool = False
+        """Whether the temperature is a parameter, kept as log(1 / temperature)."""
+
+        def check_run(self) -> None:
+            """A learnable temperature must start where the clamp leaves it."""
+            super().check_run()
+            if self.learnable:
+                check_start("temperature", self.temperature, 1 / LARGEST_SCALE, 1 / SMALLEST_SCALE)
+
+    settings: Config
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.scale = Scale(self.settings.temperature, self.settings.learnable)
 
 
-def at_least(limit: float, **settings: float) -> None:
-    """Refuse a setting below the limit, infinite or NaN."""
-    for name, value in settings.items():
-        if not limit <= value < math.inf:
-            raise ConfigError(f"{name}={value} must be a finite number of at least {limit:g}")
-
-
-def positive(**settings: float) -> None:
-    """Refuse a setting that is not above 0, infinite or NaN."""
-    for name, value in settings.items():
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name}={value} must be positive and finite, for instance 0.1")
+def check_start(name: str, value: float, lowest: float, highest: float) -> None:
+    """Refuse a learnable number that the first clamp would move. Raises: ValueError."""
+    if not lowest <= value <= highest:
+        raise ValueError(
+            f"{name}={value:g} is learnable, hence kept from {lowest:g} to {highest:g}; "
+            f"start it there, or set learnable to false"
+        )
 
 
 def in_full_precision(*inputs: Tensor) -> list[Tensor]:
@@ -159,7 +192,6 @@ class Scale(nn.Module):
 
     def __init__(self, temperature: float, learnable: bool) -> None:
         super().__init__()
-        positive(temperature=temperature)
         log_scale = -math.log(temperature)
         # A vector of one number: DeepSpeed cannot share a parameter without dimensions.
         self.log_scale = nn.Parameter(torch.tensor([log_scale])) if learnable else log_scale

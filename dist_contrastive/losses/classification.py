@@ -1,16 +1,17 @@
 """Cross-entropy of labelled rows on every level of a hierarchy of classes."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Group
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import at_least
 from dist_contrastive.losses.hierarchy import Hierarchy
 from dist_contrastive.losses.inputs import exchange_sizes
+from dist_contrastive.settings import Settings, settings_from
 
 
 class PathCrossEntropy(nn.Module):
@@ -28,26 +29,29 @@ class PathCrossEntropy(nn.Module):
     of `PairLoss`, for reducers that take the mean.
 
     Args:
-        level_weights: one for each level, 0 or more; None for 1 on all.
+        args, settings: those of the nested `Config`.
         group: process group; None means all ranks.
 
     Collectives: one all-gather of a few numbers, two all-reduces of at most two.
     """
 
+    class Config(Settings):
+        """Cross-entropy of a classifier."""
+
+        level_weights: tuple[NonNegativeFloat, ...] | None = None
+        """Weight of each level of the hierarchy, from the root; null: 1 each."""
+
     def __init__(
-        self,
-        hierarchy: Hierarchy,
-        level_weights: Sequence[float] | None = None,
-        group: Group = None,
+        self, hierarchy: Hierarchy, *args: Any, group: Group = None, **settings: Any
     ) -> None:
         super().__init__()
-        weights = [1.0] * hierarchy.depth if level_weights is None else list(level_weights)
+        weights = settings_from(self.Config, args, settings).level_weights
+        weights = (1.0,) * hierarchy.depth if weights is None else weights
         if len(weights) != hierarchy.depth:
             raise ConfigError(
                 f"level_weights={weights} for a hierarchy of {hierarchy.depth} level(s); give one "
                 f"weight for each level"
             )
-        at_least(0, **{f"level_weights[{level}]": weight for level, weight in enumerate(weights)})
         self.hierarchy = hierarchy
         self.level_weights = weights
         self.group = group

@@ -1,13 +1,13 @@
 """Cosine embedding loss over all pairs of the global batch (seed of this project)."""
 
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import PairOptions, normalised
+from dist_contrastive.losses.base import normalised
 from dist_contrastive.losses.labelled import LabelledLoss
 from dist_contrastive.pairwise import PairSum, Tile
 
@@ -23,24 +23,17 @@ class CosineEmbedding(LabelledLoss):
 
     which is the mean of torch's ``cosine_embedding_loss`` over these pairs.
 
-    Args:
-        margin: cosine similarity up to which dissimilar pairs cost nothing; -1 to 1.
-        max_delta: for continuous labels, see `LabelledLoss`, as for what is similar to what.
-        options: see `PairLoss`.
-
     Collectives: those of one `pairwise.reduce`.
     """
 
-    def __init__(
-        self,
-        margin: float = 0.5,
-        max_delta: float | None = None,
-        **options: Unpack[PairOptions],
-    ) -> None:
-        super().__init__(max_delta, **options)
-        if not -1 <= margin <= 1:
-            raise ConfigError(f"margin={margin} is a cosine similarity; give one from -1 to 1")
-        self.margin = margin
+    class Config(LabelledLoss.Config):
+        """Similar pairs become parallel, others are pushed apart until a margin."""
+
+        name: Literal["cosine_embedding"] = "cosine_embedding"
+        margin: float = Field(default=0.5, ge=-1, le=1)
+        """Cosine similarity up to which dissimilar pairs cost nothing."""
+
+    settings: Config
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """Scalar loss.
@@ -51,8 +44,8 @@ class CosineEmbedding(LabelledLoss):
         """
         features, tags, sizes = self.points(features, labels)
         (z,) = normalised(features)
-        pairs = self.pairs(z, z, sizes, tags, self.max_delta or 0.0)
-        (row_sum,), _ = self.reduce(_Embedding(self.margin), pairs)
+        pairs = self.pairs(z, z, sizes, tags, self.settings.max_delta or 0.0)
+        (row_sum,), _ = self.reduce(_Embedding(self.settings.margin), pairs)
         return self.mean(row_sum.sum(), len(z) * (pairs.num_keys - 1))
 
 

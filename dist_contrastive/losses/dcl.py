@@ -1,12 +1,12 @@
 """Decoupled contrastive loss over the global batch (Yeh et al., arXiv 2110.06848, equation 6)."""
 
-from typing import Unpack
+from typing import Literal
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.losses.base import PairOptions
 from dist_contrastive.losses.inputs import Sizes
 from dist_contrastive.losses.ntxent import NTXent
 from dist_contrastive.pairwise import LogSumExp
@@ -23,13 +23,16 @@ class DCL(NTXent):
         negative = scores.masked_fill(sample[:, None] == sample, -inf).logsumexp(1)
         loss = (negative - positive).mean()
 
-    Arguments and collectives are those of `NTXent`.
+    Collectives are those of `NTXent`.
     """
 
-    def __init__(
-        self, temperature: float = 0.1, learnable: bool = False, **options: Unpack[PairOptions]
-    ) -> None:
-        super().__init__(temperature, learnable, **options)
+    class Config(NTXent.Config):
+        """Decoupled contrastive loss."""
+
+        name: Literal["dcl"] = "dcl"  # type: ignore[assignment]
+        temperature: PositiveFloat = 0.1
+
+    settings: Config
 
     def log_denominator(self, scaled: Tensor, z: Tensor, sizes: Sizes) -> Tensor:
         """Log-sum-exp over the views of other samples: [2 * b]."""

@@ -1,22 +1,17 @@
 """InfoNCE over the global batch (van den Oord et al., arXiv 1807.03748); symmetric, CLIP's loss."""
 
-from typing import Unpack
+from typing import Literal
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
-from dist_contrastive.losses.base import (
-    PairLoss,
-    PairOptions,
-    Scale,
-    in_full_precision,
-    normalised,
-)
+from dist_contrastive.losses.base import TemperatureLoss, in_full_precision, normalised
 from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import LogSumExp, Pairs, choose, reduce
 
 
-class InfoNCE(PairLoss):
+class InfoNCE(TemperatureLoss):
     """Row softmax cross-entropy of cosine similarities; row i's positive is key i.
 
     Equals, on the rows of all ranks together::
@@ -28,28 +23,21 @@ class InfoNCE(PairLoss):
     ``cross_entropy(k[:B] @ q.T / temperature, arange(B))`` (CLIP, arXiv 2103.00020). The bank is a
     queue of past keys (MoCo, arXiv 1911.05722), which all ranks hold alike and which counts once.
 
-    Args:
-        temperature: divides the similarities; above 0.
-        symmetric: also classify the queries of every key.
-        learnable: the temperature is a parameter, kept as ``log(1 / temperature)``.
-        options: see `PairLoss`.
-
     Collectives: those of one `pairwise.reduce`. Symmetric costs no second matrix: each score is
     computed once and serves both directions. Of the bank nothing is exchanged.
     """
 
     takes = "views"
 
-    def __init__(
-        self,
-        temperature: float = 0.07,
-        symmetric: bool = False,
-        learnable: bool = False,
-        **options: Unpack[PairOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.scale = Scale(temperature, learnable)
-        self.symmetric = symmetric
+    class Config(TemperatureLoss.Config):
+        """InfoNCE between two views, the batch as negatives."""
+
+        name: Literal["infonce"] = "infonce"
+        temperature: PositiveFloat = 0.07
+        symmetric: bool = False
+        """Classify the queries of every key, too."""
+
+    settings: Config
 
     def forward(
         self,
@@ -77,11 +65,11 @@ class InfoNCE(PairLoss):
         q, k = normalised(queries, keys)
         scaled = q * self.scale()
         pairs = self.pairs(scaled, k, num_keys)
-        (row_lse,), key_lse = self.reduce(LogSumExp(both=self.symmetric), pairs)
+        (row_lse,), key_lse = self.reduce(LogSumExp(both=self.settings.symmetric), pairs)
         if bank is not None:
             row_lse = self._with_bank(row_lse, scaled, bank)
         positive = (scaled * k[: len(q)]).sum(-1)
-        if self.symmetric:
+        if self.settings.symmetric:
             row_lse = (row_lse + key_lse[0][: len(q)]) / 2
         return self.mean((row_lse - positive).sum(), len(q))
 

@@ -1,12 +1,13 @@
 """KoLeo over the global batch (Sablayrolles et al., arXiv 1806.03198, equation 2; DINOv2)."""
 
-from typing import Unpack
+from typing import Literal
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.losses.base import PairLoss, PairOptions, normalised, positive
+from dist_contrastive.losses.base import PairLoss, normalised
 from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import DISTANCES, extremes, fetch
 
@@ -20,19 +21,21 @@ class KoLeo(PairLoss):
         nearest = (z @ z.T).fill_diagonal_(-1).argmax(1)
         loss = -log(pairwise_distance(z, z[nearest], eps) + eps).mean()
 
-    Args:
-        eps: keeps the logarithm finite where embeddings coincide; above 0.
-        options: see `PairLoss`. ``impl`` is of no matter: no matrix of scores is kept.
+    No matrix of scores is kept, whatever ``impl`` is.
 
     Collectives: one round over the keys, and the fetch of one neighbour a row.
     """
 
     takes = "features"
 
-    def __init__(self, eps: float = 1e-8, **options: Unpack[PairOptions]) -> None:
-        super().__init__(**options)
-        positive(eps=eps)
-        self.eps = eps
+    class Config(PairLoss.Config):
+        """Every embedding moves away from its nearest neighbour."""
+
+        name: Literal["koleo"] = "koleo"
+        eps: PositiveFloat = 1e-8
+        """Keeps the logarithm finite where embeddings coincide."""
+
+    settings: Config
 
     def forward(self, features: Tensor) -> Tensor:
         """Scalar loss; features: [b, D]."""
@@ -43,5 +46,7 @@ class KoLeo(PairLoss):
         pairs = self.pairs(z, z, sizes, tags=number)  # similar to itself alone
         with torch.autocast(z.device.type, enabled=False):
             _, nearest = extremes(pairs, DISTANCES["euclidean"], self.chunk_size)
-        d = torch.nn.functional.pairwise_distance(z, fetch(pairs, nearest.number), eps=self.eps)
-        return self.mean(-(d + self.eps).log().sum(), len(z))
+        d = torch.nn.functional.pairwise_distance(
+            z, fetch(pairs, nearest.number), eps=self.settings.eps
+        )
+        return self.mean(-(d + self.settings.eps).log().sum(), len(z))

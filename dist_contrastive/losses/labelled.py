@@ -1,13 +1,12 @@
 """What the losses with similar and dissimilar pairs share: which pairs are similar."""
 
-from typing import Unpack
-
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from dist_contrastive import collectives
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import PairLoss, PairOptions, at_least
+from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.losses.inputs import Sizes, exchange_sizes
 
 
@@ -19,19 +18,17 @@ class LabelledLoss(PairLoss):
     missing label (-1, or one that is not finite) is similar to no other: its sample's own views are
     all its positives, and everything else is dissimilar to it. Without labels all are missing
     (self-supervised).
-
-    Args:
-        max_delta: largest difference of similar continuous labels; None for integer labels.
-        options: see `PairLoss`.
     """
 
     takes = "labels"
 
-    def __init__(self, max_delta: float | None, **options: Unpack[PairOptions]) -> None:
-        super().__init__(**options)
-        if max_delta is not None:
-            at_least(0, max_delta=max_delta)
-        self.max_delta = max_delta
+    class Config(PairLoss.Config):
+        """Settings of what is similar."""
+
+        max_delta: NonNegativeFloat | None = None
+        """Largest difference of similar continuous labels; null for integer labels."""
+
+    settings: Config
 
     def points(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Sizes]:
         """Rows [n, D] with n = b or b * V, their tags (see `label_tags`), and n of every rank."""
@@ -43,7 +40,7 @@ class LabelledLoss(PairLoss):
             )
         samples = sizes["features"]
         first = sum(samples[: collectives.rank(self.group)])
-        tags = label_tags(labels, len(features), first, self.max_delta, features.device)
+        tags = label_tags(labels, len(features), first, self.settings.max_delta, features.device)
         if features.dim() == 3:
             views = features.shape[1]
             features, tags = features.flatten(0, 1), tags.repeat_interleave(views, dim=0)

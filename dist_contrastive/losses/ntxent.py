@@ -1,16 +1,17 @@
 """NT-Xent over the global batch (SimCLR, Chen et al., arXiv 2002.05709, equation 1)."""
 
-from typing import Unpack
+from typing import Literal
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
-from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
+from dist_contrastive.losses.base import TemperatureLoss, normalised
 from dist_contrastive.losses.inputs import Sizes, exchange_sizes
 from dist_contrastive.pairwise import LogSumExp
 
 
-class NTXent(PairLoss):
+class NTXent(TemperatureLoss):
     """Each view must find the other view of its sample among the 2B - 1 other views.
 
     Equals, on the rows of all ranks together::
@@ -19,21 +20,18 @@ class NTXent(PairLoss):
         scores = (z @ z.T / temperature).fill_diagonal_(-inf)
         loss = cross_entropy(scores, (arange(2 * B) + B) % (2 * B))
 
-    Args:
-        temperature: divides the similarities; above 0.
-        learnable: the temperature is a parameter, kept as ``log(1 / temperature)``.
-        options: see `PairLoss`.
-
     Collectives: those of one `pairwise.reduce` of both views.
     """
 
     takes = "views"
 
-    def __init__(
-        self, temperature: float = 0.5, learnable: bool = False, **options: Unpack[PairOptions]
-    ) -> None:
-        super().__init__(**options)
-        self.scale = Scale(temperature, learnable)
+    class Config(TemperatureLoss.Config):
+        """SimCLR's loss."""
+
+        name: Literal["ntxent"] = "ntxent"
+        temperature: PositiveFloat = 0.5
+
+    settings: Config
 
     def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
         """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""

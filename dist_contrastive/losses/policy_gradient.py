@@ -1,19 +1,20 @@
 """Decisions that are drawn and rewarded: REINFORCE over the global batch (Williams 1992)."""
 
 from collections.abc import Callable
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Group
 from dist_contrastive.errors import ConfigError, NonFiniteError
-from dist_contrastive.losses.base import at_least, one_of
 from dist_contrastive.losses.classification import check_labelled_logits
 from dist_contrastive.losses.hierarchy import Hierarchy
 from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.losses.rewards import Reward, call_reward, depth_credit, reward_name
+from dist_contrastive.settings import Settings, settings_from
 
 Baseline = Literal["self_critical", "running_mean", "none"]
 
@@ -36,37 +37,40 @@ class PolicyGradient(nn.Module):
 
     Args:
         reward: what a decision is worth; see `Reward`.
-        baseline: is subtracted from rewards, which leaves the expected gradient as it is.
-            ``self_critical``: the reward of the row's most probable decision (Rennie et al., arXiv
-            1612.00563). ``running_mean``: the mean reward of earlier steps, for which `finish_step`
-            must be called. ``none``: 0. The first two make gradients less noisy where rewards have
-            a level of their own, as negative ones do; where most decisions are worth 0,
-            ``self_critical`` may be the noisiest.
-        entropy_weight: 0 or more; above 0 it keeps decisions from becoming certain too early.
-        momentum: of the running mean, from 0 to below 1; see `RunningMean`.
+        args, settings: those of the nested `Config`.
         group: process group; None means all ranks.
 
     Collectives: four all-gathers of a few numbers, two of them of Python objects (errors of the
     reward), and three all-reduces of at most five numbers.
     """
 
+    class Config(Settings):
+        """Policy gradient on decisions that are sampled from a classifier."""
+
+        baseline: Baseline = "self_critical"
+        """Subtracted from rewards, which leaves the expected gradient as it is. self_critical: the
+        reward of the row's most probable decision (Rennie et al., arXiv 1612.00563). running_mean:
+        the mean reward of earlier steps, for which `finish_step` must be called. none: 0. The first
+        two make gradients less noisy where rewards have a level of their own, as negative ones do;
+        where most decisions are worth 0, self_critical may be the noisiest."""
+        entropy_weight: NonNegativeFloat = 0.0
+        """Weight of the decisions' entropy, which keeps them from becoming certain too early."""
+        momentum: float = Field(default=0.99, ge=0, lt=1)
+        """Of the running mean."""
+
     def __init__(
         self,
         hierarchy: Hierarchy,
         reward: Reward = depth_credit,
-        baseline: Baseline = "self_critical",
-        entropy_weight: float = 0.0,
-        momentum: float = 0.99,
+        *args: Any,
         group: Group = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        one_of("baseline", baseline, get_args(Baseline))
-        at_least(0, entropy_weight=entropy_weight)
         self.hierarchy = hierarchy
         self.reward = reward
-        self.baseline: Baseline = baseline
-        self.entropy_weight = entropy_weight
-        self.running_mean = RunningMean(momentum)
+        self.settings = settings_from(self.Config, args, settings)
+        self.running_mean = RunningMean(self.settings.momentum)
         self.group = group
         self._last: tuple[Tensor, Tensor] | None = None  # mean reward, and whether there was any
         self.metrics: dict[str, Tensor] = {}
@@ -93,7 +97,7 @@ class PolicyGradient(nn.Module):
         entropy = -(log_p.exp() * log_p).sum(1)
         self._measure(rewards, baselines, entropy.detach())
         surrogate = -((rewards - baselines) * log_p.gather(1, decisions)).mean(1)
-        loss = (surrogate - self.entropy_weight * entropy).sum()
+        loss = (surrogate - self.settings.entropy_weight * entropy).sum()
         return collectives.global_mean(loss, len(log_p), self.group)
 
     def finish_step(self) -> None:
@@ -113,9 +117,9 @@ class PolicyGradient(nn.Module):
         repeated = labels.repeat_interleave(decisions.shape[1])
         rewards = rewards_of(decisions.flatten(), repeated).view_as(decisions)
         baselines = torch.zeros_like(rewards)
-        if self.baseline == "self_critical":
+        if self.settings.baseline == "self_critical":
             baselines += rewards_of(log_p.argmax(1), labels)[:, None]
-        elif self.baseline == "running_mean":
+        elif self.settings.baseline == "running_mean":
             baselines += self.running_mean.value().to(rewards)
         return rewards, baselines
 
@@ -161,8 +165,6 @@ class RunningMean(nn.Module):
 
     def __init__(self, momentum: float) -> None:
         super().__init__()
-        if not 0 <= momentum < 1:
-            raise ConfigError(f"momentum={momentum} must be from 0 to below 1, for instance 0.99")
         self.momentum = momentum
         self.sums: Tensor
         self.register_buffer("sums", torch.zeros(2, dtype=torch.float64))  # of values, of weights

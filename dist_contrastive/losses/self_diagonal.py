@@ -1,15 +1,16 @@
 """The self-diagonal loss over the global batch (seed of this project)."""
 
-from typing import Unpack
+from typing import Literal
 
+from pydantic import PositiveFloat
 from torch import Tensor
 
-from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
+from dist_contrastive.losses.base import TemperatureLoss, normalised
 from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import LogSumExp
 
 
-class SelfDiagonal(PairLoss):
+class SelfDiagonal(TemperatureLoss):
     """Cross-entropy that makes every embedding find itself.
 
     Equals, on the rows of all ranks together::
@@ -21,21 +22,18 @@ class SelfDiagonal(PairLoss):
     what is left is repulsion: embeddings spread evenly over the sphere. Nothing is drawn together;
     with a second view as keys it becomes `InfoNCE`.
 
-    Args:
-        temperature: divides the similarities; above 0.
-        learnable: the temperature is a parameter, kept as ``log(1 / temperature)``.
-        options: see `PairLoss`.
-
     Collectives: those of one `pairwise.reduce`.
     """
 
     takes = "features"
 
-    def __init__(
-        self, temperature: float = 0.1, learnable: bool = False, **options: Unpack[PairOptions]
-    ) -> None:
-        super().__init__(**options)
-        self.scale = Scale(temperature, learnable)
+    class Config(TemperatureLoss.Config):
+        """Every embedding finds itself: pure repulsion."""
+
+        name: Literal["self_diagonal"] = "self_diagonal"
+        temperature: PositiveFloat = 0.1
+
+    settings: Config
 
     def forward(self, features: Tensor) -> Tensor:
         """Scalar loss; features: [b, D]."""

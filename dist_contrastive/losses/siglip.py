@@ -1,14 +1,20 @@
 """The sigmoid loss over the global batch (SigLIP, Zhai et al., arXiv 2303.15343, equation 1)."""
 
-import math
-from typing import Unpack
+from typing import Any, Literal
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import PairLoss, PairOptions, Scale, normalised
+from dist_contrastive.losses.base import (
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    PairLoss,
+    Scale,
+    check_start,
+    normalised,
+)
 from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import PairSum, Tile
 
@@ -21,30 +27,35 @@ class SigLIP(PairLoss):
         logits = scale * normalize(a) @ normalize(b).T + bias
         loss = -logsigmoid((2 * eye(B) - 1) * logits).sum() / B
 
-    Args:
-        scale: multiplies the similarities; above 0. bias: is added to them.
-        learnable: both are parameters, the scale as its logarithm.
-        options: see `PairLoss`.
-
     Collectives: those of one `pairwise.reduce`.
     """
 
     takes = "views"
 
-    def __init__(
-        self,
-        scale: float = 10.0,
-        bias: float = -10.0,
-        learnable: bool = True,
-        **options: Unpack[PairOptions],
-    ) -> None:
-        super().__init__(**options)
-        if not 0 < scale < math.inf or not math.isfinite(bias):
-            raise ConfigError(
-                f"scale={scale} must be positive and bias={bias} finite, for instance 10 and -10"
-            )
-        self.scale = Scale(1 / scale, learnable)
-        self.bias = nn.Parameter(torch.tensor([float(bias)])) if learnable else float(bias)
+    class Config(PairLoss.Config):
+        """Every pair of views is a binary classification of its own."""
+
+        name: Literal["siglip"] = "siglip"
+        scale: PositiveFloat = 10.0
+        """Multiplies the similarities."""
+        bias: float = -10.0
+        """Is added to them."""
+        learnable: bool = True
+        """Whether both are parameters, the scale as its logarithm."""
+
+        def check_run(self) -> None:
+            """A learnable scale must start where the clamp leaves it."""
+            super().check_run()
+            if self.learnable:
+                check_start("scale", self.scale, SMALLEST_SCALE, LARGEST_SCALE)
+
+    settings: Config
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        learnable, bias = self.settings.learnable, self.settings.bias
+        self.scale = Scale(1 / self.settings.scale, learnable)
+        self.bias = nn.Parameter(torch.tensor([bias])) if learnable else bias
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Scalar loss; a, b: [b, D], row i of both from the same sample."""

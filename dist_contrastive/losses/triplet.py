@@ -1,14 +1,15 @@
 """Triplet loss over the global batch (Schroff et al., arXiv 1503.03832; Hermans et al., 1703.07737;
 seed of this project)."""
 
-from typing import Literal, Unpack
+from typing import Any, Literal
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from dist_contrastive import collectives
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import PairOptions, at_least, in_full_precision, one_of
+from dist_contrastive.losses.base import in_full_precision
 from dist_contrastive.losses.labelled import LabelledLoss
 from dist_contrastive.pairwise import (
     DISTANCES,
@@ -41,34 +42,32 @@ class Triplet(LabelledLoss):
     negative do not count. A batch without a triplet gives 0 and no gradient; ``metrics`` has the
     numbers of ``valid_triplets`` and of ``active_triplets``, which break the margin.
 
-    Args:
-        margin: in units of the distance; 0 or more.
-        distance: ``euclidean`` and ``squared_euclidean`` of the features as they are, ``cosine``
-            1 - cosine similarity.
-        mining: which triplets count.
-        max_delta: for continuous labels, see `LabelledLoss`, as for what is positive to what.
-        options: see `PairLoss`. ``chunk_size`` is the rows and keys of a tile (``hard``), or the
-            rows whose distances to all keys are kept at a time.
+    ``chunk_size`` is the rows and keys of a tile (``hard``), or the rows whose distances to all
+    keys are kept at a time.
 
     Collectives: two all-reduces of two numbers, and with ``dense`` those of one gather of the keys;
     otherwise ``hard`` those of one round over the keys and of the fetch of two keys a row, and the
     others those of `pairwise.triplet_sums`.
     """
 
-    def __init__(
-        self,
-        margin: float = 0.2,
-        distance: DistanceName = "euclidean",
-        mining: MiningName = "all",
-        max_delta: float | None = None,
-        **options: Unpack[PairOptions],
-    ) -> None:
-        super().__init__(max_delta, **options)
-        at_least(0, margin=margin)
-        one_of("distance", distance, tuple(DISTANCES))
-        one_of("mining", mining, tuple(WEIGHTS))
-        self.mining = Mining(WEIGHTS[mining], DISTANCES[distance], margin)
-        self.is_hard = mining == "hard"
+    class Config(LabelledLoss.Config):
+        """An embedding is nearer to similar ones than to others, by a margin."""
+
+        name: Literal["triplet"] = "triplet"
+        margin: NonNegativeFloat = 0.2
+        """In units of the distance."""
+        distance: DistanceName = "euclidean"
+        """euclidean and squared_euclidean of the features as they are, cosine of their angles."""
+        mining: MiningName = "all"
+        """Triplets that count: all, of each anchor the hard one, or of each anchor and positive the
+        semihard one."""
+
+    settings: Config
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        chosen = self.settings
+        self.mining = Mining(WEIGHTS[chosen.mining], DISTANCES[chosen.distance], chosen.margin)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """Scalar loss.
@@ -81,7 +80,7 @@ class Triplet(LabelledLoss):
         self._check_classes(tags)
         with torch.autocast(features.device.type, enabled=False):
             x = self.mining.distance.prepare(*in_full_precision(features))
-            pairs = self.pairs(x, x, sizes, tags, self.max_delta or 0.0)
+            pairs = self.pairs(x, x, sizes, tags, self.settings.max_delta or 0.0)
             total, active, valid = self._sums(pairs)
         self.report_counts(valid_triplets=valid, active_triplets=active)
         return self.mean(total, valid)
@@ -90,7 +89,7 @@ class Triplet(LabelledLoss):
         how = choose(self.impl, max(pairs.sizes) * pairs.num_keys)
         if how == "dense" and self.keys_from != "ring":
             return dense_triplet_sums(self.mining, pairs)
-        if self.is_hard:
+        if self.settings.mining == "hard":
             return self._hard_sums(pairs)
         panel_rows = max(pairs.sizes) if how == "dense" else self.chunk_size
         return triplet_sums(self.mining, pairs, panel_rows)
@@ -113,12 +112,12 @@ class Triplet(LabelledLoss):
             least, delta = float(torch.iinfo(torch.int64).min), 0.0
             ends = tags, -tags
         else:  # a missing label is far from all others
-            least, delta = -torch.inf, self.max_delta or 0.0
+            least, delta = -torch.inf, self.settings.max_delta or 0.0
             ends = tags[:, 0].nan_to_num(torch.inf), -tags[:, 0].nan_to_num(-torch.inf)
         mine = [x.max() if len(x) else x.new_tensor(least) for x in ends]
         highest, minus_lowest = collectives.all_reduce_max(torch.stack(mine), self.group).tolist()
         if not highest + minus_lowest > delta:
             raise ConfigError(
                 f"labels of the global batch are all alike (from {-minus_lowest:g} to {highest:g}, "
-                f"max_delta={self.max_delta}); mining triplets needs at least two classes"
+                f"max_delta={self.settings.max_delta}); mining triplets needs at least two classes"
             )

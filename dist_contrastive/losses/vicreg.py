@@ -1,11 +1,11 @@
 """VICReg with the statistics of the global batch (Bardes et al., arXiv 2105.04906)."""
 
-from typing import Unpack
+from typing import Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from dist_contrastive.losses.base import PairOptions, at_least, positive
 from dist_contrastive.losses.statistics import StatisticsLoss, off_diagonal
 
 
@@ -22,31 +22,21 @@ class VICReg(StatisticsLoss):
     with variances and covariances over B - 1 (equations 1 to 6). No pair of samples is compared:
     ``gather`` and ``ring`` are the same here, and memory is that of [D, D].
 
-    Args:
-        invariance_weight, variance_weight, covariance_weight: 0 or more.
-        eps: is added to variances; above 0.
-        options: see `PairLoss`.
-
     Collectives: two all-reduces of [2, 1, D] and [2, D, D], and one of two numbers; backward those
     of the first two.
     """
 
-    def __init__(
-        self,
-        invariance_weight: float = 25.0,
-        variance_weight: float = 25.0,
-        covariance_weight: float = 1.0,
-        eps: float = 1e-4,
-        **options: Unpack[PairOptions],
-    ) -> None:
-        super().__init__(**options)
-        weights = {"invariance_weight": invariance_weight, "variance_weight": variance_weight}
-        at_least(0, **weights, covariance_weight=covariance_weight)
-        positive(eps=eps)
-        self.invariance_weight = invariance_weight
-        self.variance_weight = variance_weight
-        self.covariance_weight = covariance_weight
-        self.eps = eps
+    class Config(StatisticsLoss.Config):
+        """Views agree, dimensions vary, and not together."""
+
+        name: Literal["vicreg"] = "vicreg"
+        invariance_weight: NonNegativeFloat = 25.0
+        variance_weight: NonNegativeFloat = 25.0
+        covariance_weight: NonNegativeFloat = 1.0
+        eps: PositiveFloat = 1e-4
+        """Is added to variances."""
+
+    settings: Config
 
     def compare(self, views: Tensor, num_rows: int) -> Tensor:
         """See `StatisticsLoss`."""
@@ -54,8 +44,9 @@ class VICReg(StatisticsLoss):
         invariance = self.mean((a - b).square().sum(), a.numel())
         centred = views - self.over_ranks(views.sum(1, keepdim=True)) / num_rows
         cov = self.over_ranks(centred.transpose(1, 2) @ centred) / (num_rows - 1)  # [2, D, D]
-        std = (cov.diagonal(dim1=1, dim2=2) + self.eps).sqrt()
+        std = (cov.diagonal(dim1=1, dim2=2) + self.settings.eps).sqrt()
         variance = torch.relu(1 - std).mean(1).sum() / 2
         covariance = off_diagonal(cov).square().sum() / cov.shape[-1]
-        statistics = self.variance_weight * variance + self.covariance_weight * covariance
-        return self.invariance_weight * invariance + self.mean_of_ranks(statistics)
+        weights = self.settings
+        statistics = weights.variance_weight * variance + weights.covariance_weight * covariance
+        return weights.invariance_weight * invariance + self.mean_of_ranks(statistics)

@@ -269,12 +269,10 @@ class Drift(Task):
 def _losses(settings: DriftSettings) -> tuple[ContrastiveForce, ContrastiveForce | None]:
     """The loss over the global batch, and the one for ranks that hold whole groups, which need not
     be gathered: where numbers of groups that ranks hold are pooled as those of all are."""
-    options = settings.loss.model_dump()
-    del options["name"]
-    loss = ContrastiveForce(**options)
+    loss = ContrastiveForce(settings.loss)
     if settings.groups == 1 or "group" in (loss.rules.scale_scope, loss.rules.norm_scope):
         return loss, None
-    return loss, ContrastiveForce(**{**options, "keys_from": "local"})
+    return loss, ContrastiveForce(settings.loss.model_copy(update={"keys_from": "local"}))
 
 
 def _subgroups(labels: Tensor, num_classes: int, groups: int) -> Subgroups:

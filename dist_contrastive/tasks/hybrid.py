@@ -10,11 +10,11 @@ from dist_contrastive.config import HybridSettings
 from dist_contrastive.config.tasks import RewardSettings
 from dist_contrastive.data import keyed_random
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.losses import build_loss
 from dist_contrastive.losses.classification import PathCrossEntropy
 from dist_contrastive.losses.hierarchy import Hierarchy
 from dist_contrastive.losses.policy_gradient import PolicyGradient
 from dist_contrastive.losses.rewards import load_reward
-from dist_contrastive.losses.settings import build_loss
 from dist_contrastive.losses.views import compare_views
 from dist_contrastive.schedule import Points, value_at
 from dist_contrastive.tasks.base import Embeddings, StepContext, Terms, scalars_of
@@ -41,7 +41,7 @@ class Hybrid(ImageTask):
         self._weights: dict[str, float | Points] = {}
         if settings.supervised is not None:
             self._weights["supervised"] = settings.supervised.weight
-            self.supervised = PathCrossEntropy(self.hierarchy, settings.supervised.level_weights)
+            self.supervised = PathCrossEntropy(self.hierarchy, settings.supervised)
         if settings.reward is not None:
             self._weights["reward"] = settings.reward.weight
             self.reward = _policy_gradient(settings.reward, self.hierarchy)
@@ -132,5 +132,4 @@ class Hybrid(ImageTask):
 
 
 def _policy_gradient(settings: RewardSettings, hierarchy: Hierarchy) -> PolicyGradient:
-    function = load_reward(settings.function)
-    return PolicyGradient(hierarchy, function, settings.baseline, settings.entropy_weight)
+    return PolicyGradient(hierarchy, load_reward(settings.function), settings)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from dist_contrastive.config import LabelledSettings
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.losses.settings import build_loss
+from dist_contrastive.losses import build_loss
 from dist_contrastive.losses.views import compare_views
 from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
 from dist_contrastive.tasks.images import ImageTask

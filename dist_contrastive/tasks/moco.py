@@ -6,8 +6,7 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.config import MocoSettings
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.losses.infonce import InfoNCE
-from dist_contrastive.losses.settings import build_loss
+from dist_contrastive.losses import InfoNCE
 from dist_contrastive.models.momentum import MomentumCopy, check_row_independent, momentum_at
 from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
 from dist_contrastive.tasks.images import ImageTask
@@ -27,9 +26,7 @@ class Moco(ImageTask):
 
     def __init__(self, settings: MocoSettings, example: Samples, seed: int) -> None:
         super().__init__(settings, example, seed)
-        loss = build_loss(settings.loss)
-        assert isinstance(loss, InfoNCE)
-        self.loss = loss
+        self.loss = InfoNCE(settings.loss)
         for module in (self.encoder, self.head):
             check_row_independent(module, "a query would know its own key by them")
         self.key_encoder = MomentumCopy(self.encoder)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dist_contrastive.config import PairedSettings
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.losses.settings import build_loss
+from dist_contrastive.losses import build_loss
 from dist_contrastive.models import (
     TextEncoder,
     build_head,

@@ -7,7 +7,7 @@ from dist_contrastive.config import TwoViewSettings
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.views import ViewSettings
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.settings import build_loss
+from dist_contrastive.losses import build_loss
 from dist_contrastive.losses.views import compare_views
 from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
 from dist_contrastive.tasks.images import ImageTask, seen_shape

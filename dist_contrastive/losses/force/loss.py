@@ -10,16 +10,15 @@ d Euclidean distances, t a temperature, A the weights of pairs. Per group and te
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Unpack, get_args
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import PairLoss, PairOptions, at_least, one_of
+from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.losses.force import passes
 from dist_contrastive.losses.force.affinity import Affinity, Powers
 from dist_contrastive.losses.force.inputs import ForceInputs, KindOfPoints, amid, force_inputs
@@ -88,42 +87,20 @@ PRESETS: dict[str, ForceRules] = {
 
 def rules_of(
     preset: str,
-    temperatures: Sequence[float] | None,
+    temperatures: tuple[float, ...] | None,
     scale_scope: Scope | None,
     norm_scope: Scope | None,
     affinity_floor: float,
 ) -> ForceRules:
-    """Those of a preset, with what is given, rather than None, in the place of its own.
-
-    Raises:
-        ConfigError: unknown names, numbers out of range.
-    """
-    one_of("preset", preset, tuple(PRESETS))
+    """Rules of a preset, with what is given, rather than None, in the place of its own."""
     rules = PRESETS[preset]
-    if temperatures is not None:
-        if not _are_positive(temperatures):
-            raise ConfigError(
-                f"temperatures={temperatures!r} must be one or more positive numbers, "
-                f"for instance (0.02, 0.05, 0.2)"
-            )
-        rules = replace(rules, temperatures=tuple(temperatures))
-    if not 0 <= affinity_floor < 1:
-        raise ConfigError(f"affinity_floor={affinity_floor} must be from 0 to below 1, as 1e-3")
-    rules = replace(
+    return replace(
         rules,
+        temperatures=temperatures or rules.temperatures,
         affinity=replace(rules.affinity, floor=affinity_floor),
         scale_scope=scale_scope or rules.scale_scope,
         norm_scope=norm_scope or rules.norm_scope,
     )
-    one_of("scale_scope", rules.scale_scope, get_args(Scope))
-    one_of("norm_scope", rules.norm_scope, get_args(Scope))
-    return rules
-
-
-def _are_positive(numbers: Any) -> bool:
-    if not isinstance(numbers, Sequence) or not numbers:
-        return False
-    return all(isinstance(x, int | float) and 0 < x < math.inf for x in numbers)
 
 
 class ContrastiveForce(PairLoss):
@@ -152,24 +129,15 @@ class ContrastiveForce(PairLoss):
             are one for all groups of all ranks. ``affinity_floor=1e-3`` is what the official code
             does on top.
 
+    ``keys_from="local"`` gives every rank groups of its own, of which only means with scope
+    ``global`` cross ranks; ``impl="auto"`` is ``chunked``; ``dense`` with a ring has tiles as large
+    as blocks.
+
     Args:
-        temperatures: one force each, added up; all above 0, in units of the mean distance. None:
-            those of the preset, for ``seed`` and ``drift`` 0.01, 0.02, 0.05, 0.1, 0.2.
-        preset: see above; the further arguments change one thing of it.
-        scale_scope, norm_scope: over what the mean distance, and the unit, are means: ``group``
-            (each of the leading dimensions; all its labels), ``label`` (each label of each group),
-            ``global`` (all groups, labels and ranks). None: the preset's.
-        affinity_floor: the smallest weight A of a pair, from 0 to below 1.
-        normalise_total: divide the sum over temperatures by its root mean square (`norm_scope`).
-        cache_mb: distances kept from pass to pass, in MiB; those beyond are computed again in each
-            of the four (three for `contrastive_force`). Of a ring nothing is kept.
         diagnostics: set `metrics`: ``scale`` (mean over groups), and for each temperature
             ``force_rms/t`` (before ``paper`` divides by it) and ``neighbours/t``, the effective
             number 1 / sum(softmax^2) of points that a generated one sees. Costs one more round, and
             a matrix product for each temperature.
-        options: see `PairLoss`. ``keys_from="local"`` gives every rank groups of its own, of which
-            only means with scope ``global`` cross ranks; ``impl="auto"`` is ``chunked``; ``dense``
-            with a ring has tiles as large as blocks.
 
     Collectives: all-gathers of a few numbers and of some 256 points, all-reduces of a few numbers
     per group; gather: one all-gather of the points and their tags, two of a few numbers per point
@@ -179,27 +147,41 @@ class ContrastiveForce(PairLoss):
 
     takes = "points"
 
-    def __init__(
-        self,
-        temperatures: Sequence[float] | None = None,
-        preset: Preset = "drift",
-        *,
-        scale_scope: Scope | None = None,
-        norm_scope: Scope | None = None,
-        affinity_floor: float = 0.0,
-        normalise_total: bool = False,
-        cache_mb: float = 24.0,
-        diagnostics: bool = False,
-        **options: Unpack[PairOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.preset: Preset = preset
-        self.rules = rules_of(preset, temperatures, scale_scope, norm_scope, affinity_floor)
-        at_least(0, cache_mb=cache_mb)
+    class Config(PairLoss.Config):
+        """The force of data and of other generated points on generated points."""
+
+        name: Literal["contrastive_force"] = "contrastive_force"
+        temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
+        """One force each, added up, in units of the mean distance; null: those of the preset."""
+        preset: Preset = "drift"
+        """The form of the force; the further settings change one thing of it."""
+        scale_scope: Scope | None = None
+        """What the mean distance is a mean over: label (each label of each group), group, or global
+        (all groups, labels and ranks); null: the preset's."""
+        norm_scope: Scope | None = None
+        """The same for what a force is divided by."""
+        affinity_floor: float = Field(default=0.0, ge=0, lt=1)
+        """Smallest weight of a pair."""
+        normalise_total: bool = False
+        """Divide the sum over temperatures by its root mean square (norm_scope)."""
+        cache_mb: NonNegativeFloat = 24.0
+        """Distances kept from pass to pass, in MiB; those beyond are computed again in each of the
+        four (three for `contrastive_force`). Of a ring nothing is kept."""
+
+    settings: Config
+
+    def __init__(self, *args: Any, diagnostics: bool = False, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        chosen = self.settings
+        self.rules = rules_of(
+            chosen.preset,
+            chosen.temperatures,
+            chosen.scale_scope,
+            chosen.norm_scope,
+            chosen.affinity_floor,
+        )
         self._pool_scale = Pool(self.rules.scale_scope, self.keys_from == "local", self.group)
         self._pool_norm = Pool(self.rules.norm_scope, self.keys_from == "local", self.group)
-        self.normalise_total = normalise_total
-        self.cache_mb = cache_mb
         self.diagnostics = diagnostics
 
     @property
@@ -281,7 +263,7 @@ class ContrastiveForce(PairLoss):
         rows = rows - amid(rows, given.sizes, self.keys_from != "local", self.group)
         chunk_size = max(given.sizes) if self.impl == "dense" else self.chunk_size
         pairs = self.pairs(rows, rows, given.sizes, given.tags)
-        return Points(pairs, chunk_size, self.cache_mb)
+        return Points(pairs, chunk_size, self.settings.cache_mb)
 
     def _mean_distance(self, points: Points, given: ForceInputs) -> tuple[Tensor, Tensor | None]:
         """Mean of d [G, L], and its derivative by the rows [R, G, D] where gradients need it."""
@@ -315,7 +297,7 @@ class ContrastiveForce(PairLoss):
         if by_force:
             force = with_unit_rms(force, labels, given.num_labels, pool)
         force = force.sum(0, keepdim=True)
-        if self.normalise_total:
+        if self.settings.normalise_total:
             force = with_unit_rms(force, labels, given.num_labels, pool)
         return force[0].transpose(0, 1)
 
