@@ -127,7 +127,7 @@ def test_settings_and_logits_must_fit():
     hierarchy = Hierarchy.of_tree(DIGITS, 10)
     with pytest.raises(ConfigError, match="one weight for each level"):
         PathCrossEntropy(hierarchy, [1.0])
-    with pytest.raises(ConfigError, match=r"level_weights.1=-1"):
+    with pytest.raises(ConfigError, match=r"level_weights\.1=-1"):
         PathCrossEntropy(hierarchy, [1.0, -1.0])
     with pytest.raises(ConfigError, match="10 logits for a hierarchy of 13 nodes on 2 level"):
         PathCrossEntropy(hierarchy)(torch.zeros(2, 10), torch.zeros(2).long())

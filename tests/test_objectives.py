@@ -340,7 +340,7 @@ def test_settings_are_arguments_in_the_order_of_declaration():
 
 def test_local_keys_are_for_python_alone():
     assert losses.KoLeo(keys_from="local").keys_from == "local"
-    with pytest.raises(ValidationError, match="keys_from=local.*gather or ring"):
+    with pytest.raises(ValidationError, match=r"keys_from=local.*gather or ring"):
         TypeAdapter(losses.AnyLoss).validate_python({"name": "koleo", "keys_from": "local"})
 
 
