@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_contrastive import config as configs
 from dist_contrastive import metrics, report
 from dist_contrastive.config import RunConfig
-from dist_contrastive.data.shards.index import concatenate
+from dist_contrastive.data.sources import join_sources
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.encoders import measure_encoder
 from dist_contrastive.evaluation.generators import measure_generator
@@ -80,7 +80,7 @@ def read_splits(config: RunConfig) -> Splits:
     """
     if config.data.test is None:
         raise ConfigError("eval needs data.test, a folder of held-out shards; set it for the run")
-    indexes = [concatenate(parts) for parts in (config.data.open_train(), config.data.open_test())]
+    indexes = [join_sources(parts) for parts in (config.data.open_train(), config.data.open_test())]
     return Splits(*(config.fields.read(index, range(len(index))) for index in indexes))
 
 

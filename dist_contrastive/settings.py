@@ -250,7 +250,7 @@ def _sentence(detail: ErrorDetails, root: type[Settings]) -> str:
     classes, names = _walk(detail["loc"], root)
     path, kind, context = ".".join(names), detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        known = [name for cls in classes for name in cls.model_fields]
+        known = list(dict.fromkeys(name for cls in classes for name in cls.model_fields))
         return f"{path} is not a known setting{_nearest(names[-1], known)}"
     if kind == "union_tag_invalid":
         known = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
@@ -283,13 +283,16 @@ def _walk(
     classes: list[type[Settings]] = [root]
     names: list[str] = []
     inside = classes
+    may_be_tag = False
     for part in loc:
+        if str(part).startswith("<"):  # a tag of a union of forms, as "<list>"
+            continue
         tagged = [cls for cls in classes if name_of(cls) == part]
-        if part == IMPORT_PATH or (tagged and not any(part in cls.model_fields for cls in classes)):
-            classes = tagged
+        if may_be_tag and (part == IMPORT_PATH or tagged):
+            classes, may_be_tag = tagged, False
             continue
         names.append(str(part))
-        inside = classes
+        inside, may_be_tag = classes, True
         if not isinstance(part, int):
             fields = [cls.model_fields[part] for cls in classes if part in cls.model_fields]
             classes = [c for f in fields for c in settings_in(f.annotation, f.metadata)]

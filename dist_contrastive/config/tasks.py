@@ -12,7 +12,7 @@ from dist_contrastive.config.drift import DriftSettings
 from dist_contrastive.config.task import TaskSettingsBase
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.stream.order import nearest_multiples
-from dist_contrastive.data.views import ViewSettings
+from dist_contrastive.data.views import AnyViews, RandomViews
 from dist_contrastive.losses import FOR_RUNS, AnyLoss, InfoNCE, LabelLoss, PairedLoss, ViewLoss
 from dist_contrastive.losses.classification import PathCrossEntropy
 from dist_contrastive.losses.policy_gradient import PolicyGradient
@@ -31,14 +31,14 @@ class _ImageTaskSettings(TaskSettingsBase):
 
     encoder: EncoderSettings
     head: ProjectionHeadSettings = ProjectionHeadSettings()
-    views: ViewSettings = ViewSettings()
+    views: AnyViews = RandomViews.Config()
 
 
 class CropSettings(Settings):
     """Multi-crop: further, usually smaller, views that are compared with the two global ones."""
 
     count: PositiveInt
-    views: ViewSettings
+    views: AnyViews
 
 
 class TwoViewSettings(_ImageTaskSettings):

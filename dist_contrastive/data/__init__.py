@@ -14,6 +14,7 @@ from dist_contrastive.data.packing.toys import pack_toy, toy_points
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.indexing import index_folder, load_index
 from dist_contrastive.data.shards.storage import BlockCache
+from dist_contrastive.data.source import Source
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.shard_stream import ShardStream
 from dist_contrastive.errors import retired
@@ -27,6 +28,7 @@ __all__ = [
     "Samples",
     "ShardIndex",
     "ShardStream",
+    "Source",
     "index_folder",
     "load_index",
     "merge_shards",

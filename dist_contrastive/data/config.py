@@ -1,42 +1,25 @@
 """Settings of the data of a run: where samples come from, and how they become batches."""
 
-from typing import Annotated, Self
+from typing import Self
 
-from pydantic import Discriminator, NonNegativeInt, PositiveInt, Tag, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from dist_contrastive.data.fields import Fields, FieldsConfig
-from dist_contrastive.data.shards.index import ShardIndex
-from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.shards.storage import BlockCache
+from dist_contrastive.data.source import Source
+from dist_contrastive.data.sources import AnySources, configs_of, open_source
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.shard_stream import ShardStream
-from dist_contrastive.settings import Settings
-
-
-class SourceConfig(Settings):
-    """One of several sources of samples."""
-
-    shards: str
-    """A folder of indexed shards or its URL, an index file, or a pattern of shards."""
-    weight: PositiveInt | None = None
-    """Samples of this source in every so many as all weights make together, for as long as the run
-    lasts; null, then of all sources, reads them as one data set, each sample once an epoch."""
-
-
-Shards = Annotated[
-    Annotated[str, Tag("text")] | Annotated[tuple[SourceConfig, ...], Tag("sources")],
-    Discriminator(lambda value: "text" if isinstance(value, str) else "sources"),
-]
-"""What `SourceConfig.shards` says; or several sources."""
 
 
 class DataConfig(FieldsConfig, ShardStream.Config):
     """Where samples come from, and what makes a global batch."""
 
-    train: Shards
-    """Indexed shards to train on: a folder, a URL, a pattern, an index file; or several sources."""
-    test: Shards | None = None
-    """Held-out shards for `eval`."""
+    train: AnySources
+    """Indexed shards to train on: a folder, a URL, a pattern, an index file; or a source, or
+    several."""
+    test: AnySources | None = None
+    """Held-out samples for `eval`."""
     labels_per_class: PositiveInt | None = None
     """Train with the labels of so many samples of each class, chosen by the seed; the others count
     as unlabelled. null keeps all."""
@@ -49,9 +32,9 @@ class DataConfig(FieldsConfig, ShardStream.Config):
     """Of remote shards, on this machine's disk."""
 
     @property
-    def sources(self) -> tuple[SourceConfig, ...]:
+    def sources(self) -> tuple[Source.Config, ...]:
         """The sources of `train`."""
-        return _sources(self.train)
+        return configs_of(self.train)
 
     @property
     def weights(self) -> list[int] | None:
@@ -59,13 +42,13 @@ class DataConfig(FieldsConfig, ShardStream.Config):
         weights = [source.weight for source in self.sources if source.weight is not None]
         return weights or None
 
-    def open_train(self) -> list[ShardIndex]:
-        """The index of each source of `train`. Raises: as `load_index`."""
-        return [load_index(source.shards, self.cache) for source in self.sources]
+    def open_train(self) -> list[Source]:
+        """Each source of `train`. Raises: as `open_source`."""
+        return [open_source(source, self.cache) for source in self.sources]
 
-    def open_test(self) -> list[ShardIndex]:
-        """The index of each source of `test`; none without. Raises: as `load_index`."""
-        return [load_index(source.shards, self.cache) for source in _sources(self.test or ())]
+    def open_test(self) -> list[Source]:
+        """Each source of `test`; none without. Raises: as `open_source`."""
+        return [open_source(source, self.cache) for source in configs_of(self.test or ())]
 
     def fields(self, labels_required: bool = False) -> Fields:
         """Where a sample holds what a task takes."""
@@ -87,7 +70,7 @@ class DataConfig(FieldsConfig, ShardStream.Config):
             raise ValueError(
                 "tail=drop is for epochs, and weights or balance have none; leave it out"
             )
-        if any(source.weight is not None for source in _sources(self.test or ())):
+        if any(source.weight is not None for source in configs_of(self.test or ())):
             raise ValueError("sources of test are read whole; leave out their weights")
         return self
 
@@ -100,7 +83,3 @@ class DataConfig(FieldsConfig, ShardStream.Config):
         if self.balance is not None and self.num_classes is None:
             raise ValueError("balance needs classes; set label and num_classes")
         return self
-
-
-def _sources(shards: Shards) -> tuple[SourceConfig, ...]:
-    return (SourceConfig(shards=shards),) if isinstance(shards, str) else shards

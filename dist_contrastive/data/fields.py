@@ -9,13 +9,13 @@ from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import PositiveInt
 from torch import Tensor
 
 from dist_contrastive.data.collate import Batch, collate
 from dist_contrastive.data.resize import fit_image, is_image
-from dist_contrastive.data.schema import check_fields, no_field
-from dist_contrastive.data.shards.index import ShardIndex
+from dist_contrastive.data.source import Source
 from dist_contrastive.errors import DataError, UnreadableSample
 from dist_contrastive.settings import Settings
 
@@ -104,9 +104,21 @@ class Fields(FieldsConfig):
         label = None if self.label is None else self.label.partition(".")[0]
         return frozenset(name for name in (self.image, label, self.pair) if name is not None)
 
-    def check(self, index: ShardIndex, max_missing: int = 0) -> None:
-        """`check_fields` of the fields that are needed."""
-        check_fields(index, self.names, max_missing)
+    def check(self, index: Source, max_missing: int = 0) -> None:
+        """Refuse a data set of which too many samples lack a field, before any is read.
+
+        Args:
+            max_missing: samples that may lack one of the fields.
+
+        Raises:
+            DataError: no sample has it, or more than `max_missing` have not.
+        """
+        for name in sorted(self.names):
+            if name not in index.fields:
+                raise DataError(_no_field(name, index.fields))
+            lacking = index.lacking(name)
+            if len(lacking) > max_missing:
+                raise DataError(_lacking_in(index, name, lacking))
 
     def prepare(self, sample: dict[str, Any]) -> dict[str, Any]:
         """A decoded sample, its images scaled, cut and coloured as asked for."""
@@ -128,7 +140,7 @@ class Fields(FieldsConfig):
         pair = None if self.pair is None else _pair(batch, self.pair)
         return Samples(images, labels, batch["__epoch__"], batch["__index__"], pair)
 
-    def read(self, index: ShardIndex, numbers: Iterable[int]) -> Samples:
+    def read(self, index: Source, numbers: Iterable[int]) -> Samples:
         """These samples of a data set, all of which must fit in memory, in their order.
 
         Raises:
@@ -140,7 +152,7 @@ class Fields(FieldsConfig):
         return self.samples(collate([self.prepare(row) for row in rows]))
 
     def labels(
-        self, index: ShardIndex, numbers: Iterable[int], unreadable_is_missing: bool = False
+        self, index: Source, numbers: Iterable[int], unreadable_is_missing: bool = False
     ) -> Tensor:
         """The labels alone of these samples, in their order: ``read(index, numbers).labels``.
 
@@ -157,7 +169,7 @@ class Fields(FieldsConfig):
             raise DataError("data.label is null; set it to the field that holds the labels")
         name, found = self.label.partition(".")[0], list[float | None]()
         if name not in index.fields:
-            raise DataError(no_field(name, index.fields))
+            raise DataError(_no_field(name, index.fields))
         for number in numbers:
             try:
                 sample = index.read(number, only={name})
@@ -289,5 +301,36 @@ def _are_arrays(column: Any) -> TypeGuard[Tensor]:
 
 def _field(batch: Batch, name: str) -> Any:
     if name not in batch:
-        raise DataError(no_field(name, [key for key in batch if not key.startswith("__")]))
+        raise DataError(_no_field(name, [key for key in batch if not key.startswith("__")]))
     return batch[name]
+
+
+def _no_field(name: str, known: Iterable[str]) -> str:
+    return (
+        f"samples have no field {name!r}; set data.image, data.label and data.pair to fields "
+        f"that they have: {', '.join(known) or 'none'}"
+    )
+
+
+def _lacking_in(index: Source, name: str, lacking: NDArray[np.int64]) -> str:
+    """Where samples lack a field: a whole shard, or some samples of one."""
+    counts = np.bincount(np.searchsorted(index.shard_starts, lacking, side="right") - 1)
+    shard = int(counts.argmax())
+    start, stop = index.shard_starts[shard : shard + 2].tolist()
+    if counts[shard] == stop - start:
+        others = [
+            field
+            for field in index.fields
+            if np.isin(np.arange(start, stop), index.lacking(field), invert=True).any()
+        ]
+        return (
+            f"shard {index.shards[shard]} has other fields than the rest: its {stop - start} "
+            f"samples hold {', '.join(others)}, but none {name!r}; pack all shards alike, or leave "
+            f"it out"
+        )
+    key = index.key(int(lacking[lacking >= start][0]))
+    return (
+        f"{len(lacking)} of {len(index)} samples have no field {name!r}, as {key!r} in shard "
+        f"{index.shards[shard]} ({counts[shard]} there); pack them with one, leave them out, or "
+        f"let them be replaced: data.max_skipped={len(lacking)}"
+    )

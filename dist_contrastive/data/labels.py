@@ -7,13 +7,13 @@ from dist_contrastive import collectives
 from dist_contrastive.collectives import Group
 from dist_contrastive.data import keyed_random
 from dist_contrastive.data.fields import MISSING_CLASS, Fields
-from dist_contrastive.data.shards.index import ShardIndex
+from dist_contrastive.data.source import Source
 from dist_contrastive.errors import ConfigError
 
 _KEEP_STREAM = 0x6B656570  # "keep": keeps these keys apart from other uses of the same seed
 
 
-def read_label_table(index: ShardIndex, fields: Fields, group: Group = None) -> Tensor:
+def read_label_table(index: Source, fields: Fields, group: Group = None) -> Tensor:
     """``fields.labels(index, range(len(index)))``, of which each rank reads an equal part.
 
     Of every sample the field with the label is read alone. Where that cannot be read the label

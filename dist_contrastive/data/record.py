@@ -9,19 +9,19 @@ from typing import Any
 
 from dist_contrastive.atomic import write_text
 from dist_contrastive.data.config import DataConfig
-from dist_contrastive.data.shards.index import ShardIndex
+from dist_contrastive.data.source import Source
 from dist_contrastive.errors import ConfigError
 
 _NAME = "data.json"
 
 
-def write_record(run_dir: Path, config: DataConfig, sources: list[ShardIndex]) -> None:
+def write_record(run_dir: Path, config: DataConfig, sources: list[Source]) -> None:
     """Write data.json: of each source where it is, its size, weight and checksum."""
     record = _record(config, sources)
     write_text(run_dir / _NAME, json.dumps(record, indent=1) + "\n")
 
 
-def check_record(run_dir: Path, config: DataConfig, sources: list[ShardIndex]) -> None:
+def check_record(run_dir: Path, config: DataConfig, sources: list[Source]) -> None:
     """Refuse other samples than those that the run was trained on, if it remembers.
 
     Raises:
@@ -44,16 +44,16 @@ def check_record(run_dir: Path, config: DataConfig, sources: list[ShardIndex]) -
             raise ConfigError(_changed(run_dir, f"{_text(old)}, now {_text(new)}"))
 
 
-def _record(config: DataConfig, sources: list[ShardIndex]) -> list[dict[str, Any]]:
+def _record(config: DataConfig, sources: list[Source]) -> list[dict[str, Any]]:
     return [
         {
-            "shards": source.shards,
-            "num_shards": len(index.shards),
-            "samples": len(index),
-            "weight": source.weight,
-            "fingerprint": index.fingerprint,
+            "shards": getattr(settings, "shards", settings.name),
+            "num_shards": len(source.shards),
+            "samples": len(source),
+            "weight": settings.weight,
+            "fingerprint": source.fingerprint,
         }
-        for source, index in zip(config.sources, sources, strict=True)
+        for settings, source in zip(config.sources, sources, strict=True)
     ]
 
 

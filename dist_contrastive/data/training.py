@@ -14,8 +14,10 @@ from dist_contrastive.data.collate import Batch
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields, Samples
 from dist_contrastive.data.labels import check_labels, keep_per_class, read_label_table
-from dist_contrastive.data.shards.index import ShardIndex, concatenate
+from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.remote import is_url
+from dist_contrastive.data.source import Source
+from dist_contrastive.data.sources import join_sources
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.shard_stream import ShardStream
 from dist_contrastive.data.stream.unreadable import Skipped
@@ -51,8 +53,8 @@ class TrainingData:
     fields: Fields
     labels: Tensor | None  # of the whole data set, if the task trains with labels
     example: Samples  # the first sample: all others must have its shapes
-    sources: list[ShardIndex]  # the index of each source of data.train
-    index: ShardIndex  # of all of them
+    sources: list[Source]  # of data.train, one by one
+    index: Source  # all of them as one
 
     def batches(self, device: torch.device) -> Generator[DeviceBatch]:
         """This rank's rows of each batch, on the device once they are `ready`.
@@ -117,7 +119,7 @@ def open_data(
     consumed: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    sources: list[ShardIndex] | None = None,
+    sources: list[Source] | None = None,
 ) -> TrainingData:
     """The stream of a run from `consumed` samples on; an error of one rank is raised on all.
 
@@ -130,11 +132,12 @@ def open_data(
     fields = config.fields(labels_required)
     with collectives.raised_together():
         sources = sources or config.open_train()
-        index = concatenate(sources)
+        index = join_sources(sources)
         fields.check(index, config.max_skipped)
         if rank == 0:
             config.open_test()  # `eval` will need it: now is the time to say that it is not there
-            _warn_of_small_cache(config, index)
+            if isinstance(index, ShardIndex):
+                _warn_of_small_cache(config, index)
         example = _first_sample(fields, index, config.max_skipped)
     labels, balance, only = None, None, fields.names  # a sample whose label is damaged is skipped
     if uses_labels:
@@ -171,7 +174,7 @@ def _warn_of_small_cache(config: DataConfig, index: ShardIndex) -> None:
         )
 
 
-def _first_sample(fields: Fields, index: ShardIndex, max_skipped: int) -> Samples:
+def _first_sample(fields: Fields, index: Source, max_skipped: int) -> Samples:
     """The first one that can be read, after as many as may be skipped."""
     for number in range(min(max_skipped, len(index) - 1)):
         try:
@@ -181,7 +184,7 @@ def _first_sample(fields: Fields, index: ShardIndex, max_skipped: int) -> Sample
     return fields.read(index, [min(max_skipped, len(index) - 1)])
 
 
-def _training_labels(config: DataConfig, fields: Fields, index: ShardIndex, seed: int) -> Tensor:
+def _training_labels(config: DataConfig, fields: Fields, index: Source, seed: int) -> Tensor:
     """Labels of all samples; those that are not to be used are missing."""
     labels = read_label_table(index, fields)
     if config.labels_per_class is not None:

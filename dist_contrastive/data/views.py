@@ -6,7 +6,8 @@ operations, which take one parameter per image, apply them. kornia is imported a
 """
 
 import math
-from typing import Self
+from abc import ABC, abstractmethod
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -14,66 +15,129 @@ from torch import Tensor
 
 from dist_contrastive.data import keyed_random
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.settings import Settings
+from dist_contrastive.settings import Choice, ComponentSettings
 
 VIEW_STREAM = 0x76696577  # "view": keeps these keys apart from other uses of the same seed
 
 
-class ViewSettings(Settings):
-    """What a view may change; every default leaves the image as it is.
+class Views(ABC):
+    """Base of the augmentations: one random view of each image.
 
-    Ranges are drawn from uniformly. Geometry is one resampling, colour comes after it.
+    An own one is named in the config by its import path:
+    ``views: {name: "my_package.views:MyViews", ...}``.
     """
 
-    size: PositiveInt | None = None
-    """Height and width of the view in pixels; None keeps the image's. The image is resampled
-    bilinearly, so that one much larger than `size` should be shrunk before it is packed."""
-    crop_area: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
-    """Random resized crop: fraction of the image's area, at most 1."""
-    crop_aspect: float = Field(default=1.0, ge=1)
-    """Crops have a width / height between 1 / crop_aspect and crop_aspect, log-uniformly."""
-    flip: float = Field(default=0.0, ge=0, le=1)
-    """Probability of a horizontal flip."""
-    rotation_deg: NonNegativeFloat = 0.0
-    """Rotation between minus and plus this many degrees."""
-    translate: NonNegativeFloat = 0.0
-    """Shift along each axis, as a fraction of the image's side."""
-    scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
-    """Magnification."""
-    aspect: float = Field(default=1.0, ge=1)
-    """Magnification of height over width between 1 / aspect and aspect, log-uniformly."""
-    shear_deg: NonNegativeFloat = 0.0
-    """Horizontal shear between minus and plus this many degrees."""
-    brightness: NonNegativeFloat = 0.0
-    """Added to pixels: between minus and plus this."""
-    contrast: float = Field(default=0.0, ge=0, le=1)
-    """Pixels times a factor between 1 - contrast and 1 + contrast."""
-    saturation: float = Field(default=0.0, ge=0, le=1)
-    """Saturation factor between 1 - saturation and 1 + saturation; three channels only."""
-    hue_deg: float = Field(default=0.0, ge=0, le=180)
-    """Rotation of the hue; three channels only."""
-    greyscale: float = Field(default=0.0, ge=0, le=1)
-    """Probability of losing the colours; three channels only."""
-    blur_sigma: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 0.0)
-    """Standard deviation of a Gaussian blur in pixels."""
-    noise_std: NonNegativeFloat = 0.0
-    """Gaussian noise of a standard deviation between 0 and this."""
-    erase: float = Field(default=0.0, ge=0, le=1)
-    """Probability of a black rectangle."""
-    erase_side: tuple[PositiveFloat, PositiveFloat] = (0.2, 0.4)
-    """Its sides, as fractions of the image's."""
+    class Config(ComponentSettings):
+        """Settings that all augmentations share."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        for name in ("crop_area", "scale", "blur_sigma", "erase_side"):
-            low, high = getattr(self, name)
-            if low > high or (name == "crop_area" and high > 1):
-                most = " and at most 1" if name == "crop_area" else ""
-                raise ValueError(
-                    f"{name} is [{low}, {high}], but a range goes from low to high{most}: "
-                    f"write it as [low, high]."
-                )
-        return self
+        size: PositiveInt | None = None
+        """Height and width of the view in pixels; None keeps the image's. The image is resampled
+        bilinearly, so that one much larger than `size` should be shrunk before it is packed."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @abstractmethod
+    def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
+        """One view of each image.
+
+        Row i must depend on images[i] and keys[i] alone, as numbers of `keyed_random` do: then
+        views are the same on any rank, in batches of any size, and after a resume.
+
+        Args:
+            images: float [b, C, H, W] in [0, 1]; b = 0 is allowed.
+            keys: int64 [b], from `view_keys`.
+        Returns:
+            [b, C, size, size], or [b, C, H, W] without a size, in [0, 1].
+        """
+
+
+class RandomViews(Views):
+    """Crops, flips, affine changes, colours, blur, noise and erased rectangles."""
+
+    class Config(Views.Config):
+        """What a view may change; every default leaves the image as it is.
+
+        Ranges are drawn from uniformly. Geometry is one resampling, colour comes after it.
+        """
+
+        name: Literal["random"] = "random"
+        crop_area: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+        """Random resized crop: fraction of the image's area, at most 1."""
+        crop_aspect: float = Field(default=1.0, ge=1)
+        """Crops have a width / height between 1 / crop_aspect and crop_aspect, log-uniformly."""
+        flip: float = Field(default=0.0, ge=0, le=1)
+        """Probability of a horizontal flip."""
+        rotation_deg: NonNegativeFloat = 0.0
+        """Rotation between minus and plus this many degrees."""
+        translate: NonNegativeFloat = 0.0
+        """Shift along each axis, as a fraction of the image's side."""
+        scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+        """Magnification."""
+        aspect: float = Field(default=1.0, ge=1)
+        """Magnification of height over width between 1 / aspect and aspect, log-uniformly."""
+        shear_deg: NonNegativeFloat = 0.0
+        """Horizontal shear between minus and plus this many degrees."""
+        brightness: NonNegativeFloat = 0.0
+        """Added to pixels: between minus and plus this."""
+        contrast: float = Field(default=0.0, ge=0, le=1)
+        """Pixels times a factor between 1 - contrast and 1 + contrast."""
+        saturation: float = Field(default=0.0, ge=0, le=1)
+        """Saturation factor between 1 - saturation and 1 + saturation; three channels only."""
+        hue_deg: float = Field(default=0.0, ge=0, le=180)
+        """Rotation of the hue; three channels only."""
+        greyscale: float = Field(default=0.0, ge=0, le=1)
+        """Probability of losing the colours; three channels only."""
+        blur_sigma: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 0.0)
+        """Standard deviation of a Gaussian blur in pixels."""
+        noise_std: NonNegativeFloat = 0.0
+        """Gaussian noise of a standard deviation between 0 and this."""
+        erase: float = Field(default=0.0, ge=0, le=1)
+        """Probability of a black rectangle."""
+        erase_side: tuple[PositiveFloat, PositiveFloat] = (0.2, 0.4)
+        """Its sides, as fractions of the image's."""
+
+        @model_validator(mode="after")
+        def _ordered(self) -> Self:
+            for name in ("crop_area", "scale", "blur_sigma", "erase_side"):
+                low, high = getattr(self, name)
+                if low > high or (name == "crop_area" and high > 1):
+                    most = " and at most 1" if name == "crop_area" else ""
+                    raise ValueError(
+                        f"{name} is [{low}, {high}], but a range goes from low to high{most}: "
+                        f"write it as [low, high]."
+                    )
+            return self
+
+    config: Config
+
+    def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
+        """One random view of each image.
+
+        Raises:
+            ConfigError: changes of colour asked for images that have not three channels.
+        """
+        settings = self.config
+        _check_channels(images.shape[1], settings)
+        if len(images) == 0:
+            height, width = _out_size(images, settings)
+            return images.new_zeros(0, images.shape[1], height, width)
+        draws = _Draws(keys)
+        images = _warp(images, draws, settings)
+        images = _colour(images, draws, settings)
+        images = _light(images, draws, settings)
+        images = _blur(images, draws, settings)
+        if settings.noise_std:
+            std = draws.between("noise_std", 0, settings.noise_std)
+            noise = keyed_random.normal(draws.keys_of("noise"), images[0].numel())
+            images = images + std[:, None, None, None] * noise.view_as(images)
+        images = _erase(images, draws, settings)
+        return images.clamp(0, 1)
+
+
+VIEWS = Choice("augmentation", Views, {"random": RandomViews}, default="random")
+AnyViews = Annotated[Views.Config, VIEWS]
+ViewSettings = RandomViews.Config
 
 
 def view_keys(seed: int, epoch: int | Tensor, index: Tensor, view: int) -> Tensor:
@@ -81,33 +145,9 @@ def view_keys(seed: int, epoch: int | Tensor, index: Tensor, view: int) -> Tenso
     return keyed_random.combine(seed, VIEW_STREAM, epoch, index, view)
 
 
-def make_view(images: Tensor, keys: Tensor, settings: ViewSettings) -> Tensor:
-    """One random view of each image.
-
-    Args:
-        images: float [b, C, H, W] in [0, 1]; b = 0 is allowed.
-        keys: int64 [b], from `view_keys`.
-        settings: what may change.
-    Returns:
-        [b, C, size, size] (or H x W) in [0, 1]. Row i depends on images[i] and keys[i] only.
-    Raises:
-        ConfigError: changes of colour asked for images that have not three channels.
-    """
-    _check_channels(images.shape[1], settings)
-    if len(images) == 0:
-        height, width = _out_size(images, settings)
-        return images.new_zeros(0, images.shape[1], height, width)
-    draws = _Draws(keys)
-    images = _warp(images, draws, settings)
-    images = _colour(images, draws, settings)
-    images = _light(images, draws, settings)
-    images = _blur(images, draws, settings)
-    if settings.noise_std:
-        std = draws.between("noise_std", 0, settings.noise_std)
-        noise = keyed_random.normal(draws.keys_of("noise"), images[0].numel())
-        images = images + std[:, None, None, None] * noise.view_as(images)
-    images = _erase(images, draws, settings)
-    return images.clamp(0, 1)
+def make_view(images: Tensor, keys: Tensor, config: Views.Config) -> Tensor:
+    """One view of each image by the augmentation that a config names, as `Views.__call__`."""
+    return VIEWS.build(config)(images, keys)
 
 
 # Each number drawn has its own stream, so that switching one change on leaves the others alone.
@@ -139,11 +179,11 @@ class _Draws:
         return keyed_random.combine(self.keys, _STREAMS.index(name))
 
 
-def _warp(images: Tensor, draws: _Draws, s: ViewSettings) -> Tensor:
+def _warp(images: Tensor, draws: _Draws, s: RandomViews.Config) -> Tensor:
     """Crop, flip and affine change in one bilinear resampling; black outside the image."""
     out = _out_size(images, s)
     same_size = out == tuple(images.shape[-2:])
-    neutral = ViewSettings()
+    neutral = RandomViews.Config()
     fields = (
         "crop_area",
         "crop_aspect",
@@ -164,7 +204,7 @@ def _warp(images: Tensor, draws: _Draws, s: ViewSettings) -> Tensor:
     return warp_affine(images, matrix[:, :2].to(images.dtype), out, align_corners=True)
 
 
-def _affine_matrix(draws: _Draws, s: ViewSettings, size: torch.Size) -> Tensor:
+def _affine_matrix(draws: _Draws, s: RandomViews.Config, size: torch.Size) -> Tensor:
     """Pixel coordinates of the image to those of the changed one [b, 3, 3], about the centre."""
     from kornia.geometry import get_affine_matrix2d
 
@@ -186,7 +226,9 @@ def _affine_matrix(draws: _Draws, s: ViewSettings, size: torch.Size) -> Tensor:
     )
 
 
-def _crop_matrix(draws: _Draws, s: ViewSettings, size: torch.Size, out: tuple[int, int]) -> Tensor:
+def _crop_matrix(
+    draws: _Draws, s: RandomViews.Config, size: torch.Size, out: tuple[int, int]
+) -> Tensor:
     """Pixel coordinates of the image to those of its crop resized to `out` [b, 3, 3]."""
     area = draws.between("area", *s.crop_area)
     aspect = draws.log_between("crop_aspect", s.crop_aspect).sqrt()
@@ -207,7 +249,7 @@ def _crop_matrix(draws: _Draws, s: ViewSettings, size: torch.Size, out: tuple[in
     return matrix
 
 
-def _colour(images: Tensor, draws: _Draws, s: ViewSettings) -> Tensor:
+def _colour(images: Tensor, draws: _Draws, s: RandomViews.Config) -> Tensor:
     if not (s.saturation or s.hue_deg or s.greyscale):
         return images
     from kornia.color import rgb_to_grayscale
@@ -225,7 +267,7 @@ def _colour(images: Tensor, draws: _Draws, s: ViewSettings) -> Tensor:
     return images
 
 
-def _light(images: Tensor, draws: _Draws, s: ViewSettings) -> Tensor:
+def _light(images: Tensor, draws: _Draws, s: RandomViews.Config) -> Tensor:
     if not (s.brightness or s.contrast):
         return images
     from kornia.enhance import adjust_brightness, adjust_contrast
@@ -239,7 +281,7 @@ def _light(images: Tensor, draws: _Draws, s: ViewSettings) -> Tensor:
     return images
 
 
-def _blur(images: Tensor, draws: _Draws, s: ViewSettings) -> Tensor:
+def _blur(images: Tensor, draws: _Draws, s: RandomViews.Config) -> Tensor:
     if not s.blur_sigma[1]:
         return images
     from kornia.filters import gaussian_blur2d
@@ -250,7 +292,7 @@ def _blur(images: Tensor, draws: _Draws, s: ViewSettings) -> Tensor:
     return gaussian_blur2d(images, size, torch.stack([sigma, sigma], dim=1))
 
 
-def _erase(images: Tensor, draws: _Draws, s: ViewSettings) -> Tensor:
+def _erase(images: Tensor, draws: _Draws, s: RandomViews.Config) -> Tensor:
     if not s.erase:
         return images
     inside = draws.chance("erase", s.erase)[:, None, None]
@@ -264,7 +306,7 @@ def _erase(images: Tensor, draws: _Draws, s: ViewSettings) -> Tensor:
     return images.masked_fill(inside[:, None], 0)
 
 
-def _check_channels(channels: int, settings: ViewSettings) -> None:
+def _check_channels(channels: int, settings: RandomViews.Config) -> None:
     for name in ("saturation", "hue_deg", "greyscale"):
         if channels != 3 and getattr(settings, name):
             raise ConfigError(
@@ -273,6 +315,6 @@ def _check_channels(channels: int, settings: ViewSettings) -> None:
             )
 
 
-def _out_size(images: Tensor, settings: ViewSettings) -> tuple[int, int]:
+def _out_size(images: Tensor, settings: RandomViews.Config) -> tuple[int, int]:
     height, width = images.shape[-2:]
     return (settings.size, settings.size) if settings.size else (height, width)

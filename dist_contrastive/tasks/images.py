@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dist_contrastive.config.tasks import ImageTaskSettings
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.data.views import ViewSettings, make_view, view_keys
+from dist_contrastive.data.views import RandomViews, Views, make_view, view_keys
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.models import build_encoder, build_head, representations_of
@@ -27,7 +27,7 @@ class ImageTask(Task):
         self.seed = seed
 
     def make_views(
-        self, samples: Samples, count: int, first: int = 0, views: ViewSettings | None = None
+        self, samples: Samples, count: int, first: int = 0, views: Views.Config | None = None
     ) -> tuple[Tensor, ...]:
         """Views number first, first + 1, ... of every image: [b, C, H, W] each."""
         numbers = range(first, first + count)
@@ -47,7 +47,7 @@ class ImageTask(Task):
         if not self.views.size:
             return images
         keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        return make_view(images, keys, ViewSettings(size=self.views.size))
+        return make_view(images, keys, RandomViews.Config(size=self.views.size))
 
     def pairs(self, embeddings: Embeddings) -> tuple[Tensor, Tensor] | None:
         """The first two views, or the two modalities."""
@@ -59,7 +59,7 @@ class ImageTask(Task):
         return {**super().scalars(context), **scalars_of(self.loss)}
 
 
-def seen_shape(image_shape: tuple[int, int, int], views: ViewSettings) -> tuple[int, int, int]:
+def seen_shape(image_shape: tuple[int, int, int], views: Views.Config) -> tuple[int, int, int]:
     """(channels, height, width) of a view of an image."""
     channels, height, width = image_shape
     return channels, views.size or height, views.size or width

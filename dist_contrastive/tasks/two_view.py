@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dist_contrastive.config import TwoViewSettings
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.data.views import ViewSettings
+from dist_contrastive.data.views import Views
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses import build_loss
 from dist_contrastive.losses.views import compare_views
@@ -41,7 +41,7 @@ class TwoView(ImageTask):
         """The loss between views, all rows of the global batch as negatives."""
         return {"contrastive": compare_views(self.loss, embeddings, num_global=GLOBAL_VIEWS)}
 
-    def _check_crops(self, views: ViewSettings) -> None:
+    def _check_crops(self, views: Views.Config) -> None:
         shape = seen_shape(self.image_shape, views)
         try:
             with torch.no_grad():

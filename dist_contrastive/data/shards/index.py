@@ -9,12 +9,11 @@ import io
 import os
 import zipfile
 import zlib
-from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from dist_contrastive.data.shards.locations import folder_of, join
 from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.data.shards.storage import BlockCache, ShardFiles
 from dist_contrastive.data.shards.tars import member_key
+from dist_contrastive.data.source import Source
 from dist_contrastive.errors import DataError, UnreadableSample
 
 _VERSION = 2  # of the file
@@ -49,7 +49,7 @@ def index_command(location: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class ShardIndex:
+class ShardIndex(Source):
     """S shards and their n samples, numbered through all of them in order.
 
     It takes 8 + 14 F bytes of memory a sample, F being the number of fields.
@@ -69,6 +69,13 @@ class ShardIndex:
         files: reads them.
     """
 
+    class Config(Source.Config):
+        """Settings of indexed shards."""
+
+        name: Literal["shards"] = "shards"
+        shards: str
+        """A folder of indexed shards or its URL, an index file, or a pattern of shards."""
+
     shards: tuple[str, ...]
     shard_bytes: NDArray[np.int64]
     shard_sha256: tuple[str, ...]
@@ -85,23 +92,14 @@ class ShardIndex:
         return len(self.sample_offset)
 
     @cached_property
-    def shard_starts(self) -> NDArray[np.int64]:
-        """Number of the first sample of each shard, then n: int64 [S + 1]."""
-        return np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        return self.shard_starts.tolist()  # in a list a number is found many times faster
-
-    @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal checksum of the contents of the shards, in order, wherever they lie."""
         contents = list(zip(self.shard_sha256, self.shard_samples.tolist(), strict=True))
         return hashlib.sha256(repr(contents).encode()).hexdigest()
 
-    def shard_of(self, sample_number: int) -> int:
-        """Number of the shard that holds a sample."""
-        return bisect_right(self._starts, sample_number) - 1
+    def lacking(self, name: str) -> NDArray[np.int64]:
+        """Numbers of the samples without a field."""
+        return np.flatnonzero(self.member_start[:, self.fields.index(name)] == ABSENT)
 
     def field_counts(self) -> NDArray[np.int64]:
         """Number of samples of each shard that have each field, int64 [S, F]."""

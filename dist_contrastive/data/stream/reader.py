@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from dist_contrastive.data.collate import Batch, collate, without_rows
-from dist_contrastive.data.shards.index import ShardIndex
+from dist_contrastive.data.source import Source
 from dist_contrastive.data.stream.order import Order
 from dist_contrastive.data.stream.unreadable import (
     MAX_ATTEMPTS,
@@ -40,7 +40,7 @@ class Reader:
 
     def __init__(
         self,
-        index: ShardIndex,
+        index: Source,
         order: Order,
         lanes: range,
         consumed: int,

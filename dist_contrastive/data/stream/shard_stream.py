@@ -5,14 +5,12 @@ each batch among themselves, and their workers the rows. Neither changes what a 
 """
 
 from collections.abc import Collection, Generator, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from dist_contrastive.data.collate import Batch
-from dist_contrastive.data.shards.index import ShardIndex, concatenate
-from dist_contrastive.data.shards.indexing import load_index
+from dist_contrastive.data.sources import Location, join_sources, open_locations
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.order import Order, SampleOrder, Tail, nearest_multiples
 from dist_contrastive.data.stream.reader import Reader, Transform
@@ -21,8 +19,6 @@ from dist_contrastive.data.stream.weighted import WeightedOrder
 from dist_contrastive.data.stream.workers import StartMethod, read_by_workers
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.settings import Settings
-
-Indexes = ShardIndex | Path | str | Sequence[ShardIndex | Path | str]
 
 
 class ShardStream:
@@ -41,8 +37,8 @@ class ShardStream:
     `consumed=` set to another one's `.consumed` continues that one's sequence.
 
     Args:
-        index: a `ShardIndex`, or what `load_index` takes; or several, whose samples are numbered
-            through and read as one data set, or by `weights`.
+        index: a `ShardIndex` or another `Source`, or what `load_index` takes; or several, whose
+            samples are numbered through and read as one data set, or by `weights`.
         config, settings: a `Config`, or its settings by name.
         seed: of the order.
         rank, world_size: which part of the lanes is read here.
@@ -50,7 +46,7 @@ class ShardStream:
         epochs: passes over the data; None for an endless stream.
         balance: class-balanced batches in the order of `BalancedOrder` instead, without end:
             `epochs` must be None; `shuffle_window` and `tail` do not apply.
-        weights: whole numbers, one for each of several indexes: the order of `WeightedOrder`,
+        weights: whole numbers, one for each of several sources: the order of `WeightedOrder`,
             without end: `epochs` must be None, `balance` too; `tail` does not apply.
         only: the fields to read, which every sample must have; None reads what there is.
         transform: applied to every decoded sample, in the workers; it sees `__epoch__` and
@@ -88,7 +84,7 @@ class ShardStream:
 
     def __init__(
         self,
-        index: Indexes,
+        index: Location | Sequence[Location],
         config: Config | None = None,
         *,
         seed: int,
@@ -112,13 +108,13 @@ class ShardStream:
         _check_division(batch, lanes, rank, world_size)
         if epochs is not None and epochs < 1:
             raise ConfigError(f"epochs={epochs} is below 1; set 1 or more, or none for endless")
-        indexes = _open(index)
+        sources = open_locations(index)
         self.config = config
-        self.index = concatenate(indexes)
+        self.index = join_sources(sources)
         if weights is not None:
-            _check_weights(weights, len(indexes), balance)
+            _check_weights(weights, len(sources), balance)
             self.order: Order = WeightedOrder(
-                [one.shard_samples for one in indexes],
+                [one.shard_samples for one in sources],
                 weights,
                 global_batch_size=batch,
                 lanes=lanes,
@@ -191,13 +187,6 @@ class ShardStream:
             self._consumed = stop
             self._skipped += skipped
             yield batch
-
-
-def _open(index: Indexes) -> list[ShardIndex]:
-    several = [index] if isinstance(index, ShardIndex | Path | str) else list(index)
-    if not several:
-        raise ConfigError("no shards are given; name a folder, a pattern or an index of some")
-    return [one if isinstance(one, ShardIndex) else load_index(one) for one in several]
 
 
 def _check_weights(weights: Sequence[int], sources: int, balance: Balance | None) -> None:

@@ -1,0 +1,67 @@
+"""Sources that a config names: opened, and joined to one data set."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Discriminator, Tag
+
+from dist_contrastive.data.shards.index import ShardIndex, concatenate
+from dist_contrastive.data.shards.indexing import load_index
+from dist_contrastive.data.shards.storage import BlockCache
+from dist_contrastive.data.source import JoinedSource, Source
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.settings import Choice
+
+SOURCE = Choice("data source", Source, {"shards": ShardIndex}, default="shards")
+
+AnySource = Annotated[Source.Config, SOURCE]
+AnySources = Annotated[
+    Annotated[str, Tag("<location>")]
+    | Annotated[AnySource, Tag("<source>")]
+    | Annotated[tuple[AnySource, ...], Tag("<list>")],
+    Discriminator(lambda value: _kind(value)),
+]
+"""Location of shards, as `ShardIndex.Config.shards`; or a source; or a list of sources."""
+
+Location = Source | Path | str
+
+
+def configs_of(sources: AnySources) -> tuple[Source.Config, ...]:
+    """Settings of each source."""
+    if isinstance(sources, str):
+        return (ShardIndex.Config(shards=sources),)
+    return (sources,) if isinstance(sources, Source.Config) else sources
+
+
+def open_source(config: Source.Config, cache: BlockCache.Config) -> Source:
+    """Source that a config names. Raises: as `load_index`, or what an own source raises."""
+    if isinstance(config, ShardIndex.Config):
+        return load_index(config.shards, cache)
+    return SOURCE.build(config)
+
+
+def open_locations(source: Location | Sequence[Location]) -> list[Source]:
+    """Sources, or what `load_index` takes, one or several."""
+    several = [source] if isinstance(source, Source | Path | str) else list(source)
+    if not several:
+        raise ConfigError("no shards are given; name a folder, a pattern or an index of some")
+    return [one if isinstance(one, Source) else load_index(one) for one in several]
+
+
+def join_sources(sources: Sequence[Source]) -> Source:
+    """One data set of several, whose samples are numbered through.
+
+    Raises:
+        DataError: a shard is in two of them.
+    """
+    indexes = [source for source in sources if isinstance(source, ShardIndex)]
+    if len(indexes) == len(sources):
+        return concatenate(indexes)
+    return sources[0] if len(sources) == 1 else JoinedSource(sources)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, str):
+        return "<location>"
+    return "<source>" if isinstance(value, dict | Source.Config) else "<list>"

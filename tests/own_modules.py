@@ -1,0 +1,58 @@
+"""A user's own components, named in configs by import paths such as ``own_modules:Squares``."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from dist_contrastive.data import Source
+from dist_contrastive.data.keyed_random import uniform
+from dist_contrastive.data.views import Views
+from dist_contrastive.errors import UnreadableSample
+
+
+class Squares(Source):
+    """Images of a bright square, its side the class; made when they are read, never stored."""
+
+    class Config(Source.Config):
+        """Settings of the squares."""
+
+        count: PositiveInt = 64
+        """Samples."""
+        damaged: tuple[int, ...] = ()
+        """Numbers of samples that cannot be read."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.fields = ("cls", "png")
+        self.shards = ("squares-0", "squares-1")
+        self.shard_samples = (config.count // 2, config.count - config.count // 2)
+
+    def read(self, sample_number: int, only: Collection[str] | None = None) -> dict[str, Any]:
+        """Sample n: class n mod 4."""
+        if sample_number in self.config.damaged:
+            raise UnreadableSample(f"square {sample_number} is damaged")
+        side = sample_number % 4
+        image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+        image[:, : side + 2, : side + 2] = 255
+        sample = {"__key__": f"square-{sample_number}", "cls": side, "png": image}
+        return {name: x for name, x in sample.items() if only is None or name in {*only, "__key__"}}
+
+
+class Dimmed(Views):
+    """Views that are darker by a random factor."""
+
+    class Config(Views.Config):
+        """Settings of the dimming."""
+
+        darkest: float = 0.5
+        """Smallest factor."""
+
+    config: Config
+
+    def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Images times a factor of each key."""
+        factor = 1 - (1 - self.config.darkest) * uniform(keys, 1)
+        return images * factor.view(-1, 1, 1, 1)

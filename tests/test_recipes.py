@@ -1,0 +1,130 @@
+"""Recipes: own components named in a config by import path, and a new setting of our own."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGS, global_batches
+from own_modules import Dimmed, Squares
+
+from dist_contrastive import config as configs
+from dist_contrastive import trainer
+from dist_contrastive.data import ShardStream, index_folder
+from dist_contrastive.data.shards.tars import write_samples
+from dist_contrastive.data.views import make_view
+from dist_contrastive.errors import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+# ---------------------------------------------------------------------------- a data source
+
+OWN_SOURCE = "data.train={name: 'own_modules:Squares', count: 96, damaged: [7, 50]}"
+OWN = [OWN_SOURCE, "data.test=null", "data.label=null", "data.num_classes=null"]
+
+
+def batches(sources, *, steps=None, **options) -> list[list[str]]:
+    stream = ShardStream(sources, seed=3, global_batch_size=12, lanes=6, **options)
+    return [batch["__key__"] for batch in itertools.islice(stream, steps)]
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (3, 2)])
+def test_own_source_has_the_order_of_shards(tmp_path: Path, world_size: int, num_workers: int):
+    """The same order, resume and ranks as shards of as many samples."""
+    own = Squares(Squares.Config(name="own_modules:Squares", count=60))
+    for shard in range(2):
+        rows = [own.read(n) for n in range(30 * shard, 30 * shard + 30)]
+        write_samples(tmp_path / f"{shard}.tar", rows)
+    expected = batches(index_folder(tmp_path), epochs=2)
+    assert batches(own, epochs=2) == expected
+    ranks = [
+        batches(own, epochs=2, consumed=24, rank=rank, world_size=world_size,
+                num_workers=num_workers)
+        for rank in range(world_size)
+    ]  # fmt: skip
+    assert [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)] == expected[2:]
+
+
+def test_own_source_beside_shards(tmp_path: Path):
+    """Weights, numbers and unreadable samples of an own source among others."""
+    own = Squares(Squares.Config(name="own_modules:Squares", count=60, damaged=(5,)))
+    rows = [{"__key__": f"other-{n}", "cls": n, "png": own.read(0)["png"]} for n in range(40)]
+    write_samples(tmp_path / "0.tar", rows)
+    stream = ShardStream(
+        [index_folder(tmp_path), own], weights=[1, 2], seed=0, global_batch_size=12, lanes=6,
+        max_skipped=1,
+    )  # fmt: skip
+    keys = [key for batch in itertools.islice(stream, 30) for key in batch["__key__"]]
+    assert sum(key.startswith("square") for key in keys) == 240
+    assert {(one.sample, one.shard) for one in stream.take_skipped()} == {(45, "squares-0")}
+    assert "square-5" not in keys
+    plain = ShardStream([index_folder(tmp_path), own], seed=0, global_batch_size=10, lanes=5,
+                        epochs=1, max_skipped=1)  # fmt: skip
+    assert len([key for batch in plain for key in batch["__key__"]]) == 100
+
+
+def test_training_from_an_own_source(tmp_path: Path, overrides):
+    """Stopped, resumed and checked by its record, unreadable samples listed."""
+    options = overrides(tmp_path / "run", *OWN, "data.global_batch_size=32", "train.steps=6")
+    config = configs.load(CONFIGS / "digits_encoder.yaml", options)
+    assert trainer.train(config, stop_after=2) == trainer.EXIT_REQUEUE
+    assert trainer.train(config) == trainer.EXIT_DONE
+    keys = [key for batch in global_batches(tmp_path / "run") for key in batch]
+    assert len(keys) == 192
+    assert not {"square-7", "square-50"} & set(keys)
+    assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) >= 4
+    other = [option.replace("count: 96", "count: 97") for option in options]
+    with pytest.raises(ConfigError, match=r"was trained on 96 samples in 2 shards .* now 97"):
+        trainer.train(configs.load(CONFIGS / "digits_encoder.yaml", [*other, "train.steps=7"]))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{name: 'own_modules:Nothing'}", "own_modules:Nothing is not there"),
+        ("{name: 'no_such_module:A'}", "no_such_module:A cannot be imported"),
+        ("{name: 'own_modules:Dimmed'}", "own_modules:Dimmed is no data source"),
+        ("{name: 'own_modules:Squares', count: 0}", "count=0"),
+        ("{name: 'own_modules:Squares', size: 3}", "size is not a known setting"),
+        ("{name: tars, shards: a}", r"data\.train\..*name=tars is not known"),
+        ("[{name: 'own_modules:Squares', weight: 1}, {shards: a}]", "weight"),
+        ("[{shards: a, wait: 1}]", "wait is not a known setting; did you mean weight"),
+    ],
+)
+def test_sources_that_do_not_fit_are_one_sentence(tmp_path, overrides, source, message):
+    options = overrides(tmp_path / "run", f"data.train={source}")
+    with pytest.raises(ConfigError, match=message) as error:
+        configs.load(CONFIGS / "digits_encoder.yaml", options)
+    assert "\n" not in str(error.value)
+    assert not re.search(r"function|tagged", str(error.value))
+
+
+# ---------------------------------------------------------------------------- an augmentation
+
+
+def test_own_views_do_not_depend_on_the_batch():
+    config = Dimmed.Config(name="own_modules:Dimmed", darkest=0.25)
+    images, keys = torch.rand(5, 1, 4, 4), torch.arange(5)
+    whole = make_view(images, keys, config)
+    assert torch.equal(whole[2:], make_view(images[2:], keys[2:], config))
+    factors = whole.sum((1, 2, 3)) / images.sum((1, 2, 3))
+    assert 0.25 <= factors.min() < factors.max() <= 1
+
+
+def test_training_with_own_views(tmp_path: Path, overrides):
+    views = "task.views={name: 'own_modules:Dimmed'}"
+    options = overrides(tmp_path / "run", views, "train.steps=2")
+    config = configs.load(CONFIGS / "digits_encoder.yaml", options)
+    assert isinstance(config.task.views, Dimmed.Config)
+    assert trainer.train(config) == trainer.EXIT_DONE
+    assert configs.load_run(tmp_path / "run").task.views == config.task.views
+
+
+def test_views_without_a_name_are_ours(tmp_path: Path, overrides):
+    options = overrides(tmp_path / "run", "task.views={flip: 0.5}")
+    config = configs.load(CONFIGS / "digits_encoder.yaml", options)
+    assert config.task.views.flip == 0.5
+    for views, message in (("{flop: 1}", "flop is not a known setting"), ("{flip: 2}", "flip=2")):
+        with pytest.raises(ConfigError, match=message):
+            configs.load(CONFIGS / "digits_encoder.yaml", [*options, f"task.views={views}"])
