@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from dist_contrastive import ranks
 from dist_contrastive.cli import main
-from dist_contrastive.cli.ending import run_rank
+from dist_contrastive.cli.exit_codes import run_rank
 
 
 def run() -> NoReturn:

@@ -3,6 +3,11 @@
 from collections.abc import Callable
 from typing import NoReturn
 
+EXIT_RESTART = 75
+"""Ended early: another start goes on from the last checkpoint."""
+FINAL_EXIT_CODES = (0, 2, 64, 70, 93)
+"""Done, wrong flags, config or data, not finite, no progress: another start would end alike."""
+
 
 class UserError(ValueError):
     """Something the user can mend: one sentence with the value, the limit and the fix."""
@@ -25,31 +30,31 @@ class UnreadableSample(DataError):
 class UnreachableError(DataError):
     """A server that did not answer, however often it was asked. Later it may: start again."""
 
-    exit_code = 75
+    exit_code = EXIT_RESTART
 
 
 class LostWorkerError(UserError):
     """A process that reads ahead was killed, most often for memory. Start again."""
 
-    exit_code = 75
+    exit_code = EXIT_RESTART
 
 
 class StorageError(UserError):
     """A checkpoint that had to be written could not be; the one before is whole. Start again."""
 
-    exit_code = 75
+    exit_code = EXIT_RESTART
 
 
 class LostRankError(UserError):
     """Another rank has ended, and tells why by itself. Start again."""
 
-    exit_code = 75
+    exit_code = EXIT_RESTART
 
 
 class StalledError(UserError):
     """A rank has not been heard for too long. Start again."""
 
-    exit_code = 75
+    exit_code = EXIT_RESTART
 
 
 class NoProgressError(UserError):
@@ -65,7 +70,7 @@ class LockedError(UserError):
 class ChangedError(UserError):
     """Another run has written into the run directory while this one was opened. Start again."""
 
-    exit_code = 75
+    exit_code = EXIT_RESTART
 
 
 class NonFiniteError(RuntimeError):

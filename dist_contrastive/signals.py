@@ -7,24 +7,24 @@ from contextlib import contextmanager
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_all_along: list[int] | None = None
+_process_signals: list[int] | None = None
 
 
 def listen() -> list[int]:
-    """A list that gets the signals received from now on, to the end of the process."""
-    global _all_along
-    if _all_along is None:
-        _all_along = []
-        _install(_all_along)
-    return _all_along
+    """List of the signals received from now on, to the end of the process."""
+    global _process_signals
+    if _process_signals is None:
+        _process_signals = []
+        _install(_process_signals)
+    return _process_signals
 
 
 @contextmanager
 def stop_flag() -> Iterator[list[int]]:
-    """A list that holds the signals received; ranks agree about it between steps. Where the process
-    has listened all along it holds those received before, too."""
-    if _all_along is not None:
-        yield _all_along
+    """List of the signals received, on which ranks vote between steps; after `listen` it holds
+    those received before, too."""
+    if _process_signals is not None:
+        yield _process_signals
         return
     received: list[int] = []
     before = _install(received)

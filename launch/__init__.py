@@ -1,9 +1,8 @@
-"""Starting runs.
+"""Launchers of runs.
 
-local.py      ranks of this machine, or of several, with torchrun
-meeting.py    where launchers of several machines agree on the next start
-slurm/        jobs of a SLURM cluster
-ends.py       exit codes, and which of them are worth another start
-progress.py   how far a run is, from its directory
-logs.py       what ranks write, followed
+local.py        ranks of this machine, or of several, with torchrun
+rendezvous.py   agreement of the launchers of several machines on each start
+slurm/          jobs of a SLURM cluster
+progress.py     progress of a run, from its directory
+logs.py         output of ranks, followed
 """

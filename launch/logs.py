@@ -1,4 +1,4 @@
-"""What ranks write: one file for each rank and stream, followed as they grow.
+"""Output of ranks: one file for each rank and stream, followed as it grows.
 
 RUN/logs/JOB.rank-R.out, JOB.rank-R.err    JOB: local-DATE-TIME, or the number of a SLURM job
 RUN/logs/JOB.batch.log                     of a SLURM job, before and after its ranks
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
-_LOOK_S = 0.05
+_POLL_S = 0.05
 
 
 def rank_log(folder: Path, job: str, rank: int | str, stream: str) -> Path:
@@ -18,10 +18,10 @@ def rank_log(folder: Path, job: str, rank: int | str, stream: str) -> Path:
 
 
 class Follower:
-    """Gives what is appended to files, whole lines in the order in which files were written to."""
+    """Reader of what is appended to files: whole lines, in the order of writing."""
 
     def __init__(self) -> None:
-        self._seen: dict[Path, int] = {}
+        self._offsets: dict[Path, int] = {}
 
     def read(self, paths: Iterable[Path], to_end: bool = False) -> list[tuple[Path, str]]:
         """Text since the last call, file by file.
@@ -30,23 +30,25 @@ class Follower:
             to_end: an unfinished last line too.
         """
         stats = [(path, path.stat()) for path in paths if path.exists()]
-        grown = [(s.st_mtime_ns, path) for path, s in stats if s.st_size > self._seen.get(path, 0)]
-        found = []
+        grown = [
+            (s.st_mtime_ns, path) for path, s in stats if s.st_size > self._offsets.get(path, 0)
+        ]
+        texts = []
         for _, path in sorted(grown):
-            begin = self._seen.get(path, 0)
+            begin = self._offsets.get(path, 0)
             with path.open("rb") as file:
                 file.seek(begin)
                 data = file.read()
             if not to_end:
                 data = data[: data.rfind(b"\n") + 1]
-            self._seen[path] = begin + len(data)
+            self._offsets[path] = begin + len(data)
             if data:
-                found.append((path, data.decode(errors="replace")))
-        return found
+                texts.append((path, data.decode(errors="replace")))
+        return texts
 
 
 class Echo:
-    """A thread that writes what is appended to files elsewhere too, to the end of a `with`."""
+    """Thread that copies what is appended to files elsewhere, until the end of a `with`."""
 
     def __init__(self, paths: Callable[[], Iterable[Path]], write: Callable[[Path, str], Any]):
         self._paths, self._write = paths, write
@@ -63,7 +65,7 @@ class Echo:
         self._echo(to_end=True)
 
     def _run(self) -> None:
-        while not self._left.wait(_LOOK_S):
+        while not self._left.wait(_POLL_S):
             self._echo()
 
     def _echo(self, to_end: bool = False) -> None:

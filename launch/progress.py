@@ -1,4 +1,4 @@
-"""How far a run is, from its directory alone; quick, since nothing here imports torch."""
+"""Progress of a run, from its directory alone; quick, since nothing here imports torch."""
 
 import json
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ _TAIL = 1 << 16  # bytes, of many rows of metrics
 
 @dataclass(frozen=True)
 class RunProgress:
-    """What a run directory tells."""
+    """Progress of a run as its directory shows it."""
 
     steps: int | None
-    """That the run is to have; None before it has begun."""
+    """Steps of the whole run; None before it has begun."""
     saved: int
     """Step of the newest checkpoint."""
     row: dict[str, Any]
@@ -23,19 +23,19 @@ class RunProgress:
 
     @property
     def step(self) -> int:
-        """The last one that is known of."""
+        """The last step that is known of."""
         return max(self.saved, int(self.row.get("step", 0)))
 
     @property
     def left_s(self) -> float | None:
-        """Seconds that the steps left will take, if they take as long as the last ones."""
+        """Seconds for the remaining steps, if they take as long as the last ones."""
         if self.steps is None or "step_s" not in self.row:
             return None
         return (self.steps - self.step) * float(self.row["step_s"])
 
 
 def read_progress(run_dir: Path) -> RunProgress:
-    """What is there of a run, be it running, ended or not begun."""
+    """Progress of a run, be it running, ended or not begun."""
     config = run_dir / "config.yaml"
     steps = yaml.safe_load(config.read_text())["train"]["steps"] if config.exists() else None
     return RunProgress(steps, newest_step(run_dir), _last_row(run_dir / "metrics.jsonl"))

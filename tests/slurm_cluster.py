@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from launch.slurm.__main__ import main
-from launch.slurm.records import last_record
+from launch.slurm.cluster import last_record
 
 SCRIPTS = Path(__file__).parent / "slurm"
 

@@ -1,18 +1,27 @@
 """Commands as a newcomer types them, also wrongly: exit codes and one sentence each."""
 
 import json
+import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import CONFIGS, command, environment, run
 
+import dist_contrastive
+from dist_contrastive import cli
 from dist_contrastive.cli import main
+from dist_contrastive.cli.exit_codes import reporting_errors
+from dist_contrastive.errors import ConfigError
 from launch import local
+from launch.slurm import __main__ as launch_slurm
 
 ENCODER = CONFIGS / "digits_encoder.yaml"
 README = Path(__file__).parents[1] / "README.md"
@@ -124,13 +133,141 @@ def test_wrong_paths(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_works_outside_the_checkout(tmp_path):
-    """Help answers at once, without importing torch, from any folder."""
-    for argv in (["dist_contrastive", "--help"], ["launch.local", "--help"]):
-        done = run([sys.executable, "-X", "importtime", "-m", *argv], cwd=tmp_path)
-        assert done.returncode == 0
-        assert "CONFIG" in done.stdout or "COMMAND" in done.stdout
-        assert "torch.nn" not in done.stderr
+@pytest.mark.parametrize("module", ["dist_contrastive", "launch.local", "launch.slurm"])
+def test_help_is_quick_and_works_outside_the_checkout(module, tmp_path):
+    """Without importing what takes long, from any folder."""
+    done = run([sys.executable, "-X", "importtime", "-m", module, "--help"], cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: ")
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "numpy", "rich.console", "submitit", "datasets"}
+    assert module != "dist_contrastive" or "pydantic" not in imported
+
+
+def test_public_names_import_torch_only_when_used():
+    code = """
+        import sys, dist_contrastive
+        assert "torch" not in sys.modules
+        from dist_contrastive import collectives, losses, testing
+        assert dist_contrastive.losses is losses
+        from dist_contrastive.trainer import train
+        assert dist_contrastive.train is train
+        try:
+            dist_contrastive.magic
+        except AttributeError as error:
+            assert "magic" in str(error)
+    """
+    done = run([sys.executable, "-c", textwrap.dedent(code)])
+    assert done.returncode == 0, done.stderr
+
+
+def commands(command, path: tuple[str, ...]) -> dict[tuple[str, ...], object]:
+    """All commands below one that may be a group, by the words that name them."""
+    if not hasattr(command, "commands"):
+        return {path: command}
+    inside = [commands(below, (*path, name)) for name, below in command.commands.items()]
+    return {words: leaf for some in inside for words, leaf in some.items()}
+
+
+COMMANDS = {
+    **commands(typer.main.get_command(cli.app), ("dist-contrastive",)),
+    **commands(typer.main.get_command(launch_slurm.app), ("python", "-m", "launch.slurm")),
+    **commands(typer.main.get_command(local.app), ("python", "-m", "launch.local")),
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids="-".join)
+def test_every_command_has_help_with_examples_that_can_be_typed(words):
+    command = COMMANDS[words]
+    assert command.help
+    examples = [shlex.split(line) for line in command.epilog.splitlines()[2:]]
+    typed = [argv for argv in examples if tuple(argv[: len(words)]) == words]
+    assert typed
+    for argv in typed:
+        arguments = [word for word in argv[len(words) :] if not word.startswith("(")]
+        command.make_context(" ".join(words), arguments)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "Missing command"),
+        (["trian"], "trian"),
+        (["train"], "CONFIG"),
+        (["train", "a.yaml", "--rank", "2"], "--rank"),
+        (["doctor", "a.yaml", "--ranks", "two"], "--ranks"),
+        (["export", "run", "--checkpoint", "oldest"], "newest"),
+        (["sample", "run", "another"], "another"),
+        (["audit", "--world-sizes"], "--world-sizes"),
+        (["shards", "pack", "images", "folder"], "FOLDER"),
+    ],
+)
+def test_wrong_flags_end_with_2(argv, words, capsys):
+    assert main(argv) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert "--help" in message
+    assert len(message.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["{config}", "optim.magic=-1", "--ranks", "2"],
+        ["{config}", "--ranks", "2", "optim.magic=-1"],
+        ["--ranks", "2", "{config}", "optim.magic=-1"],
+        ["{config}", "seed=1", "--ranks=2", "optim.magic=-1"],
+    ],
+)
+def test_overrides_stand_anywhere_after_the_config(argv, capsys):
+    argv = [word.replace("{config}", str(ENCODER)) for word in argv]
+    for start in (lambda: main(["doctor", *argv]), lambda: local.main(argv)):
+        assert start() == 64
+        assert "optim.magic is not a known setting" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == dist_contrastive.__version__
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dist_contrastive.config.load", interrupt)
+    assert main(["doctor", "a.yaml"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_shell_completion():
+    variables = {
+        "_DIST_CONTRASTIVE_COMPLETE": "complete_bash",
+        "COMP_WORDS": "dist-contrastive shards in",
+        "COMP_CWORD": "2",
+    }
+    done = subprocess.run(
+        command(), env={**environment(), **variables}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["index", "inspect"], done.stderr
+
+
+def test_log_records_go_to_stderr_only_while_a_command_runs(capsys):
+    """A program that uses the package routes them by itself."""
+    log = logging.getLogger("dist_contrastive.somewhere")
+    with reporting_errors() as outcome:
+        log.info("a step of %d", 3)
+        raise ConfigError("lr=-1 is below 0")
+    log.info("nobody listens")
+    assert outcome.code == 64
+    assert capsys.readouterr().err == "a step of 3\ndist-contrastive: lr=-1 is below 0\n"
+
+
+def test_errors_of_a_rank_name_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    with reporting_errors():
+        raise ConfigError("lr=-1 is below 0")
+    assert capsys.readouterr().err == "dist-contrastive, rank 3: lr=-1 is below 0\n"
 
 
 def test_plain_torchrun_equals_launch_local(tmp_path, overrides):
@@ -180,6 +317,7 @@ def test_audit_prints_its_table(capsys):
     [
         (["--only", "magic"], "--only 'magic' is in no name; known are InfoNCE; "),
         (["--world-sizes", "0"], "--world-sizes [0] must be 1 to "),
+        (["--world-sizes", "2", "-1", "--only", "SigLIP"], "--world-sizes [2, -1] must be 1 to "),
     ],
 )
 def test_audit_of_nothing_ends_with_64(arguments, words, capsys):

@@ -25,17 +25,23 @@ from conftest import (
 
 from dist_contrastive import config as configs
 from dist_contrastive import ranks, trainer
-from dist_contrastive.errors import ChangedError, ConfigError
+from dist_contrastive.errors import (
+    EXIT_RESTART,
+    FINAL_EXIT_CODES,
+    ChangedError,
+    ConfigError,
+    LostRankError,
+    UserError,
+)
 from dist_contrastive.metrics import read_rows
-from launch import progress
+from launch import local, progress
 from launch.logs import Follower
+from launch.rendezvous import Rendezvous
 from launch.slurm.__main__ import main
-from launch.slurm.cluster import job_state
+from launch.slurm.cluster import JobRecord, add_record, job_state, last_record
 from launch.slurm.control import ranks_of
-from launch.slurm.options import load_options, minutes
-from launch.slurm.records import JobRecord, add_record, last_record
-from launch.slurm.submission import lead_s
-from launch.slurm.sweep import expand
+from launch.slurm.options import job_flags, load_options, minutes
+from launch.slurm.submission import expand, lead_s
 
 ENCODER = CONFIGS / "digits_encoder.yaml"
 PROFILE = CONFIGS / "slurm" / "profile.yaml"
@@ -178,7 +184,7 @@ def test_profiles_that_cannot_be_used(text, sentence, tmp_path):
 def test_flags_go_before_the_profile(tmp_path):
     path = tmp_path / "site.yaml"
     path.write_text("{partition: big, gpus_per_node: 4, account: lab, time: 8:00:00}")
-    options = load_options(path, {"partition": "small", "account": None})
+    options = load_options(path, job_flags(partition="small", account=None))
     assert (options.partition, options.account, options.world_size) == ("small", "lab", 4)
     assert options.time_min == 480
 
@@ -213,6 +219,8 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path, overrides, cap
     assert "--kill-on-bad-exit=1 --wait=60" in srun
     assert f"{profile.container} {profile.python} -u -m submitit.core._submit" in srun
     assert "CUDA_VISIBLE_DEVICES" not in text
+    begin = next(line for line in text.splitlines() if line.startswith("begin "))
+    assert f" '{codes()}' " in begin
     assert not (tmp_path / "run").exists()
 
 
@@ -221,9 +229,49 @@ def test_a_sweep_is_an_array(tmp_path, overrides, capsys):
     assert "#SBATCH --array=0-2%2" in script_of(capsys, *options)
 
 
-def test_job_script_is_bash():
-    path = Path(progress.__file__).parent / "slurm" / "job.sh"
-    assert subprocess.run(["bash", "-n", path]).returncode == 0
+JOB_SCRIPT = Path(progress.__file__).parent / "slurm" / "job.sh"
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 64, 70, 75, 93, 137])
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_which_exit_codes_requeue_a_job(code, is_cancelled, tmp_path):
+    """All but the final ones, unless the job was cancelled; SLURM sees the code itself."""
+    if is_cancelled:
+        (tmp_path / "7.cancelled").touch()
+    script = f"""
+        source {JOB_SCRIPT}
+        scontrol() {{ echo "scontrol $*"; }}
+        folder={tmp_path} run={tmp_path} job=7 SLURM_JOB_ID=7 final="{codes()}"
+        finish {code}
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == code
+    is_requeued = code not in FINAL_EXIT_CODES and not is_cancelled
+    assert ("scontrol requeue 7" in done.stdout) == is_requeued
+
+
+def codes() -> str:
+    return " ".join(map(str, FINAL_EXIT_CODES))
+
+
+def test_a_run_that_never_comes_further_is_not_begun_again(tmp_path):
+    """Counted by the newest checkpoint, with which the count begins anew."""
+    (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)
+    script = f"""
+        source {JOB_SCRIPT}
+        folder={tmp_path} run={tmp_path} job=7 max_starts=2 at=$(newest)
+        count_start
+    """
+    argv = ["bash", "-c", script]
+    assert [subprocess.run(argv, capture_output=True).returncode for _ in range(3)] == [0, 0, 93]
+    (tmp_path / "checkpoints" / "step-00000010").mkdir()
+    assert subprocess.run(argv, capture_output=True).returncode == 0
+
+
+def test_errors_end_with_a_final_code_or_that_of_a_restart():
+    kinds = [UserError, *UserError.__subclasses__()]
+    assert {kind.exit_code for kind in kinds} <= {EXIT_RESTART, *FINAL_EXIT_CODES}
+    assert LostRankError.exit_code == EXIT_RESTART not in FINAL_EXIT_CODES
 
 
 def test_where_there_is_no_slurm(tmp_path, overrides, monkeypatch, capsys):
@@ -242,20 +290,47 @@ def test_a_folder_that_is_no_run(what, tmp_path, capsys):
     assert len(told.strip().splitlines()) == 1
 
 
+def record_of(job: str, run_dir: Path) -> JobRecord:
+    return JobRecord(job, "slurm", "then", str(run_dir), "l", "c.yaml", str(run_dir), {})
+
+
 def test_a_slurm_that_cannot_be_asked(tmp_path, monkeypatch, capsys):
     """Its jobs are not taken for ended: a second one might begin beside them."""
-    record = JobRecord("7", "slurm", "then", str(tmp_path), "l", "c.yaml", str(tmp_path), {})
+    record = record_of("7", tmp_path)
     add_record(tmp_path, record)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not job_state("7").has_ended
+    assert not job_state(record).has_ended
     assert main(["status", str(tmp_path)]) == 0
     assert "job      7 UNREACHABLE (there is no squeue here)" in capsys.readouterr().out
     assert main(["cancel", str(tmp_path)]) == 64
     assert "scancel --signal=USR2 failed: there is no scancel here" in capsys.readouterr().err
 
 
+def test_a_table_of_runs_asks_slurm_once(tmp_path, monkeypatch, capsys):
+    """squeue for all of them, sacct for those that it has forgotten."""
+    answers = {
+        "squeue": "7|RUNNING|n1|None|0:10|1:00:00\n8_1|PENDING||Priority|0:00|1:00:00",
+        "sacct": "9|CANCELLED by 0|n2|0:20|1:00:00",
+    }
+    for command_name, answer in answers.items():
+        path = tmp_path / command_name
+        path.write_text(f"#!/bin/sh\necho $0 $* >> {tmp_path}/calls\necho '{answer}'\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for job in ("7", "8_1", "9", "10"):
+        add_record(tmp_path / "runs" / f"of-{job}", record_of(job, tmp_path))
+    assert main(["list", str(tmp_path / "runs")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["run", "job", "state", "step", "loss", "samples/s", "left"]
+    states = {line[1]: line[2] for line in lines[1:]}
+    assert states == {"7": "RUNNING", "8_1": "PENDING", "9": "CANCELLED", "10": "ENDED"}
+    squeue, sacct = (tmp_path / "calls").read_text().splitlines()
+    assert sorted(re.search(r"-j (\S+)", squeue)[1].split(",")) == ["10", "7", "8_1", "9"]
+    assert sorted(re.search(r"-j (\S+)", sacct)[1].split(",")) == ["10", "9"]
+
+
 def test_status_answers_without_torch():
-    code = "import sys, launch.slurm.tables, launch.slurm.control; sys.exit('torch' in sys.modules)"
+    code = "import sys, launch.slurm.control; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -353,6 +428,35 @@ def test_two_machines_meet(tmp_path, overrides, free_port):
     assert json.loads((tmp_path / "environment.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.parametrize(
+    ("failures", "code"),
+    [
+        ([(0.0, 75), (1.0, -9)], 137),  # killed; the other one lost it and ended first
+        ([(0.0, 64), (0.5, 75)], 64),
+        ([(0.0, 75), (0.1, 75)], 75),
+        ([(0.0, -15), (0.1, 1)], 1),
+        ([(0.0, 70), (31.0, -9)], 70),  # torchrun kills those that have not ended
+    ],
+)
+def test_the_exit_code_is_that_of_the_cause(failures, code):
+    assert local.root_cause(failures) == code
+
+
+def test_launchers_agree_on_each_start(free_port):
+    """Whichever of them sees a failure first, and until one of them stops."""
+    first, second = (Rendezvous(f"127.0.0.1:{free_port}") for _ in range(2))
+    assert [first.next_start(), second.next_start()] == [0, 0]
+    assert [second.next_start(failed=0), first.next_start(failed=0)] == [1, 1]
+    assert [first.next_start(failed=1), second.next_start(failed=1)] == [2, 2]
+    first.stop()
+    assert second.next_start(failed=2) is None
+
+
+def test_a_single_launcher_counts_its_starts():
+    alone = Rendezvous(None)
+    assert [alone.next_start(), alone.next_start(0), alone.next_start(1)] == [0, 1, 2]
+
+
 @pytest.fixture
 def free_port() -> int:
     import socket
@@ -373,8 +477,6 @@ def free_port() -> int:
     ],
 )
 def test_flags_that_do_not_fit(flags, sentence, tmp_path, overrides, capsys):
-    from launch import local
-
     assert local.main([str(ENCODER), *overrides(tmp_path / "run"), *flags]) == 64
     assert sentence in capsys.readouterr().err
 

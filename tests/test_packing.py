@@ -1208,7 +1208,7 @@ def test_help_and_what_is_imported():
     for argv in helps:
         done = run([argv[0], "-X", "importtime", *argv[1:]])
         assert done.returncode == 0
-        assert "SOURCE" in done.stdout or "images with texts or labels" in done.stdout
+        assert "SOURCE" in done.stdout or "Images with texts or labels" in done.stdout
         for package in ("torch", "numpy", "datasets", "PIL"):
             assert f" {package}\n" not in done.stderr
     modules = "hub, images, arrays, pairs, merge, listing"

@@ -1,144 +1,180 @@
 """The command ``dist-contrastive``."""
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
 
 from dist_contrastive import __version__
-from dist_contrastive.cli import checking, packing
-from dist_contrastive.cli.ending import reporting_errors
-from dist_contrastive.cli.parsing import parse
+from dist_contrastive.cli import shards
+from dist_contrastive.cli.app import (
+    ConfigFile,
+    Overrides,
+    SeveralValues,
+    examples,
+    new_app,
+    run,
+)
 from dist_contrastive.errors import ConfigError
 
 # torch and the rest are imported by the commands that need them: --help answers at once.
 
+app = new_app(
+    "Train encoders and one-step generators by comparing every sample of a very large batch with "
+    "every other.",
+    completion=True,
+)
+app.add_typer(shards.app, name="shards")
+
+_Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = parse(_parser(), argv)
-    if "" not in sys.path:  # a reward function may lie in the current folder, as for `python -m`
+    if "" not in sys.path:  # a module of the user's may lie in the current folder
         sys.path.insert(0, "")
-    try:
-        with reporting_errors() as outcome:
-            outcome.code = args.command(args)
-    except KeyboardInterrupt:
-        print("dist-contrastive: interrupted", file=sys.stderr)
-        return 130
-    return outcome.code
+    return run(app, "dist-contrastive", argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dist-contrastive",
-        description="Train encoders and one-step generators by comparing every sample of a very "
-        "large batch with every other.",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    train = commands.add_parser("train", help="train, or go on with the run in run_dir")
-    train.add_argument("config", help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    train.set_defaults(command=_train)
-
-    doctor = commands.add_parser("doctor", help="look at all that training needs, without training")
-    doctor.add_argument("config", help="YAML file")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="that it is to have")
-    doctor.set_defaults(command=_doctor)
-
-    evaluate = commands.add_parser("eval", help="measure trained runs, print one table")
-    evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
-    evaluate.set_defaults(command=_evaluate)
-
-    export = commands.add_parser("export", help="write the weights and config of a trained run")
-    export.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    export.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
-    export.add_argument("--checkpoint", choices=["newest", "best"], default="newest")
-    export.set_defaults(command=_export)
-
-    sample = commands.add_parser("sample", help="write samples of a trained generator")
-    sample.add_argument("run", type=Path, metavar="RUN", help="run directory of task drift")
-    sample.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/samples")
-    sample.add_argument("--count", type=int, default=80, help="how many (default 80)")
-    sample.add_argument("--classes", type=int, nargs="+", metavar="C", help="default: all in turn")
-    sample.add_argument(
-        "--guidance", type=float, default=1.0, metavar="S", help="strength, 1 (none) or more"
-    )
-    sample.add_argument("--seed", type=int, default=0)
-    sample.set_defaults(command=_sample)
-
-    audit = commands.add_parser(
-        "audit", help="prove every loss's gradient on several ranks against one process"
-    )
-    audit.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 3, 4], metavar="W")
-    audit.add_argument("--only", default="", metavar="TEXT", help="losses whose name contains it")
-    audit.set_defaults(command=_audit)
-
-    shards = commands.add_parser("shards", help="make, index, merge and check shards of samples")
-    commands = shards.add_subparsers(required=True, metavar="COMMAND")
-    packing.add_commands(commands)
-    checking.add_commands(commands)
-    return parser
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
 
 
-def _train(args: argparse.Namespace) -> int:
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    "train",
+    epilog=examples(
+        "dist-contrastive train configs/digits_encoder.yaml",
+        "dist-contrastive train configs/digits_encoder.yaml optim.lr=0.001 run_dir=runs/slow",
+        "torchrun --nproc-per-node 8 -m dist_contrastive train CONFIG",
+    ),
+)
+def _train(config: ConfigFile, overrides: Overrides = None) -> int:
+    """Train, or go on with the run in run_dir."""
     from dist_contrastive import trainer
     from dist_contrastive.config import load
 
-    return trainer.train(load(args.config, args.overrides))
+    return trainer.train(load(config, overrides or []))
 
 
-def _doctor(args: argparse.Namespace) -> int:
+@app.command(
+    "doctor", epilog=examples("dist-contrastive doctor configs/digits_encoder.yaml --ranks 8")
+)
+def _doctor(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(metavar="N", help="Ranks that will train.")] = 1,
+) -> int:
+    """Check all that training needs, without training."""
     from dist_contrastive.config import load
     from dist_contrastive.trainer.doctor import Finding, examine
 
-    if args.ranks < 1:
-        raise ConfigError(f"--ranks {args.ranks} is below 1; use 1 or more")
+    if ranks < 1:
+        raise ConfigError(f"--ranks {ranks} is below 1; use 1 or more")
+    loaded = load(config, overrides or [])
+    summary = f"{config}: task {loaded.task.name}, {loaded.train.steps} steps"
+    print(Finding("config", True, summary))
     is_fine = True
-    config = load(args.config, args.overrides)
-    told = f"{args.config}: task {config.task.name}, {config.train.steps} steps"
-    print(Finding("config", True, told))
-    for finding in examine(config, args.ranks):
+    for finding in examine(loaded, ranks):
         is_fine = is_fine and finding.is_fine
         print(finding)
     return 0 if is_fine else ConfigError.exit_code
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+@app.command("eval", epilog=examples("dist-contrastive eval runs/digits_encoder runs/other"))
+def _evaluate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")],
+) -> None:
+    """Measure trained runs, print one table."""
     from dist_contrastive.runs import evaluate_runs, print_table
 
-    print_table(evaluate_runs(args.runs))
-    return 0
+    print_table(evaluate_runs(runs))
 
 
-def _export(args: argparse.Namespace) -> int:
+@app.command(
+    "export",
+    epilog=examples("dist-contrastive export runs/digits_encoder --out exported"),
+)
+def _export(
+    run: _Run,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write.", show_default="RUN/export")
+    ] = None,
+    checkpoint: Annotated[
+        Literal["newest", "best"], typer.Option(help="The one to take.")
+    ] = "newest",
+) -> None:
+    """Write the weights and config of a trained run."""
     from dist_contrastive.runs import export
 
-    out = args.out or args.run / "export"
-    found = export(args.run, out, args.checkpoint)
-    print(f"weights after step {found.progress.step} and config in {out}")
-    return 0
+    out = out or run / "export"
+    exported = export(run, out, checkpoint)
+    print(f"weights after step {exported.progress.step} and config in {out}")
 
 
-def _sample(args: argparse.Namespace) -> int:
+@app.command(
+    "sample",
+    cls=SeveralValues,
+    epilog=examples(
+        "dist-contrastive sample runs/digits_generator --count 20 --classes 3 8 --guidance 1.5"
+    ),
+)
+def _sample(
+    run: _Run,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder to write.", show_default="RUN/samples"),
+    ] = None,
+    count: Annotated[int, typer.Option(metavar="N", help="Number of samples.")] = 80,
+    classes: Annotated[
+        list[int] | None,
+        typer.Option(metavar="C...", help="Classes to draw.", show_default="all in turn"),
+    ] = None,
+    guidance: Annotated[float, typer.Option(metavar="S", help="Strength, 1 (none) or more.")] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="S", help="Of the noise.")] = 0,
+) -> None:
+    """Write samples of a trained generator."""
     from dist_contrastive.runs import write_samples
 
-    out = args.out or args.run / "samples"
-    grid = write_samples(args.run, out, args.count, args.classes, args.guidance, args.seed)
-    print(f"{args.count} samples in {out}, all in {grid}")
-    return 0
+    out = out or run / "samples"
+    grid = write_samples(run, out, count, classes, guidance, seed)
+    print(f"{count} samples in {out}, all in {grid}")
 
 
-def _audit(args: argparse.Namespace) -> int:
+@app.command(
+    "audit",
+    cls=SeveralValues,
+    epilog=examples("dist-contrastive audit --only InfoNCE --world-sizes 1 2"),
+)
+def _audit(
+    world_sizes: Annotated[
+        list[int] | None,
+        typer.Option(metavar="W...", help="Numbers of ranks.", show_default="1 2 3 4"),
+    ] = None,
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Losses whose name has it.")] = "",
+) -> int:
+    """Prove every loss's gradient on several ranks against one process."""
     from dist_contrastive import audit
 
-    cases = {name: case for name, case in audit.CASES.items() if args.only in name}
+    world_sizes = world_sizes or [1, 2, 3, 4]
+    cases = {name: case for name, case in audit.CASES.items() if only in name}
     if not cases:
-        raise ConfigError(f"--only {args.only!r} is in no name; known are {'; '.join(audit.CASES)}")
-    if not all(1 <= size <= audit.MOST_RANKS for size in args.world_sizes):
-        raise ConfigError(f"--world-sizes {args.world_sizes} must be 1 to {audit.MOST_RANKS} ranks")
-    findings = audit.audit(args.world_sizes, cases)
+        raise ConfigError(f"--only {only!r} is in no name; known are {'; '.join(audit.CASES)}")
+    if not all(1 <= size <= audit.MOST_RANKS for size in world_sizes):
+        raise ConfigError(f"--world-sizes {world_sizes} must be 1 to {audit.MOST_RANKS} ranks")
+    findings = audit.audit(world_sizes, cases)
     print(audit.table(findings))
     worst = max(findings, key=lambda finding: finding.error)
     print(f"\n{len(findings)} ways, worst error {worst.error:.1e}: {worst.loss}, {worst.way}")

@@ -1,19 +1,26 @@
-"""Commands that make shards: ``dist-contrastive shards pack``, ``merge`` and ``list``."""
+"""Commands that write shards: ``dist-contrastive shards pack`` and ``merge``."""
 
-import argparse
-import sys
+import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dist_contrastive.cli.app import examples, new_app, with_options
 
 if TYPE_CHECKING:
     from dist_contrastive.data.packing.options import PackOptions
     from dist_contrastive.data.packing.writer import Packed
 
-    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+_log = logging.getLogger(__name__)
+app = new_app(
+    "Write a data set as plain webdataset tars of bounded size, with an index. Each KIND has its "
+    "own --help."
+)
 
-# Data sets that `shards pack` makes: how, given dist_contrastive.data and a folder, and what.
-_KNOWN: dict[str, tuple[Callable[[Any, Path], dict[str, Any]], str]] = {
+# Data sets for demos: how they are packed, given dist_contrastive.data and a folder, and what.
+_DEMOS: dict[str, tuple[Callable[[Any, Path], dict[str, Any]], str]] = {
     "digits": (
         lambda data, folder: data.pack_digits(folder),
         "scikit-learn's 1,797 handwritten digits",
@@ -36,257 +43,252 @@ _KNOWN: dict[str, tuple[Callable[[Any, Path], dict[str, Any]], str]] = {
     ),
 }
 
-
-def add_commands(commands: "_Commands") -> None:
-    """Add them to the parser of `shards`."""
-    pack = commands.add_parser(
-        "pack",
-        help="write a data set as shards, and index them",
-        description="Write a data set as plain webdataset tars of bounded size, with an index. "
-        "Each KIND has its own --help.",
-    )
-    kinds = pack.add_subparsers(required=True, metavar="KIND")
-    _add_images(kinds)
-    _add_pairs(kinds)
-    _add_dataset(kinds)
-    _add_arrays(kinds)
-    for name, (_, what) in _KNOWN.items():
-        known = kinds.add_parser(name, help=what, description=f"Pack {what}.")
-        known.add_argument("folder", type=Path, help="gets one folder of shards per split")
-        known.set_defaults(command=_pack_known, source=name)
-    _add_merge(commands)
-    listing = commands.add_parser("list", help="list shards: sizes, samples, and their sums")
-    listing.add_argument("patterns", nargs="+", metavar="PATTERN", help=_PATTERN_HELP)
-    listing.set_defaults(command=_list)
+_Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="New or empty; gets the shards.")]
+Patterns = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATTERN",
+        help="Folder, shard, or pattern such as 'train-{000..099}.tar'; or a URL of these.",
+    ),
+]
+_Field = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="For all images.", show_default="by format, jpg, png, ..."),
+]
 
 
-_PATTERN_HELP = "folder, shard, or pattern such as 'train-{000..099}.tar'; or a URL of these"
+def _column(help: str, default: str | bool = False) -> Any:
+    return typer.Option(metavar="COLUMN", help=help, show_default=default)
 
 
-def _add_images(kinds: "_Commands") -> None:
-    images = kinds.add_parser(
-        "images",
-        help="a folder of images; its sub-folders are classes",
-        description="Pack the images of a folder and of those in it. Their bytes are copied. If "
-        "every image lies in a folder directly in SOURCE, these folders are classes, and samples "
-        "get the fields cls and json.label.",
-    )
-    images.add_argument("source", type=Path, metavar="SOURCE", help="folder of images")
-    _add_target(images)
-    _add_field(images)
-    _add_options(images)
-    images.set_defaults(command=_pack_images)
+def _file(help: str) -> Any:
+    return typer.Option(metavar="FILE", help=help)
 
 
-def _add_pairs(kinds: "_Commands") -> None:
-    pairs = kinds.add_parser(
-        "pairs",
-        help="images with texts or labels, listed in a .jsonl, .csv or .tsv",
-        description="Pack the images that a table names, with their texts: fields jpg (or the "
-        "like), txt, and json for the other columns.",
-    )
-    pairs.add_argument("source", type=Path, metavar="FILE", help=".jsonl, .csv or .tsv")
-    _add_target(pairs)
-    pairs.add_argument("--image", metavar="COLUMN", help="of paths, seen from the table's folder")
-    pairs.add_argument("--text", metavar="COLUMN", help="default: found by its name, as caption")
-    pairs.add_argument("--label", metavar="COLUMN", help="of whole numbers; texts may be missing")
-    _add_field(pairs)
-    _add_options(pairs)
-    pairs.set_defaults(command=_pack_pairs)
+_Name = Annotated[
+    str | None, typer.Option(help="Of shards, NAME-00000.tar.", show_default="that of FOLDER")
+]
+_Samples = Annotated[int, typer.Option(metavar="N", help="At most.")]
+_ShardMb = Annotated[float, typer.Option(metavar="M", help="MiB of a tar, at most.")]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace shards of this NAME in FOLDER.")
+]
 
 
-def _add_dataset(kinds: "_Commands") -> None:
-    dataset = kinds.add_parser(
-        "dataset",
-        help="a data set of the library datasets: saved, in files, or of the hub",
-        description="Pack a data set that the library `datasets` reads. Columns are found by kind "
-        "and name; '-' as a COLUMN is none.",
-    )
-    dataset.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="folder of save_to_disk; file or folder of .parquet, .json, .csv or .arrow; hub name",
-    )
-    _add_target(dataset)
-    dataset.add_argument("--split", help="needed if there are several")
-    dataset.add_argument("--config", help="of a data set of the hub that has several")
-    for role in ("image", "text", "label"):
-        dataset.add_argument(f"--{role}", metavar="COLUMN", help="default: found")
-    dataset.add_argument(
-        "--drop", action="append", default=[], metavar="COLUMN", help="left out; may be repeated"
-    )
-    _add_field(dataset)
-    _add_options(dataset)
-    dataset.set_defaults(command=_pack_dataset)
-
-
-def _add_arrays(kinds: "_Commands") -> None:
-    arrays = kinds.add_parser(
-        "arrays",
-        help="arrays of NumPy: images, vectors, labels",
-        description="Pack the rows of arrays, each FILE.npy or FILE.npz:NAME. Images of uint8 "
-        "become png, other numbers npy, whole labels cls; json tells the row and the label.",
-    )
-    _add_target(arrays)
-    arrays.add_argument("--image", metavar="FILE", help="uint8 [n,H,W], [n,C,H,W] or [n,H,W,C]")
-    arrays.add_argument("--array", metavar="FILE", help="numbers [n,...]")
-    arrays.add_argument("--label", metavar="FILE", help="numbers [n]")
-    _add_options(arrays)
-    arrays.set_defaults(command=_pack_arrays)
-
-
-def _add_merge(commands: "_Commands") -> None:
-    merge = commands.add_parser(
-        "merge",
-        help="write several shards as fewer, larger ones",
-        description="Copy samples to shards of another size, in their order, without decoding.",
-    )
-    merge.add_argument("patterns", nargs="+", metavar="PATTERN", help=_PATTERN_HELP)
-    _add_target(merge)
-    merge.add_argument(
-        "--prefix-keys", action="store_true", help="put the shard's name before every key"
-    )
-    _add_bounds(merge)
-    merge.set_defaults(command=_merge)
-
-
-def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="new or empty; gets the shards")
-
-
-def _add_field(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--field", metavar="NAME", help="for all images; default: by format, jpg, png, ..."
-    )
-
-
-def _add_bounds(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("shards").add_argument
-    add("--name", help="of shards, NAME-00000.tar; default: that of FOLDER")
-    add("--samples-per-shard", type=int, default=10_000, metavar="N", help="at most (10000)")
-    add("--shard-mb", type=float, default=256.0, metavar="M", help="MiB of a tar, at most (256)")
-    add("--overwrite", action="store_true", help="replace shards of this NAME in FOLDER")
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    _add_bounds(parser)
-    add = parser.add_argument_group("samples").add_argument
-    add("--seed", type=int, default=0, metavar="S", help="of the shuffled order (0)")
-    add("--no-shuffle", action="store_true", help="keep the order of the source")
-    add("--workers", type=int, metavar="W", help="threads (one for each CPU)")
-    add(
-        "--verify",
-        choices=["open", "decode"],
-        default="open",
-        help="open images (default), or decode them: slower, finds truncated JPEGs",
-    )
-    add("--skip-unreadable", action="store_true", help="leave out what cannot be read, and say so")
-
-
-def _options(args: argparse.Namespace) -> "PackOptions":
+def _merge_options(
+    name: _Name = None,
+    samples_per_shard: _Samples = 10_000,
+    shard_mb: _ShardMb = 256.0,
+    overwrite: _Overwrite = False,
+) -> "PackOptions":
     from dist_contrastive.data.packing.options import PackOptions, ShardBounds
 
-    bounds = ShardBounds(args.samples_per_shard, args.shard_mb)
-    common = {"name": args.name, "bounds": bounds, "overwrite": args.overwrite}
-    if args.command is _merge:
-        return PackOptions(**common)
+    bounds = ShardBounds(samples_per_shard, shard_mb)
+    return PackOptions(name=name, bounds=bounds, overwrite=overwrite)
+
+
+def _pack_options(
+    name: _Name = None,
+    samples_per_shard: _Samples = 10_000,
+    shard_mb: _ShardMb = 256.0,
+    overwrite: _Overwrite = False,
+    seed: Annotated[int, typer.Option(metavar="S", help="Of the shuffled order.")] = 0,
+    no_shuffle: Annotated[
+        bool, typer.Option("--no-shuffle", help="Keep the order of the source.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(metavar="W", help="Threads.", show_default="one for each CPU")
+    ] = None,
+    verify: Annotated[
+        Literal["open", "decode"],
+        typer.Option(help="Open images, or decode them: slower, finds truncated JPEGs."),
+    ] = "open",
+    skip_unreadable: Annotated[
+        bool,
+        typer.Option("--skip-unreadable", help="Leave out what cannot be read, and name it."),
+    ] = False,
+) -> "PackOptions":
+    from dist_contrastive.data.packing.options import PackOptions, ShardBounds
+
     return PackOptions(
-        **common,
-        workers=args.workers,
-        seed=None if args.no_shuffle else args.seed,
-        verify=args.verify,
-        skip_unreadable=args.skip_unreadable,
+        name=name,
+        bounds=ShardBounds(samples_per_shard, shard_mb),
+        workers=workers,
+        seed=None if no_shuffle else seed,
+        verify=verify,
+        skip_unreadable=skip_unreadable,
+        overwrite=overwrite,
     )
 
 
-def _pack_known(args: argparse.Namespace) -> int:
-    from dist_contrastive import data
+@app.command(
+    "images",
+    epilog=examples("dist-contrastive shards pack images photos data/photos --verify decode"),
+)
+@with_options(_pack_options)
+def _pack_images(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images.")],
+    folder: _Folder,
+    options: "PackOptions",
+    field: _Field = None,
+) -> None:
+    """A folder of images; its sub-folders are classes.
 
-    write, _ = _KNOWN[args.source]
-    for split, index in write(data, args.folder).items():
-        print(f"{args.folder / split}: {len(index)} samples in {len(index.shard_samples)} shards")
-    return 0
-
-
-def _pack_images(args: argparse.Namespace) -> int:
+    Packs the images of a folder and of those in it. Their bytes are copied. If every image lies in
+    a folder directly in SOURCE, these folders are classes, and samples get the fields cls and
+    json.label.
+    """
     from dist_contrastive.data.packing.images import pack_images
 
-    packed = pack_images(args.source, args.folder, _options(args), args.field)
-    if "cls" not in packed.index.fields and any(path.is_dir() for path in args.source.iterdir()):
+    packed = pack_images(source, folder, options, field)
+    if "cls" not in packed.index.fields and any(path.is_dir() for path in source.iterdir()):
         print("no classes: they are taken from folders if every image lies in one, one level deep")
-    return _report(args, packed)
+    _report(folder, packed, has_field=True)
 
 
-def _pack_pairs(args: argparse.Namespace) -> int:
+@app.command(
+    "pairs",
+    epilog=examples("dist-contrastive shards pack pairs captions.csv data/pairs --text title"),
+)
+@with_options(_pack_options)
+def _pack_pairs(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help=".jsonl, .csv or .tsv.")],
+    folder: _Folder,
+    options: "PackOptions",
+    image: Annotated[str | None, _column("Of paths, relative to the table's folder.")] = None,
+    text: Annotated[str | None, _column("Of texts.", "by its name, as caption")] = None,
+    label: Annotated[str | None, _column("Of whole numbers; texts may be missing.")] = None,
+    field: _Field = None,
+) -> None:
+    """Images with texts or labels, listed in a .jsonl, .csv or .tsv.
+
+    Packs the images that a table names, with their texts: fields jpg (or the like), txt, and json
+    for the other columns.
+    """
     from dist_contrastive.data.packing.pairs import pack_pairs
 
-    columns = {"image": args.image, "text": args.text, "label": args.label}
-    packed = pack_pairs(args.source, args.folder, _options(args), **columns, field=args.field)
-    return _report(args, packed)
+    packed = pack_pairs(source, folder, options, image=image, text=text, label=label, field=field)
+    _report(folder, packed, has_field=True)
 
 
-def _pack_dataset(args: argparse.Namespace) -> int:
+@app.command(
+    "dataset",
+    epilog=examples(
+        "dist-contrastive shards pack dataset mnist.parquet data/mnist",
+        "dist-contrastive shards pack dataset uoft-cs/cifar10 data/cifar --split train",
+    ),
+)
+@with_options(_pack_options)
+def _pack_dataset(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder of save_to_disk; file or folder of .parquet, .json, .csv or .arrow; hub "
+            "name.",
+        ),
+    ],
+    folder: _Folder,
+    options: "PackOptions",
+    split: Annotated[str | None, typer.Option(help="Needed if there are several.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Of a data set of the hub that has several.")
+    ] = None,
+    image: Annotated[str | None, _column("Of images.", "by its type")] = None,
+    text: Annotated[str | None, _column("Of texts.", "by its name")] = None,
+    label: Annotated[str | None, _column("Of labels.", "by its name or type")] = None,
+    drop: Annotated[list[str] | None, _column("Left out; may be repeated.")] = None,
+    field: _Field = None,
+) -> None:
+    """A data set of the library datasets: saved, in files, or of the hub.
+
+    Columns are found by kind and name; '-' as a COLUMN is none.
+    """
     from dist_contrastive.data.packing.hub import pack_dataset
 
-    names = ("split", "config", "image", "text", "label", "drop", "field")
-    chosen = {name: getattr(args, name) for name in names}
-    return _report(args, pack_dataset(args.source, args.folder, _options(args), **chosen))
+    columns = {"image": image, "text": text, "label": label}
+    names = {"split": split, "config": config, "field": field, **columns}
+    packed = pack_dataset(source, folder, options, drop=drop or [], **names)
+    _report(folder, packed, has_field=True)
 
 
-def _pack_arrays(args: argparse.Namespace) -> int:
+@app.command(
+    "arrays",
+    epilog=examples(
+        "dist-contrastive shards pack arrays data/arrays --image x.npz:train --label y.npy"
+    ),
+)
+@with_options(_pack_options)
+def _pack_arrays(
+    folder: _Folder,
+    options: "PackOptions",
+    image: Annotated[str | None, _file("uint8 [n,H,W], [n,C,H,W] or [n,H,W,C].")] = None,
+    array: Annotated[str | None, _file("Numbers [n,...].")] = None,
+    label: Annotated[str | None, _file("Numbers [n].")] = None,
+) -> None:
+    """Arrays of NumPy: images, vectors, labels.
+
+    Packs the rows of arrays, each FILE.npy or FILE.npz:NAME. Images of uint8 become png, other
+    numbers npy, whole labels cls; json has the row and the label.
+    """
     from dist_contrastive.data.packing.arrays import pack_arrays
 
-    files = {"image": args.image, "array": args.array, "label": args.label}
-    return _report(args, pack_arrays(args.folder, _options(args), **files))
+    packed = pack_arrays(folder, options, image=image, array=array, label=label)
+    _report(folder, packed, has_field=False)
 
 
-def _merge(args: argparse.Namespace) -> int:
+def _add_demo(name: str, write: Callable[[Any, Path], dict[str, Any]], what: str) -> None:
+    def pack(
+        folder: Annotated[
+            Path, typer.Argument(metavar="FOLDER", help="Gets one folder of shards per split.")
+        ],
+    ) -> None:
+        from dist_contrastive import data
+
+        for split, index in write(data, folder).items():
+            shards = len(index.shard_samples)
+            print(f"{folder / split}: {len(index)} samples in {shards} shards")
+
+    epilog = examples(f"dist-contrastive shards pack {name} data/{name}")
+    app.command(name, help=f"{what[0].upper()}{what[1:]}.", epilog=epilog)(pack)
+
+
+for _name, (_write, _what) in _DEMOS.items():
+    _add_demo(_name, _write, _what)
+
+
+@with_options(_merge_options)
+def merge(
+    patterns: Patterns,
+    folder: _Folder,
+    options: "PackOptions",
+    prefix_keys: Annotated[
+        bool, typer.Option("--prefix-keys", help="Put the shard's name before every key.")
+    ] = False,
+) -> None:
+    """Write several shards as fewer, larger ones.
+
+    Copies samples to shards of another size, in their order, without decoding.
+    """
     from dist_contrastive.data.packing.merge import merge_shards
 
-    options = _options(args)
-    packed = merge_shards(args.patterns, args.folder, options, prefix_keys=args.prefix_keys)
-    return _report(args, packed)
+    packed = merge_shards(patterns, folder, options, prefix_keys=prefix_keys)
+    _report(folder, packed, has_field=False)
 
 
-def _report(args: argparse.Namespace, packed: "Packed") -> int:
-    """What was written, and what was left out."""
+def _report(folder: Path, packed: "Packed", has_field: bool) -> None:
+    """Print what was written, and log what was left out."""
     from dist_contrastive.data.packing.image_files import IMAGE_FIELDS
 
     index = packed.index
     for reason in packed.left_out:
-        print(f"left out: {reason}", file=sys.stderr)
+        _log.warning("left out: %s", reason)
     left_out = f", {len(packed.left_out)} left out" if packed.left_out else ""
     counts = dict(zip(index.fields, index.field_counts().sum(axis=0).tolist(), strict=True))
     fields = ", ".join(f"{n} ({c})" if c < len(index) else n for n, c in counts.items())
-    print(f"{args.folder}: {len(index)} samples in {len(index.shards)} shards{left_out}")
+    print(f"{folder}: {len(index)} samples in {len(index.shards)} shards{left_out}")
     print(f"fields: {fields}")
     images = [name for name in IMAGE_FIELDS if name in counts]
-    if len(images) > 1 and hasattr(args, "field"):
+    if len(images) > 1 and has_field:
         most = max(images, key=lambda name: counts[name])
         print(f"a config names one image field: --field {most} gives all images that one")
-    return 0
-
-
-def _list(args: argparse.Namespace) -> int:
-    from dist_contrastive.data.shards.inspect import list_shards
-
-    rows, problems = list_shards(args.patterns)
-    width = max(len(row.shard) for row in rows)
-    for row in rows:
-        print(f"{row.shard:{width}}  {_mib(row.size)}  {_samples(row.samples)}")
-    sizes, counts = [row.size for row in rows], [row.samples for row in rows]
-    size = None if None in sizes else sum(size or 0 for size in sizes)
-    samples = None if None in counts else sum(count or 0 for count in counts)
-    total = f"{len(rows)} shards"
-    print(f"{total:{width}}  {_mib(size)}  {_samples(samples)}")
-    for problem in problems:
-        print(f"no samples counted: {problem}", file=sys.stderr)
-    return 0
-
-
-def _mib(size: int | None) -> str:
-    return f"{'?' if size is None else f'{size / 2**20:,.1f}':>10} MiB"
-
-
-def _samples(count: int | None) -> str:
-    return f"{'?' if count is None else f'{count:,}':>11} samples"

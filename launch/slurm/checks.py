@@ -1,4 +1,4 @@
-"""What can be known to go wrong before a job is submitted."""
+"""Checks before a job is submitted."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +8,10 @@ from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.trainer.doctor import Finding, examine
 from launch.progress import read_progress
-from launch.slurm.cluster import job_state, partitions
+from launch.slurm.cluster import job_state, partitions, records
 from launch.slurm.options import Options, minutes
-from launch.slurm.records import records
 
-_PROCESSES = 2  # of the doctor: a login node is no place for many
+_PROCESSES = 2  # for the doctor: a login node is no place for many
 
 
 def check_cluster(options: Options) -> None:
@@ -43,7 +42,7 @@ def check_cluster(options: Options) -> None:
 
 
 def check_lead(lead_s: int, options: Options) -> None:
-    """Raise ConfigError where a job would be told to save before it has begun."""
+    """Raise ConfigError where a job would get the signal to save before it has begun."""
     if lead_s >= options.time_min * 60:
         raise ConfigError(
             f"--time {options.time}: a job is told to save {lead_s} s before its end, which leaves "
@@ -57,7 +56,7 @@ def check_runs(runs: list[RunConfig], world_size: int) -> None:
     for config in runs:
         trainer.check(config, world_size)
         for record in records(config.run_dir)[-1:]:
-            state = job_state(record.job, record.cluster)
+            state = job_state(record)
             if not state.has_ended:
                 raise ConfigError(
                     f"{config.run_dir} has job {record.job} already ({state.state}); wait for it, "
@@ -67,16 +66,16 @@ def check_runs(runs: list[RunConfig], world_size: int) -> None:
 
 
 def measured_s(run_dir: Path) -> tuple[float, float] | None:
-    """How long a checkpoint and a step of this run have taken, if it has had both."""
+    """Seconds of a checkpoint and of a step of this run, if it has had both."""
     row = read_progress(run_dir).row
     return (row["save_s"], row["step_s"]) if "save_s" in row else None
 
 
 def examined(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """What `doctor` finds, as long as it is fine.
+    """Findings of `doctor`, as long as they are fine.
 
     Raises:
-        ConfigError: what it found to be wrong.
+        ConfigError: one is not.
     """
     for finding in examine(config, world_size, _PROCESSES):
         if not finding.is_fine:

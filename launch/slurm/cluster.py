@@ -1,20 +1,100 @@
-"""What SLURM says, by its own commands; with and without accounting."""
+"""Jobs of runs, and their states in SLURM, by its own commands; with and without accounting.
 
+`jobs.jsonl` in a run directory has a line for each submission.
+"""
+
+import json
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import psutil
 
 from dist_contrastive.errors import ConfigError
 
+_JOBS = "jobs.jsonl"
 _ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("PREEMPTED", "REVOKED", "TIMEOUT", "UNKNOWN"),
 )
-_FORGOTTEN = "Invalid job id"  # so squeue says of a job that ended a while ago
+_FORGOTTEN = "Invalid job id"  # squeue's answer for a single job that ended a while ago
 _TIMEOUT_S = 60
+_SETTINGS = ("SQUEUE_", "SINFO_", "SACCT_")  # variables that change the output of the commands
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job that was submitted for a run."""
+
+    job: str
+    """Its number; of a sweep's, ARRAY_INDEX."""
+    cluster: str
+    submitted: str
+    """Date and time."""
+    folder: str
+    """Holds what was submitted: config, code, script."""
+    logs: str
+    config: str
+    """The file that it trains."""
+    cwd: str
+    """Where it was submitted."""
+    options: dict[str, Any]
+
+    @property
+    def cancelled(self) -> Path:
+        """A file that keeps the job from being requeued."""
+        return Path(self.folder) / f"{self.job}.cancelled"
+
+    def log_files(self, rank: int) -> list[Path]:
+        """Output of the job and of one of its ranks."""
+        if self.cluster == "local":
+            name = f"{self.job}_{rank}_log"
+            return [Path(self.folder) / f"{name}.err", Path(self.folder) / f"{name}.out"]
+        names = f"{self.job}.batch.log", *(f"{self.job}.rank-{rank}.{x}" for x in ("err", "out"))
+        return [Path(self.logs) / name for name in names]
+
+
+def add_record(run_dir: Path, record: JobRecord) -> None:
+    """Append a submission to those of a run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / _JOBS).open("a") as file:
+        file.write(json.dumps(asdict(record)) + "\n")
+
+
+def records(run_dir: Path) -> list[JobRecord]:
+    """All submissions of a run, the last one last."""
+    path = run_dir / _JOBS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [JobRecord(**json.loads(line)) for line in lines]
+
+
+def last_record(run_dir: Path) -> JobRecord:
+    """The last submission of a run.
+
+    Raises:
+        ConfigError: there was none.
+    """
+    submitted = records(run_dir)
+    if not submitted:
+        raise ConfigError(
+            f"{run_dir} has no {_JOBS}: it was not submitted; give the run directory of a run that "
+            f"was, or submit one with python -m launch.slurm submit CONFIG"
+        )
+    return submitted[-1]
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Run directories at a folder, or below it (two levels: sweeps have theirs side by side); what
+    lies in one of them, such as an export, is none."""
+    patterns = (_JOBS, "config.yaml")
+    folders = {
+        p.parent for name in patterns for up in ("", "*/", "*/*/") for p in folder.glob(up + name)
+    }
+    return sorted(p for p in folders if not folders.intersection(p.parents))
 
 
 @dataclass(frozen=True)
@@ -37,7 +117,7 @@ class JobState:
 
 @dataclass(frozen=True)
 class Partition:
-    """What a partition has."""
+    """Resources of a partition."""
 
     nodes: int
     cpus: int
@@ -45,7 +125,7 @@ class Partition:
     gpus: int
     """Of the node with the most."""
     limit: str
-    """Of time, as SLURM writes it."""
+    """Time limit, as SLURM writes it."""
 
 
 def require_slurm() -> None:
@@ -58,48 +138,66 @@ def require_slurm() -> None:
 
 
 def partitions() -> dict[str, Partition]:
-    """Those of the cluster; the one that jobs go to by default has the name "" too."""
-    found: dict[str, Partition] = {}
-    for line in ask("sinfo", "-h", "-a", "-o", "%P|%D|%c|%G|%l").splitlines():
+    """Partitions of the cluster by name; the default one has the name "" too."""
+    result: dict[str, Partition] = {}
+    for line in slurm_output("sinfo", "-h", "-a", "-o", "%P|%D|%c|%G|%l").splitlines():
         name, nodes, cpus, gres, limit = line.split("|")
-        before = found.get(name.rstrip("*"), Partition(0, 0, 0, limit))
-        now = Partition(
+        before = result.get(name.rstrip("*"), Partition(0, 0, 0, limit))
+        partition = Partition(
             before.nodes + int(nodes),
             max(before.cpus, int(cpus.rstrip("+"))),
-            max(before.gpus, _gpus(gres)),
+            max(before.gpus, _num_gpus(gres)),
             limit,
         )
-        found[name.rstrip("*")] = now
+        result[name.rstrip("*")] = partition
         if name.endswith("*"):
-            found[""] = now
-    return found
+            result[""] = partition
+    return result
 
 
-def _gpus(gres: str) -> int:
-    """Of `gpu:a100:4(S:0-1),nvme:1`."""
+def _num_gpus(gres: str) -> int:
+    """Number of GPUs in generic resources as `gpu:a100:4(S:0-1),nvme:1`."""
     counts = [part.split("(")[0].split(":") for part in gres.split(",")]
     return sum(int(x[-1]) for x in counts if x[0] == "gpu" and x[-1].isdecimal())
 
 
-def job_state(job: str, cluster: str = "slurm") -> JobState:
-    """Of a job, as squeue has it, or else sacct, or else UNKNOWN."""
-    if cluster == "local":
-        return _local_state(job)
-    asked = _run("squeue", "-h", "-a", "-t", "all", "-j", job, "-o", "%T|%N|%r|%M|%l")
-    if asked.returncode and _FORGOTTEN not in asked.stderr:
-        return JobState("UNREACHABLE", reason=" ".join(asked.stderr.split()))
-    if told := asked.stdout.strip():
-        state, nodes, reason, elapsed, limit = told.splitlines()[0].split("|")
-        return JobState(state, nodes, "" if reason == "None" else reason, elapsed, limit)
-    fields = "State,NodeList,Elapsed,Timelimit"
-    if told := _run("sacct", "-n", "-X", "-P", "-j", job, "-o", fields).stdout.strip():
-        state, nodes, elapsed, limit = told.splitlines()[0].split("|")
-        return JobState(state.split(" ")[0], nodes, "", elapsed, limit)
-    return JobState("UNKNOWN")
+def job_state(record: JobRecord) -> JobState:
+    """State of one job, as `job_states` has it."""
+    return job_states([record])[0]
+
+
+def job_states(jobs: Sequence[JobRecord]) -> list[JobState]:
+    """State of each job, as squeue has it, or else sacct, or else UNKNOWN; each asked once."""
+    known = _slurm_states([record.job for record in jobs if record.cluster != "local"])
+    return [
+        _local_state(record.job) if record.cluster == "local" else known[record.job]
+        for record in jobs
+    ]
+
+
+def _slurm_states(jobs: list[str]) -> dict[str, JobState]:
+    if not jobs:
+        return {}
+    numbers = ",".join(jobs)
+    squeue = _run("squeue", "-h", "-a", "-r", "-t", "all", "-j", numbers, "-o", "%i|%T|%N|%r|%M|%l")
+    if squeue.returncode and _FORGOTTEN not in squeue.stderr:
+        return dict.fromkeys(jobs, JobState("UNREACHABLE", reason=" ".join(squeue.stderr.split())))
+    states = dict.fromkeys(jobs, JobState("UNKNOWN"))
+    queued = [line.split("|") for line in squeue.stdout.splitlines()]
+    for job, state, nodes, reason, elapsed, limit in queued:
+        states[job] = JobState(state, nodes, "" if reason == "None" else reason, elapsed, limit)
+    if forgotten := [job for job in jobs if states[job].state == "UNKNOWN"]:
+        fields = "JobID,State,NodeList,Elapsed,Timelimit"
+        sacct = _run("sacct", "-n", "-X", "-P", "-j", ",".join(forgotten), "-o", fields)
+        for line in sacct.stdout.splitlines():
+            job, state, nodes, elapsed, limit = line.split("|")
+            if job in forgotten:
+                states[job] = JobState(state.split(" ")[0], nodes, "", elapsed, limit)
+    return states
 
 
 def _local_state(job: str) -> JobState:
-    """Of the process that submitit's local executor has for a job."""
+    """State of the process that submitit's local executor has for a job."""
     try:
         process = psutil.Process(int(job))
         is_there = "submitit" in " ".join(process.cmdline())
@@ -108,8 +206,8 @@ def _local_state(job: str) -> JobState:
     return JobState("RUNNING" if is_there else "UNKNOWN")
 
 
-def ask(*command: str) -> str:
-    """What a command of SLURM prints.
+def slurm_output(*command: str) -> str:
+    """Output of a command of SLURM.
 
     Raises:
         ConfigError: it fails; in its own words.
@@ -124,18 +222,10 @@ def ask(*command: str) -> str:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=_plain()
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=env)
     except FileNotFoundError:
         return subprocess.CompletedProcess(command, 127, "", f"there is no {command[0]} here")
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 124, "", f"no answer in {_TIMEOUT_S} s")
-
-
-def _plain() -> dict[str, str]:
-    """This environment without settings that would change what these commands print."""
-    return {
-        k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SINFO_", "SACCT_"))
-    }

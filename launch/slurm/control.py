@@ -1,47 +1,145 @@
-"""Following what a job writes, and ending it with everything saved."""
+"""Control of submitted runs: their state, their logs, and ending them with everything saved."""
 
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.tables import format_table
 from launch.logs import Follower
-from launch.progress import newest_step
-from launch.slurm.cluster import ask, job_state
-from launch.slurm.records import JobRecord, last_record
+from launch.progress import RunProgress, newest_step, read_progress
+from launch.slurm.cluster import (
+    JobRecord,
+    JobState,
+    find_runs,
+    job_state,
+    job_states,
+    last_record,
+    records,
+    slurm_output,
+)
 
-_LOOK_S = 0.5
-_AGAIN_EVERY = 20  # looks
-_STATE_EVERY = 10  # looks: a scheduler is not to be asked often
+_POLL_S = 0.5
+_SIGNAL_EVERY = 20  # polls
+_STATE_EVERY = 10  # polls: a scheduler should not be asked often
+
+_Cell = Callable[[RunProgress], str]
+
+
+def status(run_dir: Path) -> str:
+    """State of one run, of its job and of its training, line by line."""
+    jobs, progress = records(run_dir), read_progress(run_dir)
+    if not jobs and progress.steps is None:
+        raise ConfigError(f"{run_dir} holds no run and had no job; give a run directory")
+    lines = [("run", str(run_dir))]
+    if jobs:
+        lines += _job_lines(jobs[-1], progress)
+    lines.append(("step", f"{progress.step} of {progress.steps or '?'}{_loss(progress)}"))
+    if progress.row:
+        rate, step_s = progress.row.get("samples_per_s", 0.0), progress.row.get("step_s", 0.0)
+        lines.append(("speed", f"{rate:.4g} samples/s, {step_s:.3g} s a step"))
+    lines.append(("left", _left(progress)))
+    lines.append(("saved", f"step {progress.saved}" if progress.saved else "nothing yet"))
+    return "\n".join(f"{name:8} {text}" for name, text in lines)
+
+
+def _job_lines(record: JobRecord, progress: RunProgress) -> list[tuple[str, str]]:
+    state = job_state(record)
+    nodes = f" on {state.nodes}" if state.nodes else ""
+    since = f", {state.elapsed} of {state.limit}" if state.elapsed else ""
+    why = f" ({state.reason})" if state.reason and not state.nodes else ""
+    lines = [("job", f"{record.job} {_state(record, state, progress)}{nodes}{since}{why}")]
+    starts = Path(record.folder) / f"{record.job}.starts"
+    log = record.log_files(0)[0]
+    if starts.exists():
+        lines.append(("starts", f"{starts.read_text().split()[1]} from the same checkpoint"))
+    elif state.state in ("FAILED", "CANCELLED") and not log.exists():
+        lines.append(("note", f"it wrote no {log}: can nodes write there?"))
+    return lines
+
+
+def table(folder: Path, metrics: list[str]) -> str:
+    """Table of the runs at a folder or below it.
+
+    Args:
+        metrics: names in metrics.jsonl, each a column of its last values.
+    """
+    columns: dict[str, _Cell] = {
+        "step": lambda progress: f"{progress.step}/{progress.steps or '?'}",
+        **{name: _metric(name) for name in metrics},
+        "samples/s": _metric("samples_per_s"),
+        "left": _left,
+    }
+    run_dirs = find_runs(folder)
+    if not run_dirs:
+        raise ConfigError(f"there are no runs in {folder}; give a folder of run directories")
+    jobs = {run_dir: past[-1] for run_dir in run_dirs if (past := records(run_dir))}
+    states = dict(zip(jobs, job_states(list(jobs.values())), strict=True))
+    rows = []
+    for run_dir in run_dirs:
+        progress = read_progress(run_dir)
+        job = state = "-"
+        if run_dir in jobs:
+            job = jobs[run_dir].job
+            state = _state(jobs[run_dir], states[run_dir], progress)
+        name = str(run_dir.relative_to(folder)) if run_dir != folder else str(run_dir)
+        rows.append([name, job, state, *(cell(progress) for cell in columns.values())])
+    return format_table(["run", "job", "state", *columns], rows)
+
+
+def _metric(name: str) -> _Cell:
+    return lambda progress: f"{progress.row[name]:.4g}" if name in progress.row else "-"
+
+
+def _loss(progress: RunProgress) -> str:
+    return f", loss {progress.row['loss']:.4g}" if "loss" in progress.row else ""
+
+
+def _left(progress: RunProgress) -> str:
+    if progress.left_s is None or progress.step == progress.steps:
+        return "-"
+    minutes, seconds = divmod(round(progress.left_s), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _state(record: JobRecord, state: JobState, progress: RunProgress) -> str:
+    """SLURM's word; where it has none any more, that of the run directory."""
+    if state.has_ended and record.cancelled.exists():
+        return "CANCELLED"
+    if state.state != "UNKNOWN":
+        return state.state
+    is_complete = progress.steps is not None and progress.saved == progress.steps
+    return "COMPLETED" if is_complete else "ENDED"
 
 
 def show_logs(run_dir: Path, rank: int, follow: bool) -> None:
-    """Print what the last job of a run and one of its ranks wrote, and what they go on to write.
+    """Print the output of the last job of a run and one of its ranks, and follow it if asked to.
 
     Raises:
         ConfigError: there is nothing and no more to come.
     """
     record, follower = last_record(run_dir), Follower()
     files = record.log_files(rank)
-    looks, ended, printed = 0, False, False
-    # What is there already comes file by file; what is added, as it comes.
-    order = [[path] for path in files]
+    polls, ended, printed = 0, False, False
+    # First what is there already, file by file; then what is added, as it comes.
+    batches = [[path] for path in files]
     while True:
-        if follow and looks % _STATE_EVERY == 0:
-            ended = job_state(record.job, record.cluster).has_ended
-        for some in order:
-            for _, text in follower.read(some, to_end=not follow or ended):
+        if follow and polls % _STATE_EVERY == 0:
+            ended = job_state(record).has_ended
+        for batch in batches:
+            for _, text in follower.read(batch, to_end=not follow or ended):
                 sys.stdout.write(text)
                 sys.stdout.flush()
                 printed = True
-        order = [files]
+        batches = [files]
         if not follow or ended:
             break
-        looks += 1
-        time.sleep(_LOOK_S)
+        polls += 1
+        time.sleep(_POLL_S)
     if not printed:
         raise ConfigError(
             f"job {record.job} wrote nothing to {files[0]}; is it still waiting, or is rank {rank} "
@@ -59,22 +157,22 @@ def cancel(run_dir: Path, timeout_s: float) -> str:
         What was done.
     """
     record = last_record(run_dir)
-    state = job_state(record.job, record.cluster)
+    state = job_state(record)
     if state.has_ended:
         return f"job {record.job} has ended already ({state.state})"
     record.cancelled.touch()
     if state.state == "PENDING":
-        ask("scancel", record.job)
+        slurm_output("scancel", record.job)
         return f"job {record.job} is cancelled; it was waiting"
-    _tell_to_stop(record)
-    for look in range(int(timeout_s / _LOOK_S)):
-        time.sleep(_LOOK_S)
-        if job_state(record.job, record.cluster).has_ended:
+    _signal_to_stop(record)
+    for poll in range(int(timeout_s / _POLL_S)):
+        time.sleep(_POLL_S)
+        if job_state(record).has_ended:
             step = newest_step(run_dir)
             what = f"saved step {step}" if step else "saved nothing"
             return f"job {record.job} has {what} and ended"
-        if look % _AGAIN_EVERY == _AGAIN_EVERY - 1:
-            _tell_to_stop(record)  # for the case that it had no ranks yet
+        if poll % _SIGNAL_EVERY == _SIGNAL_EVERY - 1:
+            _signal_to_stop(record)  # in case it had no ranks yet
     _kill(record)
     return (
         f"job {record.job} did not end within {timeout_s:g} s and was ended by force; step "
@@ -82,16 +180,16 @@ def cancel(run_dir: Path, timeout_s: float) -> str:
     )
 
 
-def _tell_to_stop(record: JobRecord) -> None:
+def _signal_to_stop(record: JobRecord) -> None:
     if record.cluster == "local":
         for process in ranks_of(record):
             process.send_signal(signal.SIGTERM)
     else:
-        ask("scancel", "--signal=USR2", record.job)  # to its ranks; the script goes on
+        slurm_output("scancel", "--signal=USR2", record.job)  # to its ranks; the script goes on
 
 
 def ranks_of(record: JobRecord) -> list[psutil.Process]:
-    """Of a job of submitit's local executor, which has a shell and a controller between."""
+    """Ranks of a job of submitit's local executor, which has a shell and a controller between."""
     try:
         below = psutil.Process(int(record.job)).children(recursive=True)
         return [p for p in below if "submitit.core._submit" in p.cmdline()]
@@ -104,4 +202,4 @@ def _kill(record: JobRecord) -> None:
         for process in [psutil.Process(int(record.job)), *ranks_of(record)]:
             process.kill()
     else:
-        ask("scancel", record.job)
+        slurm_output("scancel", record.job)

@@ -1,4 +1,4 @@
-"""What submitit runs on every rank of a job."""
+"""Entry point of each rank of a job, run by submitit."""
 
 import os
 import signal
@@ -7,12 +7,11 @@ from platform import node
 from typing import NoReturn
 
 from dist_contrastive import ranks
-from dist_contrastive.cli.ending import reporting_errors, run_rank
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.cli.exit_codes import reporting_errors, run_rank
+from dist_contrastive.errors import EXIT_RESTART, ConfigError
 from dist_contrastive.signals import listen
-from launch.ends import EXIT_REQUEUE
 
-_LOCAL_REQUEUE = 144  # what submitit's local executor starts again for
+_LOCAL_REQUEUE = 144  # the exit code for which submitit's local executor starts a job again
 
 
 class Job:
@@ -52,9 +51,9 @@ class Job:
                     f"from a file system that all nodes share"
                 ) from error
             outcome.code = trainer.train(load(self._config))
-        if is_local and outcome.code == EXIT_REQUEUE:
+        if is_local and outcome.code == EXIT_RESTART:
             name = f"{os.environ['SUBMITIT_LOCAL_JOB_ID']}.cancelled"
-            return EXIT_REQUEUE if (self._cancelled / name).exists() else _LOCAL_REQUEUE
+            return EXIT_RESTART if (self._cancelled / name).exists() else _LOCAL_REQUEUE
         return outcome.code
 
     def _join_local(self) -> None:

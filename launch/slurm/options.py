@@ -1,13 +1,16 @@
-"""What a job asks for: the settings of a site in a YAML profile, and flags before them."""
+"""Resources of a job: the settings of a site in a YAML profile, and flags that go before them."""
 
+import inspect
 import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
+import typer
 import yaml
 from pydantic import (
+    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -19,39 +22,50 @@ from dist_contrastive.errors import ConfigError
 from dist_contrastive.settings import Settings
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_PROFILE_ONLY = ("exclusive", "address", "container", "setup", "env", "srun", "sbatch")
 
 
 class Options(Settings):
     """Settings of a job. A profile may hold any of them; those of `submit`'s flags go first."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     nodes: PositiveInt = 1
+    """Nodes of the job."""
     gpus_per_node: NonNegativeInt = 0
+    """GPUs of a node, one rank for each."""
     tasks_per_node: PositiveInt | None = None
-    """Ranks of a node; default: one for each GPU, or one."""
+    """Ranks of a node, where they are not its GPUs; default: one for each GPU, or one."""
     cpus_per_task: PositiveInt | None = None
-    """CPUs of a rank: its own one, and one for each data worker."""
+    """CPUs of a rank: one, and one for each data worker."""
     memory_gb: PositiveFloat | None = None
-    """Of a node."""
+    """Memory of a node."""
     time: str = "1:00:00"
-    """Limit of one start, as SLURM writes it: minutes, H:MM:SS or D-HH:MM:SS. A run that needs
-    longer is saved, requeued and gone on with."""
+    """Limit of one start: minutes, H:MM:SS or D-HH:MM:SS. A run that needs longer is saved,
+    requeued and resumed."""
     partition: str | None = None
+    """Partition of the cluster."""
     account: str | None = None
+    """Account that is charged."""
     qos: str | None = None
+    """Quality of service."""
     constraint: str | None = None
+    """Features that nodes must have."""
     exclusive: bool = False
+    """Share nodes with no other job."""
     name: str | None = None
-    """Of the job; default: that of the run directory."""
+    """Name of the job; default: that of the run directory."""
     signal_lead_s: PositiveInt | None = None
-    """How long before its end a job is told to save; default: from how long checkpoints take."""
+    """Seconds before the end of the job at which it saves; default: measured."""
     parallel: PositiveInt = 256
     """Jobs of a sweep that run at the same time."""
     address: str = "$SLURMD_NODENAME"
-    """What other nodes call the first one, in shell: `$(hostname -f)`, for instance."""
+    """Name of the first node for other nodes, in shell: `$(hostname -f)`, for instance."""
     python: str = shlex.quote(sys.executable)
-    """The command that runs Python on the nodes."""
+    """Command that runs Python on the nodes."""
     container: str = ""
-    """What to run it in: `apptainer exec --nv IMAGE`. For a plug-in of srun, see `srun`."""
+    """Command that runs Python in a container: `apptainer exec --nv IMAGE`. For a plug-in of srun,
+    see `srun`."""
     setup: tuple[str, ...] = ()
     """Lines of shell before all others: `module load cuda`."""
     env: dict[str, str] = Field(default_factory=dict)
@@ -64,7 +78,7 @@ class Options(Settings):
 
     @field_validator("time")
     @classmethod
-    def _time_is_known(cls, time: str) -> str:
+    def _check_time(cls, time: str) -> str:
         minutes(time)
         return time
 
@@ -85,12 +99,43 @@ class Options(Settings):
 
     @property
     def python_command(self) -> str:
-        """How Python is run, in its container."""
+        """Python, in its container."""
         return f"{self.container} {self.python}".strip()
 
 
+def job_flags(**flags: Any) -> dict[str, Any]:
+    """The options that were set by flags; a command takes one flag for each of its parameters,
+    which are the fields of `Options`."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _flag(name: str) -> inspect.Parameter:
+    field = Options.model_fields[name]
+    kind = next(kind for kind in (int, float, str) if kind in _types_in(field.annotation))
+    default = None if name == "python" else field.default  # its default is this machine's own path
+    flag = typer.Option(
+        f"--{name.replace('_', '-')}",
+        metavar=kind.__name__.upper(),
+        help=" ".join(str(field.description).split()),
+        show_default=False if default is None else str(default),
+    )
+    annotation = Annotated[kind | None, flag]  # type: ignore[valid-type]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _types_in(annotation: Any) -> list[Any]:
+    return [annotation, *(kind for part in get_args(annotation) for kind in _types_in(part))]
+
+
+job_flags.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [_flag(name) for name in Options.model_fields if name not in _PROFILE_ONLY]
+)
+
+
 def load_options(profile: Path | None, flags: dict[str, Any]) -> Options:
-    """Those of a profile, if any, with those flags that are not None instead.
+    """Options of a profile, if any, with those of flags instead where they are set.
 
     Raises:
         ConfigError: the profile cannot be read, or a setting is unknown or out of range.
@@ -106,23 +151,22 @@ def load_options(profile: Path | None, flags: dict[str, Any]) -> Options:
             ) from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{profile} holds no settings; see configs/slurm/profile.yaml")
-    given = {name: value for name, value in flags.items() if value is not None}
-    return Options.checked({**tree, **given}, f"{profile or 'flags'}: ")
+    return Options.checked({**tree, **flags}, f"{profile or 'flags'}: ")
 
 
 def minutes(time: str) -> int:
-    """Of a time as SLURM writes it: minutes, MM:SS, H:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
-    found = _TIME.fullmatch(time)
-    if not found:
+    """Minutes of a time of SLURM: minutes, MM:SS, H:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    match = _TIME.fullmatch(time)
+    if not match:
         raise ValueError("is no time; write minutes, H:MM:SS or D-HH:MM:SS")
-    days, *parts = (None if x is None else int(x) for x in found.groups())
-    given = [x for x in parts if x is not None]
+    days, *parts = (None if x is None else int(x) for x in match.groups())
+    numbers = [x for x in parts if x is not None]
     if days is not None:
-        hours, mins, secs = [*given, 0, 0][:3]
-    elif len(given) == 1:
-        hours, mins, secs = 0, given[0], 0
+        hours, mins, secs = [*numbers, 0, 0][:3]
+    elif len(numbers) == 1:
+        hours, mins, secs = 0, numbers[0], 0
     else:
-        hours, mins, secs = ([0, *given] if len(given) == 2 else given)[:3]
+        hours, mins, secs = ([0, *numbers] if len(numbers) == 2 else numbers)[:3]
     total = (days or 0) * 1440 + hours * 60 + mins + (secs > 0)
     if total < 1:
         raise ValueError("is no time; give a minute or more")

@@ -1,5 +1,6 @@
-"""Submitting: a config, or a sweep of them, as a job of submitit."""
+"""Submission of a config, or of a sweep of them, as a job of submitit."""
 
+import itertools
 import math
 import os
 import shlex
@@ -16,18 +17,21 @@ import submitit
 from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 
+import dist_contrastive
+import launch
 from dist_contrastive import config as configs
 from dist_contrastive.atomic import write_text
 from dist_contrastive.config import RunConfig
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import FINAL_EXIT_CODES, ConfigError
 from dist_contrastive.trainer.describing import writable
+from launch.slurm.cluster import JobRecord, add_record
 from launch.slurm.job import Job
 from launch.slurm.options import Options
-from launch.slurm.records import JobRecord, add_record
-from launch.slurm.snapshot import snapshot
 
-_WAIT_S = 60  # ranks that are left when one has ended get so long
-_LEAD_S, _WORST = 60, 3  # SLURM's own resolution; what a checkpoint and a step may take at worst
+_WAIT_S = 60  # for the other ranks when one has ended
+_LEAD_S, _WORST = 60, 3  # SLURM's own resolution; factor on the times of a checkpoint and a step
+_OPENING, _CLOSING, _QUOTES = "[{(", "]})", "'\""
+_NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 
 @dataclass(frozen=True)
@@ -42,23 +46,71 @@ class Submission:
     cluster: str = "slurm"
 
     def new_folder(self) -> Path:
-        """A name for the folder of what is submitted, another one at each call."""
+        """A new name for the folder of what is submitted."""
         return self.root / "jobs" / time.strftime(f"%Y%m%d-%H%M%S-{uuid.uuid4().hex[:4]}")
 
     @property
     def logs(self) -> Path:
-        """For what jobs write."""
+        """Folder for the output of jobs."""
         return self.root / "logs"
 
 
+def expand(overrides: list[str]) -> list[tuple[str, list[str]]]:
+    """Runs of a sweep, every combination of `key=a,b` overrides: each one's name (empty where there
+    is only one) and its overrides; of a key that is there twice the last one counts.
+
+    >>> [name for name, _ in expand(["optim.lr=0.1,0.2", "seed=1", "train.steps=5,9"])]
+    ['lr=0.1,steps=5', 'lr=0.1,steps=9', 'lr=0.2,steps=5', 'lr=0.2,steps=9']
+    """
+    choices: dict[str, list[tuple[str, str, str]]] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        choices.pop(key, None)
+        choices[key] = [(key, f"{key}{equals}{one}", one) for one in _values(value)]
+    swept = [key for key, values in choices.items() if len(values) > 1]
+    short = {key: _short_name(key, swept) for key in swept}
+    runs = []
+    for combination in itertools.product(*choices.values()):
+        parts = [f"{short[key]}={value}" for key, _, value in combination if key in short]
+        name = ",".join(parts).replace("/", "_").replace(" ", "")
+        runs.append((name, [override for _, override, _ in combination]))
+    return runs
+
+
+def _values(value: str) -> list[str]:
+    """The parts between commas that are in no brackets and no quotes."""
+    parts, depth, quote = [""], 0, ""
+    for char in value:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in _QUOTES:
+            quote = char
+        depth += (not quote and char in _OPENING) - (not quote and char in _CLOSING)
+        if char == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts if all(parts) else [value]
+
+
+def _short_name(key: str, keys: list[str]) -> str:
+    """The shortest end of a dotted key that no other one has."""
+    parts = key.split(".")
+    for count in range(1, len(parts)):
+        end = ".".join(parts[-count:])
+        if not any(other != key and other.endswith(f".{end}") for other in keys):
+            return end
+    return key
+
+
 def lead_s(save_s: float, step_s: float) -> int:
-    """How long before its end a job must be told to save: SLURM may be a minute early, so that this
-    is what a checkpoint and a step take at worst, and a minute for all else."""
+    """Seconds before its end at which a job must get the signal to save: SLURM may be a minute
+    early, so that this is what a checkpoint and a step take at worst, and a minute for all else."""
     return math.ceil(_LEAD_S + _WORST * (save_s + step_s))
 
 
 def script(submission: Submission, folder: Path) -> str:
-    """What sbatch will be given."""
+    """The batch script, as sbatch gets it."""
     executor = _slurm_executor(submission, folder)
     if len(submission.runs) > 1:
         executor.parameters["map_count"] = len(submission.runs)
@@ -83,8 +135,8 @@ def submit(submission: Submission) -> list[str]:
             submitted = [executor.submit(job) for job in jobs]
     except FailedJobError as error:
         shutil.rmtree(folder)
-        told = " ".join(str(error).replace("sbatch: error: ", "").split())
-        raise ConfigError(f"sbatch does not take the job: {told}") from error
+        reason = " ".join(str(error).replace("sbatch: error: ", "").split())
+        raise ConfigError(f"sbatch does not take the job: {reason}") from error
     for config, job in zip(submission.runs, submitted, strict=True):
         add_record(config.run_dir, _record(submission, folder, config, job.job_id))
     return [job.job_id for job in submitted]
@@ -92,17 +144,30 @@ def submit(submission: Submission) -> list[str]:
 
 def _prepare(submission: Submission, folder: Path) -> list[Job]:
     submission.logs.mkdir(parents=True, exist_ok=True)
-    snapshot(folder / "code", submission.cwd)
+    _copy_code(folder / "code", submission.cwd)
     port = _free_port() if submission.cluster == "local" else 0
     jobs = []
     for config in submission.runs:
-        place = folder / "configs" / config.run_dir.name
-        place.mkdir(parents=True)
-        configs.save(config, place)
-        jobs.append(Job(place / "config.yaml", submission.cwd, folder, port))
+        config_dir = folder / "configs" / config.run_dir.name
+        config_dir.mkdir(parents=True)
+        configs.save(config, config_dir)
+        jobs.append(Job(config_dir / "config.yaml", submission.cwd, folder, port))
     write_text(folder / "runs", "".join(f"{c.run_dir.absolute()}\n" for c in submission.runs))
     write_text(folder / "token", "Every node of the job must see this file.\n")
     return jobs
+
+
+def _copy_code(folder: Path, cwd: Path) -> None:
+    """Copy our packages, and the modules and packages that Python would import from the current
+    folder: a job that waits in the queue runs the code that was submitted."""
+    folder.mkdir(parents=True)
+    ours = [Path(str(p.__file__)).parent for p in (dist_contrastive, launch)]
+    names = {path.name for path in ours}
+    theirs = [p.parent for p in cwd.glob("*/__init__.py") if p.parent.name not in names]
+    for package in [*ours, *theirs]:
+        shutil.copytree(package, folder / package.name, ignore=_NOT_COPIED)
+    for module in cwd.glob("*.py"):
+        shutil.copy2(module, folder / module.name)
 
 
 def _slurm_executor(submission: Submission, folder: Path) -> "_SlurmExecutor":
@@ -112,7 +177,7 @@ def _slurm_executor(submission: Submission, folder: Path) -> "_SlurmExecutor":
     batch = str(submission.logs / f"{job}.batch.log")
     ranks = submission.logs / f"{job}.rank-%t"
     more = {name: value == "true" or value for name, value in options.sbatch.items()}
-    ends = [f"--output={ranks}.out", f"--error={ranks}.err", "--kill-on-bad-exit=1"]
+    rank_output = [f"--output={ranks}.out", f"--error={ranks}.err", "--kill-on-bad-exit=1"]
     executor.update_parameters(
         job_name=options.name or submission.root.name,
         time=options.time_min,
@@ -130,7 +195,7 @@ def _slurm_executor(submission: Submission, folder: Path) -> "_SlurmExecutor":
         signal_delay_s=options.signal_lead_s,
         setup=_setup(options, folder, config.train.max_stalled_starts),
         teardown=["finish $?"],
-        srun_args=[*ends, f"--wait={_WAIT_S}", *options.srun],
+        srun_args=[*rank_output, f"--wait={_WAIT_S}", *options.srun],
         array_parallelism=options.parallel,
         additional_parameters={"requeue": True, "output": batch, "error": batch, **more},
     )
@@ -146,10 +211,11 @@ class _SlurmExecutor(submitit.SlurmExecutor):
 
 
 def _setup(options: Options, folder: Path, max_starts: int) -> list[str]:
-    """Lines of the script before the ranks: those of the site first."""
+    """Lines of the batch script before the ranks: those of the site first."""
     source = shlex.quote(str(folder / "code" / "launch" / "slurm" / "job.sh"))
-    begin = ["begin", str(folder), str(max_starts), options.python_command, *options.srun]
-    lost = f"{folder} is not there; put run_dir on a file system that all nodes share"
+    final = " ".join(map(str, FINAL_EXIT_CODES))
+    begin = ["begin", str(folder), str(max_starts), final, options.python_command, *options.srun]
+    missing = f"{folder} is not there; put run_dir on a file system that all nodes share"
     return [
         *_environment(options, folder),
         # Variables of whoever submitted; those of the job are set by itself.
@@ -158,7 +224,7 @@ def _setup(options: Options, folder: Path, max_starts: int) -> list[str]:
         # Since 22.05 srun does not take it from sbatch.
         "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}",
-        f"source {source} || {{ echo {shlex.quote(lost)}; exit 64; }}",
+        f"source {source} || {{ echo {shlex.quote(missing)}; exit 64; }}",
         shlex.join(begin),
     ]
 
@@ -168,7 +234,7 @@ def _environment(options: Options, folder: Path) -> list[str]:
     return [
         *options.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in options.env.items()),
-        # The copied code, and not what lies in the current folder.
+        # The copied code, not that in the current folder.
         f"export PYTHONSAFEPATH=1 PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
 

@@ -1,0 +1,96 @@
+"""Command lines by typer: their form, their errors, and options that take several values."""
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
+
+from dist_contrastive.cli.exit_codes import reporting_errors
+
+_log = logging.getLogger(__name__)
+_INTERRUPTED = 130
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings to change: optim.lr=0.1; null takes one away.",
+        show_default=False,
+    ),
+]
+
+
+class SeveralValues(TyperCommand):
+    """A command whose list options take all values that follow them: ``--classes 1 2 3``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before each of its values, as click wants it."""
+        lists = {flag for p in self.params if getattr(p, "multiple", False) for flag in p.opts}
+        flag, repeated = "", list[str]()
+        for arg in args:
+            if arg.startswith("--"):
+                flag = arg if arg in lists else ""
+            elif flag and repeated[-1] != flag:
+                repeated.append(flag)
+            repeated.append(arg)
+        return super().parse_args(ctx, repeated)
+
+
+def new_app(help: str = "", completion: bool = False) -> typer.Typer:
+    """An app whose help is plain text: rendering by rich would take longer than all else."""
+    return typer.Typer(
+        help=help,
+        add_completion=completion,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def with_options(make: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a command: its parameter `options` is what `make` makes of flags, those that
+    are `make`'s own parameters; so several commands share them."""
+    flags = inspect.signature(make).parameters
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = [p for n, p in inspect.signature(command).parameters.items() if n != "options"]
+
+        @functools.wraps(command)
+        def with_flags(**values: Any) -> Any:
+            chosen = {name: values.pop(name) for name in flags}
+            return command(**values, options=make(**chosen))
+
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *flags.values())]
+        with_flags.__annotations__ = {}  # all of them are in the signature
+        with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return with_flags
+
+    return decorate
+
+
+def examples(*lines: str) -> str:
+    """Epilog of a command's help: lines that can be typed as they stand."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
+
+
+def run(app: typer.Typer, name: str, argv: list[str] | None) -> int:
+    """Run one command of an app; returns the exit code."""
+    main: Callable[..., Any] = typer.main.get_command(app).main
+    with reporting_errors() as outcome:
+        try:
+            outcome.code = main(args=argv, prog_name=name, standalone_mode=False) or 0
+        except TyperException as error:  # wrong flags
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else name
+            message = " ".join(error.format_message().split())
+            _log.error("%s: %s (see %s --help)", command, message.rstrip("."), command)
+            outcome.code = error.exit_code
+        if outcome.code == _INTERRUPTED:
+            _log.error("%s: interrupted", name)
+    return outcome.code
