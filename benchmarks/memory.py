@@ -42,24 +42,35 @@ def main() -> None:
     elif args.ranks:
         print(json.dumps([peak_on_ranks(args.ranks[0], int(args.ranks[1]))]))
     else:
-        print(f"{'loss':18} {'impl':8} " + " ".join(f"{x:>8}" for x in args.sizes) + "  slope")
+        first, *others = args.sizes
+        print_row("loss", f"B = {first}", *others, "slope")
+        print_row(*["---"] * (len(args.sizes) + 2))
         for name in args.losses:
-            for impl in ("dense", "chunked"):
-                report(name, impl, args.sizes, args.dim)
+            print_row(name, *cells(name, args.sizes, args.dim))
         world_sizes = (2, 4)
-        print(f"\n{LOCAL_ROWS} rows a rank  " + " ".join(f"{x:>3} ranks" for x in world_sizes))
+        print()
+        print_row(f"{LOCAL_ROWS} rows a rank", *(f"{size} ranks" for size in world_sizes))
+        print_row(*["---"] * (len(world_sizes) + 1))
         for keys_from in ("gather", "ring"):
             peaks = [of_ranks_in_own_process(keys_from, size) for size in world_sizes]
-            print(f"{keys_from:16} " + " ".join(f"{x:9.1f}" for x in peaks))
+            print_row(keys_from, *(f"{x:.0f}" for x in peaks))
 
 
-def report(name: str, impl: str, sizes: list[int], dim: int) -> None:
-    """One line of the table, in MiB."""
-    num_columns = len(sizes)
-    sizes = [size for size in sizes if impl == "chunked" or size <= DENSE_LIMIT[name]]
-    peaks = in_own_process(name, impl, sizes, dim)
-    line = " ".join(f"{x:8.1f}" for x in peaks) + " " * 9 * (num_columns - len(sizes))
-    print(f"{name:18} {impl:8} {line}  {slope(sizes, peaks):.2f}")
+def cells(name: str, sizes: list[int], dim: int) -> list[str]:
+    """Cells of a loss: MiB dense / chunked by size, then both slopes."""
+    found = {}
+    for impl in ("dense", "chunked"):
+        measured = [size for size in sizes if impl == "chunked" or size <= DENSE_LIMIT[name]]
+        found[impl] = in_own_process(name, impl, measured, dim)
+    dense = [f"{x:.0f}" for x in found["dense"]] + ["-"] * (len(sizes) - len(found["dense"]))
+    mib = [f"{a} / {b:.0f}" for a, b in zip(dense, found["chunked"], strict=True)]
+    slopes = (f"{slope(sizes[: len(peaks)], peaks):.2f}" for peaks in found.values())
+    return [*mib, " / ".join(slopes)]
+
+
+def print_row(*values: object) -> None:
+    """A line of a table in Markdown."""
+    print(f"| {' | '.join(map(str, values))} |", flush=True)
 
 
 def slope(sizes: list[int], peaks: list[float]) -> float:

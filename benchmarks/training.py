@@ -77,11 +77,14 @@ def packed(folder: str) -> str:
 
 def memory(args: argparse.Namespace) -> None:
     """The first table."""
-    print(f"\n{'rows':>6} {'at a time':>10} {'MiB above':>10} {'batch MiB':>10} {'step s':>8}")
+    print("\n| rows | at a time | MiB |\n| --- | --- | --- |")
+    batches = []
     for rows, micro in [(MICRO, 0), (COMPARED, 0), (COMPARED, MICRO), (args.rows, MICRO)]:
         peak, batch, seconds = in_own_process(rows, micro)
         at_once = micro or rows
-        print(f"{rows:6} {at_once:10} {peak:10.0f} {batch:10.0f} {seconds:8.1f}", flush=True)
+        print(f"| {rows} | {at_once} | {peak:.0f} |", flush=True)
+        batches.append(f"{rows} rows of {batch:.0f} MiB in {seconds:.1f} s")
+    print("\n" + ", ".join(batches))
 
 
 def in_own_process(rows: int, micro: int) -> list[float]:

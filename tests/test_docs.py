@@ -1,0 +1,121 @@
+"""README and docs: what they show works, what they name is there, figures come from benchmarks."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_contrastive import losses
+from dist_contrastive.cli import main
+from dist_contrastive.testing import run_ranks
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import document
+
+ROOT = Path(__file__).parents[1]
+
+README = (ROOT / "README.md").read_text()
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
+
+
+def blocks(kind: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)
+
+
+def in_own_loop(code: str) -> dict[str, torch.Tensor]:
+    """Weights after the loop of the README on this rank's part of two batches of pairs."""
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randn(2, 2, 6, 16, generator=generator).unbind()
+    ranks = dist.get_world_size()
+    rows = {1: slice(0, 6), 2: [slice(0, 4), slice(4, 6)][dist.get_rank()]}[ranks]
+    torch.manual_seed(1)
+    names = {
+        "torch": torch,
+        "losses": losses,
+        "DistributedDataParallel": DistributedDataParallel,
+        "encoder": torch.nn.Linear(16, 8),
+        "batches": [(pair[0, rows], pair[1, rows]) for pair in batches],
+    }
+    exec(code, names)
+    return {name: x.detach() for name, x in names["encoder"].module.named_parameters()}
+
+
+def test_a_loss_in_your_own_loop():
+    """Ten lines that give on two ranks, with different numbers of rows, the weights of one."""
+    (code,) = (block for block in blocks("python") if "DistributedDataParallel" in block)
+    assert len(code.splitlines()) <= 10
+    (alone,) = run_ranks(in_own_loop, 1, code)
+    for weights in run_ranks(in_own_loop, 2, code):
+        torch.testing.assert_close(weights, alone)
+
+
+def test_your_own_images(tmp_path, monkeypatch):
+    """The README's commands and config, with fewer steps on small pictures of ten classes."""
+    for number in range(60):
+        for split in ("train", "test"):
+            path = tmp_path / "PHOTOS" / split / f"class{number % 10}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            colour = [(37 * (number % 10) + 3 * number) % 256, 25 * (number % 10), 128]
+            Image.new("RGB", (72, 64 + number % 3), tuple(colour)).save(path)
+    (commands,) = (block for block in blocks("bash") if "pack images" in block)
+    (text,) = blocks("yaml")
+    config = yaml.safe_load(text)
+    assert len(text.splitlines()) <= 12
+    small = {"data.global_batch_size": 16, "train.steps": 2, "task.encoder.widths": "[4, 8]"}
+    monkeypatch.chdir(tmp_path)
+    Path("photos.yaml").write_text(text)
+    for line in commands.splitlines():
+        argv = shlex.split(line, comments=True)[1:]
+        if argv[0] == "train":
+            argv += [f"{key}={value}" for key, value in small.items()]
+        assert main(argv) == 0
+    assert Path(config["run_dir"], "eval.json").exists()
+    assert Path(config["run_dir"], "export", "config.yaml").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = (page.parent / path) if path else page
+        assert target.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
+            assert anchor in anchors, link
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 300
+
+
+def test_tables_of_benchmarks_are_put_into_the_document():
+    page = "# A\n\n| x | y |\n| --- | --- |\n| 1 | 2 |\n\ntext\n\n| z |\n| --- |\n| 3 |\n"
+    printed = "load\n\n| x |  y |\n|---|---|\n| 5 | 6 |\n| 7 | 8 |\n\n| other |\n|---|\n| 9 |\n"
+    changed, missing = document.with_tables(page, printed)
+    assert changed == page.replace(
+        "| x | y |\n| --- | --- |\n| 1 | 2 |", "| x |  y |\n|---|---|\n| 5 | 6 |\n| 7 | 8 |"
+    )
+    assert missing == ["| other |"]
+    with pytest.raises(SystemExit, match=r"2 tables .* has 1"):
+        document.with_tables(page, printed + "\n" + printed)
+
+
+@pytest.mark.parametrize("name", ["precision", "force_precision", "speed", "memory"])
+def test_heads_of_benchmarks_are_those_of_the_document(name):
+    """Benchmarks whose tables are replaced as they are printed."""
+    text = (ROOT / "benchmarks" / f"{name}.py").read_text()
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    heads = re.findall(r'print\("(\| .* \|)"\)', text)
+    assert all(head in page for head in heads if "---" not in head)
+    assert f"benchmarks/{name}.py" in page
