@@ -166,7 +166,10 @@ def _count(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> tuple[
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Direct differences keep duplicates at 0, and balls reach the neighbour that sets them."""
+    """Euclidean distances by differences, which keep duplicates at 0 and balls at their neighbour.
+
+    scikit-learn's NearestNeighbors would replace the search of radii alone, not the counts.
+    """
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -218,24 +221,25 @@ def memorisation(
     generated, train, held_out = as_points(
         "memorisation", 1, generated=generated, train=train, held_out=held_out
     )
-    ours, theirs = _to_nearest(generated, train, chunk), _to_nearest(held_out, train, chunk)
+    distances = _to_nearest(generated, train, chunk)
+    reference = _to_nearest(held_out, train, chunk)
     return Memorisation(
-        generated_median=ours.quantile(0.5).item(),
-        held_out_median=theirs.quantile(0.5).item(),
-        generated_low=ours.quantile(LOW).item(),
-        held_out_low=theirs.quantile(LOW).item(),
-        suspicious=(ours <= theirs.quantile(SUSPECT)).double().mean().item(),
-        copies=int((ours == 0).sum()),
-        held_out_copies=int((theirs == 0).sum()),
+        generated_median=distances.quantile(0.5).item(),
+        held_out_median=reference.quantile(0.5).item(),
+        generated_low=distances.quantile(LOW).item(),
+        held_out_low=reference.quantile(LOW).item(),
+        suspicious=(distances <= reference.quantile(SUSPECT)).double().mean().item(),
+        copies=int((distances == 0).sum()),
+        held_out_copies=int((reference == 0).sum()),
     )
 
 
 def _to_nearest(points: Tensor, keys: Tensor, chunk: int) -> Tensor:
     """Distance [n] of each point to the nearest of `keys`."""
     centre = keys.mean(dim=0)
-    centred, found = keys - centre, []
+    centred, distances = keys - centre, []
     for part in points.split(chunk):
         # Products find the nearest one fast, but only differences are exactly 0 for a copy.
         nearest = torch.cdist(part - centre, centred).argmin(dim=1)
-        found.append((part - keys[nearest]).norm(dim=1))
-    return torch.cat(found)
+        distances.append((part - keys[nearest]).norm(dim=1))
+    return torch.cat(distances)
