@@ -68,7 +68,12 @@ def test_your_own_images(tmp_path, monkeypatch):
     (text,) = blocks("yaml")
     config = yaml.safe_load(text)
     assert len(text.splitlines()) <= 12
-    small = {"data.global_batch_size": 16, "train.steps": 2, "task.encoder.widths": "[8, 8]"}
+    small = {
+        "data.global_batch_size": 16,
+        "data.image_size": 8,
+        "train.steps": 2,
+        "task.encoder.widths": "[8, 8]",
+    }
     monkeypatch.chdir(tmp_path)
     Path("photos.yaml").write_text(text)
     for line in commands.splitlines():
