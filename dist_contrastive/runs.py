@@ -6,19 +6,16 @@ training data in the place of generated samples.
 
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from dist_contrastive import config as configs
-from dist_contrastive import metrics, report
+from dist_contrastive import metrics, report, tables
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.sources import join_sources
 from dist_contrastive.errors import ConfigError
@@ -61,15 +58,13 @@ def evaluate_runs(runs: list[Path]) -> list[Measurement]:
 
 def print_table(measurements: list[Measurement]) -> None:
     """One table of all measurements on stdout, and the folders of the pictures."""
-    # A file or a pipe has no width of its own; rich would take 80 columns and cut names off.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    table = Table("run", "measure", "value", "to compare with")
+    rows = []
     for m in measurements:
         beside = ", ".join(f"{name} {value:.4f}" for name, value in m.beside.items())
-        table.add_row(m.run, m.name, f"{m.value:.4f}", beside)
-    console.print(table)
+        rows.append((m.run, m.name, f"{m.value:.4f}", beside))
+    tables.print_table(("run", "measure", "value", "to compare with"), rows)
     for run in dict.fromkeys(m.run for m in measurements):
-        console.print(f"pictures: {run}/plots", soft_wrap=True)
+        print(f"pictures: {run}/plots")
 
 
 def read_splits(config: RunConfig) -> Splits:

@@ -18,7 +18,14 @@ from dist_contrastive import config as configs
 from dist_contrastive import trainer
 from dist_contrastive.backend import trackers
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.metrics import Clock, JsonLines, duplicates, geometry, read_rows
+from dist_contrastive.metrics import (
+    Clock,
+    JsonLines,
+    duplicates,
+    forget_steps,
+    geometry,
+    read_rows,
+)
 from dist_contrastive.testing import run_ranks
 
 ENCODER = CONFIGS / "digits_encoder.yaml"
@@ -199,3 +206,15 @@ def test_lines_are_whole_or_not_there(tmp_path: Path, caplog):
     assert [row["step"] for row in rows] == [1, 4]
     assert caplog.text.count("is not written") == 1
     assert "rows.jsonl lacks 2 lines" in caplog.text
+
+
+def test_lines_of_steps_that_are_done_again_are_removed(tmp_path: Path):
+    """Steps in the ledger count from 0, rows of metrics count steps that are done."""
+    (tmp_path / "ledger").mkdir()
+    for name in ("ledger/rank-0.jsonl", "skipped.jsonl", "metrics.jsonl"):
+        (tmp_path / name).write_text("".join(f'{{"step": {n}}}\n' for n in range(4)) + '{"st')
+    assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2, 3]
+    forget_steps(tmp_path, 2)
+    assert (tmp_path / "ledger" / "rank-0.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+    assert (tmp_path / "skipped.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+    assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2]

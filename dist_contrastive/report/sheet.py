@@ -1,6 +1,7 @@
-"""A sheet of samples of a data set, to look at what is in it.
+"""Contact sheet of a data set: pictures of some samples with keys, labels and captions.
 
-Drawn with Pillow: it places pixels one by one, and draws any text, whatever signs it holds.
+Drawn with Pillow, which places pixels one by one and draws any text; matplotlib resamples images,
+and reads $ as mathematics.
 """
 
 from collections.abc import Callable, Mapping
@@ -101,7 +102,7 @@ def _label(sample: Mapping[str, Any]) -> str:
 
 
 def _picture(sample: Mapping[str, Any]) -> Image.Image | None:
-    """Of its first image, or else of its first array that can be drawn."""
+    """Picture of the first image, or else of the first array that can be drawn."""
     for value in sample.values():
         if isinstance(value, Tensor):
             return _image_box(value.permute(1, 2, 0).numpy())
@@ -115,22 +116,22 @@ def _picture(sample: Mapping[str, Any]) -> Image.Image | None:
 
 
 def _in_words(sample: Mapping[str, Any]) -> str:
-    """What a sample holds that has no picture: its text, or else its fields."""
+    """Text of a sample that has no picture, or else its fields in words."""
     if isinstance(sample.get("txt"), str):
         return sample["txt"]
-    told = []
+    lines = []
     for name, value in sample.items():
         if isinstance(value, bytes):
-            told.append(f"{name}: {len(value):,} bytes")
+            lines.append(f"{name}: {len(value):,} bytes")
         elif isinstance(value, np.ndarray) and value.size > 6:
-            told.append(f"{name}: {value.dtype} {' x '.join(map(str, value.shape))}")
+            lines.append(f"{name}: {value.dtype} {' x '.join(map(str, value.shape))}")
         elif isinstance(value, np.ndarray):
             numbers = value.flatten().tolist()
             shown = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in numbers)
-            told.append(f"{name}: {', '.join(shown)}")
+            lines.append(f"{name}: {', '.join(shown)}")
         elif name != "__key__":
-            told.append(f"{name}: {value}")
-    return "\n".join(told)
+            lines.append(f"{name}: {value}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------- boxes
@@ -155,20 +156,20 @@ def _image_box(pixels: np.ndarray) -> Image.Image:
 
 
 def _as_gray(values: np.ndarray) -> np.ndarray:
-    """Black where an array is least, white where it is greatest."""
+    """Grey levels: black at the minimum of an array, white at its maximum."""
     finite = _finite(values)
     low, high = finite.min(), finite.max()
     return ((finite - low) / max(high - low, 1e-300) * 255).round().astype(np.uint8)
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
-    """What can be drawn of numbers: 0 in the place of NaN and infinity."""
+    """Numbers with 0 in the place of NaN and infinity."""
     numbers = values.astype(np.float64)
     return np.where(np.abs(numbers) < 1e300, numbers, 0)
 
 
 def _curve_box(values: np.ndarray) -> Image.Image:
-    """The numbers of a vector over their places, a line at zero, least and greatest in figures."""
+    """Curve of a vector over its indices, with a line at zero, its minimum and its maximum."""
     finite = _finite(values)
     low, high = finite.min(), finite.max()
     box = _box()
@@ -216,7 +217,7 @@ def _cut(text: str, length: int, keep_end: bool) -> str:
 
 
 def _longest(most: int, cut: Callable[[int], str], size: int, width: int) -> int:
-    """The greatest n up to `most` for which cut(n) fits, by halves; 0 if none does."""
+    """Largest n up to `most` for which cut(n) fits, by bisection; 0 if none does."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -230,15 +231,15 @@ def _fits(text: str, size: int, width: int) -> bool:
 
 def _wrap(text: str, size: int, width: int, lines: int) -> list[str]:
     """Up to so many lines, broken between words where that goes; the last one may be cut."""
-    found, rest = list[str](), text.strip()
-    while rest and len(found) < lines - 1:
+    wrapped, rest = list[str](), text.strip()
+    while rest and len(wrapped) < lines - 1:
         line, rest = _first_line(rest, size, width)
-        found.append(line)
-    return [*found, _fit(rest, size, width)] if rest else found
+        wrapped.append(line)
+    return [*wrapped, _fit(rest, size, width)] if rest else wrapped
 
 
 def _first_line(text: str, size: int, width: int) -> tuple[str, str]:
-    """What fits into a line of a text, and the rest."""
+    """First line of a text as far as it fits, and the rest."""
     line, _, after = text.partition("\n")
     if _fits(line, size, width):
         return line.rstrip(), after.lstrip()

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("dist_contrastive", "launch", "tests", "configs", "docs", "benchmarks", "README.md")
+FOLDERS = ("dist_contrastive", "launch", "tests", "configs", "docs", "benchmarks")
+COPIED = (*FOLDERS, "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 
 @dataclass(frozen=True)
