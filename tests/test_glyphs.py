@@ -11,7 +11,7 @@ from fontTools.ttLib import TTFont
 from torch.nn.functional import avg_pool2d
 
 from dist_contrastive.data import Fields, pack_glyphs
-from dist_contrastive.data.packing.glyphs import CHARACTERS, FONTS, _code, draw_font
+from dist_contrastive.data.packing.demos import CHARACTERS, FONTS, character_in, draw_font
 from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.errors import ConfigError, DataError
 
@@ -52,7 +52,7 @@ def test_a_font_has_all_characters_under_its_name(font: str):
     opened = TTFont(f"{matplotlib.get_data_path()}/fonts/ttf/{file}.ttf")
     known = opened.getBestCmap()
     for character in CHARACTERS:
-        code = _code(character, alphabet)
+        code = character_in(character, alphabet)
         assert ord(code) in known
         assert unicodedata.normalize("NFKC", code) == character
         assert (code == character) == (not alphabet)

@@ -29,14 +29,12 @@ from PIL import Image
 from dist_contrastive.cli import main
 from dist_contrastive.data import ShardIndex, ShardStream, load_index
 from dist_contrastive.data.keyed_random import keyed_permutation
-from dist_contrastive.data.packing import keys as keys_module
 from dist_contrastive.data.packing import writer
 from dist_contrastive.data.packing.arrays import pack_arrays
 from dist_contrastive.data.packing.hub import pack_dataset
 from dist_contrastive.data.packing.images import pack_images
-from dist_contrastive.data.packing.keys import SeenKeys, key_of_path
 from dist_contrastive.data.packing.merge import merge_shards
-from dist_contrastive.data.packing.options import PackOptions, ShardBounds
+from dist_contrastive.data.packing.options import PackOptions, ShardBounds, key_of_path
 from dist_contrastive.data.packing.pairs import pack_pairs
 from dist_contrastive.data.packing.writer import pack_samples
 from dist_contrastive.data.shards.encoding import decode_field, encode_field
@@ -433,18 +431,6 @@ def test_long_keys_count_in_the_size_of_a_shard(tmp_path):
     assert sizes[-1] <= 20 * 1024
     index = load_index(tmp_path / "shards")
     assert [index.key(number) for number in range(len(index))] == keys
-
-
-def test_keys_given_twice_are_found_among_many(monkeypatch):
-    monkeypatch.setattr(keys_module, "_BATCH", 50)
-    rng, seen, known = np.random.default_rng(0), SeenKeys(), set()
-    repeated = 0
-    for number in rng.integers(3000, size=5000).tolist():
-        key = f"k{number}"
-        assert seen.add(key) == (key in known)
-        repeated += key in known
-        known.add(key)
-    assert repeated > 1000
 
 
 # ---------------------------------------------------------------------------- whole or not at all
@@ -1211,7 +1197,7 @@ def test_help_and_what_is_imported():
         assert "SOURCE" in done.stdout or "Images with texts or labels" in done.stdout
         for package in ("torch", "numpy", "datasets", "PIL"):
             assert f" {package}\n" not in done.stderr
-    modules = "hub, images, arrays, pairs, merge, listing"
+    modules = "hub, images, arrays, pairs, merge"
     code = f"import sys; from dist_contrastive.data.packing import {modules}; "
     code += "sys.exit('datasets' in sys.modules or 'pyarrow' in sys.modules)"
     assert run([sys.executable, "-c", code]).returncode == 0

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dist_contrastive.data import ShardIndex, index_folder, load_index, pack_digits
 from dist_contrastive.data.collate import collate
-from dist_contrastive.data.packing.digits import _slant
+from dist_contrastive.data.packing.demos import slant
 from dist_contrastive.data.shards.encoding import decode_field
 from dist_contrastive.data.shards.index import save_index
 from dist_contrastive.data.shards.tars import scan_samples, write_samples
@@ -125,7 +125,7 @@ def test_digits_second_modalities_are_functions_of_the_digit(digits: Path):
 def test_slant_is_negative_where_the_stroke_leans_to_the_right():
     slash, upright = np.fliplr(np.eye(8)), np.zeros((8, 8))
     upright[:, 3] = 1
-    assert [_slant(ink) for ink in (slash, upright, np.eye(8))] == [-1, 0, 1]
+    assert [slant(ink) for ink in (slash, upright, np.eye(8))] == [-1, 0, 1]
 
 
 def test_digits_split_keeps_class_proportions_and_mixes_shards(digits: Path):
@@ -162,7 +162,7 @@ def test_packing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     def fail(_: Path):
         raise OSError("disk full")
 
-    monkeypatch.setattr("dist_contrastive.data.packing.splits.index_folder", fail)
+    monkeypatch.setattr("dist_contrastive.data.packing.demos.index_folder", fail)
     with pytest.raises(OSError, match="disk full"):
         pack_digits(tmp_path / "digits")
     assert os.listdir(tmp_path) == []

@@ -278,7 +278,7 @@ def merge(
 
 def _report(folder: Path, packed: "Packed", has_field: bool) -> None:
     """Print what was written, and log what was left out."""
-    from dist_contrastive.data.packing.image_files import IMAGE_FIELDS
+    from dist_contrastive.data.packing.images import IMAGE_FIELDS
 
     index = packed.index
     for reason in packed.left_out:

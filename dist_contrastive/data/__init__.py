@@ -3,8 +3,7 @@
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields, Samples
 from dist_contrastive.data.packing.arrays import pack_arrays
-from dist_contrastive.data.packing.digits import pack_digits
-from dist_contrastive.data.packing.glyphs import pack_glyphs
+from dist_contrastive.data.packing.demos import pack_digits, pack_glyphs
 from dist_contrastive.data.packing.hub import pack_dataset
 from dist_contrastive.data.packing.images import pack_images
 from dist_contrastive.data.packing.merge import merge_shards

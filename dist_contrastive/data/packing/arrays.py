@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_contrastive.data.packing.image_files import channel_axis, channels_first
-from dist_contrastive.data.packing.keys import numbered_key
-from dist_contrastive.data.packing.options import PackOptions, check_target
+from dist_contrastive.data.packing.images import channel_axis, channels_first
+from dist_contrastive.data.packing.options import PackOptions, check_target, numbered_key
 from dist_contrastive.data.packing.writer import Packed, pack_samples
 from dist_contrastive.errors import ConfigError, DataError
 
@@ -112,8 +111,8 @@ def _check(arrays: Mapping[str, NDArray[Any]], named: Mapping[str, str | None]) 
         )
     lengths = {str(named[role]): len(array) for role, array in arrays.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{length} of {name}" for name, length in lengths.items())
-        raise DataError(f"the numbers of rows differ: {told}; give arrays of the same rows")
+        counts = ", ".join(f"{length} of {name}" for name, length in lengths.items())
+        raise DataError(f"the numbers of rows differ: {counts}; give arrays of the same rows")
     if not next(iter(lengths.values())):
         raise DataError(f"{', '.join(lengths)} have 0 rows; give 1 or more")
     if "label" in arrays:

@@ -1,4 +1,4 @@
-"""A data set of the library `datasets` as shards: saved, in files, or of the hub."""
+"""Data sets of the library `datasets` as shards: saved, in files, or of the hub."""
 
 import sys
 from collections.abc import Collection, Iterator
@@ -6,11 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_contrastive.data.packing.columns import choose_columns
-from dist_contrastive.data.packing.image_files import check_image_field
-from dist_contrastive.data.packing.keys import numbered_key
-from dist_contrastive.data.packing.options import PackOptions, check_target
-from dist_contrastive.data.packing.row_fields import field_makers, label_maker, plain
+from dist_contrastive.data.packing.columns import (
+    choose_columns,
+    field_makers,
+    label_maker,
+    plain,
+)
+from dist_contrastive.data.packing.images import check_image_field
+from dist_contrastive.data.packing.options import PackOptions, check_target, numbered_key
 from dist_contrastive.data.packing.writer import Packed, pack_samples
 from dist_contrastive.errors import DataError
 
@@ -90,8 +93,8 @@ def pack_dataset(
         for column, fill in fields.items():
             fill(sample, row[column], f"column {column!r} of row {number}")
         if label is not None and label_of is not None:
-            told, number_of_class = label_of(row[label])
-            details.update(told)
+            entries, number_of_class = label_of(row[label])
+            details.update(entries)
             if number_of_class is not None:
                 sample["cls"] = number_of_class
         return sample
@@ -119,9 +122,9 @@ def _load(source: str, split: str | None, config: str | None) -> Any:
     except DataError:
         raise
     except Exception as error:  # of files, of the network, of the hub, of the library
-        told = " ".join(str(error).split())[:_MAX_REASON]
+        reason = " ".join(str(error).split())[:_MAX_REASON]
         raise DataError(
-            f"the data set {source} cannot be loaded ({type(error).__name__}: {told}); give a "
+            f"the data set {source} cannot be loaded ({type(error).__name__}: {reason}); give a "
             f"folder written by save_to_disk, a file {', '.join(_FILES)}, a folder of such or of "
             f"images, or, with a network, a name of the hub"
         ) from error
@@ -131,7 +134,7 @@ def _load(source: str, split: str | None, config: str | None) -> Any:
 
 
 def _check_saved_split(loaded: Any, source: str, split: str | None) -> None:
-    held = getattr(loaded, "split", None)  # of a single one, which may tell its name
+    held = getattr(loaded, "split", None)  # of a single one, which may have a name
     if split is not None and held is not None and str(held) != split:
         raise DataError(f"{source} holds the split {held} only, not {split}; leave --split out")
 
@@ -164,7 +167,7 @@ def _check_reader(builder: Any, source: str) -> None:
 
 
 def _not_decoded(data: Any) -> Any:
-    """Images as the bytes that are stored."""
+    """Data set whose images are the stored bytes."""
     import datasets
 
     for name, feature in data.features.items():
@@ -175,7 +178,7 @@ def _not_decoded(data: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars of the library, unless stderr is a terminal."""
+    """No progress bars of the library, unless stderr is a terminal."""
     import datasets
 
     was_off = datasets.are_progress_bars_disabled()

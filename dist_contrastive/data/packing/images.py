@@ -1,19 +1,41 @@
-"""A folder of images as shards."""
+"""A folder of images as shards; encoded images checked and copied, arrays made fit for PNG."""
 
+import io
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dist_contrastive.data.packing.image_files import (
-    IMAGE_EXTENSIONS,
-    check_image_field,
-    read_image,
-)
-from dist_contrastive.data.packing.keys import key_of_path
-from dist_contrastive.data.packing.options import PackOptions, check_target
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from dist_contrastive.data.packing.options import PackOptions, check_target, key_of_path
 from dist_contrastive.data.packing.writer import Packed, pack_samples
-from dist_contrastive.errors import DataError
+from dist_contrastive.data.shards.encoding import decode_field
+from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
+
+IMAGE_EXTENSIONS = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm"),
+)
+"""Extensions of image files, in lower case."""
+
+_FIELDS = {  # by Pillow's name of the format
+    "PNG": "png",
+    "JPEG": "jpg",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "GIF": "gif",
+    "TIFF": "tif",
+    "PPM": "ppm",
+}
+IMAGE_FIELDS = tuple(_FIELDS.values())
+"""Fields of images, by their formats."""
+
+_MULTI_PICTURE = "MPO"  # what Pillow calls a JPEG of a camera that holds a preview too
+_USUAL_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 def pack_images(
@@ -59,9 +81,13 @@ def pack_images(
 
     def make(number: int) -> dict[str, Any]:
         path = paths[number]
-        found, data = read_image(source / path, f"image {path}", options.verify)
+        by_format, data = read_image(source / path, f"image {path}", options.verify)
         details: dict[str, Any] = {"path": path}
-        sample: dict[str, Any] = {"__key__": keys[number], field or found: data, "json": details}
+        sample: dict[str, Any] = {
+            "__key__": keys[number],
+            field or by_format: data,
+            "json": details,
+        }
         if classes:
             name = path.partition("/")[0]
             sample["cls"] = classes[name]
@@ -91,16 +117,16 @@ def _refuse_folder(error: OSError) -> NoReturn:
 
 
 def _keys(paths: list[str]) -> list[str]:
-    found: dict[str, str] = {}
+    by_key: dict[str, str] = {}
     for path in paths:
         key = key_of_path(path)
-        if key in found:
+        if key in by_key:
             raise DataError(
-                f"{found[key]} and {path} would both have the key {key!r}; rename one of them, or "
+                f"{by_key[key]} and {path} would both have the key {key!r}; rename one of them, or "
                 f"pack them apart"
             )
-        found[key] = path
-    return list(found)
+        by_key[key] = path
+    return list(by_key)
 
 
 def _classes(paths: list[str]) -> dict[str, int]:
@@ -108,3 +134,81 @@ def _classes(paths: list[str]) -> dict[str, int]:
     if any(path.count("/") != 1 for path in paths):
         return {}
     return {name: number for number, name in enumerate(sorted({p.split("/")[0] for p in paths}))}
+
+
+# ---------------------------------------------------------------------------- encoded images
+
+
+def check_image_field(name: str | None) -> None:
+    """Refuse a field under which an image would not be decoded; None is fine.
+
+    Raises:
+        ConfigError: it ends in no extension of images.
+    """
+    endings = "|".join(IMAGE_FIELDS)
+    if name is not None and not re.fullmatch(rf"([a-z0-9_-]+\.)*({endings})", name):
+        raise ConfigError(
+            f"field={name!r} is no name of an image field; use one of "
+            f"{', '.join(IMAGE_FIELDS)}, or NAME. and one of these"
+        )
+
+
+def read_image(path: Path, what: str, verify: str) -> tuple[str, bytes]:
+    """Field and bytes of an image file. Args and raises: as `image_field`."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnreadableSample(f"{what} cannot be read ({error.strerror})") from error
+    return image_field(data, what, verify), data
+
+
+def image_field(data: bytes, what: str, verify: str) -> str:
+    """Field of an encoded image by its true format, "jpg" for a JPEG.
+
+    Args:
+        what: it is, for messages, as "image cats/1.jpg".
+        verify: "open" or "decode", see `PackOptions`.
+
+    Raises:
+        UnreadableSample: the stream could not read it.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(_FIELDS)) as image:
+            kind, mode = image.format, image.mode
+            image.verify()
+        field = "jpg" if kind == _MULTI_PICTURE else _FIELDS[str(kind)]
+        if verify == "decode" or mode not in _USUAL_MODES:  # of which the stream refuses some
+            decode_field(field, data)
+    except UnidentifiedImageError as error:
+        known = ", ".join(_FIELDS)
+        raise UnreadableSample(
+            f"{what} ({len(data)} bytes) is none of the formats {known}"
+        ) from error
+    except Exception as error:  # damaged images raise nearly anything
+        raise UnreadableSample(
+            f"{what} cannot be decoded ({type(error).__name__}: {error})"
+        ) from error
+    return field
+
+
+def channel_axis(shape: Sequence[int], what: str) -> int | None:
+    """Axis of the channels of pixels: None of [H, W], 0 of [C, H, W], 2 of [H, W, C].
+
+    Raises:
+        DataError: the shape is none of these with C = 1 or 3, or could be two of them.
+    """
+    if len(shape) == 2:
+        return None
+    axes = [axis for axis in (0, 2) if len(shape) == 3 and shape[axis] in (1, 3)]
+    if len(axes) == 1:
+        return axes[0]
+    problem = "could be [C, H, W] and [H, W, C]" if axes else "is no image"
+    raise DataError(
+        f"{what} have the shape {list(shape)}, which {problem}; give [H, W], or [C, H, W] or "
+        f"[H, W, C] with C = 1 or 3" + (" and H, W that are neither" if axes else "")
+    )
+
+
+def channels_first(pixels: NDArray[np.uint8], axis: int | None) -> NDArray[np.uint8]:
+    """Pixels as [C, H, W], as PNG fields are written from; see `channel_axis`."""
+    return pixels[None] if axis is None else np.moveaxis(pixels, axis, 0)

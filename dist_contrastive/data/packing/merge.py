@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_contrastive.data.packing.keys import SeenKeys
 from dist_contrastive.data.packing.options import PackOptions, check_target
 from dist_contrastive.data.packing.writer import Packed, pack_samples
 from dist_contrastive.data.progress import shown
@@ -27,7 +26,7 @@ def merge_shards(
 ) -> Packed:
     """Write the samples of several shards, in their order, to shards of another size.
 
-    Keys, fields and contents stay; times and owners that the tars tell do not. Where a folder has
+    Keys, fields and contents stay; times and owners in the tars do not. Where a folder has
     an index, what is read is compared with it.
 
     Args:
@@ -70,18 +69,18 @@ def _prefixes(shards: Sequence[str]) -> dict[str, str]:
 
 
 def _check_keys(shards: Sequence[str], prefixes: dict[str, str], files: ShardFiles) -> int:
-    """The number of samples, whose keys must all differ."""
-    seen, total = SeenKeys(), 0
+    """Number of samples, whose keys must all differ."""
+    seen: set[str] = set()
     for shard in shown(shards, len(shards), "reading keys"):
         for key in _keys(shard, files):
-            total += 1
-            if seen.add(prefixes[shard] + key):
+            if prefixes[shard] + key in seen:
                 first = _first_with(prefixes[shard] + key, shards, prefixes, files)
                 raise DataError(
                     f"the key {key!r} is in {first} and in {shard}; leave one of them out, or put "
                     f"the shards' names before all keys with --prefix-keys"
                 )
-    return total
+            seen.add(prefixes[shard] + key)
+    return len(seen)
 
 
 def _keys(shard: str, files: ShardFiles) -> Iterator[str]:
@@ -113,7 +112,7 @@ def _samples(
 
 
 def _indexes(folder: str) -> dict[str, ShardIndex]:
-    """The index of each shard of a local folder that has one, by the shard's name."""
+    """Index of each shard of a local folder that has one, by the shard's name."""
     if is_url(folder) or not (Path(folder) / INDEX_NAME).is_file():
         return {}
     index = load_index(folder)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.data import keyed_random
-from dist_contrastive.data.packing.splits import pack_splits
+from dist_contrastive.data.packing.demos import pack_splits
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.errors import ConfigError
 
-_STREAM, _NOISE_STREAM = 0x746F79, 0x6E6F697365  # "toy", "noise": not other uses of the same seed
+_STREAM, _NOISE_STREAM = (
+    0x746F79,
+    0x6E6F697365,
+)  # "toy", "noise": not other uses of the same seed
 _PARTS = 8
 _REACH = 2.0  # radius of the circle, half a side of the board, outer end of the roll
 _GAUSSIAN_STD, _ROLL_STD = 0.1, 0.05

@@ -3,7 +3,6 @@
 With it a field is read by one request for its bytes, wherever the shard is.
 """
 
-import contextlib
 import hashlib
 import io
 import os
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_contrastive import atomic
 from dist_contrastive.data.shards.encoding import decode_or_explain
 from dist_contrastive.data.shards.locations import folder_of, join
 from dist_contrastive.data.shards.remote import is_url
@@ -287,9 +287,8 @@ def save_index(index: ShardIndex, path: Path | str) -> Path:
     path = Path(path)
     check_target(path)
     names = [_stored_name(str(path.parent), shard) for shard in index.shards]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with atomic.open_file(path) as file:
             np.savez(
                 file,
                 version=np.int64(_VERSION),
@@ -298,17 +297,11 @@ def save_index(index: ShardIndex, path: Path | str) -> Path:
                 fields=np.array(index.fields, np.str_),
                 **{name: getattr(index, name) for name in _ARRAYS},
             )
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise DataError(
             f"the index {path} cannot be written ({error.strerror}); give another place: --out "
             f"FILE.npz"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
     return path
 
 
