@@ -70,9 +70,8 @@ def pack_splits(
 def split_by_class(labels: NDArray[np.int64], test_samples: int) -> dict[str, NDArray[np.int64]]:
     """Shuffled sample numbers of "train" and "test", the classes in equal proportion in both.
 
-    By hand: scikit-learn's train_test_split gives other splits, and the demo's figures are of these.
-
-    Shares of the test split are rounded by largest remainder, so they sum to `test_samples`.
+    Shares of the test split are rounded by largest remainder, so they sum to `test_samples`. By
+    hand: scikit-learn's train_test_split gives other splits than those of the demo's figures.
     """
     shuffled = keyed_random.keyed_permutation(len(labels), _SPLIT_SEED)
     classes, counts = np.unique(labels, return_counts=True)
