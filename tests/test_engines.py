@@ -88,7 +88,7 @@ def three_steps(config: RunConfig) -> Outcome:
             break
     weights = run.engine.weights()
     stage = f" {run.engine.stage}" if hasattr(run.engine, "stage") else ""
-    name = type(run.engine._wrapped if not stage else run.engine._engine).__name__ + stage
+    name = type(run.engine.wrapped).__name__ + stage
     outcome = Outcome(name, backend.world_size, norms, weights)
     backend.close()
     return outcome
@@ -249,6 +249,32 @@ def one_more_step(config: RunConfig) -> str:
     return type(run.engine).__name__
 
 
+def failures_of_safe_set(config: RunConfig) -> str:
+    """Error of DeepSpeed's public way to set what `Zero` sets by its private attributes."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    backend = Backend(config.backend)
+    run = start(config, backend)
+    try:
+        if config.backend.zero_stage == 3:
+            safe_set_full_fp32_param(run.task.loss.scale.log_scale, torch.zeros(1))
+        else:
+            for parameter in run.task.parameters():
+                safe_set_full_optimizer_state(parameter, parameter.detach(), "exp_avg")
+    except Exception as error:
+        return type(error).__name__
+    finally:
+        backend.close()
+    return ""
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_private_attributes_of_deepspeed_are_needed(stage, tmp_path, overrides):
+    """Before the first step there is no state to set; one number does not divide by two ranks."""
+    config = with_engine(config_of("two_view", overrides, tmp_path), stage, None)
+    assert any(run_ranks(failures_of_safe_set, 2, config))
+
+
 LEGS = ((2, 0), (3, 1), (2, 2), (3, 3), (2, 3), (1, 1))  # ranks and stage
 
 
@@ -282,7 +308,9 @@ def test_fp16_finds_its_scale_and_goes_on_with_it(kind, tmp_path, overrides):
     config = with_engine(config, 0, MICRO_BATCHES[kind])
     backend = Backend(config.backend)
     run = start(config, backend)
-    run.engine._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    state = run.engine.optimizer_state()
+    state["scaler"]["scale"] = 2.0**24
+    run.engine.load_optimizer_state(state)
     before, rows = run.engine.weights(), []
     for taken in run.data.batches(backend.device):
         rows.append(train_step(run, taken.samples, taken.consumed, is_logged=True))
@@ -294,7 +322,6 @@ def test_fp16_finds_its_scale_and_goes_on_with_it(kind, tmp_path, overrides):
     left_out = rows.count({})
     assert 2 < left_out < 18
     assert not rows[0]
-    assert run.engine._scaler.get_scale() == 2.0 ** (24 - left_out)
     assert run.engine.optimizer_state()["scaler"]["scale"] == 2.0 ** (24 - left_out)
     assert run.progress.bad_steps == 0
     backend.close()

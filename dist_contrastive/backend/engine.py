@@ -1,20 +1,25 @@
-"""What the trainer asks of any engine."""
+"""Interface of an engine: a task and its optimizer on the ranks of a run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dist_contrastive.errors import ConfigError
 
 OptimizerState = dict[str, Any]
-"""``{"state": {parameter: {key: tensor or number}}, "groups": [{"step": number}]}``, the same for
-every engine and number of ranks; see `optimizer_state`."""
+"""``{"state": {parameter name: {key: tensor or number}}, "groups": [{"step": number}], "scaler":
+{...}}``: no engine's own form, so that any engine on any number of ranks resumes from it."""
 
 
 class Step(NamedTuple):
-    """What an update did."""
+    """Result of an update."""
 
     grad_norm: float  # of the gradient averaged over ranks, before clipping
     applied: bool  # False: it was not finite, and nothing has changed
@@ -22,17 +27,34 @@ class Step(NamedTuple):
 
 
 class Engine(ABC):
-    """A task and its optimiser on the ranks of a run.
+    """A task and its optimizer on the ranks of a run.
 
-    Every method is called on all ranks alike. The gradient of a step is that of the gradient
-    contract: the mean over ranks of what their backwards leave.
+    Every method is called on all ranks alike. The gradient of a step follows the gradient contract:
+    it is the mean over ranks of what their backward passes leave.
+
+    Args:
+        module: the task, not wrapped.
+        dtype: of autocast; None for fp32.
+        clip_norm: gradients are scaled down to at most this norm; None leaves them.
     """
 
-    module: nn.Module
-    """The task, not wrapped."""
+    wrapped: Any
+    """The task as it is called: itself, in DDP, or in a DeepSpeed engine."""
     reduce_s = 0.0
-    """Seconds of reductions of gradients over ranks, from the first to the last of a step, backward
-    beside them or not."""
+    """Seconds of gradient reductions over ranks, from the first to the last of a step, overlapped
+    with backward or not."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype | None,
+        clip_norm: float | None,
+    ) -> None:
+        self.module, self.optimizer = module, optimizer
+        self._accelerator, self._device = accelerator, accelerator.device
+        self._dtype, self._clip_norm = dtype, clip_norm
 
     @abstractmethod
     def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -42,19 +64,19 @@ class Engine(ABC):
     def backward(self, losses: Callable[[int], Tensor], count: int = 1) -> None:
         """Gradient of ``sum(losses(part) for part in range(count))``, reduced over ranks once.
 
-        The losses are asked for one after another, so that only one graph is held; `losses` may
-        call `embed`. Gradients are kept until `step` or `discard_gradients`, one of which comes
-        before the next call.
+        The losses are computed one after another, so that only one graph is held; `losses` may call
+        `embed`. Gradients are kept until `step` or `discard_gradients`, one of which comes before
+        the next call.
         """
 
     @abstractmethod
     def step(self, lr: float) -> Step:
-        """Clip the gradient and update the parameters; the gradient is used up. What is not
-        finite, on any rank, updates nothing on all."""
+        """Gradient clipping and update of the parameters; the gradient is used up. A gradient that
+        is not finite, on any rank, updates nothing on all."""
 
     @abstractmethod
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The whole reduced gradient of a parameter of `module` (a copy), before `step`."""
+        """Whole reduced gradient of a parameter of `module` (a copy), before `step`."""
 
     @abstractmethod
     def discard_gradients(self) -> None:
@@ -62,34 +84,84 @@ class Engine(ABC):
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """The task's state_dict, whole, as copies on the CPU; on ranks other than the first: {}."""
+        """Whole state_dict of the task, copied to the CPU; on ranks other than the first: {}."""
 
     @abstractmethod
     def optimizer_state(self) -> OptimizerState:
-        """What the optimiser remembers, whole, on the CPU; on ranks other than the first: {}."""
+        """Whole optimizer state, copied to the CPU; on ranks other than the first: {}."""
 
     @abstractmethod
     def load_optimizer_state(self, state: OptimizerState) -> None:
-        """Put back what `optimizer_state` gave, of whichever engine and number of ranks."""
+        """Restore what `optimizer_state` returned, on whichever engine and number of ranks."""
 
     @abstractmethod
     def parameter_norm(self) -> float:
         """Euclidean norm of all trained parameters."""
 
     def whole_parameters(self) -> AbstractContextManager[None]:
-        """Inside, `module` holds all of its parameters, and they may be changed in place, on all
-        ranks alike."""
+        """Context in which `module` holds all of its parameters, and they may be changed in place,
+        on all ranks alike."""
         return nullcontext()
 
+    def _set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
-@contextmanager
-def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Networks compute in this dtype inside; None leaves them alone."""
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        yield
+    def _autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
 
 
 def in_full_precision(embeddings: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Half precision to fp32."""
     half = (torch.bfloat16, torch.float16)
     return tuple(x.float() if x.dtype in half else x for x in embeddings)
+
+
+# ------------------------------------------------------------------ optimizer state
+
+
+def group_counts(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Step counters in the parameter groups of an optimizer; the rest of them is config."""
+    return [{k: v for k, v in group.items() if k == "step"} for group in optimizer.param_groups]
+
+
+def load_group_counts(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Restore `group_counts`."""
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        group.update(saved)
+
+
+def to_cpu(value: Any) -> Any:
+    """Copy of a tensor on the CPU; a number unchanged."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+# ------------------------------------------------------------------ activation checkpointing
+
+
+def recompute_blocks(module: nn.Module) -> None:
+    """Activation checkpointing of the trained blocks of a module.
+
+    A block is a child of a `ModuleList` or `Sequential` that has parts of its own, as a layer of a
+    transformer; blocks in blocks are left as they are. Gradients are the same, with dropout too.
+
+    Raises:
+        ConfigError: there is no block.
+
+    References:
+        Chen et al. 2016, arXiv 1604.06174.
+    """
+    inside: set[nn.Module] = set()
+    for parent in module.modules():
+        if parent in inside or not isinstance(parent, nn.ModuleList | nn.Sequential):
+            continue
+        for block in parent.children():
+            trained = any(p.requires_grad for p in block.parameters())
+            if trained and any(True for _ in block.children()):
+                inside |= set(block.modules())
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if not inside:
+        raise ConfigError(
+            "backend.activation_checkpointing=true, but these networks have no blocks to compute "
+            "again; leave it out, or set train.micro_batch_size"
+        )

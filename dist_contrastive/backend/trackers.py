@@ -1,6 +1,6 @@
-"""Where metrics are sent besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio."""
+"""Experiment trackers besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio."""
 
-import sys
+import logging
 import uuid
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,17 +12,17 @@ from dist_contrastive.errors import ConfigError
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 _ID = "run_id"
+_log = logging.getLogger(__name__)
 
 
 class Trackers:
-    """Accelerate's trackers of a run. One that fails is told of, and left: a training does not end
-    for want of it.
+    """Accelerate's trackers of a run. One that fails is logged and dropped: training goes on
+    without it.
 
     Args:
         names: none on ranks other than the first.
-        folder: the run directory; the id in its file `run_id` is that of the run wherever and
-            however often it is started.
-        project: name under which runs are found.
+        folder: the run directory; its file `run_id` keeps the id of the run over restarts.
+        project: name under which runs are listed.
         resumed_at: steps done before; later ones, of a run that was killed, are done again.
         config: of the run, in plain values.
 
@@ -41,7 +41,7 @@ class Trackers:
         self._trackers: list[GeneralTracker] = []
         for name in names:
             try:
-                self._trackers.append(_started(name, folder, project, resumed_at, config))
+                self._trackers.append(_start(name, folder, project, resumed_at, config))
             except ImportError as error:
                 raise ConfigError(
                     f"train.trackers names {name}, which is not installed; pip install {name}, or "
@@ -58,7 +58,7 @@ class Trackers:
             try:
                 tracker.log(numbers, step=step)
             except Exception as error:  # whatever a tracker's own code raises
-                self._leave(tracker, error)
+                self._drop(tracker, error)
 
     def __enter__(self) -> Self:
         return self
@@ -68,18 +68,14 @@ class Trackers:
             try:
                 tracker.finish()
             except Exception as error:
-                self._leave(tracker, error)
+                self._drop(tracker, error)
 
-    def _leave(self, tracker: GeneralTracker, error: Exception) -> None:
-        print(
-            f"{tracker.name} failed ({error}); the training goes on without it",
-            file=sys.stderr,
-            flush=True,
-        )
+    def _drop(self, tracker: GeneralTracker, error: Exception) -> None:
+        _log.warning("%s failed (%s); the training goes on without it", tracker.name, error)
         self._trackers.remove(tracker)
 
 
-def _started(
+def _start(
     name: TrackerName, folder: Path, project: str, resumed_at: int, config: dict[str, Any]
 ) -> GeneralTracker:
     options: dict[TrackerName, dict[str, Any]] = {
@@ -96,7 +92,7 @@ def _started(
 
 
 def run_id(folder: Path) -> str:
-    """The id of a run, made when it is first asked for."""
+    """Id of a run, created on first use."""
     path = folder / _ID
     if not path.exists():
         write_text(path, uuid.uuid4().hex[:16] + "\n")

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from dist_contrastive.backend import BackendSettings, TrackerName
+from dist_contrastive.backend import Backend, TrackerName
 from dist_contrastive.config.tasks import TaskSettings
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields
@@ -67,7 +67,7 @@ class RunConfig(Settings):
     task: TaskSettings
     optim: OptimSettings = OptimSettings()
     train: TrainSettings
-    backend: BackendSettings = BackendSettings()
+    backend: Backend.Config = Backend.Config()
 
     @field_validator("seed")
     @classmethod
