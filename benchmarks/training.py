@@ -198,10 +198,10 @@ def batch_of(run: Any) -> Batch:
 def opened(rows: int, micro: int) -> Any:
     """A run that no checkpoint is written of."""
     from dist_contrastive.backend import Backend
-    from dist_contrastive.trainer.start import start
+    from dist_contrastive.trainer.run import open_run
 
     config = config_of(rows, micro, Path(tempfile.mkdtemp(prefix="training-")))
-    return start(config, Backend(config.backend))
+    return open_run(config, Backend(config.backend))
 
 
 def config_of(rows: int, micro: int, run_dir: Path) -> Any:

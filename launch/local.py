@@ -167,7 +167,7 @@ def _log_files(folder: Path, name: str) -> Any:
     """torchrun's description of where the output of ranks goes; `files` holds the paths."""
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest
 
-    from dist_contrastive.trainer.describing import writable
+    from dist_contrastive.trainer.run_dir import writable
 
     with writable(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)

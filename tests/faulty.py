@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from dist_contrastive import trainer
 from dist_contrastive.losses.rewards import depth_credit as reward  # noqa: F401
+from dist_contrastive.trainer import loop
 
 _kind, _rank, _step, *_once = os.environ["FAULT"].split(":")
-_train_step = trainer.train_step
+_train_step = loop.train_step
 
 
 def _is_due():
@@ -46,4 +46,4 @@ def _faulty_step(run, samples, *rest):
     return _train_step(run, samples, *rest)
 
 
-trainer.train_step = _faulty_step
+loop.train_step = _faulty_step

@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from dist_contrastive.checkpoint import Keep, Progress
 from dist_contrastive.cli import main
 from dist_contrastive.errors import ConfigError, NonFiniteError
 from dist_contrastive.metrics import read_rows
+from dist_contrastive.trainer import loop
 
 ENCODER = CONFIGS / "digits_encoder.yaml"
 SMALL = (
@@ -154,20 +155,28 @@ def test_a_save_that_fails_leaves_nothing_and_the_one_before(size, tmp_path, sma
 
 @pytest.mark.parametrize("beside", [False, True], ids=["in_turn", "beside"])
 def test_training_goes_on_when_a_save_fails_and_the_next_one_works(
-    beside, tmp_path, overrides, small_files, capsys, monkeypatch
+    beside, tmp_path, overrides, small_files, caplog, monkeypatch
 ):
     config = small(overrides, tmp_path, f"train.async_save={beside}", "train.keep_last=9")
-    train_step = trainer.train_step
+    train_step, save, tried = loop.train_step, checkpoint.save, threading.Event()
 
     def step(run, *args):
         if run.progress.step == 5:
-            time.sleep(0.3)  # that of step 4 is being written
+            assert tried.wait(120)  # the disk is full until then
         small_files(20_000 if run.progress.step in (3, 4) else None)
         return train_step(run, *args)
 
-    monkeypatch.setattr(trainer, "train_step", step)
+    def save_and_tell(root, progress, *args):
+        try:
+            return save(root, progress, *args)
+        finally:
+            if progress.step == 4:
+                tried.set()
+
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(checkpoint, "save", save_and_tell)
     assert trainer.train(config) == 0
-    assert "the checkpoint of step 4 is not written: " in capsys.readouterr().err
+    assert "the checkpoint of step 4 is not written: " in caplog.text
     assert steps_in(tmp_path / "checkpoints") == [2, 6]
 
 
@@ -199,7 +208,7 @@ def test_saving_beside_the_training_changes_nothing(tmp_path, overrides):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, overrides, monkeypatch):
     config = small(overrides, tmp_path)
-    train_step = trainer.train_step
+    train_step = loop.train_step
 
     def step(run, *args):
         row = train_step(run, *args)
@@ -208,7 +217,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, overrides, monkeypa
                 next(run.task.encoder.parameters()).view(-1)[0] = torch.inf
         return row
 
-    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     with pytest.raises(NonFiniteError, match=r"step 4: encoder\.\S+ holds NaN or infinity, and is"):
         trainer.train(config)
     assert steps_in(tmp_path / "checkpoints") == [2]

@@ -17,7 +17,7 @@ from dist_contrastive.backend import Backend
 from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import NonFiniteError
 from dist_contrastive.testing import run_ranks
-from dist_contrastive.trainer.start import start
+from dist_contrastive.trainer.run import open_run
 from dist_contrastive.trainer.step import train_step
 
 STEPS = 3
@@ -79,7 +79,7 @@ def with_engine(config: RunConfig, stage: int, micro_batch_size: int | None) -> 
 
 def three_steps(config: RunConfig) -> Outcome:
     backend = Backend(config.backend)
-    run = start(config, backend)
+    run = open_run(config, backend)
     norms = []
     for taken in run.data.batches(backend.device):
         row = train_step(run, taken.samples, taken.consumed, is_logged=True)
@@ -165,12 +165,12 @@ def with_bad_steps(config: RunConfig) -> list[dict[str, Tensor]]:
     """Weights after each of: a good step; one whose loss is not finite, on the last rank; one whose
     gradient is not; a good one from a temperature that was set out of its limits; a good one."""
     backend = Backend(config.backend)
-    run = start(config, backend)
+    run = open_run(config, backend)
     is_last = backend.rank == backend.world_size - 1
     compare, found, moments = run.task.compare, [], []
 
-    def bad_gradient(embeddings, samples):
-        terms = compare(embeddings, samples)
+    def bad_gradient(embeddings, samples, context):
+        terms = compare(embeddings, samples, context)
         nothing = (embeddings[0] * (0 if is_last else 1)).square().sum().sqrt()
         return {"contrastive": terms["contrastive"] + nothing - nothing.detach()}
 
@@ -237,7 +237,7 @@ def test_what_is_not_finite_on_one_rank_changes_nothing_on_all(kind, tmp_path, o
 def one_more_step(config: RunConfig) -> str:
     """Go on from the checkpoint with what it holds, bitwise; save after one step."""
     backend = Backend(config.backend)
-    run = start(config, backend)
+    run = open_run(config, backend)
     saved = checkpoint.newest(config.run_dir / "checkpoints")
     if saved is not None:
         weights, state = run.engine.weights(), run.engine.optimizer_state()
@@ -254,7 +254,7 @@ def failures_of_safe_set(config: RunConfig) -> str:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     backend = Backend(config.backend)
-    run = start(config, backend)
+    run = open_run(config, backend)
     try:
         if config.backend.zero_stage == 3:
             safe_set_full_fp32_param(run.task.loss.scale.log_scale, torch.zeros(1))
@@ -307,7 +307,7 @@ def test_fp16_finds_its_scale_and_goes_on_with_it(kind, tmp_path, overrides):
     config = config_of("two_view", overrides, tmp_path, *options)
     config = with_engine(config, 0, MICRO_BATCHES[kind])
     backend = Backend(config.backend)
-    run = start(config, backend)
+    run = open_run(config, backend)
     state = run.engine.optimizer_state()
     state["scaler"]["scale"] = 2.0**24
     run.engine.load_optimizer_state(state)
@@ -331,10 +331,10 @@ def test_fp16_that_never_works_stops(tmp_path, overrides, monkeypatch):
     options = ("backend.precision=fp16", LEARNABLE, "train.steps=400")
     config = config_of("two_view", overrides, tmp_path, *options)
     backend = Backend(config.backend)
-    run = start(config, backend)
+    run = open_run(config, backend)
     compare = run.task.compare
-    run.task.compare = lambda embeddings, samples: {
-        "contrastive": compare(embeddings, samples)["contrastive"]
+    run.task.compare = lambda embeddings, *rest: {
+        "contrastive": compare(embeddings, *rest)["contrastive"]
         + (embeddings[0] * 0).square().sum().sqrt()
     }
     batches = run.data.batches(backend.device)
@@ -349,7 +349,7 @@ def reductions_of(cases: list[RunConfig]) -> list[int]:
     found = []
     for config in cases:
         backend = Backend(config.backend)
-        run = start(config, backend)
+        run = open_run(config, backend)
         first, second = islice(run.data.batches(backend.device), 2)
         train_step(run, first.samples, first.consumed, is_logged=False)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:

@@ -202,16 +202,16 @@ def watched(timeout_s: float) -> tuple[Watchdog, Clock, list[tuple[str, int]]]:
 
 
 def test_a_clock_that_jumps():
-    """An hour between two looks, as when a machine slept or a process was stopped, is no hour of
-    silence; thirty seconds of looks are."""
+    """An hour between two polls, as when a machine slept or a process was stopped, is no hour of
+    silence; thirty seconds of polls are."""
     watchdog, clock, ended = watched(timeout_s=30)
     for _ in range(10):
         clock.now_s += 3600
-        watchdog.look()
+        watchdog.poll()
     assert not ended
     for _ in range(30):
         clock.now_s += 1
-        watchdog.look()
+        watchdog.poll()
     assert ended[0][1] == 75
     assert ended[0][0].startswith("rank 3 hangs at ")
 
@@ -220,9 +220,9 @@ def test_a_rank_that_is_heard_of_is_left_alone():
     watchdog, clock, ended = watched(timeout_s=30)
     for number in range(200):
         clock.now_s += 1
-        watchdog.look()
+        watchdog.poll()
         if number % 20 == 0:
-            watchdog.heard()
+            watchdog.heartbeat()
     assert not ended
 
 

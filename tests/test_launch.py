@@ -34,6 +34,7 @@ from dist_contrastive.errors import (
     UserError,
 )
 from dist_contrastive.metrics import read_rows
+from dist_contrastive.trainer import loop
 from launch import local, progress
 from launch.logs import Follower
 from launch.rendezvous import Rendezvous
@@ -369,14 +370,14 @@ def test_a_run_directory_that_another_run_writes(tmp_path, overrides):
 def test_a_run_that_was_written_while_it_was_opened(tmp_path, overrides, monkeypatch):
     """Between looking for checkpoints and holding the directory another run came and went."""
     config = configs.load(ENCODER, overrides(tmp_path, *SMALL))
-    opened = trainer.start
+    opened = loop.open_run
 
     def start_slowly(*arguments):
         found = opened(*arguments)
         (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
         return found
 
-    monkeypatch.setattr(trainer, "start", start_slowly)
+    monkeypatch.setattr(loop, "open_run", start_slowly)
     with pytest.raises(ChangedError, match="was written by another run while this one was being"):
         trainer.train(config)
 

@@ -159,7 +159,7 @@ def test_trackers_that_are_not_there(tmp_path, overrides, monkeypatch):
         trainer.train(config)
 
 
-def test_a_tracker_that_fails_is_left(tmp_path, overrides, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_dropped(tmp_path, overrides, monkeypatch, caplog):
     class Failing:
         name = "wandb"
         calls = 0
@@ -181,9 +181,7 @@ def test_a_tracker_that_fails_is_left(tmp_path, overrides, monkeypatch, capsys):
     config = configs.load(ENCODER, overrides(tmp_path, *SMALL, "train.trackers=[wandb]"))
     assert trainer.train(config) == 0
     assert Failing.calls == 1
-    assert "wandb failed (the server is gone); the training goes on without it" in (
-        capsys.readouterr().err
-    )
+    assert "wandb failed (the server is gone); the training goes on without it" in caplog.text
 
 
 def test_lines_are_whole_or_not_there(tmp_path: Path, caplog):

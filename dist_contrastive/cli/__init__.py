@@ -79,7 +79,7 @@ def _doctor(
 ) -> int:
     """Check all that training needs, without training."""
     from dist_contrastive.config import load
-    from dist_contrastive.trainer.doctor import Finding, examine
+    from dist_contrastive.trainer.checks import Finding, examine
 
     if ranks < 1:
         raise ConfigError(f"--ranks {ranks} is below 1; use 1 or more")

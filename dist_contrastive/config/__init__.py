@@ -9,7 +9,7 @@
 Precedence: defaults < YAML file < ``key=value`` overrides. Unknown names are refused.
 """
 
-from dist_contrastive.config.files import load, load_run, save
+from dist_contrastive.config.files import load, load_run, resolve, save
 from dist_contrastive.config.run import KeepBestSettings, RunConfig, TrainSettings, differences
 from dist_contrastive.config.tasks import (
     DriftSettings,
@@ -36,6 +36,7 @@ __all__ = [
     "differences",
     "load",
     "load_run",
+    "resolve",
     "save",
 ]
 

@@ -1,5 +1,7 @@
 """Configs as YAML files, with overrides."""
 
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,27 @@ def load(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     Raises:
         ConfigError: the file cannot be read, or a setting is unknown, missing or out of range.
     """
-    tree = _read_yaml(Path(path))
+    return resolve(path, overrides)
+
+
+def resolve(
+    config: RunConfig | Mapping[str, Any] | Path | str, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Checked config from a YAML file, a dict or another config, with ``key=value`` overrides.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    where = ""
+    if isinstance(config, RunConfig):
+        tree = config.model_dump(mode="json")
+    elif isinstance(config, Mapping):
+        tree = deepcopy(dict(config))
+    else:
+        tree, where = _read_yaml(Path(config)), f"{config}: "
     for override in overrides:
         _apply(tree, override)
-    return RunConfig.checked(tree, f"{path}: ")
+    return RunConfig.checked(tree, where)
 
 
 def save(config: RunConfig, folder: Path) -> None:

@@ -1,5 +1,4 @@
-"""Checkpoints of a run: when they are written, beside the training or not, and what if they cannot
-be."""
+"""Checkpoints of a run: written in turn or in the background, scored, retried after failures."""
 
 import math
 import time
@@ -12,24 +11,26 @@ from torch import Tensor
 from dist_contrastive import checkpoint, collectives
 from dist_contrastive.checkpoint import Keep, Progress
 from dist_contrastive.errors import ConfigError, NonFiniteError, StorageError
-from dist_contrastive.trainer.start import Run
+from dist_contrastive.trainer.run import Run
 
 
 class Saver:
-    """Writes the checkpoints of a run; every method is called on all ranks alike.
+    """Checkpoints of a run; every method is called on all ranks alike.
 
-    One that cannot be written in the middle of a training is told of and made up for by the next;
-    at the end, or where the run is to stop, that is an error.
+    One that cannot be written in the middle of a training is logged, and the next one is tried; at
+    the end, or where the run is to stop, that is an error.
+
+    Collectives: in `save` and `save_last`, those of the engine's state, and gathers of objects.
     """
 
     def __init__(self, run: Run) -> None:
         train = run.config.train
-        self._run, self._best, self._is_beside = run, train.keep_best, train.async_save
+        self._run, self._best, self._in_background = run, train.keep_best, train.async_save
         self._root = run.config.run_dir / "checkpoints"
         self._keep = Keep(
             train.keep_last, train.keep_every, self._best.mode if self._best else None
         )
-        self._scores: list[float] = []  # since the checkpoint before
+        self._scores: list[float] = []  # since the previous checkpoint
         self._writer = ThreadPoolExecutor(1)
         self._pending: tuple[Progress, Future[Path]] | None = None
         self._begun_s, self._save_s = 0.0, 0.0
@@ -40,11 +41,11 @@ class Saver:
     def __exit__(self, *_: Any) -> None:
         self._writer.shutdown(wait=True)
 
-    def note(self, row: dict[str, Any]) -> None:
-        """A row of metrics, which may hold the one that the best checkpoint is chosen by.
+    def observe(self, row: dict[str, Any]) -> None:
+        """Add a row of metrics to the score of the next checkpoint.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: it lacks the metric of `train.keep_best`.
         """
         if self._best is None:
             return
@@ -56,22 +57,22 @@ class Saver:
         self._scores.append(row[self._best.metric])
 
     def timing(self) -> dict[str, float]:
-        """How long the last checkpoint took, from when it was begun until it was whole."""
+        """Seconds that the last checkpoint took, from its begin until it was whole."""
         return {"save_s": self._save_s} if self._save_s else {}
 
     def save(self) -> None:
-        """Write a checkpoint; one that cannot be written is only told of.
+        """Write a checkpoint; a failure is only logged.
 
         Raises:
             NonFiniteError: the weights hold NaN or infinity; nothing is written.
         """
         self._finish()
         self._begin()
-        if not self._is_beside:
+        if not self._in_background:
             self._finish()
 
     def save_last(self) -> None:
-        """Wait for what is being written, and write what has been done since.
+        """Wait for the checkpoint that is being written, and write the steps since.
 
         Raises:
             StorageError: it could not be written.
@@ -83,8 +84,8 @@ class Saver:
         if problem is None:
             return
         saved = self._run.saved
-        here = f"that of step {saved.step} is whole" if saved.step else "there is none before it"
-        raise StorageError(f"{problem}; {here}; make room and start again")
+        usable = f"that of step {saved.step} is whole" if saved.step else "there is none before it"
+        raise StorageError(f"{problem}; {usable}; make room and start again")
 
     def _begin(self) -> None:
         run, score = self._run, None
@@ -106,7 +107,7 @@ class Saver:
         return folder
 
     def _finish(self) -> str | None:
-        """Wait for the checkpoint that is being written, and tell why it could not be."""
+        """Wait for the checkpoint that is being written; the reason if it could not be."""
         if self._pending is None:
             return None
         progress, written = self._pending
@@ -122,7 +123,7 @@ class Saver:
         if problem is None:
             self._run.saved = progress
         else:
-            self._run.say(problem)
+            self._run.warning(problem)
         return problem
 
 

@@ -1,4 +1,4 @@
-"""A thread that ends a rank which hangs, and asks one to stop whose launcher is gone."""
+"""Watchdog thread: ends a rank that hangs, and stops one whose launcher has died."""
 
 import faulthandler
 import os
@@ -13,22 +13,22 @@ from typing import Any, Self
 
 from dist_contrastive.errors import StalledError
 
-# Where a rank stands that waits for others, by the file of its innermost frame.
+# Files of the innermost frame of a rank that waits for others.
 _WAITING = ("torch/distributed/", "torch/autograd/graph.py", "deepspeed/comm/")
-_GRACE_S = 5.0  # by which ranks that wait leave the word to the one that they wait for
-_LOOK_S = 1.0
+_GRACE_S = 5.0  # ranks that wait report later than the rank that they wait for
+_POLL_S = 1.0
 
 
 class Watchdog:
-    """Ends the process with exit code 75 when it has not been heard for too long.
+    """Ends the process with exit code 75 when there has been no heartbeat for too long.
 
-    Time is counted by looks of this thread, each worth the time between two of them at most: while
-    the process is stopped or the machine sleeps none passes, and no clock is read that may be set.
+    Time is counted in polls of this thread, each worth at most twice the interval: while the
+    process is stopped or the machine sleeps none passes, and no clock is read that may be set.
 
     Args:
-        timeout_s: how long there may be nothing between two calls of `heard`.
-        rank: for what is told.
-        end: called with what is told and the exit code.
+        timeout_s: longest time between two calls of `heartbeat`.
+        rank: for the message.
+        end: called with the message and the exit code.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class Watchdog:
     ) -> None:
         self._timeout_s, self._rank = timeout_s, rank
         self._end, self._clock = end, clock
-        self._look_s = min(_LOOK_S, timeout_s / 10)
+        self._poll_s = min(_POLL_S, timeout_s / 10)
         self._silent_s, self._last = 0.0, clock()
         self._watched = threading.get_ident()
         self._parent = os.getppid()
-        self._left = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
@@ -52,17 +52,17 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._left.set()
+        self._stopped.set()
         self._thread.join()
 
-    def heard(self) -> None:
-        """The rank is alive: it has come to the next step."""
+    def heartbeat(self) -> None:
+        """Note that the rank has come to the next step."""
         self._silent_s = 0.0
 
-    def look(self) -> None:
-        """Count the time since the last look, and end the process if that was too much."""
+    def poll(self) -> None:
+        """Count the time since the last poll, and end the process if that was too much."""
         now = self._clock()
-        self._silent_s += min(now - self._last, 2 * self._look_s)
+        self._silent_s += min(now - self._last, 2 * self._poll_s)
         self._last = now
         frame = sys._current_frames().get(self._watched)
         limit = self._timeout_s + (_GRACE_S if _waits(frame) else 0.0)
@@ -71,17 +71,17 @@ class Watchdog:
 
     def _watch(self) -> None:
         is_rank = "LOCAL_RANK" in os.environ
-        while not self._left.wait(self._look_s):
-            self.look()
+        while not self._stopped.wait(self._poll_s):
+            self.poll()
             if is_rank and os.getppid() != self._parent:
-                # Nobody would tell this rank of anything again: save, and leave.
+                # No launcher would signal this rank any more: save, and leave.
                 is_rank = False
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _report(self, frame: FrameType | None) -> str:
         stack = traceback.extract_stack(frame)
-        mine = [line for line in stack if "dist_contrastive" in line.filename] or stack
-        where = f"{mine[-1].filename}:{mine[-1].lineno} in {mine[-1].name}"
+        own = [line for line in stack if "dist_contrastive" in line.filename] or stack
+        where = f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}"
         what = "waits for other ranks" if _waits(frame) else "hangs"
         return (
             f"rank {self._rank} {what} at {where}: no step for backend.timeout_s="
@@ -94,6 +94,7 @@ def _waits(frame: FrameType | None) -> bool:
 
 
 def _end(text: str, code: int) -> None:
+    # Not by logging: the thread that hangs may hold the lock of a handler.
     print(f"dist-contrastive, {text}", file=sys.stderr, flush=True)
     if " hangs " in text:
         faulthandler.dump_traceback(sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 from dist_contrastive import trainer
 from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.trainer.doctor import Finding, examine
+from dist_contrastive.trainer.checks import Finding, examine
 from launch.progress import read_progress
 from launch.slurm.cluster import job_state, partitions, records
 from launch.slurm.options import Options, minutes

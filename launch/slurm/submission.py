@@ -23,7 +23,7 @@ from dist_contrastive import config as configs
 from dist_contrastive.atomic import write_text
 from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import FINAL_EXIT_CODES, ConfigError
-from dist_contrastive.trainer.describing import writable
+from dist_contrastive.trainer.run_dir import writable
 from launch.slurm.cluster import JobRecord, add_record
 from launch.slurm.job import Job
 from launch.slurm.options import Options
