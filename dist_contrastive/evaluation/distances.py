@@ -123,11 +123,13 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
         Heusel et al. 2017, arXiv 1706.08500, equation 6.
     """
     x, y = _centred(*as_points("the Fréchet distance", 2, x=x, y=y))
-    apart = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
+    mean_distance = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
     root_x, root_y = _covariance_root(x), _covariance_root(y)
     spread = root_x.square().sum() + root_y.square().sum()
     shared = torch.linalg.svdvals(root_x @ root_y.T).sum()
-    return max(0.0, (apart + spread - 2 * shared).item())  # rounding alone makes it negative
+    return max(
+        0.0, (mean_distance + spread - 2 * shared).item()
+    )  # rounding alone makes it negative
 
 
 def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +154,7 @@ def _between_less_within(
 
 
 def _median_distance(points: Tensor) -> float:
-    """Of different points; 1 where all are equal, and any bandwidth gives an MMD of 0."""
+    """Median distance of different points; 1 where all are equal, since then any MMD is 0."""
     if len(points) > MEDIAN_POINTS:
         random = torch.Generator().manual_seed(0)  # every n-th could be of one class
         chosen = torch.randperm(len(points), generator=random)[:MEDIAN_POINTS]
