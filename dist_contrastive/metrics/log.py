@@ -1,7 +1,7 @@
 """Rows of metrics: to metrics.jsonl, to a tracker, and to a progress bar or lines of a log.
 
 `JsonLines` is a file of whole lines, `Ledger` one of the keys of every batch, `Display` shows rows
-on stderr, and `MetricsLog` is all of them for the rank that writes.
+on a terminal or in the log, and `MetricsLog` is all of them for the rank that writes.
 """
 
 import json
@@ -110,7 +110,7 @@ _SHOWN = ("loss", "lr", "samples_per_s")
 
 
 class Display(Protocol):
-    """Progress of a run on stderr."""
+    """Progress of a run, as a bar on stderr or as lines of the log."""
 
     def show(self, row: dict[str, Any]) -> None:
         """The newest row of metrics."""
@@ -155,9 +155,7 @@ class _Lines:
     def show(self, row: dict[str, Any]) -> None:
         is_due = row["step"] >= self._next or time.monotonic() - self._last_s >= _LINE_S
         if is_due or row["step"] == self._num_steps:
-            print(
-                f"step {row['step']}/{self._num_steps}  {_text(row)}", file=sys.stderr, flush=True
-            )
+            _log.info("step %d/%d  %s", row["step"], self._num_steps, _text(row))
             self._next, self._last_s = row["step"] + self._every, time.monotonic()
 
     def close(self) -> None:
