@@ -80,11 +80,15 @@ class NonFiniteError(RuntimeError):
 
 
 def retired(module: str, names: dict[str, str]) -> Callable[[str], NoReturn]:
-    """A module's ``__getattr__`` that answers a retired name with the new one."""
+    """Module-level ``__getattr__`` that fails with the new name of a retired one.
+
+    It fails with an ImportError, since ``from module import name`` replaces the message of an
+    AttributeError.
+    """
 
     def missing(name: str) -> NoReturn:
         if name in names:
-            raise AttributeError(f"{module}.{name} is now {names[name]}; import that")
+            raise ImportError(f"{module}.{name} is now {names[name]}; import that")
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return missing

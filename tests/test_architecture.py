@@ -2,6 +2,7 @@
 and the README's map is the territory."""
 
 import ast
+import pkgutil
 import re
 import tomllib
 from pathlib import Path
@@ -124,3 +125,22 @@ def test_public_names_have_docstrings():
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+
+
+def retired_names() -> list[tuple[str, str, str]]:
+    """Module, retired name and new name of each entry of a ``retired(__name__, {...})``."""
+    entries = []
+    for path in SOURCES:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "retired":
+                names = ast.literal_eval(node.args[1])
+                entries += [(module, old, new) for old, new in names.items()]
+    return entries
+
+
+@pytest.mark.parametrize(("module", "old", "new"), retired_names())
+def test_retired_names_fail_with_the_new_one(module, old, new):
+    with pytest.raises(ImportError, match=f"{module}.{old} is now {re.escape(new)}"):
+        exec(f"from {module} import {old}")
+    pkgutil.resolve_name(new)
