@@ -433,7 +433,7 @@ def test_two_machines_meet(tmp_path, overrides, free_port):
     ("failures", "code"),
     [
         ([(0.0, 75), (1.0, -9)], 137),  # killed; the other one lost it and ended first
-        ([(0.0, 64), (0.5, 75)], 64),
+        ([(0.0, 75), (0.5, 64)], 64),
         ([(0.0, 75), (0.1, 75)], 75),
         ([(0.0, -15), (0.1, 1)], 1),
         ([(0.0, 70), (31.0, -9)], 70),  # torchrun kills those that have not ended
