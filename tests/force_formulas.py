@@ -1,4 +1,5 @@
-"""The contrastive force written out in the most literal way: what the loss must equal."""
+"""The contrastive force as its sources have it, and written out with every option in loops; and the
+specification with the arguments of the loss."""
 
 import math
 from collections.abc import Sequence
@@ -7,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TEMPERATURES = {
-    "seed": (0.01, 0.02, 0.05, 0.1, 0.2),
-    "drift": (0.01, 0.02, 0.05, 0.1, 0.2),
-    "paper": (0.02, 0.05, 0.2),
-}
+from dist_contrastive.losses.force import PRESETS, spec
+
+FIVE = (0.01, 0.02, 0.05, 0.1, 0.2)
+TEMPERATURES = {"seed": FIVE, "drift": FIVE, "paper": (0.02, 0.05, 0.2)}
 SCOPES = {"seed": "group", "drift": "group", "paper": "global"}
 
 
@@ -36,45 +36,8 @@ def seed_loss(positive: Tensor, negative: Tensor) -> Tensor:
     concat = torch.cat([positive, negative], dim=0)
     scale = torch.cdist(concat, concat, p=2).mean()
     positive, negative = positive / scale, negative / scale
-    forces = [seed_force(positive.detach(), negative.detach(), t) for t in TEMPERATURES["seed"]]
+    forces = [seed_force(positive.detach(), negative.detach(), t) for t in FIVE]
     return ((negative - (negative + sum(forces)).detach()) ** 2).mean()
-
-
-def drift_force(positive: Tensor, negative: Tensor, temp: float) -> Tensor:
-    """The masked form: a point is left out of its own softmax."""
-    concat = torch.cat([negative, positive])
-    dist = torch.cdist(concat, concat)
-    scores = (-dist / temp).fill_diagonal_(-torch.inf)
-    affinity = (scores.softmax(1) * scores.softmax(0)).sqrt()
-    norm = ((dist * affinity) ** 2).mean().sqrt()
-    m = len(negative)
-    pull, push = affinity[:m, m:], affinity[:m, :m]
-    force = push.sum(1, keepdim=True) * (pull @ positive)
-    return (force - pull.sum(1, keepdim=True) * (push @ negative)) / norm
-
-
-def paper_drift(x: Tensor, y_pos: Tensor, temp: float) -> Tensor:
-    """Algorithm 2 of arXiv 2602.04770, the generated points being the negatives too: V."""
-    far = 1e6 * torch.eye(len(x), dtype=x.dtype)  # a point ignores itself
-    logit = -torch.cat([torch.cdist(x, y_pos), torch.cdist(x, x) + far], dim=1) / temp
-    a = torch.sqrt(logit.softmax(dim=1) * logit.softmax(dim=0))
-    a_pos, a_neg = a[:, : len(y_pos)], a[:, len(y_pos) :]
-    w_pos = a_pos * a_neg.sum(1, keepdim=True)
-    w_neg = a_neg * a_pos.sum(1, keepdim=True)
-    return w_pos @ y_pos - w_neg @ x
-
-
-def paper_loss(groups: Sequence[tuple[Tensor, Tensor]], temps: Sequence[float]) -> Tensor:
-    """The paper's normalisations around it; groups of (x, y_pos) share all statistics."""
-    dists = [torch.cdist(x, torch.cat([x, y])).flatten() for x, y in groups]
-    unit = torch.cat(dists).mean() / math.sqrt(groups[0][0].shape[1])
-    total = 0
-    for t in temps:
-        wide = t * math.sqrt(groups[0][0].shape[1])  # the mean distance is sqrt(D) here
-        v = torch.cat([paper_drift(x / unit, y / unit, wide) for x, y in groups])
-        total = total + v / v.square().mean().sqrt()
-    x = torch.cat([x for x, _ in groups]) / unit.detach()
-    return (x - (x + total).detach()).square().mean()
 
 
 def official_loss(
@@ -83,8 +46,10 @@ def official_loss(
     neg: Tensor,
     weights: tuple[Tensor, Tensor, Tensor],
     temps: Sequence[float],
+    floor: float,
 ) -> Tensor:
-    """The loss that the authors of the paper published: points [B, n, D], their weights [B, n]."""
+    """The loss that the authors of the paper published, with a floor of 1e-3: points [B, n, D],
+    their weights [B, n]. Without floor and negatives it is Algorithm 2 of arXiv 2602.04770."""
     m, num_negative, dim = gen.shape[1], gen.shape[1] + neg.shape[1], gen.shape[2]
     y = torch.cat([gen, neg, pos], dim=1)
     w = torch.cat([weights[0], weights[2], weights[1]], dim=1)
@@ -94,7 +59,7 @@ def official_loss(
     d[:, range(m), range(m)] += 100  # a point ignores itself
     total = 0
     for t in temps:
-        a = ((-d / t).softmax(2) * (-d / t).softmax(1)).clip(min=1e-6).sqrt() * w[:, None]
+        a = ((-d / t).softmax(2) * (-d / t).softmax(1)).clip(min=floor**2).sqrt() * w[:, None]
         a_neg, a_pos = a[..., :num_negative], a[..., num_negative:]
         neg_part, pos_part = -a_neg * a_pos.sum(2)[..., None], a_pos * a_neg.sum(2)[..., None]
         coefficients = torch.cat([neg_part, pos_part], dim=2)
@@ -118,15 +83,15 @@ class Cell(NamedTuple):
         return torch.cdist(rows, self.points, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-class Naive(NamedTuple):
-    """What the loss finds."""
+class Result(NamedTuple):
+    """Loss, force and diagnostics."""
 
     loss: Tensor
     force: Tensor  # as negative, in units of the coordinates that the loss compares
     metrics: dict[str, Tensor]
 
 
-def naive(
+def literal(
     preset: str,
     negative: Tensor,
     positive: Tensor,
@@ -143,8 +108,8 @@ def naive(
     norm_scope: str | None = None,
     affinity_floor: float = 0.0,
     normalise_total: bool = False,
-) -> Naive:
-    """Every preset with every option, group by group and label by label."""
+) -> Result:
+    """Every preset with every option, in loops over groups, labels and pairs."""
     cells = cells_of(
         (negative, fixed, positive),
         (negative_labels, fixed_labels, positive_labels),
@@ -176,7 +141,7 @@ def naive(
         n = cell.points[: len(cell.generated)] / unit
         loss = loss + (n - (n + f).detach()).square().sum()
         force[cell.group, cell.generated] = f
-    return Naive(loss / negative.numel(), force.reshape(negative.shape), metrics)
+    return Result(loss / negative.numel(), force.reshape(negative.shape), metrics)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -246,8 +211,69 @@ def force_of(
     rows, columns = (scores.softmax(dim).nan_to_num(0.0) for dim in (1, 0))
     # k != j; what is below the floor is brought to it, a point with itself too.
     a = (rows * columns).sqrt().masked_fill(own, 0.0).clamp(min=floor) * cell.weights
-    x, a_neg, a_pos = cell.points / unit, a[:m, : cell.num_negative], a[:m, cell.num_negative :]
-    n, p = x[: cell.num_negative], x[cell.num_negative :]
-    force = a_neg.sum(1, keepdim=True) * (a_pos @ p) - a_pos.sum(1, keepdim=True) * (a_neg @ n)
+    x, force = cell.points / unit, torch.zeros_like(cell.points[:m])
+    for j in range(m):
+        for i in range(cell.num_negative, len(x)):
+            for k in range(cell.num_negative):
+                force[j] += a[j, i] * a[j, k] * (x[i] - x[k])
     seen = rows[:m].square().sum(1)
     return force, d / unit * a, torch.where(seen > 0, 1 / seen, 0.0)
+
+
+def specified(
+    preset: str,
+    negative: Tensor,
+    positive: Tensor,
+    negative_labels: Tensor | None = None,
+    positive_labels: Tensor | None = None,
+    fixed: Tensor | None = None,
+    fixed_labels: Tensor | None = None,
+    negative_weights: Tensor | None = None,
+    positive_weights: Tensor | None = None,
+    fixed_weights: Tensor | None = None,
+    *,
+    temperatures: Sequence[float] | None = None,
+    scale_scope: str | None = None,
+    norm_scope: str | None = None,
+    affinity_floor: float = 0.0,
+    normalise_total: bool = False,
+) -> Result:
+    """What the specification finds."""
+    kinds = [
+        (negative, negative_labels, negative_weights),
+        (fixed, fixed_labels, fixed_weights),
+        (positive, positive_labels, positive_weights),
+    ]
+    numbers, labels, weights, points = [], [], [], []
+    for number, (x, label, weight) in enumerate(kinds):
+        if x is not None:
+            one = torch.ones_like(x[..., 0])
+            points.append(flat(x))
+            weights.append(flat((one if weight is None else one * weight)[..., None])[..., 0])
+            labels.append(torch.zeros(x.shape[-2]) if label is None else label)
+            numbers.append(torch.full(x.shape[-2:-1], number))
+    kind, label, rules = torch.cat(numbers), torch.cat(labels), PRESETS[preset]
+    is_generated = kind == 0
+    result = spec.loss(
+        torch.cat(points, 1),
+        is_generated,
+        kind == 2,
+        label,
+        torch.cat(weights, 1),
+        temperatures=temperatures or rules.temperatures,
+        square=rules.square,
+        mask_self=rules.mask_self,
+        divide_by=rules.divide_by,
+        scale_scope=scale_scope or rules.scale_scope,
+        norm_scope=norm_scope or rules.norm_scope,
+        scale_gradient=rules.scale_gradient,
+        per_dimension=rules.per_dimension,
+        floor=affinity_floor,
+        normalise_total=normalise_total,
+    )
+    first = [(label == x).nonzero()[0, 0] for x in label.unique()]
+    metrics = {"scale": result.scale[:, first].mean().detach()}
+    for number, t in enumerate(temperatures or rules.temperatures):
+        metrics[f"force_rms/{t:g}"] = result.rms[number][:, first].mean()
+        metrics[f"neighbours/{t:g}"] = result.neighbours[number][:, is_generated].mean()
+    return Result(result.value, result.force[:, is_generated].reshape(negative.shape), metrics)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import CONFIGS
-from force_formulas import naive
+from force_formulas import specified
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -237,7 +237,7 @@ def test_terms_are_the_literal_force(loss, groups, overrides, tmp_path):
     scopes = {name: getattr(config.task.loss, name) for name in ("scale_scope", "norm_scope")}
     assert terms.keys() == made.keys()
     for name, term in terms.items():
-        expected = naive(
+        expected = specified(
             *(config.task.loss.preset, made[name], data[name], cells, cells),
             **{"temperatures": (0.05, 0.2), **scopes},
         )
@@ -251,7 +251,7 @@ def test_without_classes_all_points_are_compared(overrides, tmp_path):
     (noise,) = inputs_of(task, samples)
     (term,) = task.compare(task(noise), samples, task.begin_step(samples)).values()
     made, data = task.generator(noise), samples.images
-    expected = naive("drift", made, data, temperatures=(0.05, 0.2)).loss
+    expected = specified("drift", made, data, temperatures=(0.05, 0.2)).loss
     assert term.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
@@ -403,7 +403,9 @@ def test_weights_and_terms_of_guidance(in_bank):
         if step:
             more |= {"fixed": given.fixed, "fixed_labels": given.cells["fixed"]}
             more |= {"fixed_weights": given.weights.double()}
-        assert given.term == pytest.approx(naive("drift", *points, **more).loss.item(), rel=1e-9)
+        assert given.term == pytest.approx(
+            specified("drift", *points, **more).loss.item(), rel=1e-9
+        )
 
 
 def test_strength_one_pushes_with_nothing(overrides, tmp_path):

@@ -1,4 +1,5 @@
-"""The contrastive force on several ranks: that of one process which holds all points."""
+"""The contrastive force on several ranks: that of one process which holds all points; and inputs
+that are refused on all ranks."""
 
 import functools
 from typing import NamedTuple
@@ -6,12 +7,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from force_formulas import naive
+from force_formulas import specified
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_contrastive import losses
+from dist_contrastive.errors import ConfigError, NonFiniteError
 from dist_contrastive.testing import run_ranks
 
 PRESETS = ("seed", "drift", "paper")
@@ -23,9 +25,13 @@ SPLITS = {  # points of every rank, some of which have none of a kind, or none a
     4: {"negative": (2, 5, 0, 4), "fixed": (4, 1, 0, 0), "positive": (0, 6, 0, 7)},
 }
 BATCHES = ("plain", "labels", "groups", "coinciding", "everything")
-WAYS = [  # the latter in tiles of whole blocks
+WAYS = [
     {"keys_from": "gather", "impl": "chunked", "chunk_size": 6},
-    {"keys_from": "ring", "impl": "dense"},
+    {"keys_from": "ring", "impl": "dense"},  # in tiles of whole blocks
+]
+MORE_WAYS = [  # of the batch with everything
+    {"keys_from": "gather", "impl": "dense"},
+    {"keys_from": "ring", "impl": "chunked", "chunk_size": 3},
 ]
 Arguments = dict[str, Tensor]
 
@@ -71,7 +77,7 @@ def leaves(given: Arguments) -> Arguments:
 
 
 def cases() -> list[tuple[str, str, dict]]:
-    """Preset, batch and settings."""
+    """Presets, batches and settings."""
     plain = [(preset, name, {}) for preset in PRESETS for name in BATCHES]
     apart = {"scale_scope": "label", "norm_scope": "label", "affinity_floor": 1e-3}
     wide = {"scale_scope": "global", "norm_scope": "group", "normalise_total": True}
@@ -107,19 +113,23 @@ def on_ranks() -> list[Result]:
     return [
         computed(share(batch(name)), preset, **settings, **way)
         for preset, name, settings in cases()
-        for way in WAYS
+        for way in ways(name)
     ]
+
+
+def ways(name: str) -> list[dict]:
+    return [*WAYS, *MORE_WAYS] if name == "everything" else WAYS
 
 
 @pytest.fixture(scope="module")
 def right() -> list[Result]:
-    """Of every case what the naive form finds; and what one process does, densely."""
+    """Of every case what the specification finds; and what one process does, densely."""
     found = []
     for preset, name, settings in cases():
         given = leaves(batch(name))
         dense = computed(given, preset, impl="dense", **settings)
         settings = {k: x for k, x in settings.items() if k != "diagnostics"}
-        expected = naive(preset, **given, temperatures=TEMPERATURES, **settings)
+        expected = specified(preset, **given, temperatures=TEMPERATURES, **settings)
         gradients = derived(expected.loss, given)
         metrics = {
             k: expected.metrics["scale"] if k == "scale" else x for k, x in dense.metrics.items()
@@ -132,8 +142,8 @@ def right() -> list[Result]:
 def test_ranks_find_what_one_process_finds(world_size, right):
     """Gathered and in a ring."""
     of_ranks = list(zip(*run_ranks(on_ranks, world_size), strict=True))
-    names = [f"{case}, {way}" for case in cases() for way in WAYS]
-    expected = [x for x in right for _ in WAYS]
+    names = [f"{case}, {way}" for case in cases() for way in ways(case[1])]
+    expected = [x for x, case in zip(right, cases(), strict=True) for _ in ways(case[1])]
     for name, found, correct in zip(names, of_ranks, expected, strict=True):
         for rank in found:  # the same on all ranks
             closely(rank.value, correct.value, name)
@@ -203,7 +213,7 @@ def test_groups_of_their_own_are_those_of_one_process(world_size):
     of_ranks = zip(*run_ranks(groups_on_ranks, world_size), strict=True)
     for (preset, scopes), found in zip(settings_of_groups(), of_ranks, strict=True):
         given, name = leaves(many_groups()), f"{preset}, {scopes}"
-        expected = naive(preset, **given, temperatures=TEMPERATURES, **scopes)
+        expected = specified(preset, **given, temperatures=TEMPERATURES, **scopes)
         for rank in found:
             closely(rank.value, expected.loss.detach(), name)
             for key in ("scale", *(f"neighbours/{t:g}" for t in TEMPERATURES)):
@@ -253,3 +263,145 @@ def test_of_groups_of_their_own_only_scalars_cross_ranks():
             assert max(numbers) <= headers
             others = sum(sorted(numbers)[:-2])  # than the two exchanges of headers
             assert (others > 2) == ("global" in scopes)  # 2: the mean loss
+
+
+TWO, THREE = torch.ones(2, 4), torch.ones(3, 4)
+NUMBERS = [torch.arange(n) for n in range(4)]
+POINTS = {"negative": TWO, "positive": THREE}
+LABELLED = {**POINTS, "negative_labels": NUMBERS[2], "positive_labels": NUMBERS[3]}
+NAN = torch.tensor([1.0, torch.nan])
+BAD = {  # what two ranks give, and words of the refusal
+    "labels on one rank": (
+        [POINTS, LABELLED],
+        "labels are missing on ranks [0]; give them on all ranks or none",
+    ),
+    "labels of the wrong length": (
+        [LABELLED, {**POINTS, "negative_labels": NUMBERS[3], "positive_labels": NUMBERS[2]}],
+        "rank 1 has to give 2 negative_labels and 3 positive_labels",
+    ),
+    "labels of one kind": (
+        [{**POINTS, "negative_labels": NUMBERS[2]}, LABELLED],
+        "rank 0 has to give 2 negative_labels and 3 positive_labels",
+    ),
+    "no labels of fixed": (
+        [{**LABELLED, "fixed": THREE, "fixed_labels": NUMBERS[3]}, {**LABELLED, "fixed": TWO}],
+        "rank 1 has to give 2 negative_labels and 2 fixed_labels and 3 positive_labels",
+    ),
+    "floating labels": (
+        [LABELLED, {**LABELLED, "negative_labels": TWO[:, 0]}],
+        "labels must be integers",
+    ),
+    "shapes": (
+        [POINTS, {"negative": TWO, "positive": THREE[:, :3]}],
+        "negative and positive have shapes (2, 4) and (3, 3) on rank 1",
+    ),
+    "shape of fixed": (
+        [{**POINTS, "fixed": TWO}, {**POINTS, "fixed": TWO[:, :3]}],
+        "negative and fixed and positive have shapes (2, 4) and (2, 3) and (3, 4) on rank 1",
+    ),
+    "groups of data": (
+        [{"negative": torch.ones(2, 3, 4), "positive": torch.ones(3, 3, 4)}] * 2,
+        "shapes (2, 3, 4) and (3, 3, 4) on rank 0; give [..., m, dim] and [..., n, dim] with equal",
+    ),
+    "groups of a rank": (
+        [{"negative": x, "positive": x} for x in (torch.ones(2, 3, 4), torch.ones(3, 3, 4))],
+        "points differ between ranks: [rows, 2, 4] torch.float32 without gradient on rank 0; "
+        "[rows, 3, 4]",
+    ),
+    "integers": (
+        [POINTS, {"negative": TWO, "positive": TWO.long()}],
+        "rank 1 gives torch.float32 and torch.int64",
+    ),
+    "no dimension": (
+        [{"negative": TWO[:, :0], "positive": TWO[:, :0]}] * 2,
+        "(2, 0) on rank 0 hold no group or no dimension",
+    ),
+    "no group": (
+        [{"negative": x, "positive": x} for x in (TWO[None], TWO[None][:0])],
+        "(0, 2, 4) on rank 1 hold no group or no dimension",
+    ),
+    "no data": (
+        [{"negative": TWO, "positive": TWO[:0]}] * 2,
+        "ranks together hold 4 negative (generated) and 0 positive",
+    ),
+    "nothing generated": (
+        [{"negative": TWO[:0], "positive": TWO, "fixed": TWO}] * 2,
+        "ranks together hold 0 negative (generated) and 4 positive",
+    ),
+    "no positive on one rank": (
+        [POINTS, {"negative": TWO, "positive": None}],
+        "positive are missing on ranks [1]; give them on all ranks",
+    ),
+    "points that are no tensor": (
+        [POINTS, {"negative": TWO.numpy(), "positive": THREE}],
+        "points must be floating tensors of at most 6 dimensions; rank 1 gives no such tensor and",
+    ),
+    "weights that overflow": (
+        [{**POINTS, "negative_weights": x} for x in (TWO[:, 0], TWO[:, 0].double() * 1e100)],
+        "negative_weights on rank 1 hold NaN, infinity or negative numbers",
+    ),
+    "fixed on one rank": (
+        [{**POINTS, "fixed": TWO}, POINTS],
+        "fixed are missing on ranks [1]; give them on all ranks or none",
+    ),
+    "weights on one rank": (
+        [POINTS, {**POINTS, "positive_weights": THREE[:, 0]}],
+        "positive_weights are missing on ranks [0]; give them on all ranks or none",
+    ),
+    "too few weights": (
+        [{**POINTS, "positive_weights": THREE[:, 0]}, {**POINTS, "positive_weights": TWO[:, 0]}],
+        "positive_weights of shape (2,) and torch.float32 on rank 1 do not fit points of shape "
+        "(3, 4); give floating numbers (3,)",
+    ),
+    "weights of other groups": (
+        [{"negative": TWO[None], "positive": THREE[None], "negative_weights": TWO}] * 2,
+        "negative_weights of shape (2, 4) and torch.float32 on rank 0 do not fit points of shape "
+        "(1, 2, 4); give floating numbers (2,) or (1, 2)",
+    ),
+    "weights that are integers": (
+        [POINTS | {"negative_weights": TWO[:, 0]}, POINTS | {"negative_weights": NUMBERS[2]}],
+        "negative_weights of shape (2,) and torch.int64 on rank 1 do not fit",
+    ),
+    "weights that are no tensor": (
+        [POINTS | {"negative_weights": TWO[:, 0]}, POINTS | {"negative_weights": [1.0, 2.0]}],
+        "negative_weights of shape",
+    ),
+    "NaN in points": (
+        [POINTS, {"negative": TWO, "positive": THREE * torch.nan}],
+        "NaN, infinity or squares that overflow in 3 of 5 rows of points on rank 1",
+    ),
+    **{
+        f"weights {what}": (
+            [{**given, "negative_weights": TWO[:, 0]}, {**given, "negative_weights": weights}],
+            "negative_weights on rank 1 hold NaN, infinity or negative numbers; weights must be 0 "
+            "or more",
+        )
+        for what, given, weights in (
+            ("below 0", POINTS, torch.tensor([1.0, -1.0])),
+            ("that are NaN", POINTS, NAN),
+            ("that are infinite", POINTS, torch.tensor([1.0, torch.inf])),
+            ("of groups that are NaN", {k: x[None] for k, x in POINTS.items()}, NAN[None]),
+        )
+    },
+}
+
+
+def refused() -> list[str]:
+    words = []
+    for keys_from in ("gather", "ring"):
+        for inputs, _ in BAD.values():
+            with pytest.raises((ConfigError, NonFiniteError)) as caught:
+                losses.ContrastiveForce(keys_from=keys_from)(**inputs[dist.get_rank()])
+            words.append(str(caught.value))
+    with pytest.raises(ConfigError) as caught:
+        losses.ContrastiveForce(keys_from="local")(TWO, TWO[: 2 - 2 * dist.get_rank()])
+    return [*words, str(caught.value)]
+
+
+def test_bad_points_are_refused_on_all_ranks_in_the_same_words():
+    first, second = run_ranks(refused, 2)
+    assert first == second
+    expected = [words for _, words in BAD.values()] * 2
+    for words, message in zip([*expected, "rank 1 holds 2 negative"], first, strict=True):
+        assert words in message
+        assert message.count(". ") == 0  # one sentence

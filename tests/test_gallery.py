@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from force_formulas import drift_force, paper_drift
 
 from dist_contrastive import config as configs
 from dist_contrastive.evaluation.generators import FIELD_SIDE, force_field
 from dist_contrastive.losses import ContrastiveForce
+from dist_contrastive.losses.force import PRESETS, spec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gallery
@@ -29,14 +29,20 @@ def test_the_force_field_is_the_force_on_one_more_point(preset):
     assert torch.equal(at.amin(0), points.amin(0).float())
     assert torch.equal(at.amax(0), points.amax(0).float())
     scale = torch.cdist(points, points).mean()
-    negatives = [torch.cat([place[None], generated]) / scale for place in at.double()]
-    expected = torch.zeros(len(at), 2).double()
-    for t in loss.temperatures:
-        if preset == "drift":
-            expected += torch.stack([drift_force(data / scale, n, t)[0] for n in negatives])
-        else:  # one unit for all places
-            forces = torch.stack([paper_drift(n, data / scale, t) for n in negatives])
-            expected += forces[:, 0] / forces.square().mean().sqrt()
+    groups = [torch.cat([place[None], points]) / scale for place in at.double()]
+    kind, rules = torch.tensor([0] * 6 + [1] * 7), PRESETS[preset]
+    forces = spec.force(
+        torch.stack(groups),
+        kind == 0,
+        kind == 1,
+        torch.zeros(13),
+        temperatures=loss.temperatures,
+        square=rules.square,
+        mask_self=rules.mask_self,
+        divide_by=rules.divide_by,
+        norm_scope=rules.norm_scope,  # paper: one unit for all places
+    )
+    expected = forces.force[:, 0]
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 

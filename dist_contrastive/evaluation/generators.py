@@ -194,7 +194,7 @@ def force_field(loss: ContrastiveForce, generated: Tensor, data: Tensor) -> tupl
     # A group for each place, in which the point there comes first.
     others, positive = (x.expand(len(at), *x.shape) for x in (generated, data))
     negative = torch.cat([at[:, None], others], dim=1)
-    floor = loss.rules.affinity.floor
+    floor = loss.rules.floor
     alone = ContrastiveForce(
         loss.temperatures, loss.settings.preset, affinity_floor=floor, keys_from="local"
     )

@@ -1,11 +1,11 @@
 """The contrastive force. Reading order: spec, points, affinity, sums, passes, inputs, loss."""
 
+from dist_contrastive.losses.force.affinity import Scope
 from dist_contrastive.losses.force.loss import (
     PRESETS,
     ContrastiveForce,
     Preset,
     contrastive_force,
 )
-from dist_contrastive.losses.force.sums import Scope
 
 __all__ = ["PRESETS", "ContrastiveForce", "Preset", "Scope", "contrastive_force"]

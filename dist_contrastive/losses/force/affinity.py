@@ -3,25 +3,65 @@
     log A[j, k] = -d[j, k] / t + row[j] + key[k]
 
 with row and key half of minus the log-sum-exps that normalise A's row j and its column k.
+
+T temperatures, G groups, L labels, R points of this rank; [g, r, k] those of a tile.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dist_contrastive.losses.force.points import GENERATED, Tile
+from dist_contrastive.losses.force.points import GENERATED, PointTile
+
+Scope = Literal["label", "group", "global"]
 
 # Exponents up to this size neither over- nor underflow in fp32, nor do sums of them.
 SAFE = 60.0
 _LARGEST_POWER = 64  # the relative error of a power is that of its base times the exponent
 
 
+@dataclass(frozen=True)
+class ForceRules:
+    """What distinguishes the forms of the force; `spec` has their meaning."""
+
+    temperatures: tuple[float, ...]
+    square: bool
+    """Whether every point has a row in A; else generated ones alone."""
+    mask_self: bool
+    """Whether a point is left out of its own softmaxes."""
+    divide_by: Literal["lengths", "force"]
+    """sqrt(mean((d A)^2)), or the root mean square of the force itself."""
+    scale_scope: Scope
+    norm_scope: Scope
+    scale_gradient: bool
+    """Whether gradients flow through the mean distance."""
+    per_dimension: bool
+    """Whether coordinates, rather than distances, are brought to order 1: times sqrt(D)."""
+    floor: float = 0.0
+    normalise_total: bool = False
+
+    def has_row(self, row_kind: int, key_kind: int) -> bool:
+        """Whether A has rows of that kind."""
+        return self.square or row_kind == GENERATED
+
+    def softmax_sides(self, row_kind: int, key_kind: int) -> list[int]:
+        """Which softmaxes a point of `row_kind` takes with points of `key_kind`: 0 that over its
+        row, 1 that over its column, which for square A are one."""
+        if self.square:
+            return [0]
+        return [side for side, kind in enumerate((row_kind, key_kind)) if kind == GENERATED]
+
+    def in_softmax(self, row_kind: int, key_kind: int) -> bool:
+        """Whether there are any."""
+        return bool(self.softmax_sides(row_kind, key_kind))
+
+
 class Scratch:
-    """Memory by name that is used again and again: to allocate an array costs a CPU more than to
+    """Named buffers that are used again and again: to allocate an array costs a CPU more than to
     fill it."""
 
     def __init__(self) -> None:
@@ -32,10 +72,10 @@ class Scratch:
         """An array of the shape of x, whose numbers are whatever was left in it."""
         last = self._last.get(name)
         if last is None or last.shape != x.shape or last.dtype != x.dtype:
-            self._last[name] = last = self._of_shape(name, x)
+            self._last[name] = last = self._view(name, x)
         return last
 
-    def _of_shape(self, name: str, x: Tensor) -> Tensor:
+    def _view(self, name: str, x: Tensor) -> Tensor:
         held = self._held.get(name)
         if held is None or held.numel() < x.numel() or held.dtype != x.dtype:
             self._held[name] = held = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
@@ -52,7 +92,11 @@ class _Step(NamedTuple):
 
 
 class Powers:
-    """How ``exp(-x/t)`` at some temperatures t follow from each other.
+    """Exponentials ``exp(-x/t)`` at several temperatures, from few of them.
+
+    Where a temperature divides another, as in (0.01, 0.02, 0.05, 0.1, 0.2), its exponential is a
+    power of the other's, and a product costs a tenth of an exponential: the whole loss is 1.1 to
+    1.3 times as fast (M = N = 2048, D = 256).
 
     Args:
         temperatures: all above 0, in any order.
@@ -60,24 +104,24 @@ class Powers:
 
     def __init__(self, temperatures: Sequence[float]) -> None:
         self.scratch = Scratch()
-        of_base: dict[int, dict[int, list[int]]] = {}  # number of a temperature -> exponent -> ...
+        bases: dict[int, dict[int, list[int]]] = {}  # number of a temperature -> exponent -> ...
         for number in sorted(range(len(temperatures)), key=lambda i: -temperatures[i]):
-            base, exponent = _find_base(of_base, temperatures, number)
-            of_base.setdefault(base, {}).setdefault(exponent, []).append(number)
-        self._chains = {base: _chain(exponents) for base, exponents in of_base.items()}
+            base, exponent = _find_base(bases, temperatures, number)
+            bases.setdefault(base, {}).setdefault(exponent, []).append(number)
+        self._chains = {base: _chain(exponents) for base, exponents in bases.items()}
 
-    def exponentials(self, x: Tensor, slope: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """``exp(slope[t] * x)`` for every temperature: its number and [g, ...], which is not to be
-        changed, and is overwritten by the next.
+    def exponentials(self, x: Tensor, neg_inv_temperature: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """``exp(neg_inv_temperature[t] * x)`` for every temperature: its number and [g, ...], which
+        is not to be changed, and is overwritten by the next.
 
         Args:
-            x: [g, ...], overwritten. slope: [T, g], proportional to 1/t.
+            x: [g, ...], overwritten. neg_inv_temperature: [T, g], proportional to 1/t.
         """
         *_, last = self._chains
         for base, steps in self._chains.items():
             # The first power may take the place of x where no other base needs that.
             first = x if base == last else self.scratch.like("power 0", x)
-            factor = slope[base].reshape(-1, *[1] * (x.dim() - 1))
+            factor = neg_inv_temperature[base].reshape(-1, *[1] * (x.dim() - 1))
             known: dict[int, Tensor] = {}
             for exponent, factors, place, numbers in steps:
                 out = first if place == 0 else self.scratch.like(f"power {place}", x)
@@ -91,7 +135,7 @@ class Powers:
 
 
 def _find_base(bases: Iterable[int], temperatures: Sequence[float], number: int) -> tuple[int, int]:
-    """A temperature that this one divides, and how often: itself, if there is none."""
+    """Number of a temperature that this one divides, and how often; itself, if there is none."""
     for base in bases:
         ratio = temperatures[base] / temperatures[number]
         if round(ratio) <= _LARGEST_POWER and abs(ratio - round(ratio)) < 1e-9 * ratio:
@@ -100,7 +144,7 @@ def _find_base(bases: Iterable[int], temperatures: Sequence[float], number: int)
 
 
 def _chain(wanted: dict[int, list[int]]) -> list[_Step]:
-    """The products that lead to the exponents wanted. A power whose last use is a product gives its
+    """Products that lead to the exponents wanted. A power whose last use is a product gives its
     place to that: two or three arrays are enough, and stay in the processor's cache."""
     sums: dict[int, tuple[int, int] | None] = {1: None}
     for exponent in sorted(wanted):
@@ -116,7 +160,7 @@ def _chain(wanted: dict[int, list[int]]) -> list[_Step]:
 
 
 def _add_exponent(sums: dict[int, tuple[int, int] | None], exponent: int) -> None:
-    """As the sum of two exponents before it, with those that this takes."""
+    """Add an exponent as the sum of two before it, with those that this takes."""
     if exponent in sums:
         return
     nearest = max(k for k in sums if k < exponent)
@@ -128,76 +172,53 @@ def _add_exponent(sums: dict[int, tuple[int, int] | None], exponent: int) -> Non
 
 
 @dataclass(frozen=True)
-class Affinity:
-    """``A = max(sqrt(softmax over each row * softmax over each column), floor)`` of -d/t.
+class LogAffinity:
+    """Terms of log A for this rank's points, or for those of a tile."""
 
-    With `square` every point has a row and a column. Without, generated points alone have rows. In
-    the softmaxes a point leaves itself out if `mask_self`.
-    """
-
-    square: bool
-    mask_self: bool
-    floor: float = 0.0
-
-    def has_row(self, row_kind: int, key_kind: int) -> bool:
-        """Whether A has rows of that kind."""
-        return self.square or row_kind == GENERATED
-
-    def sides(self, row_kind: int, key_kind: int) -> list[int]:
-        """Which softmaxes a point of `row_kind` takes with points of `key_kind`: 0 that over its
-        row, 1 that over its column, which for square A are one."""
-        if self.square:
-            return [0]
-        return [side for side, kind in enumerate((row_kind, key_kind)) if kind == GENERATED]
-
-    def in_softmax(self, row_kind: int, key_kind: int) -> bool:
-        """Whether there are any."""
-        return bool(self.sides(row_kind, key_kind))
-
-
-@dataclass(frozen=True)
-class Exponents:
-    """What log A is made of, for this rank's points, or for those of a tile. T temperatures."""
-
-    slope: Tensor  # [T, G, L] or [T, g]: -1/t in units of the coordinates
+    neg_inv_temperature: Tensor  # [T, G, L] or [T, g]: -1/t in units of the coordinates
     row: Tensor  # [T, G, R]
     key: Tensor  # [T, G, R]
-    near_row: Tensor  # [G, R], distance of the nearest point in the row's softmax, 0 for none
-    near_key: Tensor  # [G, R], the same for the column
+    nearest_row: Tensor  # [G, R], distance of the nearest point in the row's softmax, 0 for none
+    nearest_key: Tensor  # [G, R], the same for the column
     log_weights: Tensor | None  # [G, R] logarithms of what A's columns are multiplied by
     floor: float
 
     @classmethod
-    def of(
+    def from_log_sum_exps(
         cls,
-        slope: Tensor,
+        neg_inv_temperature: Tensor,
         lse: tuple[Tensor, Tensor],
-        near: tuple[Tensor, Tensor],
+        nearest: tuple[Tensor, Tensor],
         weights: Tensor | None,
         floor: float,
-    ) -> "Exponents":
+    ) -> "LogAffinity":
         """From log-sum-exps and nearest distances of rows and of columns; weights [R, G]."""
         row, key = (torch.where(x == -torch.inf, x, x / -2) for x in lse)
-        near_row, near_key = (x.masked_fill(x == torch.inf, 0.0) for x in near)
+        nearest_row, nearest_key = (x.masked_fill(x == torch.inf, 0.0) for x in nearest)
         log_weights = None if weights is None else weights.T.log()
-        return cls(slope, row, key, near_row, near_key, log_weights, floor)
+        return cls(neg_inv_temperature, row, key, nearest_row, nearest_key, log_weights, floor)
 
-    def travelling(self) -> list[Tensor]:
-        """What must be known of keys, each [R, ...]."""
-        found = [self.key.movedim(-1, 0), self.near_key.T]
-        return found if self.log_weights is None else [*found, self.log_weights.T]
+    def key_payload(self) -> list[Tensor]:
+        """What other ranks must know of this rank's points as keys, each [R, ...]."""
+        payload = [self.key.movedim(-1, 0), self.nearest_key.T]
+        return payload if self.log_weights is None else [*payload, self.log_weights.T]
 
-    def of_tile(self, tile: Tile, of_keys: tuple[Tensor, ...]) -> "Exponents":
-        """For the rows and keys of a tile, from what has travelled with these, each [k, ...]."""
+    def of_tile(self, tile: PointTile, payload: tuple[Tensor, ...]) -> "LogAffinity":
+        """Terms for the rows and keys of a tile, from the payload of these, each [k, ...]."""
         g, r = tile.g, tile.r
-        key, near_key, *weights = (x.movedim(0, -1)[..., g, :].contiguous() for x in of_keys)
-        return Exponents(
-            self.slope[:, g, tile.label], self.row[:, g, r], key, self.near_row[g, r], near_key,
-            weights[0] if weights else None, self.floor,
-        )  # fmt: skip
+        key, nearest_key, *weights = (x.movedim(0, -1)[..., g, :].contiguous() for x in payload)
+        return LogAffinity(
+            self.neg_inv_temperature[:, g, tile.label],
+            self.row[:, g, r],
+            key,
+            self.nearest_row[g, r],
+            nearest_key,
+            weights[0] if weights else None,
+            self.floor,
+        )
 
-    def of_coinciding(self, coinciding: Tensor) -> Tensor:
-        """Of a tile, log of the sum over keys that coincide [g, r, k] with a row: [T, g, r]."""
+    def coinciding_log_sums(self, coinciding: Tensor) -> Tensor:
+        """Logarithms of the sums of A over keys that coincide [g, r, k] with a row: [T, g, r]."""
         sums = []
         for row, key in zip(self.row, self.key, strict=True):
             log_a = self._floored(row[..., None] + key[:, None])
@@ -205,10 +226,10 @@ class Exponents:
         return torch.stack(sums)
 
     def weights(
-        self, tile: Tile, powers: Powers, log_factor: Tensor | None = None
+        self, tile: PointTile, powers: Powers, log_factor: Tensor | None = None
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """A of a tile's pairs that do not coincide, at every temperature: its number, weight
-        [g, r, k] and log_unit [g, r], with ``A * exp(log_factor) = weight * exp(log_unit)``.
+        [g, r, k] and log_shift [g, r], with ``A * exp(log_factor) = weight * exp(log_shift)``.
 
         Weights are at most 1; those of each row whose A is not negligible are not all tiny. They
         may be changed, and are overwritten by those of the next temperature.
@@ -217,42 +238,51 @@ class Exponents:
             log_factor: [T, g, r]; None: 0.
         """
         row = self.row if log_factor is None else self.row + log_factor
-        if self.floor > 0:
-            yield from self._one_by_one(tile, log_factor)
-            return
-        half = self.slope[..., None] / 2
+        half = self.neg_inv_temperature[..., None] / 2
         key = self.key if self.log_weights is None else self.key + self.log_weights
-        row_seen, key_seen = row + half * self.near_row, key + half * self.near_key
-        top = _finite(key_seen.amax(-1, keepdim=True))
-        lowest = key_seen.masked_fill(key_seen == -torch.inf, torch.inf).amin(-1, keepdim=True)
-        unit = row_seen + top
-        # Also the largest of a row may be tiny here, where keys of the tile are far from it only.
-        far = tile.nearest - (self.near_row + self.near_key.amin(-1, keepdim=True)) / 2
-        vanishing = (-self.slope.amin(0)[:, None] * far).masked_fill(far == torch.inf, 0.0) > SAFE
-        if (top - lowest > SAFE).any() or (unit > SAFE).any() or vanishing.any():
-            yield from self._one_by_one(tile, log_factor)
+        # Seen from half of both nearest distances, one exponential serves all temperatures, which
+        # makes the whole loss 1.1 to 1.3 times as fast, if none of its factors over- or underflows.
+        row_term, key_term = row + half * self.nearest_row, key + half * self.nearest_key
+        largest = _finite(key_term.amax(-1, keepdim=True))
+        log_shift = row_term + largest
+        if self.floor > 0 or self._may_underflow(tile, key_term, largest, log_shift):
+            yield from self._weights_one_by_one(tile, log_factor)
             return
-        factor = (key_seen - top).exp_()[..., None, :]
+        factor = (key_term - largest).exp_()[..., None, :]
         weight = powers.scratch.like("weight", tile.d)
-        x = torch.sub(tile.d, (self.near_row / 2)[..., None], out=powers.scratch.like("x", weight))
-        x -= (self.near_key / 2)[..., None, :]
-        for t, exponential in powers.exponentials(x, self.slope):
-            yield t, torch.mul(exponential, factor[t], out=weight), unit[t]
+        x = powers.scratch.like("x", weight)
+        torch.sub(tile.d, (self.nearest_row / 2)[..., None], out=x)
+        x -= (self.nearest_key / 2)[..., None, :]
+        for t, exponential in powers.exponentials(x, self.neg_inv_temperature):
+            yield t, torch.mul(exponential, factor[t], out=weight), log_shift[t]
 
-    def _one_by_one(
-        self, tile: Tile, log_factor: Tensor | None
+    def _may_underflow(
+        self, tile: PointTile, key_term: Tensor, largest: Tensor, log_shift: Tensor
+    ) -> bool:
+        """Whether a factor of some weight leaves the range of fp32."""
+        lowest = key_term.masked_fill(key_term == -torch.inf, torch.inf).amin(-1, keepdim=True)
+        # Also the largest weight of a row may be tiny, where it is far from the tile's keys alone.
+        far = tile.nearest - (self.nearest_row + self.nearest_key.amin(-1, keepdim=True)) / 2
+        exponent = -self.neg_inv_temperature.amin(0)[:, None] * far
+        exponent = exponent.masked_fill(far == torch.inf, 0.0)
+        return any(bool((x > SAFE).any()) for x in (largest - lowest, log_shift, exponent))
+
+    def _weights_one_by_one(
+        self, tile: PointTile, log_factor: Tensor | None
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """`weights` by one exponential each, seen from the largest of the row."""
-        for t, (slope, row, key) in enumerate(zip(self.slope, self.row, self.key, strict=True)):
-            log_a = torch.addcmul(key[:, None], tile.d, slope[:, None, None]).add_(row[..., None])
+        terms = zip(self.neg_inv_temperature, self.row, self.key, strict=True)
+        for t, (factor, row, key) in enumerate(terms):
+            log_a = torch.addcmul(key[:, None], tile.d, factor[:, None, None]).add_(row[..., None])
             log_a = self._floored(log_a)
             if tile.coinciding is not None:
                 log_a.masked_fill_(tile.coinciding, -torch.inf)
-            log_unit = log_a.amax(-1)  # -inf where all weights are 0
-            log_a.sub_(_finite(log_unit)[..., None])
+            log_shift = log_a.amax(-1)  # -inf where all weights are 0
+            log_a.sub_(_finite(log_shift)[..., None])
             if log_factor is not None:
-                log_unit = torch.where(log_unit == -torch.inf, log_unit, log_unit + log_factor[t])
-            yield t, log_a.exp_(), log_unit
+                empty = log_shift == -torch.inf
+                log_shift = torch.where(empty, log_shift, log_shift + log_factor[t])
+            yield t, log_a.exp_(), log_shift
 
     def _floored(self, log_a: Tensor) -> Tensor:
         """In place: not below the floor, and with the keys' weights [g, r, k]."""
@@ -262,5 +292,5 @@ class Exponents:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """With 0 in the place of -inf."""
+    """Numbers with 0 in the place of -inf."""
     return x.masked_fill(x == -torch.inf, 0.0)

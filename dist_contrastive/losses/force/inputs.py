@@ -80,9 +80,11 @@ def force_inputs(group: Group, are_compared: bool, given: Given) -> ForceInputs:
     )
 
 
-def amid(rows: Tensor, sizes: tuple[int, ...], are_compared: bool, group: Group) -> Tensor:
-    """A place near most of the rows of all ranks [R, G, D], however far away some are: [G, D]. In
-    each dimension the median of some hundred rows, of every rank in proportion to its `sizes`.
+def center(rows: Tensor, sizes: tuple[int, ...], are_compared: bool, group: Group) -> Tensor:
+    """Median of the rows of all ranks [R, G, D] in each dimension: [G, D].
+
+    An estimate from some hundred rows, of every rank in proportion to its `sizes`; outliers do not
+    move it.
 
     Collectives: one all-gather of these rows, with how many they are, if ranks are compared.
     """

@@ -10,7 +10,7 @@ d Euclidean distances, t a temperature, A the weights of pairs. Per group and te
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,46 +19,22 @@ from torch import Tensor
 
 from dist_contrastive import collectives
 from dist_contrastive.losses.base import PairLoss
-from dist_contrastive.losses.force import passes
-from dist_contrastive.losses.force.affinity import Affinity, Powers
-from dist_contrastive.losses.force.inputs import ForceInputs, KindOfPoints, amid, force_inputs
+from dist_contrastive.losses.force.affinity import ForceRules, Scope
+from dist_contrastive.losses.force.inputs import ForceInputs, KindOfPoints, center, force_inputs
+from dist_contrastive.losses.force.passes import dense_force, distance_sums, streamed_force
 from dist_contrastive.losses.force.points import Points
-from dist_contrastive.losses.force.sums import (
-    AttachGradient,
-    Pool,
-    Scope,
-    log_largest,
-    log_length,
-    root_mean_square,
-    with_unit_rms,
-)
+from dist_contrastive.losses.force.sums import AttachGradient, Pool
 
 Preset = Literal["seed", "drift", "paper"]
-
-
-@dataclass(frozen=True)
-class ForceRules:
-    """What distinguishes the presets; `ContrastiveForce` tells what they mean."""
-
-    temperatures: tuple[float, ...]
-    affinity: Affinity
-    unit: Literal["lengths", "force"]
-    """What a force is divided by: sqrt(mean((d A)^2)), or its own root mean square."""
-    scale_scope: Scope
-    norm_scope: Scope
-    scale_gradient: bool
-    """Whether gradients flow through the mean distance."""
-    per_dimension: bool
-    """Whether coordinates, rather than distances, are brought to order 1: times sqrt(D)."""
-
 
 _SEED_TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 PRESETS: dict[str, ForceRules] = {
     "seed": ForceRules(
         temperatures=_SEED_TEMPERATURES,
-        affinity=Affinity(square=True, mask_self=False),
-        unit="lengths",
+        square=True,
+        mask_self=False,
+        divide_by="lengths",
         scale_scope="group",
         norm_scope="group",
         scale_gradient=True,
@@ -66,8 +42,9 @@ PRESETS: dict[str, ForceRules] = {
     ),
     "drift": ForceRules(
         temperatures=_SEED_TEMPERATURES,
-        affinity=Affinity(square=True, mask_self=True),
-        unit="lengths",
+        square=True,
+        mask_self=True,
+        divide_by="lengths",
         scale_scope="group",
         norm_scope="group",
         scale_gradient=False,
@@ -75,32 +52,15 @@ PRESETS: dict[str, ForceRules] = {
     ),
     "paper": ForceRules(
         temperatures=(0.02, 0.05, 0.2),
-        affinity=Affinity(square=False, mask_self=True),
-        unit="force",
+        square=False,
+        mask_self=True,
+        divide_by="force",
         scale_scope="global",
         norm_scope="global",
         scale_gradient=False,
         per_dimension=True,
     ),
 }
-
-
-def rules_of(
-    preset: str,
-    temperatures: tuple[float, ...] | None,
-    scale_scope: Scope | None,
-    norm_scope: Scope | None,
-    affinity_floor: float,
-) -> ForceRules:
-    """Rules of a preset, with what is given, rather than None, in the place of its own."""
-    rules = PRESETS[preset]
-    return replace(
-        rules,
-        temperatures=temperatures or rules.temperatures,
-        affinity=replace(rules.affinity, floor=affinity_floor),
-        scale_scope=scale_scope or rules.scale_scope,
-        norm_scope=norm_scope or rules.norm_scope,
-    )
 
 
 class ContrastiveForce(PairLoss):
@@ -168,25 +128,30 @@ class ContrastiveForce(PairLoss):
         """Distances kept from pass to pass, in MiB; those beyond are computed again in each of the
         four (three for `contrastive_force`). Of a ring nothing is kept."""
 
+        def rules(self) -> ForceRules:
+            """Rules of the preset, with settings other than None in the place of its own."""
+            preset = PRESETS[self.preset]
+            return replace(
+                preset,
+                temperatures=self.temperatures or preset.temperatures,
+                scale_scope=self.scale_scope or preset.scale_scope,
+                norm_scope=self.norm_scope or preset.norm_scope,
+                floor=self.affinity_floor,
+                normalise_total=self.normalise_total,
+            )
+
     settings: Config
 
     def __init__(self, *args: Any, diagnostics: bool = False, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        chosen = self.settings
-        self.rules = rules_of(
-            chosen.preset,
-            chosen.temperatures,
-            chosen.scale_scope,
-            chosen.norm_scope,
-            chosen.affinity_floor,
-        )
+        self.rules = self.settings.rules()
         self._pool_scale = Pool(self.rules.scale_scope, self.keys_from == "local", self.group)
         self._pool_norm = Pool(self.rules.norm_scope, self.keys_from == "local", self.group)
         self.diagnostics = diagnostics
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """As given."""
+        """One force each."""
         return self.rules.temperatures
 
     def forward(
@@ -214,117 +179,91 @@ class ContrastiveForce(PairLoss):
                 0 or more: the columns of A are multiplied by them after the softmaxes, and
                 distances count with them in scale. None: 1 each.
         """
-        given = self._inputs(
+        inputs = self._inputs(
             KindOfPoints(negative, negative_labels, negative_weights),
             KindOfPoints(positive, positive_labels, positive_weights),
             None if fixed is None else KindOfPoints(fixed, fixed_labels, fixed_weights),
         )
         # Mixed precision would compute distances in bf16, which t = 0.01 makes errors of A.
-        with torch.autocast(given.rows.device.type, enabled=False):
-            return self._loss(given)
+        with torch.autocast(inputs.rows.device.type, enabled=False):
+            return self._loss(inputs)
 
     @torch.no_grad()
     def force(self, negative: Tensor, positive: Tensor, fixed: Tensor | None = None) -> Tensor:
         """Sum of the forces at all temperatures, without rescaling: the shape of negative."""
         others = None if fixed is None else KindOfPoints(fixed)
-        given = self._inputs(KindOfPoints(negative), KindOfPoints(positive), others)
-        with torch.autocast(given.rows.device.type, enabled=False):
-            points = self._points(given)
-            scale = points.rows.new_ones(len(points.rows), given.num_labels)
-            force = self._force(points, given, scale)
+        inputs = self._inputs(KindOfPoints(negative), KindOfPoints(positive), others)
+        with torch.autocast(inputs.rows.device.type, enabled=False):
+            points = self._points(inputs)
+            scale = points.rows.new_ones(len(points.rows), inputs.num_labels)
+            force = self._force(points, inputs, scale)
             return force.transpose(0, 1).reshape(negative.shape)
 
     def _inputs(
         self, negative: KindOfPoints, positive: KindOfPoints, fixed: KindOfPoints | None
     ) -> ForceInputs:
-        further = {} if fixed is None else {"fixed": fixed}
-        given = {"negative": negative, "positive": positive, **further}
-        return force_inputs(self.group, self.keys_from != "local", given)
+        kinds = {"negative": negative, "positive": positive}
+        if fixed is not None:
+            kinds["fixed"] = fixed
+        return force_inputs(self.group, self.keys_from != "local", kinds)
 
-    def _loss(self, given: ForceInputs) -> Tensor:
+    def _loss(self, inputs: ForceInputs) -> Tensor:
         with torch.no_grad():
-            points = self._points(given)
-            mean, slopes = self._mean_distance(points, given)
+            points = self._points(inputs)
+            mean, grad_rows = self._mean_distance(points, inputs)
             scale = torch.where(mean > 0, mean, 1.0)
-            force = self._force(points, given, scale)
+            force = self._force(points, inputs, scale)
         if self.rules.scale_gradient:
-            labels, pool = given.tags[:, 1], self._pool_scale.sum
-            scale = AttachGradient.apply(given.rows, scale, slopes, labels, pool)
-        unit = scale / math.sqrt(given.rows.shape[-1]) if self.rules.per_dimension else scale
-        mine = given.labels_of_generated
-        scaled = given.rows[: len(mine)] / unit.T[mine, :, None]
+            labels, pool = inputs.tags[:, 1], self._pool_scale.sum
+            scale = AttachGradient.apply(inputs.rows, scale, grad_rows, labels, pool)
+        unit = scale / math.sqrt(inputs.rows.shape[-1]) if self.rules.per_dimension else scale
+        labels = inputs.labels_of_generated
+        scaled = inputs.rows[: len(labels)] / unit.T[labels, :, None]
         # n - sg(n + F), bracketed so that a small F does not vanish beside n.
         error = ((scaled - scaled.detach()) - force).square()
         return self.mean(error.sum(), error.numel())
 
-    def _points(self, given: ForceInputs) -> Points:
-        """This rank's rows, seen from amid all points, and the keys of all ranks."""
-        rows = given.rows.detach()
-        rows = rows - amid(rows, given.sizes, self.keys_from != "local", self.group)
-        chunk_size = max(given.sizes) if self.impl == "dense" else self.chunk_size
-        pairs = self.pairs(rows, rows, given.sizes, given.tags)
+    def _points(self, inputs: ForceInputs) -> Points:
+        """This rank's rows, relative to the center of all points, and the keys of all ranks."""
+        rows = inputs.rows.detach()
+        rows = rows - center(rows, inputs.sizes, self.keys_from != "local", self.group)
+        chunk_size = max(inputs.sizes) if self.impl == "dense" else self.chunk_size
+        pairs = self.pairs(rows, rows, inputs.sizes, inputs.tags)
         return Points(pairs, chunk_size, self.settings.cache_mb)
 
-    def _mean_distance(self, points: Points, given: ForceInputs) -> tuple[Tensor, Tensor | None]:
+    def _mean_distance(self, points: Points, inputs: ForceInputs) -> tuple[Tensor, Tensor | None]:
         """Mean of d [G, L], and its derivative by the rows [R, G, D] where gradients need it."""
-        kinds = given.with_gradient if self.rules.scale_gradient else frozenset()
-        total, count, slopes = passes.distance_sums(
-            points, self.rules.affinity, given.weights, given.num_labels, kinds
+        kinds = inputs.with_gradient if self.rules.scale_gradient else frozenset()
+        total, count, grad_points = distance_sums(
+            points, self.rules, inputs.weights, inputs.num_labels, kinds
         )
         total, count = self._pool_scale.sum(torch.stack([total, count]))
         count = torch.where(count > 0, count, 1.0)  # 0 where nothing interacts
-        if slopes is not None:
-            slopes = slopes.transpose(0, 1) / count.T[given.tags[:, 1], :, None].to(slopes.dtype)
-        return (total / count).to(points.rows.dtype), slopes
+        mean = (total / count).to(points.rows.dtype)
+        if grad_points is None:
+            return mean, None
+        count_of_rows = count.T[inputs.tags[:, 1], :, None]
+        return mean, grad_points.transpose(0, 1) / count_of_rows.to(grad_points.dtype)
 
-    def _force(self, points: Points, given: ForceInputs, scale: Tensor) -> Tensor:
+    def _force(self, points: Points, inputs: ForceInputs, scale: Tensor) -> Tensor:
         """Force on the generated points, in units of scale [G, L]: [m, G, D]."""
-        engine = self._engine(points, given, scale, 1.0)
-        labels, by_force = given.labels_of_generated, self.rules.unit == "force"
-        sums, pool = engine.log_sums(with_square=not by_force), self._pool_norm
-        # In units of each scale, since a unit may be a mean over several of these.
-        log_scale = scale.double().log()
-        sums = replace(sums, square=sums.square - 2 * log_scale)
-        log_unit = log_largest(sums, labels, pool) if by_force else log_length(sums, pool)
-        force = engine.accumulate(sums, log_unit + log_scale, by_force or self.diagnostics)
-        self.metrics = {}
-        if self.diagnostics:
-            rms = root_mean_square(force, labels, given.num_labels, pool)
-            half = self._engine(points, given, scale, 0.5).row_logsumexp()
-            order = math.sqrt(force.shape[-1]) if self.rules.per_dimension else 1.0
-            whole = rms * order * log_unit.exp() if by_force else rms
-            self._report(given, scale, whole, engine.row_logsumexp(), half)
-        if by_force:
-            force = with_unit_rms(force, labels, given.num_labels, pool)
-        force = force.sum(0, keepdim=True)
-        if self.settings.normalise_total:
-            force = with_unit_rms(force, labels, given.num_labels, pool)
-        return force[0].transpose(0, 1)
-
-    def _engine(
-        self, points: Points, given: ForceInputs, scale: Tensor, factor: float
-    ) -> passes.StreamedForce | passes.DenseForce:
-        """At temperatures times factor."""
-        temperatures = scale.new_tensor(self.temperatures)[:, None, None] * factor
-        settings = points, self.rules.affinity, -1 / (temperatures * scale), given.weights
+        compute = streamed_force
         if self.impl == "dense" and self.keys_from != "ring":
-            return passes.DenseForce(*settings)
-        return passes.StreamedForce(*settings, Powers(self.temperatures))
-
-    def _report(
-        self, given: ForceInputs, scale: Tensor, rms: Tensor, lse: Tensor, lse_of_half: Tensor
-    ) -> None:
-        """Set `metrics`; lse [T, G, R] at each temperature, and at half of it."""
-        m = given.num_generated
-        # sum(softmax^2) is exp(lse at t/2) / exp(lse)^2; who sees nobody has 0 neighbours.
-        neighbours = (2 * lse[..., :m] - lse_of_half[..., :m]).exp().nan_to_num(0.0)
-        self.metrics = {"scale": self._plain_mean(scale)}
-        for number, t in enumerate(self.temperatures):
-            self.metrics[f"force_rms/{t:g}"] = self._plain_mean(rms[number])
-            self.metrics[f"neighbours/{t:g}"] = self._plain_mean(neighbours[number])
+            compute = dense_force
+        force, rms, neighbours = compute(
+            points, self.rules, self._pool_norm, scale, inputs.weights, self.diagnostics
+        )
+        self.metrics = {}
+        if rms is not None and neighbours is not None:
+            order = math.sqrt(force.shape[-1]) if self.rules.per_dimension else 1.0
+            self.metrics["scale"] = self._plain_mean(scale)
+            for number, t in enumerate(self.temperatures):
+                self.metrics[f"force_rms/{t:g}"] = self._plain_mean(order * rms[number])
+                self.metrics[f"neighbours/{t:g}"] = self._plain_mean(neighbours[number])
+        return force.transpose(0, 1)
 
     def _plain_mean(self, x: Tensor) -> Tensor:
-        """Over all numbers of all ranks, of which some may have none."""
+        """Mean over all numbers of all ranks, of which some may have none."""
         return collectives.global_mean(x.double().sum(), x.numel(), self.group)
 
 

@@ -1,10 +1,10 @@
-"""Log-sum-exps over the keys of tiles, and what the force is divided by: sums over a scope.
+"""Log-sum-exps over keys, tile by tile; and sums over a scope, by which the force is divided.
 
 T temperatures, G groups, L labels, R points of this rank, of which m are generated.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,92 +12,98 @@ from torch.autograd.function import once_differentiable
 
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Group
-from dist_contrastive.losses.force.affinity import SAFE, Affinity, Powers
-from dist_contrastive.losses.force.points import Points, Tile
-
-Scope = Literal["label", "group", "global"]
+from dist_contrastive.losses.force.affinity import SAFE, ForceRules, Powers, Scope
+from dist_contrastive.losses.force.points import Points, PointTile
 
 
 def log_sum_exps(
-    points: Points, affinity: Affinity, slope: Tensor, powers: Powers
+    points: Points, rules: ForceRules, neg_inv_temperature: Tensor, powers: Powers
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Log-sum-exps of -d/t [T, G, R], over keys for each row and over rows for each key; and the
     distances of the nearest points that take part in these [G, R]. For square A both are the same.
+
+    Args:
+        neg_inv_temperature: -1/t in units of the coordinates [T, G, L].
+
+    Collectives: one round over the keys.
     """
-    shape = *slope.shape[:2], points.rows.shape[1]
+    shape = *neg_inv_temperature.shape[:2], points.rows.shape[1]
     # A point that is in its own softmax adds exp(0).
-    lse = [points.rows.new_full(shape, -torch.inf if affinity.mask_self else 0.0)]
-    near = [points.rows.new_full(shape[1:], torch.inf)]
-    if not affinity.square:
-        lse, near = [*lse, lse[0].clone()], [*near, near[0].clone()]
-    for tile, _ in points.tiles(affinity.in_softmax, once=affinity.in_softmax):
-        by_rows, by_keys = _tile_logsumexp(tile, slope, powers)
-        found = [(tile.row_kind, tile.kind, tile.r, by_rows, tile.nearest)]
+    lse = [points.rows.new_full(shape, -torch.inf if rules.mask_self else 0.0)]
+    nearest = [points.rows.new_full(shape[1:], torch.inf)]
+    if not rules.square:
+        lse, nearest = [*lse, lse[0].clone()], [*nearest, nearest[0].clone()]
+    for tile, _ in points.tiles(rules.in_softmax, halved=rules.in_softmax):
+        by_rows, by_keys = _tile_logsumexps(tile, neg_inv_temperature, powers)
+        parts = [(tile.row_kind, tile.key_kind, tile.r, by_rows, tile.nearest)]
         if by_keys is not None:
-            found.append((tile.kind, tile.row_kind, tile.k, by_keys, tile.nearest_of_keys))
-        for row_kind, key_kind, r, part, nearest in found:
-            for side in affinity.sides(row_kind, key_kind):
+            parts.append((tile.key_kind, tile.row_kind, tile.k, by_keys, tile.nearest_of_keys))
+        for row_kind, key_kind, r, part, tile_nearest in parts:
+            for side in rules.softmax_sides(row_kind, key_kind):
                 add_log(lse[side], (slice(None), tile.g, r), part)
-                near[side][tile.g, r] = torch.minimum(near[side][tile.g, r], nearest)
-    return (lse[0], lse[-1]), (near[0], near[-1])
+                place = nearest[side][tile.g, r]
+                nearest[side][tile.g, r] = torch.minimum(place, tile_nearest)
+    return (lse[0], lse[-1]), (nearest[0], nearest[-1])
 
 
-def _tile_logsumexp(tile: Tile, slope: Tensor, powers: Powers) -> tuple[Tensor, Tensor | None]:
-    """Of -d/t over the keys of a tile [T, g, r], and over its rows for the keys [T, g, k] where the
-    mirrored tile is left out."""
-    slope, d, coinciding = slope[:, tile.g, tile.label], tile.d, tile.coinciding
+def _tile_logsumexps(
+    tile: PointTile, neg_inv_temperature: Tensor, powers: Powers
+) -> tuple[Tensor, Tensor | None]:
+    """Log-sum-exps over the keys of a tile [T, g, r], and over its rows for the keys [T, g, k]
+    where the transposed tile is left out."""
+    factor, coinciding = neg_inv_temperature[:, tile.g, tile.label], tile.coinciding
     by_keys: Tensor | None = None
-    if not tile.is_mirrored:
-        by_rows = _logsumexp(d, tile.nearest, slope, powers)
-    elif _is_even(tile, slope):
-        by_rows, by_keys = _logsumexps(tile, slope, powers)
+    if not tile.is_off_diagonal:
+        by_rows = _logsumexp(tile.d, tile.nearest, factor, powers)
+    elif _has_even_distances(tile, factor):
+        by_rows, by_keys = _logsumexp_both_ways(tile, factor, powers)
     else:
-        by_rows = _logsumexp(d, tile.nearest, slope, powers)
-        by_keys = _logsumexp(d.mT.contiguous(), tile.nearest_of_keys, slope, powers)
+        by_rows = _logsumexp(tile.d, tile.nearest, factor, powers)
+        by_keys = _logsumexp(tile.d.mT.contiguous(), tile.nearest_of_keys, factor, powers)
     if coinciding is not None:
         by_rows = _with_coinciding(by_rows, coinciding)
         by_keys = None if by_keys is None else _with_coinciding(by_keys, coinciding.mT)
     return by_rows, by_keys
 
 
-def _logsumexp(d: Tensor, nearest: Tensor, slope: Tensor, powers: Powers) -> Tensor:
-    """Of slope * d over keys, from slope [T, g] and d [g, r, k]: [T, g, r]. Seen from the nearest
-    key, no sum underflows."""
-    near = nearest.masked_fill(nearest == torch.inf, 0.0)
-    lse = torch.empty(len(slope), *near.shape, dtype=near.dtype, device=near.device)
-    seen = torch.sub(d, near[..., None], out=powers.scratch.like("x", d))
-    for t, exponential in powers.exponentials(seen, slope):
+def _logsumexp(d: Tensor, nearest: Tensor, factor: Tensor, powers: Powers) -> Tensor:
+    """Log-sum-exp of factor * d over keys, from factor [T, g] and d [g, r, k]: [T, g, r]. Seen from
+    the nearest key, no sum underflows."""
+    nearest = nearest.masked_fill(nearest == torch.inf, 0.0)
+    lse = torch.empty(len(factor), *nearest.shape, dtype=nearest.dtype, device=nearest.device)
+    shifted = torch.sub(d, nearest[..., None], out=powers.scratch.like("x", d))
+    for t, exponential in powers.exponentials(shifted, factor):
         lse[t] = exponential.sum(-1)
-    return lse.log_().add_(slope[..., None] * near)
+    return lse.log_().add_(factor[..., None] * nearest)
 
 
-def _is_even(tile: Tile, slope: Tensor) -> bool:
-    """Whether nearest distances are alike enough for `_logsumexps`; infinite ones are not."""
+def _has_even_distances(tile: PointTile, factor: Tensor) -> bool:
+    """Whether nearest distances are alike enough for `_logsumexp_both_ways`; infinite ones never
+    are."""
     nearest = torch.cat([tile.nearest, tile.nearest_of_keys], dim=-1)
     spread = nearest.amax() - nearest.amin()
-    return bool(spread * -slope.amin() < 2 * SAFE)
+    return bool(spread * -factor.amin() < 2 * SAFE)
 
 
-def _logsumexps(tile: Tile, slope: Tensor, powers: Powers) -> tuple[Tensor, Tensor]:
+def _logsumexp_both_ways(tile: PointTile, factor: Tensor, powers: Powers) -> tuple[Tensor, Tensor]:
     """`_logsumexp` of rows and of keys from the same exponentials, seen from half of both nearest
     distances."""
-    near_row, near_key = tile.nearest, tile.nearest_of_keys
-    low = torch.minimum(near_row.amin(), near_key.amin())
-    half = slope[..., None] / 2
-    row_factor, key_factor = ((half * (x - low)).exp_() for x in (near_row, near_key))
+    of_rows, of_keys = tile.nearest, tile.nearest_of_keys
+    lowest = torch.minimum(of_rows.amin(), of_keys.amin())
+    half = factor[..., None] / 2
+    row_factor, key_factor = ((half * (x - lowest)).exp_() for x in (of_rows, of_keys))
     lse_row, lse_key = torch.empty_like(row_factor), torch.empty_like(key_factor)
-    x = torch.sub(tile.d, (near_row / 2)[..., None], out=powers.scratch.like("x", tile.d))
-    x -= (near_key / 2)[..., None, :]
-    for t, exponential in powers.exponentials(x, slope):
+    x = torch.sub(tile.d, (of_rows / 2)[..., None], out=powers.scratch.like("x", tile.d))
+    x -= (of_keys / 2)[..., None, :]
+    for t, exponential in powers.exponentials(x, factor):
         lse_row[t] = (exponential @ key_factor[t, ..., None])[..., 0]
         lse_key[t] = (row_factor[t, ..., None, :] @ exponential)[..., 0, :]
-    return lse_row.log_().add_(half * (near_row + low)), lse_key.log_().add_(
-        half * (near_key + low)
-    )
+    lse_row.log_().add_(half * (of_rows + lowest))
+    return lse_row, lse_key.log_().add_(half * (of_keys + lowest))
 
 
 def _with_coinciding(lse: Tensor, coinciding: Tensor) -> Tensor:
-    """With the keys at a distance of 0, each of which adds exp(0)."""
+    """Log-sum-exps with the keys at a distance of 0, each of which adds exp(0)."""
     return torch.logaddexp(lse, coinciding.sum(-1).to(lse.dtype).log())
 
 
@@ -112,14 +118,14 @@ class LogSums:
 
     negative: Tensor  # [T, G, R], sum of A over negatives other than the row itself
     positive: Tensor  # [T, G, R], sum of A over positives
-    moving: Tensor  # [T, G, R], sum of the weights that the force moves the row with
+    force: Tensor  # [T, G, R], sum of the weights that the force on a row has in it
     square: Tensor  # [T, G, L] fp64, sum of (d * A)**2 over all rows and keys, if it was asked for
     num_pairs: Tensor  # [L] fp64, over how many pairs of a group; not a logarithm
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Makes numbers of groups and labels [..., G, L] those of the scope: one for each label, one
+    """Statistics of groups and labels [..., G, L] as those of a scope: one for each label, one
     for all labels of a group, or one for all. The results have the shape of the numbers.
 
     Collectives: an all-reduce of what is left of the numbers (of logarithms two), unless ranks have
@@ -159,20 +165,28 @@ class Pool:
             largest = collectives.all_reduce_max(largest, self.group)
         return largest.expand(x.shape)
 
+    def of_processes(self, x: Tensor) -> Tensor:
+        """A statistic of scope global [] as `spec.force` asks for it: [W] where ranks have groups
+        of their own; else one process has all points."""
+        if not self.own_groups:
+            return x[None]
+        num_ranks = collectives.world_size(self.group)
+        return collectives.gather_rows(x[None], (1,) * num_ranks, self.group)
 
-def log_length(sums: LogSums, pool: Pool) -> Tensor:
+
+def log_mean_length(sums: LogSums, pool: Pool) -> Tensor:
     """log sqrt(mean((d A)^2)): [T, G, L] fp64."""
     num_pairs = pool.sum(sums.num_pairs.expand(sums.square.shape[1:]))
     return (pool.logsumexp(sums.square) - num_pairs.clamp(min=1).log()) / 2
 
 
-def log_largest(sums: LogSums, labels: Tensor, pool: Pool) -> Tensor:
+def log_largest_force(sums: LogSums, labels: Tensor, pool: Pool) -> Tensor:
     """Logarithm of the largest sum of weights that a force has in it: [T, G, L] fp64.
 
     Args:
         labels: of the generated points [m].
     """
-    of_rows = sums.moving[..., : len(labels)].double()
+    of_rows = sums.force[..., : len(labels)].double()
     largest = torch.full_like(sums.square, -torch.inf)
     largest.scatter_reduce_(-1, labels.expand(of_rows.shape), of_rows, "amax")
     return pool.max(largest)
@@ -188,7 +202,7 @@ def root_mean_square(force: Tensor, labels: Tensor, num_labels: int, pool: Pool)
 
 
 def with_unit_rms(force: Tensor, labels: Tensor, num_labels: int, pool: Pool) -> Tensor:
-    """The forces [T, G, m, D] over their root mean square; 0 where that is 0, or too small for the
+    """Forces [T, G, m, D] over their root mean square; 0 where that is 0, or too small for the
     dtype, which has lost the digits of such numbers."""
     rms = root_mean_square(force, labels, num_labels, pool)
     factor = torch.where(rms >= torch.finfo(force.dtype).tiny, 1 / rms, 0.0).to(force.dtype)
@@ -196,18 +210,18 @@ def with_unit_rms(force: Tensor, labels: Tensor, num_labels: int, pool: Pool) ->
 
 
 class AttachGradient(torch.autograd.Function):
-    """scale [G, L] as a function of the rows [R, G, D], with its derivative given."""
+    """scale [G, L] as a function of the rows [R, G, D], with its derivative by these."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, scale: Tensor, slopes: Tensor, labels: Tensor, pool: Any
+        ctx: Any, rows: Tensor, scale: Tensor, grad_rows: Tensor, labels: Tensor, pool: Any
     ) -> Tensor:
-        ctx.save_for_backward(slopes, labels)
+        ctx.save_for_backward(grad_rows, labels)
         ctx.pool = pool
         return scale.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slopes, labels = ctx.saved_tensors
-        return ctx.pool(grad).T[labels, :, None] * slopes, None, None, None, None
+        grad_rows, labels = ctx.saved_tensors
+        return ctx.pool(grad).T[labels, :, None] * grad_rows, None, None, None, None
