@@ -1,7 +1,10 @@
 """README and docs: what they show works, what they name is there, figures come from benchmarks."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -83,6 +86,45 @@ def test_your_own_images(tmp_path, monkeypatch):
         assert main(argv) == 0
     assert Path(config["run_dir"], "eval.json").exists()
     assert Path(config["run_dir"], "export", "config.yaml").exists()
+
+
+USES_THE_SETTING = """
+import torch
+from dist_contrastive import config, losses
+from dist_contrastive.errors import ConfigError
+
+rows = torch.randn(5, 3)
+torch.testing.assert_close(losses.KoLeo(weight=2)(rows), 2 * losses.KoLeo()(rows))
+encoder = "configs/digits_encoder.yaml"
+load = lambda x: config.load(encoder, [f"task.loss={{name: koleo, weight: {x}}}"])
+assert load(3).task.loss.weight == 3
+try:
+    load(0)
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_a_new_setting_in_ten_lines(tmp_path):
+    """The recipe, applied to a copy of the package: YAML, limits and messages follow."""
+    (recipe,) = blocks("diff", (ROOT / "docs" / "reading.md").read_text())
+    assert len(recipe.splitlines()) <= 10
+    shutil.copytree(ROOT / "dist_contrastive", tmp_path / "dist_contrastive")
+    name, *hunks = re.split(r"^@@.*\n", recipe, flags=re.MULTILINE)
+    path = tmp_path / "dist_contrastive" / name.strip()
+    text = path.read_text()
+    for hunk in hunks:
+        lines = hunk.splitlines(keepends=True)
+        old, new = ("".join(x[1:] for x in lines if x[0] in kind) for kind in (" -", " +"))
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path.write_text(text)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    argv = [sys.executable, "-c", USES_THE_SETTING]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "task.loss.weight=0" in done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
