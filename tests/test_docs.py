@@ -175,3 +175,16 @@ def test_heads_of_benchmarks_are_those_of_the_document(name):
     heads = re.findall(r'print\("(\| .* \|)"\)', text)
     assert all(head in page for head in heads if "---" not in head)
     assert f"benchmarks/{name}.py" in page
+
+
+def test_every_fault_has_its_test():
+    """Each row of docs/faults.md names a test, in test_faults.py or in the file beside it."""
+    rows = [
+        row for row in (ROOT / "docs" / "faults.md").read_text().splitlines() if "`test_" in row
+    ]
+    assert len(rows) > 20
+    for row in rows:
+        name = re.search(r"`(test_\w+)`", row)[1]
+        file = re.search(r"`(test_\w+\.py)`", row)
+        text = (ROOT / "tests" / (file[1] if file else "test_faults.py")).read_text()
+        assert f"def {name}(" in text, row
