@@ -20,7 +20,7 @@ from dist_contrastive.data.packing.toys import TOYS
 from dist_contrastive.evaluation.generators import FIELD_POINTS, force_field
 from dist_contrastive.report import Panel
 from dist_contrastive.runs import load_weights, read_splits
-from dist_contrastive.tasks import Drift, build_task
+from dist_contrastive.tasks import Drift
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = ("train.steps=3", "data.global_batch_size=64")
@@ -38,7 +38,7 @@ def row_of(toy: str, folder: Path, tiny: bool) -> tuple[torch.Tensor, list[Panel
     if trainer.train(config) != trainer.EXIT_DONE:
         raise SystemExit(f"{folder / toy} was stopped before its end; start again and it goes on")
     splits = read_splits(config)
-    task = build_task(config, splits.train).eval()
+    task = config.build_task(splits.train).eval()
     assert isinstance(task, Drift)
     data = splits.test.images[:DRAWN].flatten(1)
     untrained = task.generate(None, DRAWN, seed=0).flatten(1)

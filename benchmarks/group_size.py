@@ -32,7 +32,7 @@ from dist_contrastive.data import pack_digits, pack_toy
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.evaluation.splits import Splits, labels_of
 from dist_contrastive.runs import load_weights, read_splits
-from dist_contrastive.tasks import Drift, build_task
+from dist_contrastive.tasks import Drift
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY_STEPS = 2
@@ -121,7 +121,7 @@ def results_of(config: RunConfig, splits: Splits) -> Results:
             return known
     if trainer.train(config) != trainer.EXIT_DONE:
         raise SystemExit(f"{config.run_dir} was stopped before its end; start again, it goes on")
-    task = build_task(config, splits.train).eval()
+    task = config.build_task(splits.train).eval()
     assert isinstance(task, Drift)
     load_weights(task, config.run_dir)
     labels = labels_of_samples(splits)

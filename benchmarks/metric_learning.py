@@ -13,19 +13,18 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor, nn
 
-from dist_contrastive import config as configs
 from dist_contrastive import optim
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.training import open_data
 from dist_contrastive.losses import NTXent, SupCon, Triplet, VICReg
-from dist_contrastive.tasks import ImageTask, build_task
+from dist_contrastive.tasks import ImageTask, Labelled, TwoView
 
 Loss = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
 """Of the embeddings [b, D] of each view, and the labels [b]."""
 
 
-def equal_loss(settings: configs.TwoViewSettings | configs.LabelledSettings) -> Loss:
+def equal_loss(settings: TwoView.Config | Labelled.Config) -> Loss:
     """Their loss with the definition of ours.
 
     Their default takes the mean over the terms above 0. For triplets, and for the dimensions of
@@ -70,10 +69,10 @@ def train(config: RunConfig) -> tuple[ImageTask, list[float]]:
         The trained task; and of each step by how much the two losses of the same embeddings differ,
         relative to ours.
     """
-    assert isinstance(config.task, configs.TwoViewSettings | configs.LabelledSettings)
+    assert isinstance(config.task, TwoView.Config | Labelled.Config)
     loss = equal_loss(config.task)
     data = open_data(config.data, seed=config.seed, uses_labels=config.task.uses_labels)
-    task = build_task(config, data.example)
+    task = config.build_task(data.example)
     assert isinstance(task, ImageTask)
     optimizer = optim.build_optimizer(task, config.optim)
     differences = []

@@ -18,7 +18,7 @@ from dist_contrastive.evaluation.neighbours import knn_accuracy
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
 from dist_contrastive.evaluation.splits import labels_of
 from dist_contrastive.runs import load_weights
-from dist_contrastive.tasks import Hybrid, ImageTask, build_task
+from dist_contrastive.tasks import Hybrid, ImageTask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BATCH, STEPS, QUICK_STEPS = 160, 150, 3
@@ -138,7 +138,7 @@ def trained(how: How, config: RunConfig) -> tuple[ImageTask | None, Results]:
         return task_of_theirs.eval(), {FIRST_STEP: differences[0], ANY_STEP: max(differences)}
     if how == "our trainer" and trainer.train(config) != trainer.EXIT_DONE:
         raise RuntimeError("stopped before its end; start again and it goes on")
-    task = build_task(config, config.fields.read(load_index(config.data.train), [0]))
+    task = config.build_task(config.fields.read(load_index(config.data.train), [0]))
     assert isinstance(task, ImageTask)
     if how == "our trainer":
         load_weights(task, config.run_dir)

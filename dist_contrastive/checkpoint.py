@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_contrastive.errors import DataError
+from dist_contrastive.errors import ConfigError, DataError
 
 FORMAT = 1
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.pt", "state.json"
@@ -114,6 +114,20 @@ def best(root: Path, mode: Mode, verify: bool = True) -> Checkpoint | None:
             cost = checkpoint.score if mode == "min" else -checkpoint.score
             scored.append((cost, checkpoint.progress.step, checkpoint))
     return min(scored)[-1] if scored else None
+
+
+def run_newest(run_dir: Path) -> Checkpoint:
+    """Newest checkpoint of a run. Raises: ConfigError, without one."""
+    checkpoint = newest(run_dir / "checkpoints")
+    if checkpoint is None:
+        raise ConfigError(f"{run_dir} has no checkpoint yet; train it first")
+    return checkpoint
+
+
+def run_weights(run_dir: Path) -> dict[str, Tensor]:
+    """Weights of a run's newest checkpoint, or those exported."""
+    exported = run_dir / WEIGHTS
+    return load_file(exported) if exported.exists() else run_newest(run_dir).weights()
 
 
 def folders(root: Path) -> list[Path]:

@@ -15,7 +15,7 @@ _BETAS = {"lion": (0.9, 0.99), "muon": (0.95, 0.95)}  # as their authors have th
 LAYERWISE = ("lars", "lamb", "muon")
 
 
-class OptimSettings(Settings):
+class OptimConfig(Settings):
     """How parameters are updated."""
 
     name: Literal["adamw", "sgd", "lion", "lars", "lamb", "muon"] = "adamw"
@@ -27,6 +27,7 @@ class OptimSettings(Settings):
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """How lr grows with data.global_batch_size / lr_batch_size."""
     lr_batch_size: PositiveInt = 256
+    """Global batch for which lr is meant, where it is scaled."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate grows linearly from 0."""
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
@@ -46,7 +47,7 @@ class OptimSettings(Settings):
 
 
 def learning_rate(
-    step: int, num_steps: int, settings: OptimSettings, global_batch_size: int
+    step: int, num_steps: int, settings: OptimConfig, global_batch_size: int
 ) -> float:
     """Learning rate of a step (0 is the first): linear warmup, then cosine to the final ratio.
 
@@ -68,7 +69,7 @@ def learning_rate(
     return largest * (settings.final_lr_ratio + (1 - settings.final_lr_ratio) * cosine)
 
 
-def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
     """Optimiser of the module's trainable parameters; vectors and scalars are not decayed.
 
     References:
@@ -87,7 +88,7 @@ def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.O
     return _build([group for group in groups if group["params"]], settings)
 
 
-def _build(groups: list[dict[str, Any]], settings: OptimSettings) -> torch.optim.Optimizer:
+def _build(groups: list[dict[str, Any]], settings: OptimConfig) -> torch.optim.Optimizer:
     lr, eps = settings.lr, settings.eps
     betas = settings.betas or _BETAS.get(settings.name, (0.9, 0.999))
     match settings.name:

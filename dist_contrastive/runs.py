@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dist_contrastive import checkpoint, metrics, report, tables
 from dist_contrastive import config as configs
-from dist_contrastive import metrics, report, tables
-from dist_contrastive.config import RunConfig
+from dist_contrastive.checkpoint import WEIGHTS, Checkpoint
+from dist_contrastive.config import KeepBestSettings, RunConfig
 from dist_contrastive.data.sources import join_sources
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.encoders import measure_encoder
 from dist_contrastive.evaluation.generators import measure_generator
 from dist_contrastive.evaluation.splits import Splits, labels_of, with_labels
-from dist_contrastive.tasks import Drift, ImageTask, build_task
-from dist_contrastive.tasks.runs import export, load_weights
+from dist_contrastive.tasks import Drift, ImageTask, Task
 
 __all__ = [
     "Measurement",
@@ -67,6 +67,43 @@ def print_table(measurements: list[Measurement]) -> None:
         print(f"pictures: {run}/plots")
 
 
+def load_weights(task: Task, run_dir: Path) -> None:
+    """Put the weights of a run's newest checkpoint, or those exported, into the task."""
+    task.load_state_dict(checkpoint.run_weights(run_dir))
+
+
+def export(run_dir: Path, folder: Path, which: str) -> Checkpoint:
+    """Write the weights of a checkpoint and the config: what `eval`, `sample` and features need.
+
+    Args:
+        which: "newest", or "best" by `train.keep_best`.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or the folder cannot be written.
+    """
+    config = configs.load_run(run_dir)
+    if which == "newest":
+        exported = checkpoint.run_newest(run_dir)
+    else:
+        exported = _best(run_dir, config.train.keep_best)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_weights(folder / WEIGHTS, exported.weights())
+        configs.save(config, folder)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error}); choose another --out") from error
+    return exported
+
+
+def _best(run_dir: Path, best: KeepBestSettings | None) -> Checkpoint:
+    if best is None:
+        raise ConfigError(f"{run_dir} kept no best checkpoint; set train.keep_best for that")
+    found = checkpoint.best(run_dir / "checkpoints", best.mode)
+    if found is None:
+        raise ConfigError(f"{run_dir} has no checkpoint with a {best.metric} yet; train it first")
+    return found
+
+
 def read_splits(config: RunConfig) -> Splits:
     """All samples of data.train and data.test, which must fit in memory.
 
@@ -82,7 +119,7 @@ def read_splits(config: RunConfig) -> Splits:
 def _evaluate(run: Path) -> list[Measurement]:
     config = configs.load_run(run)
     splits = read_splits(config)
-    task = build_task(config, splits.train).eval()
+    task = config.build_task(splits.train).eval()
     if isinstance(task, ImageTask):
         load_weights(task, run)
         lines = measure_encoder(task, splits, run)
@@ -141,7 +178,7 @@ def write_samples(
         )
     config = configs.load_run(run)
     example = config.fields.read(config.data.open_train()[0], [0])
-    task = build_task(config, example).eval()
+    task = config.build_task(example).eval()
     if not isinstance(task, Drift):
         raise ConfigError(
             f"{run} is a run of task {config.task.name!r}, which trains no generator; sample a run "

@@ -20,7 +20,7 @@ from dist_contrastive.config import RunConfig
 from dist_contrastive.data import load_index
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.tasks import Drift, build_task
+from dist_contrastive.tasks import Drift
 from dist_contrastive.tasks.bank import SampleBank
 from dist_contrastive.testing import run_ranks
 
@@ -53,7 +53,7 @@ def drift(config: RunConfig) -> Drift:
 
 
 def drift_of(config: RunConfig, samples: Samples) -> Drift:
-    task = build_task(config, samples).double()
+    task = config.build_task(samples).double()
     assert isinstance(task, Drift)
     return task
 
@@ -557,7 +557,7 @@ def test_draws_are_fair_and_without_repetition():
 def test_points_are_no_images(option, words, overrides, tmp_path):
     config = toy(overrides, tmp_path, option)
     with pytest.raises(ConfigError) as caught:
-        build_task(config, points_of(config))
+        config.build_task(points_of(config))
     assert words in str(caught.value)
     assert "(2,)" in str(caught.value)
     assert "\n" not in str(caught.value)

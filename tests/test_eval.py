@@ -17,11 +17,11 @@ from torch import Tensor
 from dist_contrastive import checkpoint, evaluation, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.cli import main
-from dist_contrastive.config import DriftSettings, RunConfig
+from dist_contrastive.config import RunConfig
 from dist_contrastive.data import index_folder, keyed_random, load_index
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.shards.tars import write_samples
-from dist_contrastive.tasks import Drift, build_task
+from dist_contrastive.tasks import Drift
 from dist_contrastive.tasks.drift import NOISE_STREAM
 
 TINY = "task.encoder.widths=[8, 16]"
@@ -29,7 +29,7 @@ TINY = "task.encoder.widths=[8, 16]"
 
 def load(name: str, overrides, run_dir: Path, *more: str) -> RunConfig:
     path = CONFIGS / f"{name}.yaml"
-    tiny = [] if isinstance(configs.load(path).task, DriftSettings) else [TINY]
+    tiny = [] if isinstance(configs.load(path).task, Drift.Config) else [TINY]
     return configs.load(path, overrides(run_dir, *tiny, *more))
 
 
@@ -80,7 +80,7 @@ def evaluated(name: str, data: Path, overrides, run_dir: Path, *more: str):
     lines = json.loads((run_dir / "eval.json").read_text())
     indexes = [load_index(data / split) for split in ("train", "test")]
     train, test = (config.fields.read(index, range(len(index))) for index in indexes)
-    task = build_task(config, train)
+    task = config.build_task(train)
     task.load_state_dict(checkpoint.newest(run_dir / "checkpoints").weights())
     return (
         {line["name"]: line for line in lines},
@@ -176,7 +176,7 @@ def test_towers_embed_what_they_are_given(some_digits, overrides, tmp_path):
     """What the zero-shot tests call, against the networks themselves."""
     config = load("digits_captions", overrides, tmp_path, f"data.train={some_digits}/train")
     samples = digits_of(config, *range(5))
-    task = build_task(config, samples)
+    task = config.build_task(samples)
     images, tokens = task.inputs(samples, task.begin_step(samples))
     by_training = task(images, tokens)
     torch.testing.assert_close(task.embed_images(images), by_training[0])
@@ -242,7 +242,7 @@ class Generator(NamedTuple):
 
 def generator(name: str, data: Path, overrides, run_dir: Path, *more: str) -> Generator:
     lines, task, train, test = evaluated(name, data, overrides, run_dir, *more)
-    untrained = build_task(configs.load_run(run_dir), train)
+    untrained = configs.load_run(run_dir).build_task(train)
     keys = keyed_random.combine(0, NOISE_STREAM, torch.arange(4 * len(test.images)))
     noise = keyed_random.normal(keys, task.generator.noise_dim)
     classes = [] if test.labels is None else [test.labels.repeat(4)]

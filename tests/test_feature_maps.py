@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.models import FeatureMaps, FeatureMapSettings
-from dist_contrastive.models.encoders import ResidualEncoder, ResidualEncoderSettings
+from dist_contrastive.models import FeatureMaps
+from dist_contrastive.models.encoders import ResidualEncoder
 from dist_contrastive.models.transformers_encoder import (
     TransformersEncoder,
-    TransformersEncoderSettings,
 )
 
 TINY_VIT = {
@@ -38,18 +37,18 @@ HIERA = {
 
 def residual(blocks: int = 2) -> ResidualEncoder:
     torch.manual_seed(0)
-    settings = ResidualEncoderSettings(widths=(8, 16), blocks=blocks)
-    return ResidualEncoder(settings, channels=3).double()
+    settings = ResidualEncoder.Config(widths=(8, 16), blocks=blocks)
+    return ResidualEncoder(settings, (3, 8, 8)).double()
 
 
 def transformer(kind: str, size: tuple[int, int] = (16, 16), **config: object):
     torch.manual_seed(0)
-    settings = TransformersEncoderSettings(model_type=kind, config=config)
-    return TransformersEncoder(settings, 3, size)
+    settings = TransformersEncoder.Config(model_type=kind, config=config)
+    return TransformersEncoder(settings, (3, *size))
 
 
 def maps_of(encoder: nn.Module, size: tuple[int, int] = (8, 12), **settings: object) -> FeatureMaps:
-    fields = FeatureMapSettings.model_validate(settings)
+    fields = FeatureMaps.Config.model_validate(settings)
     return FeatureMaps(fields, encoder, (3, *size))
 
 
@@ -126,7 +125,7 @@ def test_chosen_features_only() -> None:
 def test_one_forward_pass_frozen_in_eval_mode() -> None:
     config = TINY_VIT | {"hidden_dropout_prob": 0.5}
     encoder = transformer("vit", **config)
-    encoder.settings = encoder.settings.model_copy(update={"row_independent": False})
+    encoder.config = encoder.config.model_copy(update={"row_independent": False})
     features = maps_of(encoder.train(), (16, 16)).train()
     assert not any(module.training for module in features.modules())
     assert not any(parameter.requires_grad for parameter in features.parameters())
@@ -300,4 +299,4 @@ def test_representation_alone_has_no_maps() -> None:
 )
 def test_settings_that_are_wrong(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        FeatureMapSettings.model_validate(settings)
+        FeatureMaps.Config.model_validate(settings)

@@ -8,14 +8,13 @@ from torch.nn import functional as F
 
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.models import (
+    AnyGenerator,
     ConditionalGenerator,
-    GeneratorSettings,
     MomentumCopy,
     build_generator,
     ema_decay_at,
 )
-from dist_contrastive.models.conditioning import Modulation
-from dist_contrastive.models.encoders import ResidualBlock
+from dist_contrastive.models.layers import Modulation, ResidualBlock
 
 SHAPE = (2, 4, 8)
 CLASSES = 3
@@ -38,7 +37,7 @@ def build(
     **more: object,
 ) -> ConditionalGenerator:
     torch.manual_seed(seed)
-    settings = TypeAdapter(GeneratorSettings).validate_python({"name": name, **TINY[name], **more})
+    settings = TypeAdapter(AnyGenerator).validate_python({"name": name, **TINY[name], **more})
     return build_generator(settings, shape, classes, guided)
 
 
@@ -159,7 +158,7 @@ def test_condition_is_the_sum_of_embeddings(name: str) -> None:
 def test_conv_is_what_it_was(classes: int | None, total: float) -> None:
     """Sums of its samples, and the names of its weights, before it could be guided."""
     torch.manual_seed(0)
-    settings = TypeAdapter(GeneratorSettings).validate_python({"name": "conv"})
+    settings = TypeAdapter(AnyGenerator).validate_python({"name": "conv"})
     generator = build_generator(settings, (1, 8, 8), classes)
     samples = generator(torch.randn(6, 16), torch.arange(6) if classes else None)
     assert samples.double().sum().item() == pytest.approx(total, rel=1e-6)
@@ -312,4 +311,4 @@ def test_settings_that_are_wrong() -> None:
     with pytest.raises(ValidationError, match="divided among its 3 attention heads"):
         build("dit", heads=3)
     with pytest.raises(ValidationError, match=r"conv.*unet.*dit.*mlp"):
-        TypeAdapter(GeneratorSettings).validate_python({"name": "gan"})
+        TypeAdapter(AnyGenerator).validate_python({"name": "gan"})

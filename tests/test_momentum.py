@@ -13,10 +13,8 @@ from dist_contrastive.models import (
     check_row_independent,
     momentum_at,
 )
-from dist_contrastive.models.encoders import ResidualEncoderSettings
 from dist_contrastive.models.transformers_encoder import (
     TransformersEncoder,
-    TransformersEncoderSettings,
 )
 
 TINY_RESNET = {
@@ -28,10 +26,10 @@ TINY_RESNET = {
 
 
 def resnet(row_independent: bool) -> TransformersEncoder:
-    settings = TransformersEncoderSettings(
+    settings = TransformersEncoder.Config(
         model_type="resnet", config=TINY_RESNET, row_independent=row_independent
     )
-    return TransformersEncoder(settings, 3, (16, 16))
+    return TransformersEncoder(settings, (3, 16, 16))
 
 
 def batch_normed() -> nn.Module:
@@ -128,7 +126,7 @@ def test_momentum_schedule() -> None:
 
 def test_batch_norm_mixes_rows_and_ours_do_not() -> None:
     images = torch.rand(6, 3, 16, 16)
-    ours = ResidualEncoder(ResidualEncoderSettings(widths=(8,)), channels=3)
+    ours = ResidualEncoder(ResidualEncoder.Config(widths=(8,)), (3, 8, 8))
     for encoder, mixes in [(resnet(False), True), (resnet(True), False), (ours, False)]:
         encoder.train()
         difference = (encoder(images)[:2] - encoder(images[:2])).abs().max()
@@ -138,7 +136,7 @@ def test_batch_norm_mixes_rows_and_ours_do_not() -> None:
 
 def test_networks_that_mix_rows_are_refused() -> None:
     why = "a query could find its own key by them"
-    for module in (resnet(True), ResidualEncoder(ResidualEncoderSettings(), 1)):
+    for module in (resnet(True), ResidualEncoder(ResidualEncoder.Config(), (1, 8, 8))):
         check_row_independent(module, why)
     with pytest.raises(
         ConfigError,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.optim import OptimSettings, build_optimizer, learning_rate
+from dist_contrastive.optim import OptimConfig, build_optimizer, learning_rate
 
 LR, DECAY = 0.01, 0.1
 Memory = dict[str, Tensor]
@@ -91,7 +91,7 @@ def test_updates_are_the_published_ones(name):
     """Five steps; matrices and kernels are decayed, vectors are not."""
     torch.manual_seed(1)
     module = Small()
-    settings = OptimSettings(name=name, lr=LR, weight_decay=DECAY)
+    settings = OptimConfig(name=name, lr=LR, weight_decay=DECAY)
     optimizer = build_optimizer(module, settings)
     expected = {key: p.detach().clone() for key, p in module.named_parameters()}
     before = {key: p.clone() for key, p in expected.items()}
@@ -134,7 +134,7 @@ def test_a_resumed_run_ends_with_the_same_weights(name, tmp_path, overrides):
 
 
 def test_learning_rate():
-    settings = OptimSettings(lr=2.0, warmup_steps=4, final_lr_ratio=0.1)
+    settings = OptimConfig(lr=2.0, warmup_steps=4, final_lr_ratio=0.1)
     rates = [learning_rate(step, 14, settings, 256) for step in range(15)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert rates[9] == pytest.approx(1.1)  # half way down
@@ -144,7 +144,7 @@ def test_learning_rate():
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 16), ("sqrt", 4)])
 def test_learning_rate_grows_with_the_batch(scaling, factor):
-    settings = OptimSettings(lr=0.5, lr_scaling=scaling)
+    settings = OptimConfig(lr=0.5, lr_scaling=scaling)
     assert learning_rate(0, 10, settings, 4096) == pytest.approx(0.5 * factor)
     assert learning_rate(0, 10, settings, 256) == pytest.approx(0.5)
 

@@ -15,9 +15,8 @@ from dist_contrastive.cli import main
 from dist_contrastive.data import keyed_random, load_index
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.models import build_generator
-from dist_contrastive.tasks import build_task
 from dist_contrastive.tasks.drift import NOISE_STREAM
-from dist_contrastive.tasks.runs import load_encoder
+from dist_contrastive.tasks.feature_spaces import load_encoder
 
 SHORT = ("train.steps=3", "train.log_every=10")
 PIXELS = "task.features=[{name: pixels}]"
@@ -129,7 +128,7 @@ def test_same_seed_same_files(runs, tmp_path):
 
 def test_samples_do_not_depend_on_the_chunk(runs):
     config = configs.load_run(runs["plain"])
-    task = build_task(config, config.fields.read(load_index(config.data.train), [0])).eval()
+    task = config.build_task(config.fields.read(load_index(config.data.train), [0])).eval()
     labels = torch.arange(20) % 10
     whole = task.generate(labels, 20, seed=5)
     torch.testing.assert_close(task.generate(labels, 20, seed=5, chunk=7), whole)

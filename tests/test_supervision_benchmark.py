@@ -10,7 +10,6 @@ import torch
 from dist_contrastive import trainer
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.runs import load_weights
-from dist_contrastive.tasks import build_task
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import metric_learning
@@ -42,7 +41,7 @@ def test_only_the_loss_is_theirs(folder, ours):
     config = Job(ours, "probes", 3, folder, quick=True).config()
     found, differences = metric_learning.train(config)
     assert max(differences) < 1e-6
-    start = build_task(config, supervision_runs.digits_of(config.data.train))
+    start = config.build_task(supervision_runs.digits_of(config.data.train))
     before = torch.nn.utils.parameters_to_vector(start.parameters())
     assert trainer.train(config) == trainer.EXIT_DONE
     load_weights(start, config.run_dir)

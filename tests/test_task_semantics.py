@@ -23,7 +23,7 @@ from dist_contrastive.data import load_index
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.training import open_data
 from dist_contrastive.metrics import read_rows
-from dist_contrastive.tasks import Hybrid, Moco, Task, TwoView, build_task
+from dist_contrastive.tasks import Hybrid, Moco, Task, TwoView
 from dist_contrastive.tasks.base import StepContext
 
 TINY = "task.encoder.widths=[8, 16]"
@@ -72,7 +72,7 @@ def test_moco_is_a_queue_of_the_last_keys_of_a_slow_copy(overrides, tmp_path):
     options = ["data.global_batch_size=8", "task.queue_size=24", "task.momentum=0.5"]
     config = load("digits_moco", overrides, tmp_path, *options)
     digits = digits_of(config, *range(40))
-    task = build_task(config, digits).double()
+    task = config.build_task(digits).double()
     assert isinstance(task, Moco)
     encoder, head = copy.deepcopy(task.encoder), copy.deepcopy(task.head)
     start = copy.deepcopy(head.state_dict())
@@ -204,7 +204,7 @@ def task_with_views(name: str, overrides, run_dir: Path) -> tuple[Task, Samples]
         more = [f"task.views={same}", f"task.crops.views={same}"]
     config = load(name, overrides, run_dir, *more)
     samples = digits_of(config, *range(6))
-    return build_task(config, samples), samples
+    return config.build_task(samples), samples
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -243,7 +243,7 @@ def naive_ntxent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 def test_crops_are_compared_with_the_global_views_alone(overrides, tmp_path):
     config = load("digits_multicrop", overrides, tmp_path)
     samples = digits_of(config, *range(7))
-    task = build_task(config, samples).double()
+    task = config.build_task(samples).double()
     inputs = task.inputs(samples, CONTEXT)
     assert [list(x.shape) for x in inputs] == [[7, 1, 8, 8]] * 2 + [[7, 1, 6, 6]] * 2
     views = task(*double(inputs))
@@ -258,7 +258,7 @@ def test_crops_have_settings_of_their_own(overrides, tmp_path):
     """Crops that change nothing are the images, whatever is done to the global views."""
     config = load("digits_multicrop", overrides, tmp_path, "task.crops.views={}")
     samples = digits_of(config, *range(7))
-    task = build_task(config, samples)
+    task = config.build_task(samples)
     assert isinstance(task, TwoView)
     views = task.inputs(samples, CONTEXT)
     for crop in views[2:]:
@@ -287,7 +287,7 @@ def test_labels_say_what_is_similar(name, formula, options, overrides, tmp_path)
     config = load(name, overrides, tmp_path)
     labels = torch.tensor(SLANTS if name == "digits_slant" else TEN)
     samples = replace(digits_of(config, *range(10)), labels=labels)
-    task = build_task(config, samples).double()
+    task = config.build_task(samples).double()
     views = [torch.randn(10, 5, dtype=torch.float64) for _ in range(config.task.num_views)]
     found = task.compare(tuple(views), samples, CONTEXT)["contrastive"]
     expected = formula(torch.stack(views, dim=1), labels, **options)
@@ -300,7 +300,7 @@ def test_labels_say_what_is_similar(name, formula, options, overrides, tmp_path)
 def hybrid(overrides, run_dir: Path, *more: str) -> tuple[Hybrid, Samples]:
     config = load("digits_hybrid", overrides, run_dir, *FLAT, *more)
     samples = replace(digits_of(config, *range(10)), labels=torch.tensor(TEN))
-    task = build_task(config, samples).double()
+    task = config.build_task(samples).double()
     assert isinstance(task, Hybrid)
     return task, samples
 
@@ -474,7 +474,7 @@ def test_baseline_of_a_run_follows_its_rewards(metrics):
 def test_norm_of_a_term_is_that_of_the_term_alone(term, metrics, overrides, tmp_path):
     others = [f"task.{other}=null" for other in WEIGHTS if other != term]
     config = load("digits_hybrid", overrides, tmp_path, *RUN, *others)
-    task = build_task(config, digits_of(config, 0))
+    task = config.build_task(digits_of(config, 0))
     (samples,) = first_samples(config, steps=1)
     embeddings = [x.detach().requires_grad_() for x in task(*task.inputs(samples, CONTEXT))]
     (loss,) = task.compare(tuple(embeddings), samples, CONTEXT).values()

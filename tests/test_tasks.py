@@ -13,23 +13,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import CONFIGS, command, data_of, global_batches, run
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.cli import main
-from dist_contrastive.config import DriftSettings, RunConfig
+from dist_contrastive.config import RunConfig
 from dist_contrastive.data import load_index
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.losses import build_loss
 from dist_contrastive.metrics import read_rows
-from dist_contrastive.tasks import Drift, ImageTask, Moco, Task, TwoView, build_task
+from dist_contrastive.tasks import ContrastiveTask, DataInfo, Drift, Moco, Task, TwoView
 from dist_contrastive.tasks.base import StepContext
 from dist_contrastive.testing import run_ranks
 
 SETTINGS = {path.stem: configs.load(path) for path in CONFIGS.glob("*.yaml")}
-NAMES = sorted(SETTINGS, key=lambda name: (isinstance(SETTINGS[name].task, DriftSettings), name))
+NAMES = sorted(SETTINGS, key=lambda name: (isinstance(SETTINGS[name].task, Drift.Config), name))
 TASKS = CONFIGS.parent / "docs" / "tasks.md"
 ROWS = 24
 SPLITS = {1: [24], 2: [9, 15], 3: [4, 0, 20], 4: [6, 6, 6, 6]}
@@ -68,7 +68,7 @@ def untrained_features(name: str) -> list[str]:
 
 def changed_features(name: str, change: Callable[[dict], dict]) -> list[str]:
     task = SETTINGS[name].task
-    if not isinstance(task, DriftSettings):
+    if not isinstance(task, Drift.Config):
         return []
     features = [change(feature.model_dump(mode="json")) for feature in task.features]
     return [f"task.features={json.dumps(features)}"]
@@ -84,7 +84,7 @@ def batch_of(config: RunConfig) -> Samples:
 
 def prepared(config: RunConfig, example: Samples) -> Task:
     """The task in fp64, in the middle of a run, with some keys queued, or samples banked."""
-    task = build_task(config, example).double()
+    task = config.build_task(example).double()
     if isinstance(task, Moco):
         torch.manual_seed(3)
         task.queue.normal_()
@@ -263,7 +263,7 @@ def test_scales_are_kept_within_the_limits_of_clip(tmp_path, overrides):
     """A learnable temperature that a step has carried too far is brought back after it."""
     config = small("digits_captions", overrides, tmp_path)
     samples = batch_of(config)
-    task = build_task(config, samples)
+    task = config.build_task(samples)
     for too_far, limit in ((9.0, 100.0), (-3.0, 1.0)):
         with torch.no_grad():
             task.loss.scale.log_scale.fill_(too_far)
@@ -326,16 +326,18 @@ def test_moco_goes_on_at_another_world_size(tmp_path, overrides):
 def test_the_documented_task_works(overrides, tmp_path):
     """It is two_view in short."""
     blocks = re.findall(r"```python\n(.*?)```", TASKS.read_text(), re.DOTALL)
-    code = next(block for block in blocks if "(ImageTask)" in block)
+    code = next(block for block in blocks if "(ContrastiveTask)" in block)
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    names = {"ImageTask": ImageTask, "build_loss": build_loss}
+    names = {"ContrastiveTask": ContrastiveTask, "PositiveInt": PositiveInt}
     exec(code, names)
     config = small("digits_encoder", overrides, tmp_path)
     samples = batch_of(config)
+    data = DataInfo(samples, None, config.seed)
     losses = []
     for make in (names["Twins"], TwoView):
         torch.manual_seed(0)
-        task = make(config.task, samples, config.seed)
+        settings = config.task.model_dump(exclude={"crops"} if make is not TwoView else set())
+        task = make(make.Config.model_validate(settings), data)
         context = task.begin_step(samples)
         embeddings = task(*task.inputs(samples, context))
         losses.append(task.compare(embeddings, samples, context)["contrastive"])

@@ -1,38 +1,20 @@
 """The config of a run: composed from the settings of its parts; nothing below imports it.
 
-    task.py       what the settings of all tasks share
-    tasks.py      what is trained by which objective
-    drift.py      the task of one-step generators
     run.py        the whole, and what a resumed run may change
     files.py      YAML files and key=value overrides
+    reference.py  every setting with its type, default, limits and help
 
 Precedence: defaults < YAML file < ``key=value`` overrides. Unknown names are refused.
 """
 
 from dist_contrastive.config.files import load, load_run, resolve, save
 from dist_contrastive.config.run import KeepBestSettings, RunConfig, TrainSettings, differences
-from dist_contrastive.config.tasks import (
-    DriftSettings,
-    HybridSettings,
-    LabelledSettings,
-    MocoSettings,
-    PairedSettings,
-    TaskSettings,
-    TwoViewSettings,
-)
 from dist_contrastive.errors import retired
 
 __all__ = [
-    "DriftSettings",
-    "HybridSettings",
     "KeepBestSettings",
-    "LabelledSettings",
-    "MocoSettings",
-    "PairedSettings",
     "RunConfig",
-    "TaskSettings",
     "TrainSettings",
-    "TwoViewSettings",
     "differences",
     "load",
     "load_run",
@@ -45,5 +27,12 @@ __getattr__ = retired(
     {
         "BalanceSettings": "dist_contrastive.data.Balance.Config",
         "DataSettings": "dist_contrastive.data.DataConfig",
+        "DriftSettings": "dist_contrastive.tasks.Drift.Config",
+        "HybridSettings": "dist_contrastive.tasks.Hybrid.Config",
+        "LabelledSettings": "dist_contrastive.tasks.Labelled.Config",
+        "MocoSettings": "dist_contrastive.tasks.Moco.Config",
+        "PairedSettings": "dist_contrastive.tasks.Paired.Config",
+        "TaskSettings": "dist_contrastive.tasks.AnyTask",
+        "TwoViewSettings": "dist_contrastive.tasks.TwoView.Config",
     },
 )

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from torch import nn
 
 from dist_contrastive.backend import Backend, TrackerName
-from dist_contrastive.config.tasks import TaskSettings
 from dist_contrastive.data.config import DataConfig
-from dist_contrastive.data.fields import Fields
-from dist_contrastive.optim import LAYERWISE, OptimSettings
+from dist_contrastive.data.fields import Fields, Samples
+from dist_contrastive.losses import PairLoss
+from dist_contrastive.optim import LAYERWISE, OptimConfig
 from dist_contrastive.settings import Settings
+from dist_contrastive.tasks import AnyTask, DataInfo, Task, build_task
 
 
 class KeepBestSettings(Settings):
@@ -19,12 +21,14 @@ class KeepBestSettings(Settings):
     metric: str
     """A number in metrics.jsonl; its mean since the checkpoint before counts."""
     mode: Literal["min", "max"] = "min"
+    """Whether the smallest or the largest one is the best."""
 
 
 class TrainSettings(Settings):
     """Length of a run, and what it writes."""
 
     steps: PositiveInt
+    """Updates of the weights in all."""
     log_every: PositiveInt = 10
     """Steps between rows of metrics."""
     save_every: PositiveInt = 200
@@ -63,11 +67,17 @@ class RunConfig(Settings):
     run_dir: Path
     """Folder for everything that the run writes."""
     seed: int = Field(default=0, ge=0)
+    """Seed of everything random: weights, order of samples, views, noise."""
     data: DataConfig
-    task: TaskSettings
-    optim: OptimSettings = OptimSettings()
+    """Samples, and how they become batches."""
+    task: AnyTask
+    """What is trained by which objective."""
+    optim: OptimConfig = OptimConfig()
+    """Updates of the weights."""
     train: TrainSettings
+    """Length of the run, and what it writes."""
     backend: Backend.Config = Backend.Config()
+    """Device, precision and distribution over ranks."""
 
     @field_validator("seed")
     @classmethod
@@ -107,6 +117,18 @@ class RunConfig(Settings):
     def fields(self) -> Fields:
         """Where a sample holds what the task takes."""
         return self.data.fields(self.task.labels_required)
+
+    def build_task(
+        self, example: Samples, encoder: nn.Module | None = None, loss: PairLoss | None = None
+    ) -> Task:
+        """The task with fresh weights.
+
+        Args:
+            example: a row or more of the data, which show shapes.
+            encoder, loss: as in `tasks.build_task`.
+        """
+        data = DataInfo(example, self.data.num_classes, self.seed)
+        return build_task(self.task, data, encoder, loss)
 
 
 # Settings that a resumed run may change: they do not touch what is computed. Where samples come

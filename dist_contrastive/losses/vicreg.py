@@ -31,8 +31,11 @@ class VICReg(StatisticsLoss):
 
         name: Literal["vicreg"] = "vicreg"
         invariance_weight: NonNegativeFloat = 25.0
+        """Weight of the distance between the two views."""
         variance_weight: NonNegativeFloat = 25.0
+        """Weight of the hinge on the standard deviation of each dimension."""
         covariance_weight: NonNegativeFloat = 1.0
+        """Weight of the covariances between dimensions."""
         eps: PositiveFloat = 1e-4
         """Is added to variances."""
 

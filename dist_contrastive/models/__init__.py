@@ -1,60 +1,77 @@
-"""Models by their settings: `build_encoder`, `build_pair_encoder`, `build_head`, `build_generator`.
+"""Models: encoders and generators by their configs.
 
-A model is made from its settings and the shape of the data, with weights from torch's global
-random numbers: seed these first.
+A model is made from its `Config` and the shape of the data, with weights from torch's global
+random numbers: seed these first. A config names one of the tables below, or one of the user's own
+by its import path::
+
+    class Flat(Encoder):  # name: my_package.nets:Flat
+        class Config(Encoder.Config):
+            dim: PositiveInt = 32
+
+        def __init__(self, config, shape):  # (channels, height, width)
+            super().__init__()
+            self.dim, self.net = config.dim, nn.Linear(math.prod(shape), config.dim)
+
+        def forward(self, images):  # each row for itself
+            return self.net(images.flatten(1))
 """
 
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import Field
+import torch
 from torch import Tensor
 
-from dist_contrastive.errors import ConfigError
-from dist_contrastive.models.conditioning import ConditionalGenerator
+from dist_contrastive.errors import ConfigError, retired
+from dist_contrastive.models.dit_generator import DiTGenerator
 from dist_contrastive.models.encoders import (
+    Encoder,
     ProjectionHead,
-    ProjectionHeadSettings,
     ResidualEncoder,
-    ResidualEncoderSettings,
+    TextEncoder,
+    VectorEncoder,
     frozen,
     representations_of,
+    text_tokens,
 )
-from dist_contrastive.models.feature_maps import FeatureMaps, FeatureMapSettings
-from dist_contrastive.models.generators import GeneratorSettings, build_generator
+from dist_contrastive.models.feature_maps import FeatureMaps
+from dist_contrastive.models.generators import (
+    ConditionalGenerator,
+    ConvGenerator,
+    MlpGenerator,
+    UNetGenerator,
+)
 from dist_contrastive.models.momentum import (
     MomentumCopy,
     check_row_independent,
     ema_decay_at,
     momentum_at,
 )
-from dist_contrastive.models.text_encoder import TextEncoder, TextEncoderSettings, text_tokens
-from dist_contrastive.models.transformers_encoder import (
-    TransformersEncoder,
-    TransformersEncoderSettings,
-)
-from dist_contrastive.models.vector_encoder import VectorEncoder, VectorEncoderSettings
+from dist_contrastive.models.transformers_encoder import TransformersEncoder
+from dist_contrastive.settings import Choice
 
 __all__ = [
+    "ENCODERS",
+    "GENERATORS",
+    "PAIR_ENCODERS",
+    "AnyEncoder",
+    "AnyGenerator",
+    "AnyPairEncoder",
     "ConditionalGenerator",
-    "EncoderSettings",
-    "FeatureMapSettings",
+    "ConvGenerator",
+    "DiTGenerator",
+    "Encoder",
     "FeatureMaps",
-    "GeneratorSettings",
+    "MlpGenerator",
     "MomentumCopy",
-    "PairEncoder",
-    "PairEncoderSettings",
     "ProjectionHead",
-    "ProjectionHeadSettings",
     "ResidualEncoder",
     "TextEncoder",
-    "TextEncoderSettings",
     "TransformersEncoder",
+    "UNetGenerator",
     "VectorEncoder",
-    "VectorEncoderSettings",
     "build_encoder",
     "build_generator",
-    "build_head",
     "build_pair_encoder",
     "check_row_independent",
     "ema_decay_at",
@@ -64,69 +81,88 @@ __all__ = [
     "text_tokens",
 ]
 
-EncoderSettings = Annotated[
-    ResidualEncoderSettings | TransformersEncoderSettings, Field(discriminator="name")
-]
-PairEncoderSettings = Annotated[
-    ResidualEncoderSettings
-    | TransformersEncoderSettings
-    | TextEncoderSettings
-    | VectorEncoderSettings,
-    Field(discriminator="name"),
-]
-PairEncoder = ResidualEncoder | TransformersEncoder | TextEncoder | VectorEncoder
+ENCODERS: dict[str, type[Encoder]] = {
+    "residual": ResidualEncoder,
+    "transformers": TransformersEncoder,
+}
+PAIR_ENCODERS: dict[str, type[Encoder]] = {
+    **ENCODERS,
+    "text": TextEncoder,
+    "vector": VectorEncoder,
+}
+GENERATORS: dict[str, type[ConditionalGenerator]] = {
+    "conv": ConvGenerator,
+    "unet": UNetGenerator,
+    "dit": DiTGenerator,
+    "mlp": MlpGenerator,
+}
 
 
-def build_encoder(
-    settings: ResidualEncoderSettings | TransformersEncoderSettings,
-    image_shape: tuple[int, int, int],
-) -> ResidualEncoder | TransformersEncoder:
-    """An encoder of images [b, *image_shape] in [0, 1]; its `dim` is D of the output [b, D].
+def _reads_no_images(cls: type[Encoder]) -> str | None:
+    return None if cls.reads == "images" else f"it reads {cls.reads}, and these are images"
+
+
+_IMAGE_ENCODER = Choice("encoder", Encoder, ENCODERS, _reads_no_images)
+_PAIR_ENCODER = Choice("encoder", Encoder, PAIR_ENCODERS)
+_GENERATOR = Choice("generator", ConditionalGenerator, GENERATORS)
+
+AnyEncoder = Annotated[Encoder.Config, _IMAGE_ENCODER]
+AnyPairEncoder = Annotated[Encoder.Config, _PAIR_ENCODER]
+AnyGenerator = Annotated[ConditionalGenerator.Config, _GENERATOR]
+
+
+def build_encoder(config: Encoder.Config, image_shape: tuple[int, ...]) -> Encoder:
+    """Encoder of images [b, *image_shape] in [0, 1]; its `dim` is D of the output [b, D].
 
     Args:
-        settings: which one.
         image_shape: (channels, height, width).
     Raises:
         ConfigError: settings that cannot be built or cannot read such images.
     """
-    channels, height, width = image_shape
-    if isinstance(settings, ResidualEncoderSettings):
-        return ResidualEncoder(settings, channels)
-    return TransformersEncoder(settings, channels, (height, width))
+    encoder: Encoder = _IMAGE_ENCODER.build(config, image_shape)
+    return encoder
 
 
-def build_pair_encoder(
-    settings: ResidualEncoderSettings
-    | TransformersEncoderSettings
-    | TextEncoderSettings
-    | VectorEncoderSettings,
-    example: Tensor | Sequence[str],
-) -> PairEncoder:
-    """The encoder of the other half of a pair; its `dim` is D of the output [b, D].
+def build_pair_encoder(config: Encoder.Config, example: Tensor | Sequence[str]) -> Encoder:
+    """Encoder of the other half of a pair; its `dim` is D of the output [b, D].
 
     Args:
-        settings: which one.
         example: what one sample holds: an image float [1, C, H, W] in [0, 1], numbers float
             [1, ...], or a text [1].
     Raises:
         ConfigError: the encoder cannot read that, or settings that cannot be built.
     """
-    match settings, example:
-        case TextEncoderSettings(), Sequence():
-            return TextEncoder(settings)
-        case VectorEncoderSettings(), Tensor():
-            return VectorEncoder(settings, example[0].numel())
-        case ResidualEncoderSettings() | TransformersEncoderSettings(), Tensor() if (
-            example.ndim == 4
-        ):
-            _, channels, height, width = example.shape
-            return build_encoder(settings, (channels, height, width))
-    raise ConfigError(_unreadable(settings.name, example))
+    kinds, shape = ["texts"], torch.Size()
+    if isinstance(example, Tensor):
+        kinds, shape = ["vectors", "images"][: 1 + (example.ndim == 4)], example.shape[1:]
+    if _PAIR_ENCODER.component(config.name).reads not in kinds:
+        raise ConfigError(_unreadable(config.name, example))
+    encoder: Encoder = _PAIR_ENCODER.build(config, tuple(shape))
+    return encoder
 
 
-def build_head(settings: ProjectionHeadSettings, dim: int) -> ProjectionHead:
-    """The projection head on representations [b, dim]."""
-    return ProjectionHead(settings, dim)
+def build_generator(
+    config: ConditionalGenerator.Config,
+    sample_shape: tuple[int, ...],
+    num_classes: int | None,
+    guided: bool = False,
+) -> ConditionalGenerator:
+    """Generator of samples [b, *sample_shape]; images are in (0, 1) unless an MLP draws them.
+
+    Args:
+        sample_shape: (channels, height, width) of images; any for an MLP.
+        num_classes: labels that its call takes are 0 ... num_classes - 1; None: it takes none.
+        guided: its call takes a guidance strength for each row.
+    Raises:
+        ConfigError: samples that are not images, or of a size that the settings cannot reach.
+    """
+    if _GENERATOR.component(config.name).only_images and len(sample_shape) != 3:
+        raise ConfigError(
+            f"generator {config.name!r} draws images (channels, height, width), not samples of "
+            f"shape {sample_shape}: set name to mlp."
+        )
+    generator: ConditionalGenerator = _GENERATOR.build(config, sample_shape, num_classes, guided)
+    return generator
 
 
 def _unreadable(name: str, example: Tensor | Sequence[str]) -> str:
@@ -138,3 +174,19 @@ def _unreadable(name: str, example: Tensor | Sequence[str]) -> str:
         holds = f"arrays of {shape}" if shape else "single numbers"
         fit = "residual, transformers (for images) or vector" if example.ndim == 4 else "vector"
     return f"encoder {name!r} cannot read a field that holds {holds}: set name to {fit}."
+
+
+__getattr__ = retired(
+    __name__,
+    {
+        "EncoderSettings": "dist_contrastive.models.AnyEncoder",
+        "FeatureMapSettings": "dist_contrastive.models.FeatureMaps.Config",
+        "GeneratorSettings": "dist_contrastive.models.AnyGenerator",
+        "PairEncoder": "dist_contrastive.models.Encoder",
+        "PairEncoderSettings": "dist_contrastive.models.AnyPairEncoder",
+        "ProjectionHeadSettings": "dist_contrastive.models.ProjectionHead.Config",
+        "TextEncoderSettings": "dist_contrastive.models.TextEncoder.Config",
+        "VectorEncoderSettings": "dist_contrastive.models.VectorEncoder.Config",
+        "build_head": "dist_contrastive.models.ProjectionHead",
+    },
+)

@@ -8,34 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.models.conditioning import ConditionalGenerator, Modulation
-from dist_contrastive.settings import Settings
-
-
-class DiTGeneratorSettings(Settings):
-    """A small diffusion transformer (DiT), used in one step."""
-
-    name: Literal["dit"] = "dit"
-    noise_channels: PositiveInt = 1
-    """Channels of the noise image, which has the images' height and width."""
-    patch: PositiveInt = 2
-    """Height and width of the patch that a token stands for; it divides those of the images."""
-    width: PositiveInt = 128
-    """Of the tokens, and dimension of the embedding of class and guidance."""
-    layers: PositiveInt = 4
-    heads: PositiveInt = 4
-    """Attention heads; they divide the width."""
-    registers: NonNegativeInt = 4
-    """Learned tokens beside the patches, room for what concerns the whole image."""
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(
-                f"width {self.width} of the generator cannot be divided among its {self.heads} "
-                f"attention heads: set width to a multiple of {self.heads}."
-            )
-        return self
+from dist_contrastive.models.generators import ConditionalGenerator
+from dist_contrastive.models.layers import Modulation
 
 
 class DiTGenerator(ConditionalGenerator):
@@ -45,8 +19,7 @@ class DiTGenerator(ConditionalGenerator):
     all images would be one grey, and between points that coincide there is no force.
 
     Args:
-        settings: sizes.
-        image_shape: (channels, height, width).
+        sample_shape: (channels, height, width).
         num_classes, guided: as for every `ConditionalGenerator`.
     Raises:
         ConfigError: patches do not tile the images.
@@ -54,25 +27,53 @@ class DiTGenerator(ConditionalGenerator):
         Peebles & Xie 2022, arXiv 2212.09748; registers: Darcet et al. 2023, arXiv 2309.16588.
     """
 
+    class Config(ConditionalGenerator.Config):
+        """A small diffusion transformer (DiT), used in one step."""
+
+        name: Literal["dit"] = "dit"
+        noise_channels: PositiveInt = 1
+        """Channels of the noise image, which has the images' height and width."""
+        patch: PositiveInt = 2
+        """Height and width of the patch that a token stands for; it divides those of the images."""
+        width: PositiveInt = 128
+        """Dimension of the tokens, and of the embedding of class and guidance."""
+        layers: PositiveInt = 4
+        """Transformer layers."""
+        heads: PositiveInt = 4
+        """Attention heads; they divide the width."""
+        registers: NonNegativeInt = 4
+        """Learned tokens beside the patches, room for what concerns the whole image."""
+
+        @model_validator(mode="after")
+        def _heads_divide_width(self) -> Self:
+            if self.width % self.heads:
+                raise ValueError(
+                    f"width {self.width} of the generator cannot be divided among its {self.heads} "
+                    f"attention heads: set width to a multiple of {self.heads}."
+                )
+            return self
+
+    only_images = True
+
     def __init__(
         self,
-        settings: DiTGeneratorSettings,
-        image_shape: tuple[int, int, int],
+        config: Config,
+        sample_shape: tuple[int, ...],
         num_classes: int | None = None,
         guided: bool = False,
     ) -> None:
-        channels, height, width = image_shape
-        patch, dim = settings.patch, settings.width
-        noise_dim = settings.noise_channels * height * width
+        channels, height, width = sample_shape
+        patch, dim = config.patch, config.width
+        noise_dim = config.noise_channels * height * width
         super().__init__(noise_dim, dim, num_classes, guided)
         _check_tiles(patch, height, width)
-        self.noise_shape, self.image_shape = (settings.noise_channels, height, width), image_shape
+        self.noise_shape, self.image_shape = (config.noise_channels, height, width), sample_shape
         self.grid, self.patch = (height // patch, width // patch), patch
-        self.embed = nn.Conv2d(settings.noise_channels, dim, patch, patch)
+        self.embed = nn.Conv2d(config.noise_channels, dim, patch, patch)
         self.positions = nn.Parameter(torch.randn(self.grid[0] * self.grid[1], dim))
-        self.registers = nn.Parameter(torch.randn(settings.registers, dim))
+        self.registers = nn.Parameter(torch.randn(config.registers, dim))
         self.blocks = nn.ModuleList(
-            _Block(dim, settings.heads, self.condition_dim) for _ in range(settings.layers)
+            _Block(dim, config.heads, self.condition_dim) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.modulation = Modulation(self.condition_dim, dim, parts=2)

@@ -1,92 +1,84 @@
-"""Encoders: images [b, C, H, W] in [0, 1] to representations [b, D], and the head on top.
+"""Encoders: rows of one modality [b, ...] to representations [b, D], and the head on top.
 
 Every row of the output depends on its own row of the input alone: no batch statistics and no
 dropout, so that the same rows give the same result however they are shared out over ranks. All
 work for b = 0 too, forward and backward, since a rank may have no rows.
 """
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.models.conditioning import AdaptiveGroupNorm
-from dist_contrastive.settings import Settings
+from dist_contrastive.models.layers import GROUPS, ResidualBlock, check_widths
+from dist_contrastive.settings import ComponentSettings, Settings
 
-GROUPS = 8  # of every GroupNorm; widths are multiples of it
-
-
-class ResidualEncoderSettings(Settings):
-    """A small residual convolutional network."""
-
-    name: Literal["residual"] = "residual"
-    widths: tuple[PositiveInt, ...] = Field(default=(16, 32, 64), min_length=1)
-    """Channels of each stage; each stage after the first halves height and width. The last is D."""
-    blocks: PositiveInt = 1
-    """Residual blocks in each stage."""
+PADDING = 0
+BEGIN = 257  # after the bytes, which are 1 ... 256
+VOCABULARY = 258
 
 
-class ProjectionHeadSettings(Settings):
-    """The MLP between the representation and the space in which the loss compares."""
+class Encoder(nn.Module, ABC):
+    """Rows [b, ...] of what it `reads` to representations [b, D].
 
-    hidden: PositiveInt = 256
-    out: PositiveInt = 64
-    """Dimension of the compared embedding."""
-    layers: PositiveInt = 2
-    """Linear layers; 1 is a plain linear map."""
-
-
-class ResidualBlock(nn.Module):
-    """Pre-activation residual block; `scale` 0.5 halves the map, 2 doubles it, 1 keeps it.
-
-    With a `condition_dim`, its second norm takes a condition [b, condition_dim].
+    A subclass is made as ``Class(config, shape)``, where shape is that of one row: (channels,
+    height, width) of images in [0, 1], any of vectors, () of texts.
     """
 
-    def __init__(
-        self, width_in: int, width_out: int, scale: float = 1, condition_dim: int = 0
-    ) -> None:
-        super().__init__()
-        self.scale = scale
-        stride = 2 if scale == 0.5 else 1
-        self.norm1 = nn.GroupNorm(GROUPS, width_in)
-        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False)
-        self.norm2 = AdaptiveGroupNorm(GROUPS, width_out, condition_dim)
-        self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1, bias=False)
-        same = width_in == width_out and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Conv2d(width_in, width_out, 1, stride)
+    class Config(ComponentSettings):
+        """Settings of an encoder."""
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        h = F.silu(self.norm1(x))
-        if self.scale == 2:
-            h, x = (F.interpolate(map_, scale_factor=2, mode="nearest") for map_ in (h, x))
-        h = self.conv2(F.silu(self.norm2(self.conv1(h), condition)))
-        return self.shortcut(x) + h
+    reads: ClassVar[Literal["images", "vectors", "texts"]] = "images"
+    """What a row is; one of texts has `tokens` too."""
+    dim: int
+    """D."""
+
+    @abstractmethod
+    def forward(self, rows: Tensor) -> Tensor:
+        """Representations [b, D]."""
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Rows [b, ...] of texts, which `forward` takes."""
+        raise NotImplementedError(f"{type(self).__name__} reads {self.reads}")
 
 
-class ResidualEncoder(nn.Module):
+class ResidualEncoder(Encoder):
     """Residual network with GroupNorm and mean pooling: [b, C, H, W] in [0, 1] to [b, D]."""
 
-    def __init__(self, settings: ResidualEncoderSettings, channels: int) -> None:
+    class Config(Encoder.Config):
+        """A small residual convolutional network."""
+
+        name: Literal["residual"] = "residual"
+        widths: tuple[PositiveInt, ...] = Field(default=(16, 32, 64), min_length=1)
+        """Channels of each stage, the last of them D; each stage after the first halves height and
+        width."""
+        blocks: PositiveInt = 1
+        """Residual blocks in each stage."""
+
+    def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
         super().__init__()
-        check_widths(settings.widths)
-        self.dim, self.blocks_per_stage = settings.widths[-1], settings.blocks
-        self.stem = nn.Conv2d(channels, settings.widths[0], 3, 1, 1, bias=False)
+        check_widths(config.widths)
+        self.dim, self.blocks_per_stage = config.widths[-1], config.blocks
+        self.stem = nn.Conv2d(shape[0], config.widths[0], 3, 1, 1, bias=False)
         blocks: list[nn.Module] = []
-        width_in = settings.widths[0]
-        for stage, width in enumerate(settings.widths):
-            for block in range(settings.blocks):
+        width_in = config.widths[0]
+        for stage, width in enumerate(config.widths):
+            for block in range(config.blocks):
                 first = stage > 0 and block == 0
                 blocks.append(ResidualBlock(width_in, width, scale=0.5 if first else 1))
                 width_in = width
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.GroupNorm(GROUPS, width_in)
 
-    def forward(self, images: Tensor) -> Tensor:
-        h = self.blocks(self.stem(2 * images - 1))
+    def forward(self, rows: Tensor) -> Tensor:
+        h = self.blocks(self.stem(2 * rows - 1))
         return F.silu(self.norm(h)).mean(dim=(2, 3))
 
     def with_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -105,31 +97,154 @@ class ResidualEncoder(nn.Module):
         return maps[-1].mean(dim=(2, 3)), maps
 
 
+class TextEncoder(Encoder):
+    """Small transformer over UTF-8 bytes: no vocabulary, no tokeniser, any language.
+
+    The representation is the mean of the last hidden states of a text's bytes.
+    A begin token stands before the bytes and counts in the mean, so that an empty text has a
+    representation too. Layers are pre-norm, with GELU and a hidden layer of 4 x width.
+    """
+
+    class Config(Encoder.Config):
+        """A small transformer over UTF-8 bytes."""
+
+        name: Literal["text"] = "text"
+        width: PositiveInt = 64
+        """Dimension of the hidden states, and D of the representation."""
+        layers: PositiveInt = 2
+        """Transformer layers."""
+        heads: PositiveInt = 4
+        """Attention heads; they divide the width."""
+        max_bytes: PositiveInt = 64
+        """Bytes of a text that are read; every text costs as much as one of this length."""
+
+        @model_validator(mode="after")
+        def _heads_divide_width(self) -> Self:
+            if self.width % self.heads:
+                raise ValueError(
+                    f"width {self.width} of the text encoder cannot be divided among its "
+                    f"{self.heads} attention heads: set width to a multiple of {self.heads}."
+                )
+            return self
+
+    reads = "texts"
+
+    def __init__(self, config: Config, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.dim, self.max_bytes = config.width, config.max_bytes
+        self.embedding = nn.Embedding(VOCABULARY, config.width)
+        self.positions = nn.Parameter(0.1 * torch.randn(1 + config.max_bytes, config.width))
+        layer = nn.TransformerEncoderLayer(
+            config.width,
+            config.heads,
+            4 * config.width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, config.layers, nn.LayerNorm(config.width), enable_nested_tensor=False
+        )
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """`text_tokens` of as many bytes as are read."""
+        return text_tokens(texts, self.max_bytes)
+
+    def forward(self, rows: Sequence[str] | Tensor) -> Tensor:
+        """Representations [b, D] of b texts, or of their `tokens` int64 [b, max_bytes]."""
+        tokens = rows if isinstance(rows, Tensor) else self.tokens(rows)
+        tokens = F.pad(tokens.to(self.positions.device), (1, 0), value=BEGIN)
+        if len(tokens) == 0:  # attention cannot reshape 0 rows; one empty text keeps the graph
+            return self._representations(tokens.new_full((1, tokens.shape[1]), BEGIN))[:0]
+        return self._representations(tokens)
+
+    def _representations(self, tokens: Tensor) -> Tensor:
+        padding = tokens == PADDING
+        hidden = self.layers(self.embedding(tokens) + self.positions, src_key_padding_mask=padding)
+        read = (~padding).unsqueeze(2)
+        return (hidden * read).sum(dim=1) / read.sum(dim=1)
+
+
+def text_tokens(texts: Sequence[str], max_bytes: int) -> Tensor:
+    """UTF-8 bytes of each text, plus 1, then 0 up to `max_bytes`: int64 [b, max_bytes].
+
+    A longer text is cut at the last whole character that fits. What UTF-8 cannot hold (half of
+    a surrogate pair) counts as a question mark.
+    """
+    rows = []
+    for text in texts:
+        cut = text.encode(errors="replace")[:max_bytes].decode(errors="ignore").encode()
+        rows.append([byte + 1 for byte in cut] + [PADDING] * (max_bytes - len(cut)))
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), max_bytes)
+
+
+class VectorEncoder(Encoder):
+    """Vectors [b, F] (or arrays [b, ...] of F numbers a row) to representations [b, D].
+
+    Each hidden layer is normalised (LayerNorm), so that features may be of any common scale. The
+    input is not: with few features that would erase them, with one feature entirely.
+
+    Raises:
+        ConfigError: F is 0.
+    """
+
+    reads = "vectors"
+
+    class Config(Encoder.Config):
+        """An MLP with SiLU."""
+
+        name: Literal["vector"] = "vector"
+        hidden: PositiveInt = 64
+        """Dimension of the hidden layers."""
+        out: PositiveInt = 64
+        """Dimension of the representation, D."""
+        layers: PositiveInt = 2
+        """Linear layers; 1 is a plain linear map."""
+
+    def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        num_features = math.prod(shape)
+        if num_features < 1:
+            raise ConfigError(
+                f"a vector encoder needs 1 feature or more, but the field has {num_features}: "
+                "name a field that holds numbers."
+            )
+        self.dim, self.num_features = config.out, num_features
+        widths = [num_features, *[config.hidden] * (config.layers - 1), config.out]
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths):
+            layers += [nn.Linear(width_in, width_out), nn.LayerNorm(width_out), nn.SiLU()]
+        self.net = nn.Sequential(*layers[:-2])
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.net(rows.reshape(len(rows), self.num_features))
+
+
 class ProjectionHead(nn.Module):
     """MLP from representations [b, D] to embeddings [b, out]; the loss normalises them."""
 
-    def __init__(self, settings: ProjectionHeadSettings, dim: int) -> None:
+    class Config(Settings):
+        """The MLP between the representation and the space in which the loss compares."""
+
+        hidden: PositiveInt = 256
+        """Dimension of the hidden layers."""
+        out: PositiveInt = 64
+        """Dimension of the compared embedding."""
+        layers: PositiveInt = 2
+        """Linear layers; 1 is a plain linear map."""
+
+    def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
-        widths = [dim, *[settings.hidden] * (settings.layers - 1), settings.out]
+        widths = [dim, *[config.hidden] * (config.layers - 1), config.out]
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.SiLU()]
         self.net = nn.Sequential(*layers[:-1])
-        self.dim = settings.out
+        self.dim = config.out
 
     def forward(self, representations: Tensor) -> Tensor:
         return self.net(representations)
-
-
-def check_widths(widths: tuple[int, ...]) -> None:
-    """Raise ConfigError unless GroupNorm can divide each width."""
-    for width in widths:
-        if width % GROUPS:
-            raise ConfigError(
-                f"width {width} of the network must be a multiple of {GROUPS} (its normalisation "
-                f"groups): use {max(GROUPS, width // GROUPS * GROUPS)} or "
-                f"{(width // GROUPS + 1) * GROUPS}."
-            )
 
 
 def frozen(module: nn.Module) -> nn.Module:

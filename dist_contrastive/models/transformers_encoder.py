@@ -14,75 +14,69 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.settings import Settings
+from dist_contrastive.models.encoders import Encoder
 
 MOST_SPECIAL_TOKENS = 16  # class, distillation and register tokens of known models: 8 at most
 
 
-class TransformersEncoderSettings(Settings):
-    """A vision model of `transformers`: `model_type` (random weights) or `pretrained`."""
-
-    name: Literal["transformers"] = "transformers"
-    model_type: str | None = None
-    """Architecture by its `transformers` name, as `vit`, `dinov2`, `convnext`, `swin`."""
-    pretrained: str | None = None
-    """Folder or hub name of a checkpoint; its weights must be safetensors."""
-    config: dict[str, Any] = Field(default_factory=dict)
-    """Fields of the model's configuration to override, as `{hidden_size: 192}`. Image size and
-    channels are set from the data for `model_type` models that have these fields."""
-    pool: Literal["auto", "pooler", "mean"] = "auto"
-    """`pooler`: the model's own pooled output; `mean`: the mean of the last hidden state over
-    positions; `auto`: the pooled output where the model has one."""
-    normalise: tuple[float, float] = (0.5, 0.5)
-    """Mean and standard deviation subtracted from and divided into pixels in [0, 1]."""
-    row_independent: bool = True
-    """Keep the model in eval mode while training: no dropout or stochastic depth, stored batch
-    statistics. A row's output then depends on that row alone, which every promise about ranks
-    needs; turn it off only to train a model that cannot do without."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.model_type is None) == (self.pretrained is None):
-            raise ValueError(
-                f"a transformers encoder needs either model_type or pretrained, but model_type is "
-                f"{self.model_type!r} and pretrained is {self.pretrained!r}: set exactly one."
-            )
-        return self
-
-
-class TransformersEncoder(nn.Module):
+class TransformersEncoder(Encoder):
     """A `transformers` vision model: images [b, C, H, W] in [0, 1] to representations [b, D].
 
     Parameters that the output does not depend on (mask tokens, an unused pooler) are frozen,
     because DDP would wait for their gradients.
 
-    Args:
-        settings: which model.
-        channels: C of the images.
-        image_size: height and width of the images.
     Raises:
         ConfigError: unknown model, not a vision model, wrong fields, images it cannot read.
     """
 
-    def __init__(
-        self, settings: TransformersEncoderSettings, channels: int, image_size: tuple[int, int]
-    ) -> None:
+    class Config(Encoder.Config):
+        """A vision model of `transformers`: `model_type` (random weights) or `pretrained`."""
+
+        name: Literal["transformers"] = "transformers"
+        model_type: str | None = None
+        """Architecture by its `transformers` name, as `vit`, `dinov2`, `convnext`, `swin`."""
+        pretrained: str | None = None
+        """Folder or hub name of a checkpoint; its weights must be safetensors."""
+        config: dict[str, Any] = Field(default_factory=dict)
+        """Fields of the model's configuration to override, as `{hidden_size: 192}`. Image size and
+        channels are set from the data for `model_type` models that have these fields."""
+        pool: Literal["auto", "pooler", "mean"] = "auto"
+        """`pooler`: the model's own pooled output; `mean`: the mean of the last hidden state over
+        positions; `auto`: the pooled output where the model has one."""
+        normalise: tuple[float, float] = (0.5, 0.5)
+        """Mean and standard deviation subtracted from and divided into pixels in [0, 1]."""
+        row_independent: bool = True
+        """Keep the model in eval mode while training: no dropout or stochastic depth, stored batch
+        statistics. A row's output then depends on that row alone, which every promise about ranks
+        needs; turn it off only to train a model that cannot do without."""
+
+        @model_validator(mode="after")
+        def _one_source(self) -> Self:
+            if (self.model_type is None) == (self.pretrained is None):
+                raise ValueError(
+                    f"a transformers encoder needs either model_type or pretrained, but model_type "
+                    f"is {self.model_type!r} and pretrained is {self.pretrained!r}: set exactly "
+                    f"one."
+                )
+            return self
+
+    def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.settings = settings
-        self.image_shape = (channels, *image_size)
-        self.model = _load(settings, channels, image_size)
+        channels, height, width = shape
+        self.config, self.image_shape = config, (channels, height, width)
+        self.model = _load(config, channels, (height, width))
         self.dim = self._probe()
         self.train()
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        self.model.train(mode and not self.settings.row_independent)
+        self.model.train(mode and not self.config.row_independent)
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
-        if len(images) == 0:
-            return self._representations(_blank(images))[:0]
-        return self._representations(images)
+    def forward(self, rows: Tensor) -> Tensor:
+        if len(rows) == 0:
+            return self._representations(_blank(rows))[:0]
+        return self._representations(rows)
 
     def with_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The representation [b, D], and a map [b, C, h, w] of each hidden state, the first one
@@ -114,14 +108,14 @@ class TransformersEncoder(nn.Module):
         grid = _grid(state.shape[1], self.image_shape[1:], patch) if state.ndim == 3 else None
         if grid is None:
             raise ConfigError(
-                f"a hidden state of {_title(self.settings)} has shape {tuple(state.shape)}, which "
+                f"a hidden state of {_title(self.config)} has shape {tuple(state.shape)}, which "
                 "is neither [b, D, h, w] nor a grid of positions [b, positions, D]: use its pooled "
                 "representation alone."
             )
         return state[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
     def _run(self, images: Tensor, **options: bool) -> Any:
-        mean, std = self.settings.normalise
+        mean, std = self.config.normalise
         return self.model(pixel_values=(images - mean) / std, **options)
 
     def _representations(self, images: Tensor) -> Tensor:
@@ -129,17 +123,17 @@ class TransformersEncoder(nn.Module):
 
     def _pooled(self, output: Any) -> Tensor:
         pooled = getattr(output, "pooler_output", None)
-        if self.settings.pool == "pooler" and pooled is None:
+        if self.config.pool == "pooler" and pooled is None:
             raise ConfigError(
-                f"pool: pooler needs a model with a pooled output, and {_title(self.settings)} "
+                f"pool: pooler needs a model with a pooled output, and {_title(self.config)} "
                 "has none: use pool: mean."
             )
-        if pooled is not None and self.settings.pool != "mean":
+        if pooled is not None and self.config.pool != "mean":
             return pooled.flatten(1)
         hidden = output.last_hidden_state  # [b, positions, D] or [b, D, h, w]
         if hidden.ndim not in (3, 4):
             raise ConfigError(
-                f"the last hidden state of {_title(self.settings)} has shape "
+                f"the last hidden state of {_title(self.config)} has shape "
                 f"{tuple(hidden.shape)}, which is neither [b, positions, D] nor [b, D, h, w]: use "
                 "a model of single images."
             )
@@ -156,7 +150,7 @@ class TransformersEncoder(nn.Module):
         except (ValueError, RuntimeError, TypeError) as error:
             shape = "x".join(map(str, self.image_shape))
             raise ConfigError(
-                f"{_title(self.settings)} cannot read images of {shape} (channels x height x "
+                f"{_title(self.config)} cannot read images of {shape} (channels x height x "
                 f"width): set image size, patch size and channels in config ({_first(error)})."
             ) from error
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -167,53 +161,53 @@ class TransformersEncoder(nn.Module):
 
 
 def _load(
-    settings: TransformersEncoderSettings, channels: int, image_size: tuple[int, int]
+    config: TransformersEncoder.Config, channels: int, image_size: tuple[int, int]
 ) -> nn.Module:
     from transformers import AutoConfig, AutoModel
 
     try:
-        if settings.pretrained is not None:
+        if config.pretrained is not None:
             model = AutoModel.from_pretrained(
-                settings.pretrained, use_safetensors=True, **settings.config
+                config.pretrained, use_safetensors=True, **config.config
             )
         else:
-            assert settings.model_type is not None  # the settings have exactly one source
-            fields = _config_fields(settings, channels, image_size)
-            model = AutoModel.from_config(AutoConfig.for_model(settings.model_type, **fields))
+            assert config.model_type is not None  # the settings have exactly one source
+            fields = _config_fields(config, channels, image_size)
+            model = AutoModel.from_config(AutoConfig.for_model(config.model_type, **fields))
     except ConfigError:
         raise
     except Exception as error:  # transformers and the hub have kinds of their own
         raise ConfigError(
-            f"cannot build {_title(settings)}: {_first(error)}; give model_type a vision model's "
+            f"cannot build {_title(config)}: {_first(error)}; give model_type a vision model's "
             "name such as vit, dinov2, convnext or swin, or pretrained a folder with safetensors."
         ) from error
     if "pixel_values" not in inspect.signature(model.forward).parameters:
         raise ConfigError(
-            f"{_title(settings)} does not take images: use a vision model such as vit, dinov2, "
+            f"{_title(config)} does not take images: use a vision model such as vit, dinov2, "
             "convnext or swin."
         )
     return model
 
 
 def _config_fields(
-    settings: TransformersEncoderSettings, channels: int, image_size: tuple[int, int]
+    config: TransformersEncoder.Config, channels: int, image_size: tuple[int, int]
 ) -> dict[str, Any]:
     """The configuration overrides, with what the data fixes, and unknown names refused."""
     from transformers import AutoConfig
 
-    assert settings.model_type is not None  # the settings have exactly one source
-    known = AutoConfig.for_model(settings.model_type).to_dict()
-    for name in settings.config:
+    assert config.model_type is not None  # the settings have exactly one source
+    known = AutoConfig.for_model(config.model_type).to_dict()
+    for name in config.config:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(
-                f"{_title(settings)} has no configuration field {name!r}: "
+                f"{_title(config)} has no configuration field {name!r}: "
                 + (f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}.")
             )
     as_pair = len(set(image_size)) == 2 or isinstance(known.get("image_size"), list | tuple)
     size = image_size if as_pair else image_size[0]
     from_data = {"image_size": size, "num_channels": channels}
-    return {k: v for k, v in from_data.items() if k in known} | settings.config
+    return {k: v for k, v in from_data.items() if k in known} | config.config
 
 
 def _blank(images: Tensor) -> Tensor:
@@ -243,8 +237,8 @@ def _grid(
     )
 
 
-def _title(settings: TransformersEncoderSettings) -> str:
-    return f"transformers model {(settings.model_type or settings.pretrained)!r}"
+def _title(config: TransformersEncoder.Config) -> str:
+    return f"transformers model {(config.model_type or config.pretrained)!r}"
 
 
 def _first(error: Exception) -> str:

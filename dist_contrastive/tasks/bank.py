@@ -1,10 +1,14 @@
 """A bank of past samples of every class, the same on all ranks."""
 
+from typing import Self
+
 import torch
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from dist_contrastive import collectives
 from dist_contrastive.data import keyed_random
+from dist_contrastive.settings import Settings
 
 _BYTE = 255
 
@@ -18,18 +22,34 @@ class SampleBank(nn.Module):
 
     Args:
         num_classes: labels are 0 ... num_classes - 1.
-        capacity: samples of each class.
-        example: a sample [1, ...], which tells the shape, and whether these are images.
+        example: a sample [1, ...], which shows the shape, and whether these are images.
     """
+
+    class Config(Settings):
+        """Samples of past batches, as further data for each class."""
+
+        capacity: PositiveInt
+        """Samples of each class to keep; each rank keeps all of them."""
+        positives: PositiveInt
+        """How many of them are data in a step, for each class (and group) of the batch."""
+
+        @model_validator(mode="after")
+        def _holds_enough(self) -> Self:
+            if self.positives > self.capacity:
+                raise ValueError(
+                    f"positives={self.positives} of a bank of capacity={self.capacity}; set "
+                    f"positives to at most {self.capacity}"
+                )
+            return self
 
     samples: Tensor
     added: Tensor
 
-    def __init__(self, num_classes: int, capacity: int, example: Tensor) -> None:
+    def __init__(self, config: Config, num_classes: int, example: Tensor) -> None:
         super().__init__()
         self._are_images = _is_image(example)
         dtype = torch.uint8 if self._are_images else torch.float32
-        shape = num_classes, capacity, *example.shape[1:]
+        shape = num_classes, config.capacity, *example.shape[1:]
         self.register_buffer("samples", torch.zeros(shape, dtype=dtype))
         self.register_buffer("added", torch.zeros(num_classes, dtype=torch.int64))
 
@@ -46,10 +66,10 @@ class SampleBank(nn.Module):
         """
         if self._are_images:
             samples = (samples * _BYTE).round().to(torch.uint8)
-        everyones, _ = collectives.all_gather_rows(samples.to(self.samples.dtype))
+        gathered, _ = collectives.all_gather_rows(samples.to(self.samples.dtype))
         labels, _ = collectives.all_gather_rows(labels)
         for label in labels.unique().tolist():
-            newest = everyones[labels == label]
+            newest = gathered[labels == label]
             slots = int(self.added[label]) + torch.arange(len(newest), device=labels.device)
             kept = slice(max(0, len(newest) - self.capacity), None)
             self.samples[label, slots[kept] % self.capacity] = newest[kept]
@@ -64,13 +84,13 @@ class SampleBank(nn.Module):
         held = self.added.clamp(max=self.capacity).tolist()
         classes = range(len(held)) if label is None else [label]
         places = [c * self.capacity + torch.arange(held[c]) for c in classes]
-        found = torch.cat(places).to(self.added.device)
-        return found[keyed_random.combine(*key, found).argsort()[:count]]
+        candidates = torch.cat(places).to(self.added.device)
+        return candidates[keyed_random.combine(*key, candidates).argsort()[:count]]
 
     def take(self, places: Tensor) -> Tensor:
         """The samples [n, ...] at places of `draw`, float32."""
-        found = self.samples.flatten(0, 1)[places].float()
-        return found / _BYTE if self._are_images else found
+        samples = self.samples.flatten(0, 1)[places].float()
+        return samples / _BYTE if self._are_images else samples
 
 
 def _is_image(example: Tensor) -> bool:

@@ -2,16 +2,31 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss, Scale, clamp_scales
+from dist_contrastive.settings import Choice, ComponentSettings, Settings
 
 Embeddings = tuple[Tensor, ...]
 Terms = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """Data that a task is built for."""
+
+    example: Samples
+    """A row or more, which show shapes."""
+    num_classes: int | None
+    """Labels are classes 0 ... num_classes - 1; None: continuous, or none."""
+    seed: int
+    """That of the run, with which views, noise and weights are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +53,38 @@ class Task(nn.Module, ABC):
     Its parameters, those of the loss included, are all that is trained. Randomness (views, noise)
     is drawn in `inputs`, keyed by the sample, so that it depends on neither rank nor batch. What a
     step needs is in its context; between steps only the weights and buffers of the task remain.
+
+    A subclass is made as ``Class(config, data)``, data a `DataInfo`, with ``encoder=`` or ``loss=``
+    where a module of the user's own takes the place of the configured one.
     """
+
+    class Config(ComponentSettings):
+        """Settings of a task."""
+
+        uses_labels: ClassVar[bool] = False
+        """Whether labels take part in training."""
+        labels_required: ClassVar[bool] = False
+        """Whether each sample must have one."""
+        uses_pair: ClassVar[bool] = False
+        """Whether a second modality of the samples takes part."""
+
+        def check(self, data: DataConfig) -> None:
+            """Raise ValueError, worded as a sentence, where the data does not fit the task."""
+            for name in ("labels_per_class", "balance"):
+                if getattr(data, name) is not None and not self.uses_labels:
+                    raise ValueError(
+                        f"data.{name} is set, but the task does not train with labels; leave it "
+                        f"out, or use the task labelled or hybrid"
+                    )
+            if data.pair is not None and not self.uses_pair:
+                raise ValueError(
+                    f"data.pair={data.pair} is set, but the task has no second modality; leave it "
+                    f"out, or use the task paired"
+                )
+            if self.uses_labels and data.label is None:
+                raise ValueError(
+                    "the task needs labels; set data.label to the field that holds them"
+                )
 
     rows_multiple = 1
     """The rows of a global batch are a multiple of it."""
@@ -94,6 +140,20 @@ class Task(nn.Module, ABC):
     def scalars(self, context: StepContext) -> dict[str, float]:
         """Metrics of the task itself for the row of a logged step, after `finish_step`."""
         return dict(context.metrics)
+
+
+def check_loss(loss: nn.Module, config: Settings) -> None:
+    """Refuse a loss of the user's own that the setting ``loss`` of a task could not name."""
+    for choice in type(config).model_fields["loss"].metadata:
+        if isinstance(choice, Choice):
+            reason = None
+            if not isinstance(loss, choice.base):
+                reason = f"it is no {choice.base.__module__}.{choice.base.__qualname__}"
+            if reason := reason or choice.unfit(type(loss)):
+                raise ConfigError(
+                    f"loss={type(loss).__name__} cannot be used by this task: {reason}; pass "
+                    f"another loss, or leave it out for that of the config"
+                )
 
 
 def scalars_of(loss: PairLoss) -> dict[str, float]:

@@ -1,21 +1,24 @@
 """One-step generation by the contrastive force ("drifting"): noise and a class in, a sample out."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
+from torch import Tensor, nn
 
 from dist_contrastive import collectives
-from dist_contrastive.config import DriftSettings
 from dist_contrastive.data import keyed_random
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.data.stream.order import nearest_multiples
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses import ContrastiveForce
-from dist_contrastive.models import MomentumCopy, build_generator, ema_decay_at
+from dist_contrastive.losses import FOR_RUNS, ContrastiveForce, PairLoss
+from dist_contrastive.models import AnyGenerator, MomentumCopy, build_generator, ema_decay_at
+from dist_contrastive.settings import Settings
 from dist_contrastive.tasks.bank import SampleBank
-from dist_contrastive.tasks.base import Embeddings, StepContext, Task, Terms
-from dist_contrastive.tasks.feature_spaces import FeatureSpaces
+from dist_contrastive.tasks.base import DataInfo, Embeddings, StepContext, Task, Terms
+from dist_contrastive.tasks.feature_spaces import AnyFeatureSpace, FeatureSpaces
 
 # What keeps keys of random numbers apart that have the same seed.
 NOISE_STREAM = 0x6E6F697365  # "noise"
@@ -61,6 +64,25 @@ class _BankRows:
     weights: Tensor  # [k]
 
 
+class GuidanceConfig(Settings):
+    """Classifier-free guidance: samples of all classes push those of each class away."""
+
+    unconditional: PositiveInt = 16
+    """Samples of the bank that push, for each class (and group) of the batch."""
+    strengths: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 4.0)
+    """Smallest and largest strength, 1 is none; each class draws one in each step, which the
+    generator takes."""
+    power: NonNegativeFloat = 1.0
+    """Strengths have a density of strength^-power."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        low, high = self.strengths
+        if low > high:
+            raise ValueError(f"strengths={self.strengths}; give the smaller one first")
+        return self
+
+
 class Drift(Task):
     """A generator whose samples are moved by data and by each other, in one or more feature spaces.
 
@@ -70,31 +92,84 @@ class Drift(Task):
     ``(strength - 1) (generated - 1) / unconditional``, as in the official code of arXiv 2602.04770.
     """
 
+    class Config(Task.Config):
+        """A one-step generator trained by the contrastive force."""
+
+        labels_required: ClassVar[bool] = True
+
+        name: Literal["drift"] = "drift"
+        generator: AnyGenerator
+        """Network from noise and class to samples."""
+        features: tuple[AnyFeatureSpace, ...]
+        """Spaces in which the force acts; their losses are added."""
+        loss: Annotated[ContrastiveForce.Config, FOR_RUNS] = ContrastiveForce.Config()
+        """The force, and its loss in each space."""
+        groups: PositiveInt = 1
+        """Equal parts of the global batch that do not interact; 1: all of it does."""
+        ema: float | None = Field(default=None, ge=0, lt=1)
+        """Decay of the averaged generator that `eval` and `sample` use; null: none, the last
+        one."""
+        bank: SampleBank.Config | None = None
+        """Samples of past batches, as further data; null: none."""
+        guidance: GuidanceConfig | None = None
+        """Classifier-free guidance; null: none."""
+
+        @field_validator("features")
+        @classmethod
+        def _some_space(cls, features: tuple[AnyFeatureSpace, ...]) -> tuple[AnyFeatureSpace, ...]:
+            if not features:
+                raise ValueError("the force needs a space to act in; name one, as [{name: pixels}]")
+            return features
+
+        def check(self, data: DataConfig) -> None:
+            """Labels, where there are some, are classes; whole groups."""
+            super().check(data)
+            if data.label is not None and data.num_classes is None:
+                raise ValueError("the task drift generates by class; set data.num_classes")
+            batch, groups = data.global_batch_size, self.groups
+            if batch % groups or batch // groups < 2:
+                raise ValueError(
+                    f"task.groups={groups} does not divide data.global_batch_size={batch} into "
+                    f"equal groups of 2 or more; set data.global_batch_size to "
+                    f"{nearest_multiples(batch, groups, 2 * groups)}"
+                )
+            if self.guidance is not None and (self.bank is None or data.num_classes is None):
+                raise ValueError(
+                    "task.guidance pushes with samples of all classes from the bank; set "
+                    "task.bank, data.label and data.num_classes"
+                )
+
     steps_done: Tensor
 
     def __init__(
         self,
-        settings: DriftSettings,
-        example: Samples,
-        num_classes: int | None,
-        seed: int,
+        config: Config,
+        data: DataInfo,
+        encoder: nn.Module | None = None,
+        loss: PairLoss | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self.seed = settings, seed
-        self.sample_shape = tuple(example.images.shape[1:])
-        self.num_classes = num_classes or 1
-        guided = settings.guidance is not None
+        if encoder is not None:
+            raise ConfigError(
+                f"the task drift trains a generator, no encoder such as {type(encoder).__name__}; "
+                f"name a generator of your own as task.generator.name=package.module:Class"
+            )
+        self.config, self.seed = config, data.seed
+        self.sample_shape = tuple(data.example.images.shape[1:])
+        self.num_classes = data.num_classes or 1
+        guided = config.guidance is not None
         self.generator = build_generator(
-            settings.generator, self.sample_shape, num_classes, guided=guided
+            config.generator, self.sample_shape, data.num_classes, guided=guided
         )
-        self.average = None if settings.ema is None else MomentumCopy(self.generator)
+        self.average = None if config.ema is None else MomentumCopy(self.generator)
         self.bank = None
-        if settings.bank is not None:
-            self.bank = SampleBank(self.num_classes, settings.bank.capacity, example.images[:1])
-        self.loss, self.local_loss = _losses(settings)
+        if config.bank is not None:
+            example = data.example.images[:1]
+            self.bank = SampleBank(config.bank, self.num_classes, example)
+        self.loss, self.local_loss = _losses(config, loss)
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
-        self.rows_multiple = 2 * settings.groups if settings.groups > 1 else 1
-        self._spaces = FeatureSpaces(settings.features, self.sample_shape)
+        self.rows_multiple = 2 * config.groups if config.groups > 1 else 1
+        self._spaces = FeatureSpaces(config.features, self.sample_shape)
 
     def begin_step(
         self,
@@ -116,7 +191,7 @@ class Drift(Task):
             progress=progress,
             is_logged=is_logged,
             micro_batch_size=micro_batch_size,
-            subgroups=_subgroups(labels, self.num_classes, self.settings.groups),
+            subgroups=_subgroups(labels, self.num_classes, self.config.groups),
         )
 
     def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
@@ -127,7 +202,7 @@ class Drift(Task):
         inputs = [keyed_random.normal(keys, self.generator.noise_dim)]
         if samples.labels is not None:
             inputs.append(samples.labels)
-        if self.settings.guidance is not None:
+        if self.config.guidance is not None:
             inputs.append(self._strengths(context.subgroups.local))
         return tuple(inputs)
 
@@ -144,7 +219,7 @@ class Drift(Task):
         data = self._features(torch.cat(parts), context.micro_batch_size)
         num_data = sum(map(len, parts[: 1 + (positives is not None)]))
         data_subgroups = torch.cat([subgroups.local, *([positives.subgroups] if positives else [])])
-        all_interact = samples.labels is None and self.settings.groups == 1
+        all_interact = samples.labels is None and self.config.groups == 1
         loss = self.local_loss if subgroups.are_whole else None
         loss = self.loss if loss is None or self.bank is not None else loss
         loss.diagnostics, terms = context.is_logged, {}
@@ -170,8 +245,8 @@ class Drift(Task):
     def finish_step(self, embeddings: Embeddings, samples: Samples, context: StepContext) -> None:
         """The average follows; this step's data go into the bank."""
         super().finish_step(embeddings, samples, context)
-        if self.average is not None and self.settings.ema is not None:
-            decay = ema_decay_at(int(self.steps_done), self.settings.ema)
+        if self.average is not None and self.config.ema is not None:
+            decay = ema_decay_at(int(self.steps_done), self.config.ema)
             self.average.update(self.generator, decay)
         if self.bank is not None:
             labels = samples.labels
@@ -216,8 +291,8 @@ class Drift(Task):
 
     def _strengths(self, subgroups: Tensor) -> Tensor:
         """Strength of guidance of some subgroups in this step: float32, the shape of subgroups."""
-        assert self.settings.guidance is not None
-        (low, high), power = self.settings.guidance.strengths, self.settings.guidance.power
+        assert self.config.guidance is not None
+        (low, high), power = self.config.guidance.strengths, self.config.guidance.power
         keys = keyed_random.combine(self.seed, _GUIDANCE_STREAM, int(self.steps_done), subgroups)
         uniform = keyed_random.uniform(keys, 1)[:, 0]
         if power == 1:
@@ -229,7 +304,7 @@ class Drift(Task):
         """This rank's share of data of the classes, and of samples that push; None without any."""
         if self.bank is None or not int(self.bank.added.sum()):
             return None, None
-        bank, guidance = self.settings.bank, self.settings.guidance
+        bank, guidance = self.config.bank, self.config.guidance
         assert bank is not None
         positives = self._share(subgroups, _POSITIVE_STREAM, bank.positives, of_class=True)
         if guidance is None:
@@ -266,13 +341,22 @@ class Drift(Task):
         return super()._apply(fn, recurse)
 
 
-def _losses(settings: DriftSettings) -> tuple[ContrastiveForce, ContrastiveForce | None]:
-    """The loss over the global batch, and the one for ranks that hold whole groups, which need not
-    be gathered: where numbers of groups that ranks hold are pooled as those of all are."""
-    loss = ContrastiveForce(settings.loss)
-    if settings.groups == 1 or "group" in (loss.rules.scale_scope, loss.rules.norm_scope):
+def _losses(
+    config: Drift.Config, loss: PairLoss | None
+) -> tuple[ContrastiveForce, ContrastiveForce | None]:
+    """Loss over the global batch, and the one for ranks that hold whole groups, which need not be
+    gathered: where numbers of groups that ranks hold are pooled as those of all are."""
+    if loss is not None:
+        if not isinstance(loss, ContrastiveForce):
+            raise ConfigError(
+                f"loss={type(loss).__name__} cannot be used by the task drift, which takes a "
+                f"ContrastiveForce; pass one, or leave it out for that of the config"
+            )
         return loss, None
-    return loss, ContrastiveForce(settings.loss.model_copy(update={"keys_from": "local"}))
+    loss = ContrastiveForce(config.loss)
+    if config.groups == 1 or "group" in (loss.rules.scale_scope, loss.rules.norm_scope):
+        return loss, None
+    return loss, ContrastiveForce(config.loss.model_copy(update={"keys_from": "local"}))
 
 
 def _subgroups(labels: Tensor, num_classes: int, groups: int) -> Subgroups:

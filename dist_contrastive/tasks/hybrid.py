@@ -3,24 +3,68 @@
 total = w0 * supervised + w1 * reward + w2 * contrastive
 """
 
+from typing import Any, ClassVar, Literal
+
 import torch
+from pydantic import PositiveInt, field_validator
 from torch import Tensor, nn
 
-from dist_contrastive.config import HybridSettings
-from dist_contrastive.config.tasks import RewardSettings
 from dist_contrastive.data import keyed_random
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.losses import build_loss
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses import AnyLoss, PairLoss, SelfDiagonal, build_loss, compare_views
 from dist_contrastive.losses.classification import PathCrossEntropy
 from dist_contrastive.losses.hierarchy import Hierarchy
 from dist_contrastive.losses.policy_gradient import PolicyGradient
 from dist_contrastive.losses.rewards import load_reward
-from dist_contrastive.losses.views import compare_views
-from dist_contrastive.schedule import Points, value_at
-from dist_contrastive.tasks.base import Embeddings, StepContext, Terms, scalars_of
+from dist_contrastive.schedule import Points, Schedule, value_at
+from dist_contrastive.settings import Settings
+from dist_contrastive.tasks.base import (
+    DataInfo,
+    Embeddings,
+    StepContext,
+    Terms,
+    check_loss,
+    scalars_of,
+)
 from dist_contrastive.tasks.images import ImageTask
 
 DECISION_STREAM = 0x6465636964  # "decid": keeps these keys apart from other uses of the same seed
+
+
+class SupervisedConfig(PathCrossEntropy.Config):
+    """Cross-entropy of the classifier."""
+
+    weight: Schedule = 1.0
+    """Weight of the term, constant or by the progress of the run; 0: none."""
+
+    @field_validator("level_weights")
+    @classmethod
+    def _some_level_counts(cls, weights: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if weights is not None and not any(weights):
+            raise ValueError("all are 0; give one level a weight, or leave out supervised")
+        return weights
+
+
+class RewardConfig(PolicyGradient.Config):
+    """Policy gradient on decisions that are sampled from the classifier."""
+
+    weight: Schedule = 1.0
+    """Weight of the term, constant or by the progress of the run; 0: none."""
+    function: str = "dist_contrastive.losses.rewards:depth_credit"
+    """MODULE:NAME of (decisions, labels, hierarchy) -> rewards."""
+    draws: PositiveInt = 1
+    """Decisions sampled for each view of a sample."""
+
+
+class ContrastiveConfig(Settings):
+    """Any loss over pairs, on the projections."""
+
+    weight: Schedule = 1.0
+    """Weight of the term, constant or by the progress of the run; 0: none."""
+    loss: AnyLoss = SelfDiagonal.Config()
+    """Loss over the projections of the global batch."""
 
 
 class Hybrid(ImageTask):
@@ -29,26 +73,73 @@ class Hybrid(ImageTask):
     A term with weight 0 is absent, and a head that no term uses is not trained.
     """
 
+    class Config(ImageTask.Config):
+        """total = w0 * supervised + w1 * reward + w2 * contrastive, over one encoder."""
+
+        uses_labels: ClassVar[bool] = True
+
+        name: Literal["hybrid"] = "hybrid"
+        num_views: PositiveInt = 2
+        """Views of each sample; all are classified and compared."""
+        hierarchy: Any = None
+        """Groups of classes, as {round: [0, 6, 8, 9], straight: [1, 4, 7]}, nested to any depth;
+        null: the classes side by side."""
+        supervised: SupervisedConfig | None = None
+        """Cross-entropy term; null: none."""
+        reward: RewardConfig | None = None
+        """Policy-gradient term; null: none."""
+        contrastive: ContrastiveConfig | None = None
+        """Contrastive term; null: none."""
+
+        @field_validator("supervised", "reward", "contrastive")
+        @classmethod
+        def _without_weight_is_absent(cls, term: Any) -> Any:
+            return None if term is not None and term.weight == 0 else term
+
+        def check(self, data: DataConfig) -> None:
+            """Classes, and something to learn."""
+            super().check(data)
+            if data.num_classes is None:
+                raise ValueError("the task hybrid classifies; set data.num_classes")
+            if self.supervised is self.reward is self.contrastive is None:
+                raise ValueError(
+                    "task supervised, reward and contrastive are all absent or have weight 0; give "
+                    "one of them a weight"
+                )
+
     def __init__(
-        self, settings: HybridSettings, example: Samples, num_classes: int, seed: int
+        self,
+        config: Config,
+        data: DataInfo,
+        encoder: nn.Module | None = None,
+        loss: PairLoss | None = None,
     ) -> None:
-        super().__init__(settings, example, seed)
-        self.num_views = settings.num_views
-        self.hierarchy = Hierarchy.flat(num_classes)
-        if settings.hierarchy is not None:
-            self.hierarchy = Hierarchy.of_tree(settings.hierarchy, num_classes)
-        self.classifier = nn.Linear(self.encoder.dim, self.hierarchy.num_nodes)
+        super().__init__(config, data, encoder)
+        assert data.num_classes is not None, "the config asks for classes"
+        self.num_views = config.num_views
+        self.hierarchy = Hierarchy.flat(data.num_classes)
+        if config.hierarchy is not None:
+            self.hierarchy = Hierarchy.of_tree(config.hierarchy, data.num_classes)
+        self.classifier = nn.Linear(self.dim, self.hierarchy.num_nodes)
         self._weights: dict[str, float | Points] = {}
-        if settings.supervised is not None:
-            self._weights["supervised"] = settings.supervised.weight
-            self.supervised = PathCrossEntropy(self.hierarchy, settings.supervised)
-        if settings.reward is not None:
-            self._weights["reward"] = settings.reward.weight
-            self.reward = _policy_gradient(settings.reward, self.hierarchy)
-            self.draws = settings.reward.draws
-        if settings.contrastive is not None:
-            self._weights["contrastive"] = settings.contrastive.weight
-            self.contrastive = build_loss(settings.contrastive.loss)
+        if config.supervised is not None:
+            self._weights["supervised"] = config.supervised.weight
+            self.supervised = PathCrossEntropy(self.hierarchy, config.supervised)
+        if config.reward is not None:
+            self._weights["reward"] = config.reward.weight
+            reward = load_reward(config.reward.function)
+            self.reward = PolicyGradient(self.hierarchy, reward, config.reward)
+            self.draws = config.reward.draws
+        if config.contrastive is not None:
+            self._weights["contrastive"] = config.contrastive.weight
+            if loss is not None:
+                check_loss(loss, config.contrastive)
+            self.contrastive = build_loss(config.contrastive.loss) if loss is None else loss
+        elif loss is not None:
+            raise ConfigError(
+                f"loss={type(loss).__name__} is for the contrastive term, which task.contrastive "
+                f"leaves out; set task.contrastive={{}}, or leave out the loss"
+            )
         self.head.requires_grad_("contrastive" in self._weights)
         self.classifier.requires_grad_(self.classifies)
 
@@ -129,7 +220,3 @@ class Hybrid(ImageTask):
         """The label of each view."""
         assert samples.labels is not None, "the config asks for labels"
         return samples.labels.repeat_interleave(self.num_views)
-
-
-def _policy_gradient(settings: RewardSettings, hierarchy: Hierarchy) -> PolicyGradient:
-    return PolicyGradient(hierarchy, load_reward(settings.function), settings)

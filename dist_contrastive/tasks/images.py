@@ -1,30 +1,51 @@
-"""What tasks that train an encoder of images share: encoder, projection head, views."""
+"""Base of the tasks that train an encoder of images: encoder, projection head, views."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dist_contrastive.config.tasks import ImageTaskSettings
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.views import RandomViews, Views, make_view, view_keys
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses import AnyLoss, build_loss
 from dist_contrastive.losses.base import PairLoss
-from dist_contrastive.models import build_encoder, build_head, representations_of
-from dist_contrastive.tasks.base import Embeddings, StepContext, Task, scalars_of
+from dist_contrastive.models import (
+    AnyEncoder,
+    Encoder,
+    ProjectionHead,
+    build_encoder,
+    representations_of,
+)
+from dist_contrastive.tasks.base import (
+    DataInfo,
+    Embeddings,
+    StepContext,
+    Task,
+    check_loss,
+    scalars_of,
+)
 
 
 class ImageTask(Task):
     """Base of the tasks with an encoder of images."""
 
-    loss: PairLoss
-    """Of tasks with a single one."""
+    class Config(Task.Config):
+        """Settings of the tasks that train an encoder of images."""
 
-    def __init__(self, settings: ImageTaskSettings, example: Samples, seed: int) -> None:
+        encoder: AnyEncoder
+        """Network from images to representations, which `eval` measures."""
+        head: ProjectionHead.Config = ProjectionHead.Config()
+        """Network from representations to the embeddings that the loss compares."""
+        views: AnyViews = RandomViews.Config()
+        """Random changes of an image, drawn anew for each view."""
+
+    def __init__(self, config: Config, data: DataInfo, encoder: nn.Module | None = None) -> None:
         super().__init__()
-        self.views = settings.views
-        self.image_shape = _image_shape(example.images)
-        self.encoder = build_encoder(settings.encoder, seen_shape(self.image_shape, settings.views))
-        self.head = build_head(settings.head, self.encoder.dim)
-        self.seed = seed
+        self.config, self.views, self.seed = config, config.views, data.seed
+        self.image_shape = _image_shape(data.example.images)
+        shape = seen_shape(self.image_shape, config.views)
+        self.encoder = build_encoder(config.encoder, shape) if encoder is None else encoder
+        self.dim = _output_dim(self.encoder, shape)
+        self.head = ProjectionHead(config.head, self.dim)
 
     def make_views(
         self, samples: Samples, count: int, first: int = 0, views: Views.Config | None = None
@@ -53,6 +74,28 @@ class ImageTask(Task):
         """The first two views, or the two modalities."""
         return (embeddings[0], embeddings[1]) if len(embeddings) > 1 else None
 
+
+class ContrastiveTask(ImageTask):
+    """Base of the image tasks with one loss, which the setting ``loss`` names."""
+
+    class Config(ImageTask.Config):
+        """Settings of the image tasks with one loss."""
+
+        loss: AnyLoss
+        """Loss over the embeddings of the global batch."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: DataInfo,
+        encoder: nn.Module | None = None,
+        loss: PairLoss | None = None,
+    ) -> None:
+        super().__init__(config, data, encoder)
+        if loss is not None:
+            check_loss(loss, config)
+        self.loss = build_loss(config.loss) if loss is None else loss
+
     @torch.no_grad()
     def scalars(self, context: StepContext) -> dict[str, float]:
         """Metrics of the step, and learnable scalars of the loss."""
@@ -63,6 +106,11 @@ def seen_shape(image_shape: tuple[int, int, int], views: Views.Config) -> tuple[
     """(channels, height, width) of a view of an image."""
     channels, height, width = image_shape
     return channels, views.size or height, views.size or width
+
+
+def in_equal_parts(rows: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Equal consecutive parts; `chunk` makes fewer of no rows."""
+    return rows.split(len(rows) // count) if len(rows) else (rows,) * count
 
 
 def _image_shape(images: Tensor) -> tuple[int, int, int]:
@@ -78,6 +126,25 @@ def _image_shape(images: Tensor) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def in_equal_parts(rows: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Equal consecutive parts; `chunk` makes fewer of no rows."""
-    return rows.split(len(rows) // count) if len(rows) else (rows,) * count
+def _output_dim(encoder: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """D of the output [b, D]; of a module of the user's own, from one black image."""
+    if isinstance(encoder, Encoder):
+        return encoder.dim
+    mode, like = encoder.training, next(encoder.parameters(), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            output = encoder.eval()(like.new_zeros(1, *image_shape))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"the encoder {type(encoder).__name__} cannot read images of shape {image_shape} "
+            f"(channels, height, width): {str(error).splitlines()[0]}; pass one that can"
+        ) from error
+    finally:
+        encoder.train(mode)
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 1:
+        made = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ConfigError(
+            f"the encoder {type(encoder).__name__} makes {made} of one image, and the task needs a "
+            f"row of D numbers, (1, D); pool its output"
+        )
+    return output.shape[1]

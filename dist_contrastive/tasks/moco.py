@@ -1,18 +1,23 @@
 """Momentum contrast (He et al., arXiv 1911.05722): many negatives from a queue of past keys."""
 
+from typing import Annotated, Literal
+
 import torch
-from torch import Tensor
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
 
 from dist_contrastive import collectives
-from dist_contrastive.config import MocoSettings
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.losses import InfoNCE
+from dist_contrastive.data.stream.order import nearest_multiples
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses import FOR_RUNS, InfoNCE, PairLoss
 from dist_contrastive.models.momentum import MomentumCopy, check_row_independent, momentum_at
-from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
-from dist_contrastive.tasks.images import ImageTask
+from dist_contrastive.tasks.base import DataInfo, Embeddings, StepContext, Terms
+from dist_contrastive.tasks.images import ContrastiveTask
 
 
-class Moco(ImageTask):
+class Moco(ContrastiveTask):
     """A query finds the key of its sample's other view among the batch and the queue.
 
     Keys come from a copy of encoder and head that follows them slowly. The queue holds the keys of
@@ -21,18 +26,50 @@ class Moco(ImageTask):
     the number of ranks.
     """
 
+    class Config(ContrastiveTask.Config):
+        """Queries find keys of a momentum encoder among the batch and a queue of past keys."""
+
+        name: Literal["moco"] = "moco"
+        loss: Annotated[InfoNCE.Config, FOR_RUNS]
+        """InfoNCE, the one loss that takes further negatives."""
+        queue_size: PositiveInt
+        """Past keys to compare with; a multiple of the global batch."""
+        momentum: float = Field(default=0.99, ge=0, le=1)
+        """Momentum of the key encoder at the start; it grows to 1 along a cosine."""
+
+        def check(self, data: DataConfig) -> None:
+            """Whole batches in the queue."""
+            super().check(data)
+            size, batch = self.queue_size, data.global_batch_size
+            if size % batch:
+                raise ValueError(
+                    f"task.queue_size={size} does not hold whole batches of "
+                    f"data.global_batch_size={batch}; set {nearest_multiples(size, batch, batch)}"
+                )
+
+    loss: InfoNCE
     queue: Tensor
     num_queued: Tensor
 
-    def __init__(self, settings: MocoSettings, example: Samples, seed: int) -> None:
-        super().__init__(settings, example, seed)
-        self.loss = InfoNCE(settings.loss)
+    def __init__(
+        self,
+        config: Config,
+        data: DataInfo,
+        encoder: nn.Module | None = None,
+        loss: PairLoss | None = None,
+    ) -> None:
+        if loss is not None and not isinstance(loss, InfoNCE):
+            raise ConfigError(
+                f"loss={type(loss).__name__} cannot be used by the task moco: the queue's keys are "
+                f"negatives of InfoNCE alone; pass an InfoNCE, or leave it out"
+            )
+        super().__init__(config, data, encoder, loss)
         for module in (self.encoder, self.head):
             check_row_independent(module, "a query would know its own key by them")
         self.key_encoder = MomentumCopy(self.encoder)
         self.key_head = MomentumCopy(self.head)
-        self.momentum = settings.momentum
-        self.register_buffer("queue", torch.zeros(settings.queue_size, settings.head.out))
+        self.momentum = config.momentum
+        self.register_buffer("queue", torch.zeros(config.queue_size, config.head.out))
         self.register_buffer("num_queued", torch.zeros((), dtype=torch.int64))  # since the start
 
     def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:

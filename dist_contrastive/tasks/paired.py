@@ -1,33 +1,73 @@
 """Two towers: an image finds the text, or another modality, that belongs to it, and the reverse."""
 
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dist_contrastive.config import PairedSettings
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.losses import build_loss
+from dist_contrastive.losses import PairedLoss, PairLoss
 from dist_contrastive.models import (
-    TextEncoder,
-    build_head,
+    AnyPairEncoder,
+    ProjectionHead,
     build_pair_encoder,
     representations_of,
-    text_tokens,
 )
-from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
-from dist_contrastive.tasks.images import ImageTask
+from dist_contrastive.settings import Settings
+from dist_contrastive.tasks.base import DataInfo, Embeddings, StepContext, Terms
+from dist_contrastive.tasks.images import ContrastiveTask
 
 
-class Paired(ImageTask):
+class PairTowerConfig(Settings):
+    """Network of the second modality."""
+
+    encoder: AnyPairEncoder
+    """Network from rows of the second modality to representations."""
+    head: ProjectionHead.Config = ProjectionHead.Config()
+    """Network from representations to the embeddings that the loss compares."""
+
+
+class Paired(ContrastiveTask):
     """An encoder of images and one of the second modality, with a space in common."""
 
-    def __init__(self, settings: PairedSettings, example: Samples, seed: int) -> None:
-        super().__init__(settings, example, seed)
-        assert example.pair is not None, "the config asks for data.pair"
-        self.pair_encoder = build_pair_encoder(settings.pair.encoder, example.pair)
-        self.pair_head = build_head(settings.pair.head, self.pair_encoder.dim)
-        self.loss = build_loss(settings.loss)
+    class Config(ContrastiveTask.Config):
+        """Two towers: an image finds the text, or another modality, of its own sample."""
+
+        uses_pair: ClassVar[bool] = True
+
+        name: Literal["paired"] = "paired"
+        pair: PairTowerConfig
+        """Encoder and head of the second modality."""
+        loss: PairedLoss
+        """Loss between the two modalities of the same samples."""
+
+        def check(self, data: DataConfig) -> None:
+            """A second modality, embedded in the same space."""
+            super().check(data)
+            if data.pair is None:
+                raise ValueError(
+                    "the task paired needs data.pair, the field of the second modality"
+                )
+            if self.head.out != self.pair.head.out:
+                raise ValueError(
+                    f"task.head.out={self.head.out} and "
+                    f"task.pair.head.out={self.pair.head.out} differ; both towers must embed into "
+                    f"the same space: set equal sizes"
+                )
+
+    def __init__(
+        self,
+        config: Config,
+        data: DataInfo,
+        encoder: nn.Module | None = None,
+        loss: PairLoss | None = None,
+    ) -> None:
+        super().__init__(config, data, encoder, loss)
+        assert data.example.pair is not None, "the config asks for data.pair"
+        self.pair_encoder = build_pair_encoder(config.pair.encoder, data.example.pair)
+        self.pair_head = ProjectionHead(config.pair.head, self.pair_encoder.dim)
 
     def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
         """A view of every image [b, C, H, W], and what its partner's encoder takes [b, ...]."""
@@ -45,10 +85,7 @@ class Paired(ImageTask):
 
     def as_input(self, pair: Tensor | Sequence[str]) -> Tensor:
         """What the second encoder takes: tokens of texts, numbers as they are."""
-        if isinstance(pair, Tensor):
-            return pair
-        assert isinstance(self.pair_encoder, TextEncoder), "no other one is built for texts"
-        return text_tokens(pair, self.pair_encoder.max_bytes)
+        return pair if isinstance(pair, Tensor) else self.pair_encoder.tokens(pair)
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:

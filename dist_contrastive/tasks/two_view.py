@@ -1,27 +1,52 @@
 """Self-supervised learning: views of a sample find each other among those of all others."""
 
-import torch
-from torch import Tensor
+from typing import Literal
 
-from dist_contrastive.config import TwoViewSettings
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.views import Views
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses import build_loss
-from dist_contrastive.losses.views import compare_views
-from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
-from dist_contrastive.tasks.images import ImageTask, seen_shape
+from dist_contrastive.losses import PairLoss, ViewLoss, compare_views
+from dist_contrastive.settings import Settings
+from dist_contrastive.tasks.base import DataInfo, Embeddings, StepContext, Terms
+from dist_contrastive.tasks.images import ContrastiveTask, seen_shape
 
 GLOBAL_VIEWS = 2
 
 
-class TwoView(ImageTask):
+class CropsConfig(Settings):
+    """Multi-crop: further, usually smaller, views that are compared with the two global ones."""
+
+    count: PositiveInt
+    """Crops of each sample."""
+    views: AnyViews
+    """Random changes of an image, drawn anew for each crop."""
+
+
+class TwoView(ContrastiveTask):
     """Two global views of each sample, and with `crops` further ones (multi-crop)."""
 
-    def __init__(self, settings: TwoViewSettings, example: Samples, seed: int) -> None:
-        super().__init__(settings, example, seed)
-        self.loss = build_loss(settings.loss)
-        self.crops = settings.crops
+    class Config(ContrastiveTask.Config):
+        """Self-supervised learning of an encoder from two or more views of each sample."""
+
+        name: Literal["two_view"] = "two_view"
+        crops: CropsConfig | None = None
+        """Further views of each sample (multi-crop); null: none."""
+        loss: ViewLoss
+        """Loss between views of the same samples, which needs no labels."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: DataInfo,
+        encoder: nn.Module | None = None,
+        loss: PairLoss | None = None,
+    ) -> None:
+        super().__init__(config, data, encoder, loss)
+        self.crops = config.crops
         if self.crops:
             self._check_crops(self.crops.views)
 

@@ -14,7 +14,7 @@ from dist_contrastive.data.training import TrainingData, open_data
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.metrics import Clock
 from dist_contrastive.models import check_row_independent
-from dist_contrastive.tasks import Task, build_task
+from dist_contrastive.tasks import Task
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Run:
 
     def fresh_task(self) -> Task:
         """Another task of the same architecture, which no engine has changed."""
-        return build_task(self.config, self.data.example)
+        return self.config.build_task(self.data.example)
 
 
 def open_run(config: RunConfig, backend: Backend) -> Run:
@@ -70,7 +70,7 @@ def open_run(config: RunConfig, backend: Backend) -> Run:
             check_record(config.run_dir, config.data, sources)
     data = open_training_data(config, progress.consumed, backend.rank, backend.world_size, sources)
     with collectives.raised_together():
-        task = build_task(config, data.example)
+        task = config.build_task(data.example)
         _check_row_independent(task, config, backend.world_size)
         optimizer = optim.build_optimizer(task, config.optim)
         if resumed:
