@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.data.views import RandomViews, Views, make_view, view_keys
+from dist_contrastive.data.views import AnyViews, RandomViews, Views, make_view, view_keys
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses import AnyLoss, build_loss
 from dist_contrastive.losses.base import PairLoss

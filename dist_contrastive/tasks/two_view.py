@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.data.views import Views
+from dist_contrastive.data.views import AnyViews, Views
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses import PairLoss, ViewLoss, compare_views
 from dist_contrastive.settings import Settings
