@@ -21,6 +21,7 @@ from dist_contrastive.trainer.run import open_run
 from dist_contrastive.trainer.step import train_step
 
 STEPS = 3
+GUARD_S = 600.0  # ranks that hang are ended; many times what they need
 BATCH = 24
 RESIDUAL = "task.encoder={name: residual, widths: [8, 16]}"
 HEAD = "task.head={hidden: 16, out: 8}"
@@ -142,7 +143,7 @@ def test_three_steps_are_those_of_one_process(
         for name in TASKS
         for kind, size in MICRO_BATCHES.items()
     }
-    ranks = run_ranks(all_three_steps, world_size, list(cases.values()))
+    ranks = run_ranks(all_three_steps, world_size, list(cases.values()), timeout_s=GUARD_S)
     wrapper = "DistributedDataParallel" if stage == 0 else f"DeepSpeedEngine {stage}"
     for number, (name, kind) in enumerate(cases):
         expected, outcomes = reference[name], [outcomes[number] for outcomes in ranks]
@@ -228,7 +229,7 @@ def test_what_is_not_finite_on_one_rank_changes_nothing_on_all(kind, tmp_path, o
     ]
     expected = with_bad_steps(alone)
     assert expected[3]["loss.scale.log_scale"].item() == 0
-    for stage, found in enumerate(run_ranks(all_with_bad_steps, 2, cases)[0]):
+    for stage, found in enumerate(run_ranks(all_with_bad_steps, 2, cases, timeout_s=GUARD_S)[0]):
         for number, weights in enumerate(found):
             error, tensor = worst(weights, expected[number])
             assert error < 1e-5, f"stage {stage}, after step {number}: {tensor} off by {error}"
@@ -272,7 +273,7 @@ def failures_of_safe_set(config: RunConfig) -> str:
 def test_private_attributes_of_deepspeed_are_needed(stage, tmp_path, overrides):
     """Before the first step there is no state to set; one number does not divide by two ranks."""
     config = with_engine(config_of("two_view", overrides, tmp_path), stage, None)
-    assert any(run_ranks(failures_of_safe_set, 2, config))
+    assert any(run_ranks(failures_of_safe_set, 2, config, timeout_s=GUARD_S))
 
 
 LEGS = ((2, 0), (3, 1), (2, 2), (3, 3), (2, 3), (1, 1))  # ranks and stage
@@ -285,7 +286,7 @@ def test_a_run_goes_on_with_any_engine_on_any_number_of_ranks(tmp_path, override
     assert trainer.train(whole) == 0
     legs = config_of("two_view", overrides, tmp_path / "legs", *adam)
     for ranks, stage in LEGS:
-        names = run_ranks(one_more_step, ranks, with_engine(legs, stage, 5))
+        names = run_ranks(one_more_step, ranks, with_engine(legs, stage, 5), timeout_s=GUARD_S)
         assert names == ["Zero" if stage else "Replicated"] * ranks
     found, expected = (checkpoint.newest(c.run_dir / "checkpoints") for c in (legs, whole))
     assert found is not None
@@ -366,6 +367,6 @@ def test_a_cached_step_reduces_as_often_as_a_plain_one(tmp_path, overrides):
         for stage in range(4)
         for size in (None, 3)  # of 12 rows
     ]
-    for counts in run_ranks(reductions_of, 2, cases):
+    for counts in run_ranks(reductions_of, 2, cases, timeout_s=GUARD_S):
         assert counts[::2] == counts[1::2]
         assert min(counts) > 0

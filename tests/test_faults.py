@@ -26,7 +26,7 @@ def started(argv: list[str], fault: str = "none:0:0") -> subprocess.Popen:
 
 
 def wait_until(condition, process: subprocess.Popen, pause_s: float = 0.01) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
         assert process.poll() is None, f"ended too early: {process.communicate()[0]}"
@@ -56,11 +56,11 @@ def test_a_rank_that_is_killed(tmp_path, overrides):
 @pytest.mark.parametrize("kind", ["hang", pytest.param("stop", marks=pytest.mark.slow)])
 def test_a_rank_that_hangs(kind, tmp_path, overrides):
     """One that hangs says where; one that is stopped cannot, and the others end it."""
-    argv = hybrid_command(overrides, tmp_path, "backend.timeout_s=3")
+    argv = hybrid_command(overrides, tmp_path, "backend.timeout_s=10")
     done = run_with_fault(argv, f"{kind}:1:5")
     assert done.returncode == 75, done.stderr
     if kind == "hang":
-        assert re.search(r"rank 1 hangs at .*: no step for backend.timeout_s=3 s", done.stderr)
+        assert re.search(r"rank 1 hangs at .*: no step for backend.timeout_s=10 s", done.stderr)
         assert "faulty.py" in done.stderr  # the stack
     else:
         assert re.search(r"rank 0 waits for other ranks at .*: no step for", done.stderr)
@@ -118,7 +118,7 @@ def test_sigterm_in_the_middle_of_a_save(tmp_path, overrides):
     wait_until(lambda: newest_folder(tmp_path) >= 2, process)
     wait_until(lambda: list((tmp_path / "checkpoints").glob(".writing-*")), process, pause_s=0)
     process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=60)
+    told, _ = process.communicate(timeout=240)
     assert process.returncode == 75, told
     assert newest_step(tmp_path) == newest_folder(tmp_path) >= 2
     assert not list((tmp_path / "checkpoints").glob(".*"))
@@ -141,7 +141,7 @@ def test_a_data_worker_that_is_killed(tmp_path, overrides):
     process = started(argv)
     wait_until(lambda: len(read_rows(tmp_path)) > 2, process)
     data_worker_of(process).kill()
-    told, _ = process.communicate(timeout=60)
+    told, _ = process.communicate(timeout=240)
     assert process.returncode == 75, told
     assert "a process that reads ahead was lost" in told
     assert newest_step(tmp_path) >= 2
@@ -154,7 +154,7 @@ def test_a_data_worker_that_is_asked_to_end(tmp_path, overrides):
     process = started(argv)
     wait_until(lambda: len(read_rows(tmp_path)) > 2, process)
     data_worker_of(process).terminate()
-    told, _ = process.communicate(timeout=60)
+    told, _ = process.communicate(timeout=240)
     assert process.returncode == 0, told
     assert newest_step(tmp_path) == 100
 
@@ -167,10 +167,10 @@ def test_a_launcher_that_is_killed(tmp_path, overrides):
     ranks = [p for p in psutil.Process(process.pid).children() if "RANK" in p.environ()]
     assert len(ranks) == NUM_RANKS
     process.kill()
-    _, alive = psutil.wait_procs(ranks, timeout=30)
+    _, alive = psutil.wait_procs(ranks, timeout=240)
     assert not alive
     assert newest_step(tmp_path) >= 2
-    process.communicate(timeout=10)
+    process.communicate(timeout=240)
 
 
 def test_a_run_that_never_comes_further(tmp_path, overrides):

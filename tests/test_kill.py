@@ -51,7 +51,7 @@ def kill_after(argv: list[str], run_dir: Path, wait_s: float) -> int | None:
         The exit code of a leg that came to its end before.
     """
     process = subprocess.Popen(argv, env=environment(), start_new_session=True)
-    before, deadline = started(run_dir), time.monotonic() + 120
+    before, deadline = started(run_dir), time.monotonic() + 240
     while started(run_dir) == before and process.poll() is None:
         assert time.monotonic() < deadline, "no step was done"
         time.sleep(0.005)
@@ -60,7 +60,7 @@ def kill_after(argv: list[str], run_dir: Path, wait_s: float) -> int | None:
         return process.returncode
     for member in [*psutil.Process(process.pid).children(recursive=True), process]:
         member.kill()
-    process.wait(30)
+    process.wait(240)
     return None
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_engines import TASKS, all_three_steps, config_of, with_engine, worst
+from test_engines import GUARD_S, TASKS, all_three_steps, config_of, with_engine, worst
 from torch import Tensor
 
 from dist_contrastive import checkpoint, trainer
@@ -47,7 +47,7 @@ def test_every_task_passes(stage, world_size, tmp_path, overrides):
         for name in TASKS
         for kind, size in MICRO.items()
     ]
-    for told in run_ranks(all_checked, world_size, cases, [""]):
+    for told in run_ranks(all_checked, world_size, cases, [""], timeout_s=GUARD_S):
         for config, text in zip(cases, told, strict=True):
             if (world_size, stage, config.train.micro_batch_size) == (1, 0, None):
                 assert text == "that of one process"
@@ -61,7 +61,7 @@ def test_every_task_passes(stage, world_size, tmp_path, overrides):
 def test_what_is_wrong_is_refused_on_all_ranks(stage, tmp_path, overrides):
     config = with_engine(config_of("two_view", overrides, tmp_path), stage, None)
     faults = ["local", "mean", "one_rank"]
-    for told in run_ranks(all_checked, 2, [config], faults):
+    for told in run_ranks(all_checked, 2, [config], faults, timeout_s=GUARD_S):
         for fault, text in zip(faults, told, strict=True):
             assert "ConfigError: " in text, (fault, text)
             assert f"on 2 ranks (zero_stage={stage}, micro_batch_size=None) is not that of" in text
@@ -82,7 +82,7 @@ def test_it_leaves_nothing_behind(stage, tmp_path, overrides):
     for check in ("true", "false"):
         options = (f"train.self_check={check}", "optim.name=adamw")
         config = config_of("two_view", overrides, tmp_path / check, *options)
-        both.append(run_ranks(trained, 2, with_engine(config, stage, 5))[0])
+        both.append(run_ranks(trained, 2, with_engine(config, stage, 5), timeout_s=GUARD_S)[0])
     assert both[0].keys() == both[1].keys()
     for name, value in both[0].items():
         assert torch.equal(both[1][name], value), name
@@ -102,7 +102,9 @@ def test_blocks_that_are_computed_again(stage, tmp_path, overrides):
     for again in (True, False):
         options = (f"backend.activation_checkpointing={again}", VIT)
         config = config_of("two_view", overrides, tmp_path / str(again), *options)
-        both.append(run_ranks(all_three_steps, 2, [with_engine(config, stage, 5)])[0][0])
+        both.append(
+            run_ranks(all_three_steps, 2, [with_engine(config, stage, 5)], timeout_s=GUARD_S)[0][0]
+        )
     assert worst(both[0].weights, both[1].weights)[0] < 1e-6
 
 
@@ -139,5 +141,5 @@ def test_compiled_networks_train_alike(tmp_path, overrides):
         config = config_of(
             "two_view", overrides, tmp_path / str(compiled), f"backend.compile={compiled}"
         )
-        both.append(run_ranks(all_three_steps, 2, [config], timeout_s=240)[0][0])
+        both.append(run_ranks(all_three_steps, 2, [config], timeout_s=GUARD_S)[0][0])
     assert worst(both[0].weights, both[1].weights)[0] < 1e-5

@@ -107,7 +107,7 @@ def test_signals_over_two_ranks(kill, tmp_path, overrides, longer_run):
     wait_for_step(tmp_path / "legs", 23, process)
     if kill == signal.SIGTERM:
         process.send_signal(kill)
-        assert process.wait(60) == trainer.EXIT_REQUEUE
+        assert process.wait(240) == trainer.EXIT_REQUEUE
     else:
         kill_group(process)
         assert checkpoint.newest(tmp_path / "legs" / "checkpoints").progress.step == 20
@@ -119,7 +119,7 @@ def test_signals_over_two_ranks(kill, tmp_path, overrides, longer_run):
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if any(row["step"] >= step for row in read_rows(run_dir)):
             return
@@ -133,7 +133,7 @@ def kill_group(process: subprocess.Popen) -> None:
     tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in tree:
         member.kill()
-    process.wait(30)
+    process.wait(240)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -153,7 +153,7 @@ def test_a_killed_rank_ends_the_others(tmp_path, overrides):
     ranks = psutil.Process(process.pid).children()
     rank = next(p for p in ranks if p.environ().get("RANK") == "1")
     rank.kill()
-    assert process.wait(120) == 128 + signal.SIGKILL
+    assert process.wait(240) == 128 + signal.SIGKILL
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
 
 
