@@ -17,12 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dist_contrastive import collectives
 from dist_contrastive.backend import Backend
 from dist_contrastive.config import RunConfig, resolve
 from dist_contrastive.errors import LostRankError, NonFiniteError, UserError
+from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.trainer.checks import check
 from dist_contrastive.trainer.loop import EXIT_DONE, EXIT_REQUEUE, run_loop
+from dist_contrastive.trainer.run import OwnModules
 
 __all__ = ["EXIT_DONE", "EXIT_REQUEUE", "check", "train"]
 
@@ -32,6 +36,8 @@ def train(
     stop_after: int | None = None,
     *,
     overrides: Sequence[str] = (),
+    model: nn.Module | None = None,
+    loss: PairLoss | None = None,
 ) -> int:
     """Train to config.train.steps, or go on from the newest checkpoint in the run directory.
 
@@ -41,6 +47,9 @@ def train(
         config: YAML file, settings as a dict, or a checked config.
         stop_after: stop after so many steps of this call, as a signal would.
         overrides: ``key=value`` settings to change.
+        model: encoder in the place of ``task.encoder``, a module from images [b, C, H, W] to [b,
+            D]. It is trained itself; all ranks start from the weights of the first one.
+        loss: in the place of ``task.loss``.
 
     Returns:
         Exit code: 0 when all steps are done, 75 when stopped before, with everything saved.
@@ -56,10 +65,10 @@ def train(
         LockedError: on every rank, when another run writes into the run directory.
         ChangedError: on every rank, when another run has written there since this one looked.
     """
-    checked = resolve(config, overrides)
+    checked, modules = resolve(config, overrides), OwnModules(model, loss)
     backend = Backend(checked.backend)
     try:
-        code = run_loop(checked, backend, stop_after)
+        code = run_loop(checked, backend, modules, stop_after)
     except Exception as error:
         if collectives.is_lost_rank(error):
             raise LostRankError("another rank has ended, see there; start again") from error

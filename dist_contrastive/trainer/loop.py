@@ -9,7 +9,7 @@ from dist_contrastive.errors import UserError
 from dist_contrastive.signals import stop_flag
 from dist_contrastive.trainer.checks import self_check
 from dist_contrastive.trainer.recording import Recorder
-from dist_contrastive.trainer.run import Run, open_run
+from dist_contrastive.trainer.run import OwnModules, Run, open_run
 from dist_contrastive.trainer.run_dir import SkippedLog, locked
 from dist_contrastive.trainer.saving import Saver
 from dist_contrastive.trainer.step import train_step
@@ -21,14 +21,16 @@ _PREFETCHED = 2  # batches that are made ready, and copied to a GPU, while one i
 _GO, _SKIPPED, _STOP, _FAILED = 0, 1, 2, 3  # votes of a rank before a step; the largest one counts
 
 
-def run_loop(config: RunConfig, backend: Backend, stop_after: int | None) -> int:
+def run_loop(
+    config: RunConfig, backend: Backend, modules: OwnModules, stop_after: int | None
+) -> int:
     """Train from the newest checkpoint to the last step, or to `stop_after` steps from here.
 
     Returns:
         EXIT_DONE or EXIT_REQUEUE.
     """
     checkpoints_before = checkpoint.folders(config.run_dir / "checkpoints")
-    run = open_run(config, backend)
+    run = open_run(config, backend, modules)
     steps, first = config.train.steps, run.progress.step
     stop_at = steps if stop_after is None else min(steps, first + stop_after)
     if first >= steps:

@@ -80,7 +80,7 @@ class Recorder:
         run_dir, train = config.run_dir, config.train
         with collectives.raised_together(), writable(run_dir):
             if run.backend.is_main:
-                describe(config, run.backend, run.data.sources)
+                describe(config, run.backend, run.data.sources, run.modules.names())
                 count_attempt(config, first)
                 forget_steps(run_dir, first)
         with collectives.raised_together(), writable(run_dir), ExitStack() as files:

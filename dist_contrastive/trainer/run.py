@@ -1,7 +1,10 @@
 """Run in progress on this rank, and how it is opened: data, task, the newest checkpoint."""
 
+import copy
 import logging
 from dataclasses import dataclass
+
+from torch import nn
 
 from dist_contrastive import checkpoint, collectives, optim
 from dist_contrastive import config as configs
@@ -12,11 +15,46 @@ from dist_contrastive.data.record import check_record
 from dist_contrastive.data.source import Source
 from dist_contrastive.data.training import TrainingData, open_data
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.metrics import Clock
 from dist_contrastive.models import check_row_independent
 from dist_contrastive.tasks import Task
+from dist_contrastive.trainer.run_dir import check_modules
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OwnModules:
+    """Modules given from Python in the place of those that the config names.
+
+    Raises:
+        ConfigError: they are no modules.
+    """
+
+    model: nn.Module | None = None
+    loss: PairLoss | None = None
+
+    def __post_init__(self) -> None:
+        for argument, module in (("model", self.model), ("loss", self.loss)):
+            if module is not None and not isinstance(module, nn.Module):
+                raise ConfigError(
+                    f"{argument}={module!r} is no torch.nn.Module; pass a module, or leave it out "
+                    f"for that of the config"
+                )
+
+    def names(self) -> dict[str, str]:
+        """Class name of each module that was given."""
+        modules = {"model": self.model, "loss": self.loss}
+        return {
+            argument: type(module).__qualname__
+            for argument, module in modules.items()
+            if module is not None
+        }
+
+    def task(self, config: RunConfig, data: TrainingData) -> Task:
+        """Task of the config with these modules."""
+        return config.build_task(data.example, self.model, self.loss)
 
 
 @dataclass
@@ -31,6 +69,7 @@ class Run:
     progress: Progress
     saved: Progress  # of the newest checkpoint
     clock: Clock
+    modules: OwnModules  # as they were given, before the engine changed those of the task
 
     def info(self, message: str) -> None:
         """Log a message, on the first rank."""
@@ -44,10 +83,10 @@ class Run:
 
     def fresh_task(self) -> Task:
         """Another task of the same architecture, which no engine has changed."""
-        return self.config.build_task(self.data.example)
+        return copy.deepcopy(self.modules).task(self.config, self.data)
 
 
-def open_run(config: RunConfig, backend: Backend) -> Run:
+def open_run(config: RunConfig, backend: Backend, modules: OwnModules | None = None) -> Run:
     """Run from the newest checkpoint in its directory, or from the start; nothing is written.
 
     Raises:
@@ -55,8 +94,9 @@ def open_run(config: RunConfig, backend: Backend) -> Run:
 
     Collectives: gathers of objects, and what the engine does to share its parameters.
     """
+    modules = modules or OwnModules()
     with collectives.raised_together():
-        resumed = _find_checkpoint(config, backend.is_main)
+        resumed = _find_checkpoint(config, modules, backend.is_main)
     positions = collectives.gather_objects(None if resumed is None else resumed.progress)
     if any(position != positions[0] for position in positions):
         raise ConfigError(
@@ -69,8 +109,9 @@ def open_run(config: RunConfig, backend: Backend) -> Run:
         if resumed:
             check_record(config.run_dir, config.data, sources)
     data = open_training_data(config, progress.consumed, backend.rank, backend.world_size, sources)
+    unchanged = copy.deepcopy(modules)
     with collectives.raised_together():
-        task = config.build_task(data.example)
+        task = modules.task(config, data)
         _check_row_independent(task, config, backend.world_size)
         optimizer = optim.build_optimizer(task, config.optim)
         if resumed:
@@ -79,7 +120,7 @@ def open_run(config: RunConfig, backend: Backend) -> Run:
     if resumed:
         engine.load_optimizer_state(resumed.optimizer_state())
     clock = Clock(progress.consumed, backend.device)
-    return Run(config, backend, task, engine, data, progress, progress, clock)
+    return Run(config, backend, task, engine, data, progress, progress, clock, unchanged)
 
 
 def open_training_data(
@@ -102,7 +143,7 @@ def open_training_data(
     )
 
 
-def _find_checkpoint(config: RunConfig, is_main: bool) -> Checkpoint | None:
+def _find_checkpoint(config: RunConfig, modules: OwnModules, is_main: bool) -> Checkpoint | None:
     """Newest checkpoint of this run directory, which must be of the same config."""
     root = config.run_dir / "checkpoints"
     resumed = checkpoint.newest(root, _log.warning if is_main else lambda _: None)
@@ -114,6 +155,7 @@ def _find_checkpoint(config: RunConfig, is_main: bool) -> Checkpoint | None:
             f"{config.run_dir} holds a run with other settings ({'; '.join(changed[:3])}); choose "
             f"another run_dir, or delete that one to start over"
         )
+    check_modules(config.run_dir, modules.names())
     return resumed
 
 

@@ -2,6 +2,7 @@
 
 config.yaml, environment.json    the run; written at every start
 data.json                        sources of data.train by checksum (data/record.py)
+modules.json                     modules given to `train` from Python, if any
 attempts.json                    starts since the last checkpoint
 skipped.jsonl                    unreadable samples and their substitutes
 lock                             owner of the directory
@@ -15,7 +16,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Self
@@ -33,7 +34,7 @@ from dist_contrastive.data.source import Source
 from dist_contrastive.data.stream.unreadable import Skipped, check_skipped
 from dist_contrastive.errors import ChangedError, ConfigError, LockedError, NoProgressError
 
-_ATTEMPTS, _LOCK = "attempts.json", "lock"
+_MODULES, _ATTEMPTS, _LOCK = "modules.json", "attempts.json", "lock"
 _PATIENCE_S = 5.0  # for a run that was told to end and saves
 _OWN_PATIENCE_S = 60.0  # for the ranks that this very job had before it was requeued
 _SHARED_S = 10.0  # that a file system of a network may take to show what another node has written
@@ -57,11 +58,14 @@ def writable(path: Path) -> Iterator[None]:
 # ------------------------------------------------------------------ description of the run
 
 
-def describe(config: RunConfig, backend: Backend, sources: list[Source]) -> None:
-    """Write config.yaml, environment.json and data.json; called by one rank.
+def describe(
+    config: RunConfig, backend: Backend, sources: list[Source], modules: Mapping[str, str]
+) -> None:
+    """Write config.yaml, environment.json, data.json and modules.json; called by one rank.
 
     Args:
         sources: those of data.train, opened.
+        modules: names of the classes of the modules that `train` was given.
 
     Raises:
         ConfigError: they cannot be written.
@@ -81,6 +85,31 @@ def describe(config: RunConfig, backend: Backend, sources: list[Source]) -> None
         configs.save(config, folder)
         write_record(folder, config.data, sources)
         _write_json(folder / "environment.json", environment)
+        if modules:
+            _write_json(folder / _MODULES, modules)
+        else:
+            (folder / _MODULES).unlink(missing_ok=True)
+
+
+def check_modules(run_dir: Path, modules: Mapping[str, str]) -> None:
+    """Refuse other modules than those that the run was trained with.
+
+    Raises:
+        ConfigError: `train` was given others, or none.
+    """
+    path = run_dir / _MODULES
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before != modules:
+        was, now = (_modules_text(names) for names in (before, modules))
+        raise ConfigError(
+            f"{run_dir} was trained with {was}, now {now}; give dist_contrastive.train() the "
+            f"modules that it was trained with, or choose another run_dir"
+        )
+
+
+def _modules_text(names: Mapping[str, str]) -> str:
+    given = " and ".join(f"{argument}={name}" for argument, name in names.items())
+    return given or "the modules of its config"
 
 
 def _write_json(path: Path, value: Any) -> None:
