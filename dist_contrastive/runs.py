@@ -68,8 +68,19 @@ def print_table(measurements: list[Measurement]) -> None:
 
 
 def load_weights(task: Task, run_dir: Path) -> None:
-    """Put the weights of a run's newest checkpoint, or those exported, into the task."""
-    task.load_state_dict(checkpoint.run_weights(run_dir))
+    """Put the weights of a run's newest checkpoint, or those exported, into the task.
+
+    Raises:
+        ConfigError: they are those of other modules than the config names.
+    """
+    try:
+        task.load_state_dict(checkpoint.run_weights(run_dir))
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{run_dir} holds weights of other modules than its config names ({problem} ...); if "
+            f"train() was given modules from Python, load the weights and measure them there"
+        ) from error
 
 
 def export(run_dir: Path, folder: Path, which: str) -> Checkpoint:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import dist_contrastive
 from dist_contrastive import checkpoint
 from dist_contrastive import config as configs
+from dist_contrastive.cli import main
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses import NTXent, SupCon
 from dist_contrastive.testing import run_ranks
@@ -56,7 +57,7 @@ def train_with_own_modules(
     )
 
 
-def test_own_modules_train_from_python_and_resume(tmp_path, overrides):
+def test_own_modules_train_from_python_and_resume(tmp_path, overrides, capsys):
     """In one process and on two ranks, with the self-check, to the same weights."""
     # Micro-batches, so that the self-check has something to compare; Adam would divide by gradients
     # that are rounding alone.
@@ -75,6 +76,8 @@ def test_own_modules_train_from_python_and_resume(tmp_path, overrides):
         assert torch.equal(resumed[name], value), name
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
     assert one["encoder.layers.1.weight"].ne(initial_weight()).any()
+    assert main(["eval", str(tmp_path / "whole")]) == 64
+    assert "weights of other modules than its config names" in capsys.readouterr().err
     for other in (  # of another class, or none
         lambda: train_with_own_modules(ENCODER, [*legs, "train.steps=12"], OtherEncoder),
         lambda: dist_contrastive.train(ENCODER, overrides=legs),
