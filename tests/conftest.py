@@ -1,8 +1,9 @@
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -132,6 +133,17 @@ def global_batches(run_dir: Path) -> list[list[str]]:
         ranks.append({line["step"]: line["keys"] for line in lines})
         assert len(ranks[-1]) == len(lines), "a step stands twice in a ledger"
     return [[key for rank in ranks for key in rank.get(step, ())] for step in sorted(ranks[0])]
+
+
+@contextlib.contextmanager
+def refused(error: type[Exception] | tuple[type[Exception], ...], *words: str) -> Iterator[None]:
+    """The block raises this error; its message is one line that holds these words."""
+    with pytest.raises(error) as raised:
+        yield
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
 
 
 def pixels_of(picture: Path) -> np.ndarray:

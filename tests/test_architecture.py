@@ -2,6 +2,7 @@
 and the README's map is the territory."""
 
 import ast
+import graphlib
 import pkgutil
 import re
 import tomllib
@@ -34,6 +35,8 @@ DOORS = {  # big dependencies, and the one file or part that knows each
     "accelerate": "backend",
     "deepspeed": "backend",
     "webdataset": "tars.py",
+    "fsspec": "remote.py",
+    "datasets": "packing",
     "transformers": "transformers_encoder.py",
     "kornia": "views.py",
     "pytorch_optimizer": "optim.py",
@@ -77,6 +80,22 @@ def test_imports_point_down(path):
         other = parts[1]
         fine = other == mine or level(other) < level(mine) or (mine, other) in WITHIN
         assert fine, f"{path.name} imports {name}, which is not below it"
+
+
+def test_imports_inside_of_folders_go_one_way():
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in SOURCES
+    }
+    graph = {
+        module: {
+            name
+            for name in imports(path) & modules.keys()
+            if name != module and not module.startswith(f"{name}.")  # its own package's exports
+        }
+        for module, path in modules.items()
+    }
+    assert list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 @pytest.mark.parametrize(("package", "door"), DOORS.items())

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from conftest import command, environment, run
+from conftest import command, environment, refused, run
 from PIL import Image
 
 from dist_contrastive.cli import main
@@ -207,7 +207,7 @@ def test_images_of_several_kinds_and_depths(tmp_path, png, jpeg):
     pack_images(deep, tmp_path / "unclassed")  # a and c are not the classes of all
     assert all("cls" not in sample for sample in read_back(tmp_path / "unclassed"))
     (tmp_path / "elsewhere" / "again").symlink_to(source)
-    with pytest.raises(DataError, match="again links to a folder that holds it; remove the link"):
+    with refused(DataError, "again", "links to a folder that holds it"):
         pack_images(source, tmp_path / "loop")
 
 
@@ -222,19 +222,22 @@ def test_every_kind_of_image_is_decoded(tmp_path):
         assert tuple(decode_field(field, sample[field]).shape[1:]) == (8, 8)
 
 
-def test_folders_without_images(tmp_path, png):
-    with pytest.raises(DataError, match="nowhere does not exist; give a folder of images"):
-        pack_images(tmp_path / "nowhere", tmp_path / "shards")
-    write_tree(tmp_path / "source", {"a.txt": b"", "b/.c.png": png[0]})
-    with pytest.raises(DataError, match=r"source holds 0 images; give .* end in \.png, \.jpg"):
-        pack_images(tmp_path / "source", tmp_path / "shards")
-    write_tree(tmp_path / "source", {"x/k.png": png[0], "x/k.jpg": png[1]})
-    message = r"x/k\.jpg and x/k\.png would both have the key 'x/k'; rename one of them"
-    with pytest.raises(DataError, match=message):
-        pack_images(tmp_path / "source", tmp_path / "shards")
-    with pytest.raises(ConfigError, match="field='image' is no name of an image field; use one of"):
-        pack_images(tmp_path / "source", tmp_path / "shards", field="image")
-    assert os.listdir(tmp_path) == ["source"]
+@pytest.mark.parametrize(
+    ("files", "field", "error", "words"),
+    [
+        (None, None, DataError, ["source", "does not exist"]),
+        (["a.txt", "b/.c.png"], None, DataError, ["source", "0 images", ".png, .jpg"]),
+        (["x/k.png", "x/k.jpg"], None, DataError, ["x/k.jpg", "x/k.png", "'x/k'", "rename"]),
+        (["x/k.png"], "image", ConfigError, ["field='image'", "png"]),
+    ],
+)
+def test_folders_without_images(tmp_path, png, files, field, error, words):
+    for name in files or ():
+        write_tree(tmp_path / "source", {name: png[0]})
+    before = os.listdir(tmp_path)
+    with refused(error, *words):
+        pack_images(tmp_path / "source", tmp_path / "shards", field=field)
+    assert os.listdir(tmp_path) == before
 
 
 @pytest.fixture
@@ -253,13 +256,9 @@ def damaged(tmp_path, png) -> Path:
 
 
 def test_unreadable_images_are_named_and_counted(damaged, tmp_path, capsys):
-    message = (
-        r"^4 of 11 samples cannot be read, the first because image c\.png \(0 bytes\) is none of "
-        r"the formats PNG, .*; repair or remove them, or leave them out with --skip-unreadable$"
-    )
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, "4 of 11 ", "image c.png (0 bytes)", "--skip-unreadable"):
         pack_images(damaged, tmp_path / "shards", IN_ORDER)
-    with pytest.raises(DataError, match=r"^5 of 11 samples cannot be read"):
+    with refused(DataError, "5 of 11 "):
         pack_images(damaged, tmp_path / "shards", options(verify="decode", workers=3))
     assert os.listdir(tmp_path) == ["source"]
     arguments = ["shards", "pack", "images", str(damaged), str(tmp_path / "shards")]
@@ -302,8 +301,7 @@ def test_nothing_is_written_after_an_unreadable_sample(tmp_path, monkeypatch):
         return {"__key__": str(number), "bin": b""}
 
     monkeypatch.setattr(writer, "ShardWriter", Noting)
-    message = r"^2 of 99 samples cannot be read, the first because number 5 is odd; repair"
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, "2 of 99 ", "number 5 is odd"):
         pack_samples(range(99), make, tmp_path / "shards", options(workers=3))
     assert sorted(made) == list(range(99))
     assert written == list("01234")
@@ -313,9 +311,9 @@ def test_nothing_is_left(damaged, tmp_path):
     for path in damaged.glob("?.png"):
         path.write_bytes(b"")
     (damaged / "e.jpg").unlink()
-    with pytest.raises(DataError, match=r"nothing to pack into .*: all 10 samples were left out"):
+    with refused(DataError, "nothing to pack", "all 10 samples"):
         pack_images(damaged, tmp_path / "shards", options(skip_unreadable=True))
-    with pytest.raises(DataError, match=r"nothing to pack into .*: no samples"):
+    with refused(DataError, "nothing to pack", "no samples"):
         pack_samples([], make_random, tmp_path / "shards")
 
 
@@ -391,7 +389,7 @@ def test_source_is_read_only_a_little_ahead(tmp_path, monkeypatch, workers):
 def test_too_many_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "_MAX_SHARDS", 3)
     pack_samples(range(3), make_random, tmp_path / "three", options(samples=1))
-    with pytest.raises(DataError, match=r"more than 3 shards; raise --samples-per-shard \(now 1\)"):
+    with refused(DataError, "more than 3 shards", "--samples-per-shard (now 1)"):
         pack_samples(range(4), make_random, tmp_path / "four", options(samples=1))
     assert os.listdir(tmp_path) == ["three"]
 
@@ -399,15 +397,16 @@ def test_too_many_shards(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        (["a", "b", "a"], "two samples have the key 'a'; give every sample a key of its own"),
-        (["x/a.b"], r"key 'x/a\.b' holds a dot in its last part.*give KEY or FOLDER/KEY"),
-        (["x/"], "key 'x/' lacks its last part"),
-        (["__x__/a"], "begins with a folder named __...__, which webdataset skips; rename it"),
+        (["a", "b", "a"], ["two samples", "'a'"]),
+        ([*map(str, range(300)), "7"], ["two samples", "'7'"]),
+        (["x/a.b"], ["'x/a.b'", "dot", "FOLDER/KEY"]),
+        (["x/"], ["'x/'", "last part"]),
+        (["__x__/a"], ["'__x__/a'", "webdataset skips"]),
     ],
 )
 def test_keys_that_cannot_be(tmp_path, keys, words):
     samples = [{"__key__": key, "bin": b""} for key in keys]
-    with pytest.raises(DataError, match=words):
+    with refused(DataError, *words):
         pack_samples(samples, dict, tmp_path / "shards")
     assert os.listdir(tmp_path) == []
 
@@ -453,7 +452,7 @@ def test_failed_packing_leaves_all_as_before(tmp_path, monkeypatch):
     pack_samples(range(10), make_random, folder, options(samples=5))
     before = contents(tmp_path)
     again = options(samples=5, overwrite=True)
-    with pytest.raises(DataError, match=r"packing into .*shards failed \(.*disk full\); see to it"):
+    with refused(DataError, "packing into", "disk full"):
         pack_samples(range(100), failing(OSError(28, "disk full")), folder, again)
     assert contents(tmp_path) == before
     rename = Path.rename
@@ -478,39 +477,38 @@ def test_folders_that_hold_something(tmp_path):
     folder = tmp_path / "shards"
     pack_samples(range(3), make_random, folder)
     before = contents(folder)
-    message = r"already holds 'index\.npz' \(2 files\); give .* --overwrite to replace what"
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, "'index.npz' (2 files)", "--overwrite"):
         pack_samples(range(3), make_random, folder)
-    with pytest.raises(DataError, match=r"shards-00000.tar', which packing other did not write"):
+    with refused(DataError, "shards-00000.tar'", "packing other did not write"):
         pack_samples(range(3), make_random, folder, options(name="other", overwrite=True))
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"already holds 'notes.txt', which packing shards did not"):
+    with refused(DataError, "'notes.txt'", "packing shards did not write"):
         pack_samples(range(3), make_random, folder, options(overwrite=True))
     (folder / "notes.txt").unlink()
     assert contents(folder) == before
-    with pytest.raises(DataError, match="is a file; give a new or empty folder to pack into"):
+    with refused(DataError, "index.npz", "is a file", "empty folder"):
         pack_samples(range(3), make_random, folder / "index.npz")
     (tmp_path / "empty").mkdir()
     pack_samples(range(3), make_random, tmp_path / "empty")
     for name in ("a{b", "a/b", "*", ""):
-        with pytest.raises(ConfigError, match=r"name=.* is empty or holds one of"):
+        with refused(ConfigError, f"name={name!r}", "letters and digits"):
             options(name=name)
-    with pytest.raises(ConfigError, match=r"cannot be named after the folder .*; give --name NAME"):
+    with refused(ConfigError, "a[b]", "--name NAME"):
         pack_samples(range(3), make_random, tmp_path / "a[b]")
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"samples": 0}, "samples_per_shard=0 is below 1; set 1 or more"),
-        ({"mib": 0.0}, "shard_mb=0 is not above 0"),
-        ({"mib": float("nan")}, "shard_mb=nan is not above 0"),
-        ({"workers": 0}, "workers=0 is below 1"),
-        ({"seed": -1}, "seed=-1 is below 0"),
+        ({"samples": 0}, ["samples_per_shard=0", "1 or more"]),
+        ({"mib": 0.0}, ["shard_mb=0", "above 0"]),
+        ({"mib": float("nan")}, ["shard_mb=nan", "above 0"]),
+        ({"workers": 0}, ["workers=0", "1 or more"]),
+        ({"seed": -1}, ["seed=-1", "0 or more"]),
     ],
 )
 def test_options_that_cannot_be(wrong, words):
-    with pytest.raises(ConfigError, match=words):
+    with refused(ConfigError, *words):
         options(**wrong)
 
 
@@ -647,12 +645,11 @@ def test_dataset_saved_and_in_files(tmp_path, digits_dataset, quiet_datasets, la
     pack_dataset(tmp_path / "both", tmp_path / "mixed", split="test")
     numbers = [json.loads(s["json"])["index"] for s in read_back(tmp_path / "mixed")]
     assert numbers == keyed_permutation(3, 0).tolist()
-    message = "both has several splits; give --split with one of train, test"
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, "both has several splits", "--split", "train, test"):
         pack_dataset(tmp_path / "both", tmp_path / "no")
-    with pytest.raises(DataError, match="both has no split val; give --split"):
+    with refused(DataError, "both has no split val", "--split"):
         pack_dataset(tmp_path / "both", tmp_path / "no", split="val")
-    with pytest.raises(DataError, match="holds the split train only, not test; leave --split out"):
+    with refused(DataError, "train only, not test", "leave --split out"):
         pack_dataset(tmp_path / "saved", tmp_path / "no", split="test")
 
 
@@ -692,8 +689,7 @@ def test_dataset_with_things_missing(tmp_path, quiet_datasets, png, jpeg):
     assert [s["cls"] for s in (first, second)] == [b"-1", b"3"]
     assert json.loads(first["json"]) == {"index": 0, "label": None, "other": "y", "score": None}
     assert json.loads(second["json"]) == {"index": 1, "label": 3, "other": "z", "score": 2.0}
-    message = "1 of 2 samples cannot be read, the first because there is no image in column 'b'"
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, "1 of 2 ", "no image in column 'b'"):
         pack_dataset(source, tmp_path / "no", IN_ORDER, image="b", text="-", label="-")
     left = {"text": "-", "label": "-", "drop": ["b", "v", "w.1", "Caption"], "field": "jpg"}
     pack_dataset(source, tmp_path / "few", IN_ORDER, image="a", **left)
@@ -720,8 +716,7 @@ def test_dataset_of_image_files(tmp_path, quiet_datasets, png, jpeg):
     first, second = read_back(tmp_path / "paths")
     assert (first["png"], second["jpg"]) == (png[0], jpeg[0])
     (source / "a" / "2.jpg").unlink()
-    message = r"^1 of 2 .* image .*a/2\.jpg of column 'picture' of row 1 cannot be read \(No such"
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, "1 of 2 ", "a/2.jpg of column 'picture' of row 1", "No such file"):
         pack_dataset(tmp_path / "p.parquet", tmp_path / "no")
 
 
@@ -733,8 +728,7 @@ def test_dataset_with_bytes_pixels_and_names(tmp_path, quiet_datasets, png):
         "grade": [0.5, float("nan"), 1.0],
     }
     source = saved(quiet_datasets, tmp_path / "saved", columns)
-    message = "column 'data' holds .*for which there is no field; leave it out with --drop data, or"
-    with pytest.raises(ConfigError, match=message):
+    with refused(ConfigError, "'data'", "no field", "--drop data", "--image data"):
         pack_dataset(source, tmp_path / "no")
     pack_dataset(source, tmp_path / "bytes", IN_ORDER, image="data", label="kind", drop=["pixels"])
     samples = read_back(tmp_path / "bytes")
@@ -750,11 +744,12 @@ def test_dataset_with_bytes_pixels_and_names(tmp_path, quiet_datasets, png):
         assert "cls" not in sample
     assert json.loads(sample["json"]) == {"index": 2, "label": 1.0, "kind": "b"}
     wrong = saved(quiet_datasets, tmp_path / "wrong", {"p": [[[0.5, 1.0]]]})
-    message = r"column 'p' of row 0 has the type float64 and values from 0\.5 to 1\.0; give whole"
-    with pytest.raises(DataError, match=message):
+    with refused(
+        DataError, "column 'p' of row 0", "float64", "0.5 to 1.0", "0 to 255", "--image -"
+    ):
         pack_dataset(wrong, tmp_path / "no", image="p")
     ragged = saved(quiet_datasets, tmp_path / "ragged", {"p": [[[1], [1, 2]]]})
-    with pytest.raises(DataError, match=r"column 'p' of row 0 is no array of numbers .*--drop"):
+    with refused(DataError, "column 'p' of row 0", "no array", "--drop"):
         pack_dataset(ragged, tmp_path / "no")
 
 
@@ -766,42 +761,42 @@ def test_columns_that_are_not_clear(tmp_path, quiet_datasets, digits_dataset):
     more = more.cast_column("digit2", kinds.ClassLabel(num_classes=10))
     more = more.add_column("other", [{"bytes": b"", "path": ""}] * COUNT)
     more.save_to_disk(source)
-    cases: list[tuple[dict, str]] = [
-        ({}, "columns picture, other could each be the image; choose with --image COLUMN, or"),
-        ({"image": "picture"}, "columns title, text could each be the text; .*--text - for none"),
-        ({"image": "-", "text": "note"}, "columns digit, digit2 could each be the label"),
-        ({"image": "-", "text": "-", "label": "digit"}, "'class' would be hidden by the label"),
-        ({"image": "huge"}, "there is no column 'huge'; give one of picture, digit, note"),
-        ({"drop": ["huge"]}, "there is no column 'huge'"),
-        ({"image": "picture", "text": "digit"}, "'digit' cannot be the text: it is of the kind cl"),
-        ({"image": "picture", "drop": ["picture"]}, "'picture' cannot be the image: it is dropped"),
+    cases: list[tuple[dict, list[str]]] = [
+        ({}, ["picture, other", "image", "--image COLUMN", "--image -"]),
+        ({"image": "picture"}, ["title, text", "the text", "--text COLUMN", "--text -"]),
+        ({"image": "-", "text": "note"}, ["digit, digit2", "the label"]),
+        ({"image": "-", "text": "-", "label": "digit"}, ["'class'", "hidden", "--drop class"]),
+        ({"image": "huge"}, ["'huge'", "picture, digit, note"]),
+        ({"drop": ["huge"]}, ["'huge'", "picture, digit, note"]),
+        ({"image": "picture", "text": "digit"}, ["'digit'", "the text", "kind class"]),
+        ({"image": "picture", "drop": ["picture"]}, ["'picture'", "the image", "dropped"]),
     ]
     for chosen, words in cases:
-        with pytest.raises(ConfigError, match=words):
+        with refused(ConfigError, *words):
             pack_dataset(source, to, **chosen)
     clip = kinds.Dataset.from_dict({"clip": [{"bytes": b"", "path": ""}]})
     clip.cast_column("clip", kinds.Audio()).save_to_disk(source)
-    with pytest.raises(ConfigError, match="'clip' holds Audio, for which there is no field; leave"):
+    with refused(ConfigError, "'clip' holds Audio", "--drop clip"):
         pack_dataset(source, to)
     saved(kinds, source, {"V": [[1]], "v": [[1]]})
-    with pytest.raises(ConfigError, match="columns V, v would have the fields v, v, of which two"):
+    with refused(ConfigError, "V, v", "fields v, v", "--drop"):
         pack_dataset(source, to)
     assert not to.exists()
 
 
 def test_datasets_that_cannot_be_loaded(tmp_path, quiet_datasets, digits):
     to = tmp_path / "no"
+    files = write_tree(tmp_path, {"x.pkl": b"", "x.json": b"{"})
     for source, words in (
-        (tmp_path / "nowhere", "nowhere does not exist; give a folder, a file, or a name"),
-        ("nowhere.parquet", "nowhere.parquet does not exist"),
-        ("no such name!", r"cannot be loaded \(HFValidationError: .*give a folder written by save"),
-        (write_tree(tmp_path, {"x.pkl": b""}) / "x.pkl", r"x\.pkl is of no known kind; give .parq"),
-        (write_tree(tmp_path, {"x.json": b"{"}) / "x.json", r"x\.json cannot be loaded \("),
-        (digits / "train", r"train is read by .*webdataset, which is not allowed; give one of"),
+        (tmp_path / "nowhere", ["nowhere does not exist", "name of the hub"]),
+        ("nowhere.parquet", ["nowhere.parquet does not exist"]),
+        ("no such name!", ["HFValidationError", "save_to_disk"]),
+        (files / "x.pkl", ["x.pkl", ".parquet"]),
+        (files / "x.json", ["x.json cannot be loaded"]),
+        (digits / "train", ["webdataset", "not allowed"]),
     ):
-        with pytest.raises(DataError, match=words) as raised:
+        with refused(DataError, *words):
             pack_dataset(source, to)
-        assert "\n" not in str(raised.value)
     assert not to.exists()
 
 
@@ -874,40 +869,27 @@ def test_arrays_that_cannot_be_packed(tmp_path):
         "bool": np.zeros(3, bool),
     }.items():
         np.save(tmp_path / f"{name}.npy", array)
-    cases = [
-        ({}, ConfigError, "nothing to pack; give --image FILE.npy or --array FILE.npy"),
-        ({"image": "x.npy"}, DataError, r"x\.npy of --image cannot be read \(.*No such file"),
-        ({"image": "objects.npy"}, DataError, "objects.npy of --image cannot be read .*Python obj"),
-        ({"image": "pickle.npy"}, DataError, "pickle.npy of --image cannot be read .*pickle"),
-        ({"array": "z.npz:o"}, DataError, "z.npz of --array cannot be read .*pickle"),
-        (
-            {"array": "z.npz"},
-            DataError,
-            "z.npz of --array is no array: it holds a, o; name one, as",
-        ),
-        ({"array": "z.npz:b"}, DataError, "z.npz:b of --array is no array: it holds a, o"),
-        ({"image": "four.npy", "label": "float.npy"}, DataError, "rows differ: 4 of .*, 3 of .*fl"),
-        ({"image": "float.npy", "array": "float.npy"}, ConfigError, "both be the field npy; give"),
-        ({"image": "rgba.npy"}, DataError, r"shape \[5, 5, 4\], which is no image; give \[H, W\]"),
-        ({"image": "unclear.npy"}, DataError, r"could be \[C, H, W\] and \[H, W, C\]; give"),
-        ({"image": "none.npy"}, DataError, "none.npy have 0 rows; give 1 or more"),
-        (
-            {"array": "text.npy"},
-            DataError,
-            r"text.npy has the type <U1 .*; give numbers \[n, ...\]",
-        ),
-        ({"array": "point.npy"}, DataError, r"has the type float64 and shape \[\]; give numbers"),
-        (
-            {"array": "float.npy", "label": "bool.npy"},
-            DataError,
-            "type bool and shape .*; give int",
-        ),
-        ({"array": "float.npy", "label": "float.npy"}, DataError, r"shape \[3, 2\]; give integers"),
+    cases: list[tuple[dict, type[Exception], list[str]]] = [
+        ({}, ConfigError, ["--image FILE.npy", "--array FILE.npy"]),
+        ({"image": "x.npy"}, DataError, ["x.npy of --image", "No such file"]),
+        ({"image": "objects.npy"}, DataError, ["objects.npy of --image", "Python obj"]),
+        ({"image": "pickle.npy"}, DataError, ["pickle.npy of --image", "pickle"]),
+        ({"array": "z.npz:o"}, DataError, ["z.npz of --array", "pickle"]),
+        ({"array": "z.npz"}, DataError, ["z.npz of --array", "a, o", "z.npz:a"]),
+        ({"array": "z.npz:b"}, DataError, ["z.npz:b of --array", "a, o"]),
+        ({"image": "four.npy", "label": "float.npy"}, DataError, ["4 of", "3 of"]),
+        ({"image": "float.npy", "array": "float.npy"}, ConfigError, ["field npy", "uint8"]),
+        ({"image": "rgba.npy"}, DataError, ["[5, 5, 4]", "no image", "C = 1 or 3"]),
+        ({"image": "unclear.npy"}, DataError, ["could be [C, H, W] and [H, W, C]"]),
+        ({"image": "none.npy"}, DataError, ["none.npy have 0 rows", "1 or more"]),
+        ({"array": "text.npy"}, DataError, ["text.npy", "<U1", "[n, ...]"]),
+        ({"array": "point.npy"}, DataError, ["float64", "shape []", "[n, ...]"]),
+        ({"array": "float.npy", "label": "bool.npy"}, DataError, ["type bool", "[n]"]),
+        ({"array": "float.npy", "label": "float.npy"}, DataError, ["shape [3, 2]", "[n]"]),
     ]
     for files, error, words in cases:
-        with pytest.raises(error, match=words) as raised:
+        with refused(error, *words):
             pack_arrays(tmp_path / "no", **{k: str(tmp_path / v) for k, v in files.items()})
-        assert "\n" not in str(raised.value)
     assert not trap.exists()
     assert not (tmp_path / "no").exists()
 
@@ -961,11 +943,8 @@ def test_pairs_with_images_missing(tmp_path, png, capsys):
     write_tree(tmp_path, {"a.png": png[0], "bad.png": b"x"})
     rows = ["image,text", "a.png,x", "b.png,y", '"c.png","z', 'z"', "bad.png,w"]
     (tmp_path / "p.csv").write_text("\n".join(rows))
-    message = (
-        r"^line 3 of .*p\.csv names the image b\.png, which is not there \(2 of 4 rows do so\); "
-        r"correct the paths, which are seen from .*, or leave the rows out with --skip-unreadable$"
-    )
-    with pytest.raises(DataError, match=message):
+    words = ["line 3 of", "b.png", "2 of 4 rows", f"from {tmp_path}", "--skip-unreadable"]
+    with refused(DataError, *words):
         pack_pairs(tmp_path / "p.csv", tmp_path / "no")
     packed = pack_pairs(tmp_path / "p.csv", tmp_path / "some", options(skip_unreadable=True))
     assert len(packed.index) == 1
@@ -974,7 +953,7 @@ def test_pairs_with_images_missing(tmp_path, png, capsys):
         assert reason.startswith(f"{start} of {tmp_path}")
     (tmp_path / "b.png").write_bytes(png[1])
     (tmp_path / "c.png").write_bytes(png[1])
-    with pytest.raises(DataError, match=r"^1 of 4 samples .* image bad\.png of line 6 of .*p\.csv"):
+    with refused(DataError, "1 of 4 ", "image bad.png of line 6 of"):
         pack_pairs(tmp_path / "p.csv", tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
@@ -982,47 +961,31 @@ def test_pairs_with_images_missing(tmp_path, png, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "chosen", "words"),
     [
-        ("p.json", "[]", {}, r"p\.json is of no known kind; give .jsonl, .csv or .tsv"),
-        ("p.csv", "", {}, r"p\.csv has 0 rows; give 1 or more"),
-        ("p.csv", "image,text\n", {}, r"p\.csv has 0 rows"),
-        ("p.csv", "a,a\n1,2\n", {}, "columns of .* are named a, a; give every column a name"),
-        ("p.csv", "image,text\nx\n", {}, "line 2 of .* has 1 cells but the header has 2; give"),
-        ("p.csv", 'image,text\nx,"y\n', {}, r"line 2 of .*p\.csv cannot be read \(unexpected end"),
-        ("p.csv", b"image,text\nx,\xff\n", {}, r"line \d of .* cannot be read \('utf-8' codec"),
-        ("p.jsonl", '{"image": "x"\n', {}, r"line 1 of .* is no JSON \(.*write one object a line"),
-        ("p.jsonl", '{"a": 1}\n\n[1]\n', {}, "line 3 of .* is no object; write one a line"),
-        ("p.csv", "a,text\nx,y\n", {}, "not tell which column is the image; give --image with one"),
-        ("p.csv", "path,file,text\nx,y,z\n", {}, "--image with one of path, file, text"),
-        ("p.csv", "image,b\nx,y\n", {}, "does not tell which column is the text; give --text with"),
-        (
-            "p.csv",
-            "image,b\nx,y\n",
-            {"text": "c"},
-            "has no column 'c'; give --text with one of ima",
-        ),
-        (
-            "p.jsonl",
-            '{"image": 3, "text": ""}',
-            {},
-            "has 3 in the column 'image'; give the path of",
-        ),
-        (
-            "p.jsonl",
-            '{"image": "x"}\n{"text": 1}',
-            {},
-            "has None in the column 'text'; give a text",
-        ),
-        ("p.jsonl", '{"image": "x", "text": "\\ud800"}', {}, r"has '\\ud800' in the column 'text'"),
-        ("p.csv", "image,k\nx,1.5\n", {"label": "k"}, "has '1.5' in the column 'k'; give a whole"),
-        ("p.csv", "image,k,label\nx,1,2\n", {"label": "k"}, "column 'label', which .* would hide"),
+        ("p.json", "[]", {}, ["p.json", ".jsonl, .csv or .tsv"]),
+        ("p.csv", "", {}, ["p.csv has 0 rows", "1 or more"]),
+        ("p.csv", "image,text\n", {}, ["p.csv has 0 rows"]),
+        ("p.csv", "a,a\n1,2\n", {}, ["a, a", "name of its own"]),
+        ("p.csv", "image,text\nx\n", {}, ["line 2 of", "1 cells", "header has 2"]),
+        ("p.csv", 'image,text\nx,"y\n', {}, ["line 2 of", "unexpected end"]),
+        ("p.csv", b"image,text\nx,\xff\n", {}, ["line ", "'utf-8' codec"]),
+        ("p.jsonl", '{"image": "x"\n', {}, ["line 1 of", "no JSON", "one object a line"]),
+        ("p.jsonl", '{"a": 1}\n\n[1]\n', {}, ["line 3 of", "no object", "one a line"]),
+        ("p.csv", "a,text\nx,y\n", {}, ["which column is the image", "--image", "a, text"]),
+        ("p.csv", "path,file,text\nx,y,z\n", {}, ["--image", "path, file, text"]),
+        ("p.csv", "image,b\nx,y\n", {}, ["which column is the text", "--text"]),
+        ("p.csv", "image,b\nx,y\n", {"text": "c"}, ["'c'", "--text", "image, b"]),
+        ("p.jsonl", '{"image": 3, "text": ""}', {}, ["3 in the column 'image'", "path"]),
+        ("p.jsonl", '{"image": "x"}\n{"text": 1}', {}, ["None in the column 'text'"]),
+        ("p.jsonl", '{"image": "x", "text": "\\ud800"}', {}, ["'\\ud800' in the column 'text'"]),
+        ("p.csv", "image,k\nx,1.5\n", {"label": "k"}, ["'1.5' in the column 'k'", "whole"]),
+        ("p.csv", "image,k,label\nx,1,2\n", {"label": "k"}, ["'label'", "--label k", "hide"]),
     ],
 )
 def test_tables_that_cannot_be_packed(tmp_path, name, text, chosen, words):
     data = text if isinstance(text, bytes) else text.encode()
     (tmp_path / name).write_bytes(data)
-    with pytest.raises((DataError, ConfigError), match=words) as raised:
+    with refused((DataError, ConfigError), *words):
         pack_pairs(tmp_path / name, tmp_path / "no", **chosen)
-    assert "\n" not in str(raised.value)
     assert os.listdir(tmp_path) == [name]
 
 
@@ -1070,8 +1033,7 @@ def test_merging_tars_of_others(tmp_path):
 def test_keys_in_two_shards(many, tmp_path):
     other = tmp_path / "other"
     pack_samples(range(57, 90), make_random, other, options(name="many"))
-    message = r"'k057' is in .*many-00009\.tar and in .*many-00000\.tar; .* with --prefix-keys"
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, "'k057'", "many-00009.tar", "other/many-00000.tar", "--prefix-keys"):
         merge_shards([many, other], tmp_path / "no")
     merge_shards([many, other], tmp_path / "all", prefix_keys=True)
     expected = [
@@ -1087,23 +1049,23 @@ def test_keys_in_two_shards(many, tmp_path):
 def test_shards_that_cannot_be_merged(many, tmp_path):
     shard = many / "many-00002.tar"
     cases = [
-        ([many, shard], r"many-00002\.tar is given 2 times; name every shard once"),
+        ([many, shard], "many-00002.tar is given 2 times"),
         ([tmp_path / "nowhere"], "nowhere does not exist"),
-        ([many / "x.tar"], r"x\.tar of the pattern .* does not exist"),
+        ([many / "x.tar"], "does not exist"),
     ]
     for sources, words in cases:
-        with pytest.raises(DataError, match=words):
+        with refused(DataError, words):
             merge_shards(sources, tmp_path / "no")
-    with pytest.raises(DataError, match="which would be replaced; give another folder"):
+    with refused(DataError, "many-00002.tar", "another folder"):
         merge_shards([shard], many, options(overwrite=True, name="many"))
     whole = shard.read_bytes()
     index = load_index(many)
     place = int(index.sample_offset[13]) + 600  # content of a field
     shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(DataError, match=r"many-00002\.tar is damaged or was changed: field 'bin'"):
+    with refused(DataError, "many-00002.tar is damaged", "'bin'"):
         merge_shards([many], tmp_path / "no")
     shard.write_bytes(whole[: 2**12])
-    with pytest.raises(DataError, match=r"many-00002\.tar .*truncated"):
+    with refused(DataError, "many-00002.tar", "truncated"):
         merge_shards([many], tmp_path / "no")
     assert os.listdir(tmp_path) == ["many"]
 
@@ -1112,23 +1074,19 @@ def test_list(many, tmp_path, capsys):
     write_samples(tmp_path / "x.tar", [make_random(0)])
     assert main(["shards", "list", str(many), f"{tmp_path}/*.tar"]) == 0
     said = capsys.readouterr()
-    lines = [line.split() for line in said.out.splitlines()]
-    assert [line[0] for line in lines[:-1]] == [
-        *(f"{many}/many-{number:05d}.tar" for number in range(10)),
-        f"{tmp_path}/x.tar",
+    head, *lines = [line.split() for line in said.out.splitlines()]
+    assert head == ["shard", "MiB", "samples"]
+    shards = [*sorted(many.glob("*.tar")), tmp_path / "x.tar"]
+    sizes = [f"{shard.stat().st_size / 2**20:.1f}" for shard in shards]
+    assert lines == [
+        *([str(s), size, "6"] for s, size in zip(shards[:-1], sizes[:-1], strict=True)),
+        [str(shards[-1]), sizes[-1], "?"],
+        ["11", "shards", lines[-1][2], "?"],
     ]
-    assert [line[3:] for line in lines] == [["6", "samples"]] * 10 + [["?", "samples"]] + [
-        [lines[-1][3], "?", "samples"]
-    ]
-    assert lines[-1][:2] == ["11", "shards"]
-    assert all(
-        float(line[1]) == round(sizes / 2**20, 1)
-        for line, sizes in zip(lines, shard_sizes(many), strict=False)
-    )
     assert "no samples counted" in said.err
     assert "shards index" in said.err
     assert main(["shards", "list", str(many)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("60 samples")
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" 60")
 
 
 # ---------------------------------------------------------------------------- the command

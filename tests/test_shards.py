@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from conftest import refused
 from PIL import Image
 
 from dist_contrastive.data import ShardIndex, index_folder, load_index, pack_digits
@@ -151,10 +152,10 @@ def test_packing_again_gives_the_same_bytes(digits: Path, tmp_path: Path):
 def test_packing_refuses_a_folder_of_others(tmp_path: Path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"already holds 'train/notes\.txt'.*new or empty folder"):
+    with refused(DataError, "'train/notes.txt'", "empty folder"):
         pack_digits(tmp_path)
     assert (tmp_path / "train" / "notes.txt").read_text() == "mine"
-    with pytest.raises(ConfigError, match="samples_per_shard=0 is below 1; set 1 or more"):
+    with refused(ConfigError, "samples_per_shard=0", "1 or more"):
         pack_digits(tmp_path, samples_per_shard=0)
 
 
@@ -281,21 +282,20 @@ def test_arrays_of_objects_and_disguised_postscript_are_refused(tmp_path: Path):
         ("png", eps, "UnidentifiedImageError"),
     ):
         write_samples(tmp_path / "s.tar", [{"__key__": "k", name: data}])
-        message = rf"field '{name}' of sample 'k' in shard .*s\.tar cannot be decoded \(.*{reason}"
-        with pytest.raises(DataError, match=message):
+        with refused(DataError, f"{name!r} of sample 'k'", "s.tar", reason):
             build_index(tmp_path).read(0)
     assert not (tmp_path / "executed").exists()
 
 
 def test_sixteen_bit_images_are_refused_with_the_fix():
-    with pytest.raises(ValueError, match="more than 8 bits a channel; store it as npy"):
+    with refused(ValueError, "more than 8 bits", "npy"):
         decode_field("png", image_bytes("I;16", "PNG"))
 
 
 def test_writing_what_cannot_be_written(tmp_path: Path):
-    with pytest.raises(DataError, match="a int cannot be written as field 'jpg'; give bytes"):
+    with refused(DataError, "int", "'jpg'", "bytes"):
         write_samples(tmp_path / "s.tar", [{"__key__": "k", "jpg": 3}])
-    with pytest.raises(DataError, match=r"shape \[2, 2\] and type float64.*give uint8 \[C, H, W\]"):
+    with refused(DataError, "[2, 2]", "float64", "uint8 [C, H, W]"):
         write_samples(tmp_path / "s.tar", [{"__key__": "k", "png": np.zeros((2, 2))}])
 
 
@@ -325,7 +325,7 @@ def test_index_can_be_sent_to_a_process(folder: Path):
     index.read(0)
     copy = pickle.loads(pickle.dumps(index))
     assert copy.read(6) == index.read(6)
-    with pytest.raises(IndexError, match=r"sample 7 is outside 0\.\.6"):
+    with refused(IndexError, "7", "0..6"):
         index.read(7)
 
 
@@ -336,48 +336,44 @@ def test_more_shards_than_open_files(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_missing_things_are_named(folder: Path, tmp_path: Path):
-    with pytest.raises(DataError, match="nowhere does not exist; give a folder that holds tars"):
+    with refused(DataError, "nowhere does not exist"):
         load_index(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=rf"0 files that end in .tar; give a folder .*{folder}"):
+    with refused(DataError, "0 files", f"as {folder}"):
         load_index(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"holds 0 files that end in \.tar; pack some"):
+    with refused(DataError, "0 files", "shards pack"):
         build_index(tmp_path / "empty")
     (folder / "index.npz").unlink()
     command = f"run `dist-contrastive shards index {folder}`"
-    with pytest.raises(DataError, match=f"has 3 shards but no index.npz; {command}"):
+    with refused(DataError, "3 shards but no index.npz", command):
         load_index(folder)
     (folder / "index.npz").write_bytes(b"PK not a zip")
-    with pytest.raises(DataError, match=f"index.npz cannot be read .*{command}"):
+    with refused(DataError, "index.npz cannot be read", command):
         load_index(folder)
     np.savez(folder / "index.npz", version=99)
-    with pytest.raises(DataError, match=f"has format 99, this version reads 2.*{command}"):
+    with refused(DataError, "format 99", "reads 2", command):
         load_index(folder)
 
 
 def test_index_that_does_not_fit_its_tars(folder: Path):
     command = f"run `dist-contrastive shards index {folder}`"
     (folder / "d.tar").write_bytes((folder / "a.tar").read_bytes())
-    with pytest.raises(DataError, match=r"d\.tar is in the folder but not in the index.*4.*3") as e:
+    with refused(DataError, "d.tar", "folder has 4 shards", "index lists 3", command):
         load_index(folder)
-    assert command in str(e.value)
     (folder / "d.tar").unlink()
     size = (folder / "c.tar").stat().st_size
     with (folder / "c.tar").open("ab") as file:
         file.write(bytes(512))
-    with pytest.raises(DataError, match=rf"c\.tar has {size + 512} bytes but {size} were indexed"):
+    with refused(DataError, "c.tar", f"{size + 512} bytes but {size} were indexed", command):
         load_index(folder)
     (folder / "c.tar").unlink()
-    with pytest.raises(
-        DataError, match=r"c\.tar is in the index but cannot be found .*lists 3"
-    ) as e:
+    with refused(DataError, "c.tar", "cannot be found", "lists 3 shards", command):
         load_index(folder)
-    assert command in str(e.value)
 
 
 def test_tars_without_samples(tmp_path: Path):
     write_samples(tmp_path / "a.tar", [])
-    with pytest.raises(DataError, match=r"the 1 shards in .* hold 0 samples; .*KEY\.EXTENSION"):
+    with refused(DataError, "1 shards", "0 samples", "KEY.EXTENSION"):
         build_index(tmp_path)
 
 
@@ -398,29 +394,29 @@ def test_patterns_over_folders(folder: Path):
     assert index.shards == (f"{folder.parent}/more/a.tar", f"{folder.parent}/shards/a.tar")
     part = load_index(f"{folder}/{{c,a}}.tar")
     assert [part.read(n)["cls"] for n in range(7)] == [4, 5, 6, 0, 1, 2, 3]
-    for pattern, message in (
-        ("{a,d}.tar", r"d\.tar of the pattern .* does not exist \(1 of 2 do not\)"),
-        ("x*.tar", r"no shard matches .*x\*\.tar; give a pattern"),
-        ("{a,a}.tar", r"names .*a\.tar twice"),
-        ("{a..c.tar", "cannot be read .*close its braces"),
+    for pattern, words in (
+        ("{a,d}.tar", ["d.tar", "does not exist", "1 of 2"]),
+        ("x*.tar", ["no shard matches", "x*.tar"]),
+        ("{a,a}.tar", ["a.tar twice"]),
+        ("{a..c.tar", ["close its braces"]),
     ):
-        with pytest.raises(DataError, match=message):
+        with refused(DataError, *words):
             load_index(folder / pattern)
 
 
 def test_joined_tars_are_refused(folder: Path):
     joined = (folder / "a.tar").read_bytes() + (folder / "c.tar").read_bytes()
     (folder / "a.tar").write_bytes(joined)
-    with pytest.raises(DataError, match=r"a\.tar ends at byte 8192, but .* join tars with"):
+    with refused(DataError, "a.tar ends at byte 8192", "shards merge"):
         build_index(folder)
 
 
 def test_keys_held_twice(tmp_path: Path):
     write_samples(tmp_path / "a.tar", [*numbered(0, 2), *numbered(0, 1)])
-    with pytest.raises(DataError, match=r"a\.tar holds the key 's000' twice.*--sort=name"):
+    with refused(DataError, "a.tar", "'s000' twice", "--sort=name"):
         build_index(tmp_path)
     write_samples(tmp_path / "a.tar", [*numbered(0, 1), *numbered(0, 1)])
-    with pytest.raises(DataError, match=r"a\.tar gives the field 'cls' of sample 's000' twice"):
+    with refused(DataError, "a.tar", "'cls' of sample 's000' twice"):
         build_index(tmp_path)
 
 
@@ -432,10 +428,10 @@ def test_truncated_and_damaged_tars(folder: Path):
     boundary = slices[2].offset  # here `tarfile` and webdataset see an ordinary end
     for size in (0, 100, boundary + 100, boundary + 700, slices[1].offset):
         path.write_bytes(whole[:size])
-        with pytest.raises(DataError, match=r"a\.tar .*truncated.*; write or copy it again"):
+        with refused(DataError, "a.tar", "truncated", "copy it again"):
             build_index(folder)
     path.write_bytes(whole[:boundary] + b"x" * 512 + whole[boundary + 512 :])
-    with pytest.raises(DataError, match=rf"a\.tar is damaged: no tar header at byte {boundary}"):
+    with refused(DataError, "a.tar is damaged", f"at byte {boundary}"):
         build_index(folder)
 
 
@@ -452,19 +448,19 @@ def test_every_changed_byte_of_a_sample_is_found(folder: Path):
             changed = bytearray(whole)
             changed[place] ^= 1
             path.write_bytes(changed)
-            message = rf"a\.tar is damaged.*field '{name}' of sample 1 at byte {start} "
-            with pytest.raises(UnreadableSample, match=message):
+            words = ["a.tar is damaged", f"{name!r} of sample 1 at byte {start} "]
+            with refused(UnreadableSample, *words):
                 load_index(folder).read(1)
             assert load_index(folder).read(2)["cls"] == 2
     path.write_bytes(whole[: offset + 10])
-    with pytest.raises(DataError, match=r"has 10 bytes .* but 513 bytes .* were indexed"):
+    with refused(DataError, "10 bytes", "513 bytes"):
         index.read(1)
 
 
 def test_shard_removed_while_in_use(folder: Path):
     index = load_index(folder)
     (folder / "a.tar").unlink()
-    with pytest.raises(DataError, match=r"a\.tar cannot be read \(No such file.*restore it"):
+    with refused(DataError, "a.tar", "No such file", "restore it"):
         index.read(0)
 
 
@@ -496,12 +492,12 @@ def test_fields_decode_as_by_webdataset(tmp_path: Path):
 
 
 def test_places_that_are_none_for_an_index(folder: Path, tmp_path: Path):
-    for out, message in (
-        (tmp_path / "name", "name is no name of an index; give a file that ends in .npz"),
-        (tmp_path, "is no name of an index"),
-        (tmp_path / "no" / "x.npz", r"x\.npz cannot be written \(.* --out FILE"),
+    for out, words in (
+        (tmp_path / "name", ["name", "ends in .npz"]),
+        (tmp_path, [str(tmp_path), "ends in .npz"]),
+        (tmp_path / "no" / "x.npz", ["x.npz cannot be written", "--out FILE"]),
     ):
-        with pytest.raises(DataError, match=message):
+        with refused(DataError, *words):
             index_folder(folder, out)
 
 
@@ -510,7 +506,7 @@ def test_indexes_whose_parts_do_not_fit(folder: Path):
         arrays = dict(stored)
     for name in ("sample_offset", "member_size", "shard_samples", "shard_sha256"):
         np.savez(folder / "index.npz", **{**arrays, name: arrays[name][:-1]})
-        with pytest.raises(DataError, match=r"cannot be read \(its parts do not fit each other\)"):
+        with refused(DataError, "index.npz", "do not fit each other"):
             load_index(folder)
 
 
@@ -519,5 +515,5 @@ def test_sparse_members_are_refused(tmp_path: Path):
     os.truncate(tmp_path / "hole.bin", 1 << 20)
     argv = ["tar", "--sparse", "-cf", tmp_path / "a.tar", "-C", tmp_path, "hole.bin"]
     subprocess.run(argv, check=True)
-    with pytest.raises(DataError, match=r"holds 'hole\.bin' as a sparse file.*`tar --sparse"):
+    with refused(DataError, "'hole.bin'", "tar --sparse"):
         index_folder(tmp_path)

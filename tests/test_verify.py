@@ -6,12 +6,13 @@ import os
 import shutil
 import sys
 import tarfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import pixels_of
+from conftest import pixels_of, refused
 from PIL import Image
 
 from dist_contrastive import report
@@ -69,6 +70,13 @@ def the_problem(location: Path | str, decode: bool = False) -> str:
     return found
 
 
+def assert_sentences(found: Sequence[str], *words: Sequence[str]) -> None:
+    """One sentence for each list of words, which holds them, in this order."""
+    assert len(found) == len(words), found
+    for sentence, parts in zip(found, words, strict=True):
+        assert all(part in sentence for part in parts), (sentence, parts)
+
+
 def flip(path: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 1
@@ -94,7 +102,7 @@ def test_sound_data_have_no_problems(folder: Path, digits: Path, monkeypatch: py
     assert verify_shards(digits / "train", decode=True).problems == ()
 
 
-def test_without_an_index_less_is_compared_and_that_is_told(folder: Path):
+def test_without_an_index_less_is_compared_and_that_is_assert_sentences(folder: Path):
     (folder / "index.npz").unlink()
     found = verify_shards(folder)
     assert (found.problems, found.index_files, found.samples) == ((), (), 11)
@@ -107,14 +115,14 @@ def test_without_an_index_less_is_compared_and_that_is_told(folder: Path):
 
 def test_what_is_not_there_is_refused(tmp_path: Path, folder: Path):
     for location, words in (
-        (tmp_path / "nowhere", "nowhere does not exist"),
-        (folder / "no.npz", r"no\.npz does not exist; give a folder"),
-        (tmp_path / "index.npz", r"index\.npz does not exist"),
-        (f"{folder}/x-{{0..3}}.tar", r"x-0\.tar of the pattern .* does not exist \(4 of 4"),
-        (f"{folder}/{{a.tar", "close its braces"),
-        (tmp_path, "holds 0 files that end in .tar"),
+        (tmp_path / "nowhere", ["nowhere does not exist"]),
+        (folder / "no.npz", ["no.npz does not exist"]),
+        (tmp_path / "index.npz", ["index.npz does not exist"]),
+        (f"{folder}/x-{{0..3}}.tar", ["x-0.tar", "does not exist", "4 of 4"]),
+        (f"{folder}/{{a.tar", ["close its braces"]),
+        (tmp_path, ["0 files"]),
     ):
-        with pytest.raises(DataError, match=words):
+        with refused(DataError, *words):
             verify_shards(location)
 
 
@@ -228,16 +236,10 @@ def test_tars_that_are_missing_or_new(folder: Path):
     (folder / "a.tar").unlink()
     found = problems(folder)
     command = f"run `dist-contrastive shards index {folder}`"
-    assert found[:2] == [
-        f"shard {folder}/{name}.tar is not in the index of its folder; {command}" for name in "de"
-    ]
-    assert found[2].startswith(f"shard {folder}/a.tar cannot be read (No such file or directory)")
-    assert len(found) == 3
+    assert_sentences(found[:2], [f"{folder}/d.tar", command], [f"{folder}/e.tar", command])
+    assert_sentences(found[2:], [f"{folder}/a.tar", "No such file"])
     assert [x for x in problems(f"{folder}/{{a..e}}.tar") if x != found[2]] == found[:2]
-    assert problems(f"{folder}/{{b,c,zz}}.tar") == [
-        f"shard {folder}/zz.tar cannot be read (No such file or directory); restore it, or leave "
-        f"it out"
-    ]
+    assert_sentences(problems(f"{folder}/{{b,c,zz}}.tar"), [f"{folder}/zz.tar", "No such file"])
     index_folder(folder)
     assert problems(folder) == []
     for path in folder.glob("*.tar"):
@@ -304,7 +306,7 @@ def test_keys_held_twice_by_a_shard(folder: Path):
     assert (
         "c.tar holds the key 's009' twice, at byte 2048 and again at byte 6144 (3 samp" in message
     )
-    with pytest.raises(DataError, match="holds the key 's009' twice, again at byte 6144"):
+    with refused(DataError, "'s009' twice", "byte 6144"):
         index_folder(folder)
     write_samples(folder / "c.tar", [*numbered(8, 1), *numbered(8, 1)])
     assert "gives the field 'cls' of sample 's008' twice" in the_problem(folder)
@@ -344,16 +346,13 @@ def test_fields_that_samples_or_shards_lack(folder: Path):
     write_samples(folder / "c.tar", samples)
     write_samples(folder / "d.tar", [{"__key__": "d", "npy": np.zeros(2), "cls": 1}])
     index_folder(folder)
-    assert problems(folder) == [
-        f"1 of 4 samples of shard {folder}/c.tar have no field 'bin', the first is 's011'; pack "
-        f"them with one, or leave them out",
-        f"2 of 4 samples of shard {folder}/c.tar have no field 'txt', the first is 's009'; pack "
-        f"them with one, or leave them out",
-        f"shard {folder}/c.tar has other fields than the rest: its samples have 'bin' besides, "
-        f"unlike those of 2 of 4 shards; pack all shards alike, or leave it out",
-        f"shard {folder}/d.tar has other fields than the rest: its samples lack 'txt' and have "
-        f"'npy' besides, unlike those of 2 of 4 shards; pack all shards alike, or leave it out",
-    ]
+    assert_sentences(
+        problems(folder),
+        ["1 of 4 samples", f"{folder}/c.tar", "'bin'", "'s011'"],
+        ["2 of 4 samples", f"{folder}/c.tar", "'txt'", "'s009'"],
+        [f"{folder}/c.tar", "have 'bin' besides", "2 of 4 shards"],
+        [f"{folder}/d.tar", "lack 'txt' and have 'npy' besides", "2 of 4 shards"],
+    )
 
 
 def test_fields_that_cannot_be_decoded(tmp_path: Path):
@@ -364,16 +363,17 @@ def test_fields_that_cannot_be_decoded(tmp_path: Path):
     index_folder(tmp_path)
     assert problems(tmp_path) == []
     found = problems(tmp_path, decode=True)
-    words = [("jpg", "k1", "OSError"), ("jpg", "k3", "UnidentifiedImage"), ("cls", "k3", "invalid")]
-    assert len(found) == 3
-    for field, key, reason in words:
-        start = f"field {field!r} of sample {key!r} in shard {tmp_path}/a.tar cannot be decoded"
-        assert any(x.startswith(start) and reason in x for x in found)
+    assert_sentences(
+        sorted(found),
+        ["'cls' of sample 'k3'", f"{tmp_path}/a.tar", "invalid"],
+        ["'jpg' of sample 'k1'", f"{tmp_path}/a.tar", "OSError"],
+        ["'jpg' of sample 'k3'", f"{tmp_path}/a.tar", "UnidentifiedImage"],
+    )
     write_samples(tmp_path / "a.tar", [{**x, "jpg": b"?"} for x in numbered(0, 30)])
     index_folder(tmp_path)
     found = problems(tmp_path, decode=True)
     assert len(found) == 21
-    assert found[-1] == f"10 more fields of shard {tmp_path}/a.tar cannot be decoded"
+    assert_sentences(found[-1:], ["10 more fields", f"{tmp_path}/a.tar"])
 
 
 def test_all_problems_are_listed_together(folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -397,10 +397,7 @@ def test_all_problems_are_listed_together(folder: Path, capsys: pytest.CaptureFi
     ]
     assert main(["shards", "verify", str(folder), "--decode"]) == 64
     out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert len(lines) == len(expected)
-    for line, words in zip(lines, expected, strict=True):
-        assert words in line
+    assert_sentences(err.splitlines(), *([words] for words in expected))
     assert out == (
         f"{folder}: 9 samples in 5 shards read, every field decoded, compared with "
         f"{folder}/index.npz: 12 problems\n"
@@ -459,18 +456,18 @@ def test_a_server_that_does_not_answer(
     folder: Path, server: RangeServer, capsys: pytest.CaptureFixture[str]
 ):
     server.fault = lambda path, count: "503" if path == "/b.tar" and count else None
-    with pytest.raises(UnreachableError, match=r"b\.tar could not be read in 2 attempts"):
+    with refused(UnreachableError, "b.tar", "2 attempts"):
         verify_shards(server.url)
     server.requests.clear()
     assert main(["shards", "verify", server.url]) == 75
     assert "b.tar could not be read in 2 attempts" in capsys.readouterr().err
     server.fault = lambda path, _: "503" if path == "/" else None
-    with pytest.raises(UnreachableError, match="could not be read in 2 attempts"):
+    with refused(UnreachableError, "2 attempts"):
         verify_shards(server.url)
     flip(folder / "b.tar", 512)  # a sample that does not fit is asked for again
     server.requests.clear()
     server.fault = lambda path, count: "503" if path == "/b.tar" and count > 2 else None
-    with pytest.raises(UnreachableError, match=r"b\.tar could not be read in 2 attempts"):
+    with refused(UnreachableError, "b.tar", "2 attempts"):
         verify_shards(f"{server.url}/b.tar")
 
 

@@ -32,27 +32,27 @@ _Location = Annotated[
 @app.command("list", epilog=examples("dist-contrastive shards list data/digits/train"))
 def _list(patterns: Patterns) -> None:
     """List shards: sizes, samples, and their sums."""
-    from dist_contrastive.data.shards.inspect import list_shards
+    from dist_contrastive.data.shards.inspect import ShardSize, list_shards
+    from dist_contrastive.tables import print_table
 
     rows, problems = list_shards(patterns)
-    width = max(len(row.shard) for row in rows)
-    for row in rows:
-        print(f"{row.shard:{width}}  {_mib(row.size)}  {_samples(row.samples)}")
     sizes, counts = [row.size for row in rows], [row.samples for row in rows]
     size = None if None in sizes else sum(size or 0 for size in sizes)
     samples = None if None in counts else sum(count or 0 for count in counts)
-    total = f"{len(rows)} shards"
-    print(f"{total:{width}}  {_mib(size)}  {_samples(samples)}")
+    rows.append(ShardSize(f"{len(rows)} shards", size, samples))
+    print_table(
+        ["shard", "MiB", "samples"],
+        [
+            (
+                row.shard,
+                row.size if row.size is None else f"{row.size / 2**20:,.1f}",
+                row.samples if row.samples is None else f"{row.samples:,}",
+            )
+            for row in rows
+        ],
+    )
     for problem in problems:
         _log.warning("no samples counted: %s", problem)
-
-
-def _mib(size: int | None) -> str:
-    return f"{'?' if size is None else f'{size / 2**20:,.1f}':>10} MiB"
-
-
-def _samples(count: int | None) -> str:
-    return f"{'?' if count is None else f'{count:,}':>11} samples"
 
 
 @app.command("index", epilog=examples("dist-contrastive shards index data/photos"))

@@ -24,7 +24,7 @@ def merge_shards(
     *,
     prefix_keys: bool = False,
 ) -> Packed:
-    """Write the samples of several shards, in their order, to shards of another size.
+    """Samples of several shards, in their order, as shards of another size.
 
     Keys, fields and contents stay; times and owners in the tars do not. Where a folder has
     an index, what is read is compared with it.

@@ -183,8 +183,8 @@ def pack_pairs(
         row, where = rows.read(number), rows.where(number)
         name = _image_name(row, image, where)
         path = rows.path.parent / name
-        found, data = read_image(path, f"image {name} of {where}", options.verify)
-        sample: dict[str, Any] = {"__key__": numbered_key(number), field or found: data}
+        by_format, data = read_image(path, f"image {name} of {where}", options.verify)
+        sample: dict[str, Any] = {"__key__": numbered_key(number), field or by_format: data}
         if text is not None:
             sample["txt"] = _text(row.pop(text), text, where)
         if label is not None:
@@ -195,10 +195,10 @@ def pack_pairs(
 
 
 def _by_name(rows: RowFile, names: Sequence[str], role: str) -> str:
-    found = [column for column in rows.columns if column.lower() in names]
-    if len(found) != 1:
+    columns = [column for column in rows.columns if column.lower() in names]
+    if len(columns) != 1:
         raise ConfigError(_no_column(rows, role, None))
-    return found[0]
+    return columns[0]
 
 
 def _no_column(rows: RowFile, role: str, column: str | None) -> str:

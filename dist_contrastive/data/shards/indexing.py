@@ -118,12 +118,12 @@ def _read_index(file: str, location: str, files: ShardFiles) -> ShardIndex:
 def _check_local(index: ShardIndex, file: Path) -> None:
     """Refuse an index of a folder that lacks some of its tars."""
     if file.name == INDEX_NAME and all(folder_of(s) == str(file.parent) for s in index.shards):
-        found, command = find_shards(str(file.parent)), index_command(str(file.parent))
+        shards, command = find_shards(str(file.parent)), index_command(str(file.parent))
         indexed = set(index.shards)
-        if new := [shard for shard in found if shard not in indexed]:
+        if new := [shard for shard in shards if shard not in indexed]:
             raise DataError(
                 f"shard {new[0]} is in the folder but not in the index (the folder has "
-                f"{len(found)} shards, the index lists {len(indexed)}); run `{command}`"
+                f"{len(shards)} shards, the index lists {len(indexed)}); run `{command}`"
             )
     _check_shards(index, file)
 
@@ -262,7 +262,7 @@ def _unchanged(file: Path, files: ShardFiles) -> dict[str, ShardIndex]:
         written = file.stat().st_mtime_ns
     except (OSError, DataError):
         return {}
-    found = {}
+    unchanged = {}
     for number, shard in enumerate(index.shards):
         part = index.select([number])
         try:
@@ -271,8 +271,8 @@ def _unchanged(file: Path, files: ShardFiles) -> dict[str, ShardIndex]:
             check_ends(part, [0])
         except (DataError, OSError):
             continue
-        found[shard] = _without_unused_fields(part)
-    return found
+        unchanged[shard] = _without_unused_fields(part)
+    return unchanged
 
 
 def _has_changed(part: ShardIndex, written_ns: int) -> bool:

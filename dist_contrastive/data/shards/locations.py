@@ -15,25 +15,25 @@ _MAGIC = ("*", "?", "[")
 
 
 def is_pattern(location: str) -> bool:
-    """Whether it names shards one by one rather than a folder, whatever that is called."""
+    """Whether a location is a pattern or a shard rather than a folder."""
     return location.endswith((".tar", "}", "*")) and (is_url(location) or not _is_folder(location))
 
 
 def folder_of(location: str) -> str:
-    """What comes before the last slash of a path or URL."""
+    """Part of a path or URL before the last slash."""
     head, slash, _ = location.rpartition("/")
     return head if slash else "."
 
 
 def join(folder: str, name: str) -> str:
-    """A shard of a folder, unless the name is a whole path or URL already."""
+    """Path or URL of a shard of a folder; names that are whole already stay."""
     if is_url(name) or name.startswith("/") or folder == ".":
         return name
     return f"{folder.rstrip('/')}/{name}"
 
 
 def find_shards(location: str) -> list[str]:
-    """The shards of a folder (sorted by name) or of a pattern (in the order of its braces).
+    """Shards of a folder (sorted by name) or of a pattern (in the order of its braces).
 
     Raises:
         DataError: no such folder; no shard matches.
@@ -66,7 +66,7 @@ def _is_folder(location: str) -> bool:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Braces make lists, whose shards must exist when they are read; * finds what there is."""
+    """Shards of a pattern: those listed by braces must exist, * matches those that do."""
     if not is_url(pattern) and Path(pattern).is_file():
         return [pattern]
     try:
@@ -75,27 +75,27 @@ def _expand(pattern: str) -> list[str]:
         raise DataError(
             f"the pattern {pattern} cannot be read ({error}); close its braces"
         ) from error
-    found: list[str] = []
+    shards: list[str] = []
     for name in names:
         if not any(sign in name for sign in _MAGIC):
-            found.append(name)
+            shards.append(name)
         elif is_url(name):
-            found += sorted(remote.glob(name))
+            shards += sorted(remote.glob(name))
         else:
-            found += sorted(glob.glob(name))
-    found = [name for name in found if name.endswith(".tar")]
-    missing = [name for name in found if not is_url(name) and not Path(name).is_file()]
+            shards += sorted(glob.glob(name))
+    shards = [name for name in shards if name.endswith(".tar")]
+    missing = [name for name in shards if not is_url(name) and not Path(name).is_file()]
     if missing:
         raise DataError(
             f"shard {missing[0]} of the pattern {pattern} does not exist ({len(missing)} of "
-            f"{len(found)} do not); correct the pattern, or restore it"
+            f"{len(shards)} do not); correct the pattern, or restore it"
         )
-    if not found:
+    if not shards:
         raise DataError(f"no shard matches {pattern}; give a pattern of files that end in .tar")
-    if len(set(found)) < len(found):
-        twice = next(name for name in found if found.count(name) > 1)
-        raise DataError(f"the pattern {pattern} names {twice} twice; name every shard once")
-    return found
+    if len(set(shards)) < len(shards):
+        repeated = next(name for name in shards if shards.count(name) > 1)
+        raise DataError(f"the pattern {pattern} names {repeated} twice; name every shard once")
+    return shards
 
 
 def _checked(names: list[str], folder: str) -> list[str]:

@@ -49,6 +49,9 @@ class BlockCache:
     of one name, or a shard replaced by one of another size, never meet. It is written under another
     name and renamed, so that it is whole or not there. One of a fixed number of lock files keeps
     two processes from fetching the same block.
+
+    By hand: of 8 shards of 125 MiB the first batch fetches 128 MiB in blocks, and all 1,004 MiB by
+    fsspec's caches of whole files (8 s instead of 1 at 1 Gbit/s; benchmarks/block_cache.py).
     """
 
     class Config(Settings):

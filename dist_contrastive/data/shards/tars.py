@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 
 class SampleSlice(NamedTuple):
-    """Where one sample lies in its tar."""
+    """Place of one sample in its tar."""
 
     key: str
     members: tuple[Member, ...]
@@ -48,8 +48,7 @@ class SampleSlice(NamedTuple):
 
 
 class ShardWriter:
-    """Writes samples to one webdataset tar. Equal samples give equal bytes: times and owners are
-    fixed."""
+    """Writer of one webdataset tar. Equal samples give equal bytes: times and owners are fixed."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -90,7 +89,7 @@ def tar_bytes(fields: Iterable[bytes]) -> int:
 
 
 def scan_samples(file: BinaryIO, shard: str) -> Iterator[SampleSlice]:
-    """Find the samples of a tar, in its order, from its headers alone.
+    """Samples of a tar, in its order, from its headers alone.
 
     Args:
         file: the tar, open for seeking.
@@ -121,7 +120,7 @@ def scan_samples(file: BinaryIO, shard: str) -> Iterator[SampleSlice]:
 
 
 def member_key(data: bytes) -> str:
-    """The key of the sample to which a member belongs, from its headers."""
+    """Key of the sample to which a member belongs, from its headers."""
     return base_plus_ext(_member_name(data))[0]
 
 

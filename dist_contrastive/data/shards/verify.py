@@ -77,9 +77,9 @@ def verify_shards(
         files = ShardFiles(blocks)
         plan = _plan(location, files)
         checked = list(progress(_check_all(plan, decode, blocks), len(plan.shards)))
-        problems = [*plan.problems, *(problem for one in checked for problem in one.problems)]
+        problems = [*plan.problems, *(problem for check in checked for problem in check.problems)]
         problems += _other_fields(checked)
-        samples = sum(len(one.offsets) for one in checked)
+        samples = sum(len(check.offsets) for check in checked)
         if not samples and not problems:
             problems.append(
                 f"the {len(checked)} shards of {location} hold 0 samples; write tars whose members "
@@ -208,37 +208,37 @@ def _check_all(plan: _Plan, decode: bool, blocks: BlockCache) -> Iterator[Checke
 
 def _other_fields(checked: Sequence[CheckedShard]) -> Iterator[str]:
     """Shards whose samples have other fields than those of most shards."""
-    usual = Counter(one.fields for one in checked if one.fields).most_common(1)
-    for one in checked:
-        if one.fields and one.fields != usual[0][0]:
+    usual = Counter(check.fields for check in checked if check.fields).most_common(1)
+    for check in checked:
+        if check.fields and check.fields != usual[0][0]:
             fields, count = usual[0]
-            lacking, new = sorted({*fields} - {*one.fields}), sorted({*one.fields} - {*fields})
+            lacking, new = sorted({*fields} - {*check.fields}), sorted({*check.fields} - {*fields})
             lacks = f"lack {', '.join(map(repr, lacking))}" if lacking else ""
             has = f"have {', '.join(map(repr, new))} besides" if new else ""
             yield (
-                f"shard {one.shard} has other fields than the rest: its samples "
+                f"shard {check.shard} has other fields than the rest: its samples "
                 f"{' and '.join(filter(None, (lacks, has)))}, unlike those of {count} of "
                 f"{len(checked)} shards; pack all shards alike, or leave it out"
             )
 
 
 def _empty(checked: Sequence[CheckedShard]) -> Iterator[str]:
-    for one in checked:
-        if not one.problems and not len(one.offsets):
-            yield f"shard {one.shard} holds no samples"
+    for check in checked:
+        if not check.problems and not len(check.offsets):
+            yield f"shard {check.shard} holds no samples"
 
 
 def _shared_keys(checked: Sequence[CheckedShard], files: ShardFiles) -> list[str]:
     """Keys that several shards hold; of every pair of shards the first."""
-    hashes = np.concatenate([one.key_hashes for one in checked])
-    owners = np.repeat(np.arange(len(checked)), [len(one.offsets) for one in checked])
+    hashes = np.concatenate([check.key_hashes for check in checked])
+    owners = np.repeat(np.arange(len(checked)), [len(check.offsets) for check in checked])
     order = hashes.argsort(kind="stable")
     again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
     rows = np.stack([order[again], order[again + 1]], axis=1)
     rows = rows[owners[rows[:, 0]] != owners[rows[:, 1]]]
     rows = rows[np.lexsort((rows[:, 0], owners[rows[:, 1]], owners[rows[:, 0]]))]
     _, first, counts = np.unique(owners[rows], axis=0, return_index=True, return_counts=True)
-    offsets = np.concatenate([one.offsets for one in checked])
+    offsets = np.concatenate([check.offsets for check in checked])
 
     def sentences() -> Iterator[str]:
         for pair, count in zip(rows[first].tolist(), counts.tolist(), strict=True):
