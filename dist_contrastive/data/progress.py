@@ -1,9 +1,10 @@
-"""Long work: several pieces at a time; how far it is, as a bar on a terminal, nothing elsewhere."""
+"""Long work: in several threads; a progress bar on a terminal."""
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import track
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+_PENDING = 4  # items in work, or whose results wait, for each thread
 
 
 def shown(items: Iterable[_T], total: int | None, what: str) -> Iterator[_T]:
@@ -24,11 +26,26 @@ def shown(items: Iterable[_T], total: int | None, what: str) -> Iterator[_T]:
     yield from track(items, what, total, console=console, disable=not sys.stderr.isatty())
 
 
-def by_threads(work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-    """What comes of each item, in order, one thread a core: for work that hashes, decodes or reads,
-    which leaves the interpreter free."""
-    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as threads:
-        try:
-            yield from threads.map(work, items)
-        finally:
-            threads.shutdown(cancel_futures=True)
+def map_in_threads(
+    work: Callable[[_T], _R], items: Iterable[_T], workers: int | None = None
+) -> Generator[_R, None, None]:
+    """Results of `work` for each item, in order, by threads.
+
+    For work that hashes, decodes or reads, which releases the interpreter.
+
+    Args:
+        items: at most 4 for each thread are taken ahead of the results.
+        workers: number of threads; None is one for each CPU.
+    """
+    workers = workers or os.cpu_count() or 1
+    pending: deque[Future[_R]] = deque()
+    threads = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            pending.append(threads.submit(work, item))
+            if len(pending) >= _PENDING * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)

@@ -1,6 +1,5 @@
 """Demo data sets of two splits: handwritten digits, and characters rendered in 27 fonts."""
 
-import os
 import re
 import string
 import unicodedata
@@ -19,7 +18,8 @@ from torch.nn.functional import avg_pool2d
 from dist_contrastive import atomic
 from dist_contrastive.data import keyed_random
 from dist_contrastive.data.packing.options import ShardBounds, refuse_foreign_files
-from dist_contrastive.data.packing.writer import encoded, map_in_threads, write_shards
+from dist_contrastive.data.packing.writer import encoded, write_shards
+from dist_contrastive.data.progress import map_in_threads
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.indexing import index_folder, load_index
 from dist_contrastive.data.views import ViewSettings, make_view
@@ -61,7 +61,7 @@ def pack_splits(
         splits = make_splits()
         for split in _SPLITS:
             (partial_folder / split).mkdir()
-            with closing(map_in_threads(splits[split], encoded, os.cpu_count() or 1)) as samples:
+            with closing(map_in_threads(encoded, splits[split])) as samples:
                 write_shards(samples, partial_folder / split, f"{source}-{split}", bounds)
             index_folder(partial_folder / split)
     return {split: load_index(folder / split) for split in _SPLITS}

@@ -4,11 +4,8 @@ Every source of samples calls `pack_samples` with items that are cheap to list a
 makes a sample of one of them; only a few samples are held at once.
 """
 
-import os
 import tarfile
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +19,7 @@ from dist_contrastive.data.packing.options import (
     check_key,
     check_target,
 )
-from dist_contrastive.data.progress import shown
+from dist_contrastive.data.progress import map_in_threads, shown
 from dist_contrastive.data.shards.encoding import encode_field
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.indexing import index_folder, load_index
@@ -32,7 +29,6 @@ from dist_contrastive.errors import DataError, UnreadableSample
 _T = TypeVar("_T")
 _RECORD = 20 * BLOCK  # bytes; a tar ends in two empty blocks and is padded to it
 _MAX_SHARDS = 100_000  # five digits: more would not sort by name
-_PENDING = 4  # samples that are being made, or wait to be written, for each thread
 
 Sample = Mapping[str, Any]
 """`__key__`, and fields by extension, as `encode_field` takes them."""
@@ -71,11 +67,12 @@ def pack_samples(
     options = options or PackOptions()
     name = check_target(folder, options)
     folder, left_out = Path(folder).resolve(), list[str]()
-    workers = options.workers or os.cpu_count() or 1
     try:
         with (
             atomic.new_folder(folder) as partial_folder,
-            closing(map_in_threads(items, partial(_sample_or_error, make), workers)) as samples,
+            closing(
+                map_in_threads(partial(_sample_or_error, make), items, options.workers)
+            ) as samples,
         ):
             progress = shown(samples, total, f"packing {name}")
             readable = _readable(progress, left_out, options.skip_unreadable)
@@ -125,26 +122,6 @@ def encoded(sample: Sample) -> dict[str, Any]:
     }
     check_key(sample["__key__"])
     return {"__key__": sample["__key__"], **fields}
-
-
-def map_in_threads(
-    items: Iterable[_T], make: Callable[[_T], Any], workers: int
-) -> Generator[Any, None, None]:
-    """Results of `make` for each item, in their order, by so many threads.
-
-    At most 4 items for each thread are taken from the source ahead of the results.
-    """
-    waiting: deque[Future[Any]] = deque()
-    threads = ThreadPoolExecutor(workers)
-    try:
-        for item in items:
-            waiting.append(threads.submit(make, item))
-            if len(waiting) >= _PENDING * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        threads.shutdown(cancel_futures=True)
 
 
 def _sample_or_error(make: Callable[[_T], Sample], item: _T) -> dict[str, Any] | UnreadableSample:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dist_contrastive.data.progress import by_threads
+from dist_contrastive.data.progress import map_in_threads
 from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.index import (
     ABSENT,
@@ -291,7 +291,7 @@ def _without_unused_fields(part: ShardIndex) -> ShardIndex:
 
 
 def _index_all(shards: Sequence[str], files: ShardFiles) -> Iterator[ShardIndex]:
-    return by_threads(lambda shard: index_shard(shard, files), shards)
+    return map_in_threads(lambda shard: index_shard(shard, files), shards)
 
 
 def _check_samples(index: ShardIndex, location: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import braceexpand
 import numpy as np
 
-from dist_contrastive.data.progress import by_threads
+from dist_contrastive.data.progress import map_in_threads
 from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.index import ShardIndex, index_command, parse_index
 from dist_contrastive.data.shards.indexing import Progress
@@ -201,7 +201,7 @@ def _plain(name: str) -> str:
 
 
 def _check_all(plan: _Plan, decode: bool, blocks: BlockCache) -> Iterator[CheckedShard]:
-    return by_threads(
+    return map_in_threads(
         lambda shard: check_shard(shard, plan.part(shard), decode, blocks), plan.shards
     )
 
