@@ -22,7 +22,8 @@ from dist_contrastive.data.sources import join_sources
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.encoders import measure_encoder
 from dist_contrastive.evaluation.generators import measure_generator
-from dist_contrastive.evaluation.splits import Splits, labels_of, with_labels
+from dist_contrastive.evaluation.measure import measure_own
+from dist_contrastive.evaluation.splits import Line, Splits, labels_of, with_labels
 from dist_contrastive.tasks import Drift, ImageTask, Task
 
 __all__ = [
@@ -109,10 +110,10 @@ def export(run_dir: Path, folder: Path, which: str) -> Checkpoint:
 def _best(run_dir: Path, best: KeepBestSettings | None) -> Checkpoint:
     if best is None:
         raise ConfigError(f"{run_dir} kept no best checkpoint; set train.keep_best for that")
-    found = checkpoint.best(run_dir / "checkpoints", best.mode)
-    if found is None:
+    kept = checkpoint.best(run_dir / "checkpoints", best.mode)
+    if kept is None:
         raise ConfigError(f"{run_dir} has no checkpoint with a {best.metric} yet; train it first")
-    return found
+    return kept
 
 
 def read_splits(config: RunConfig) -> Splits:
@@ -131,24 +132,33 @@ def _evaluate(run: Path) -> list[Measurement]:
     config = configs.load_run(run)
     splits = read_splits(config)
     task = config.build_task(splits.train).eval()
-    if isinstance(task, ImageTask):
-        load_weights(task, run)
-        lines = measure_encoder(task, splits, run)
+    if isinstance(task, Drift):
+        lines = _measure_drift(task, config, splits)
     else:
-        assert isinstance(task, Drift)
-        labels, count = None, len(splits.test.images) * GENERATED_PER_HELD_OUT
-        if config.data.num_classes is not None:
-            splits = with_labels(splits)
-            labels = labels_of(splits.test).repeat(GENERATED_PER_HELD_OUT)
-            count = len(labels)
-        before = task.generate(labels, count, seed=0)  # as initialised
         load_weights(task, run)
-        lines = measure_generator(task, before, labels, splits, run)
+        lines = measure_encoder(task, splits, run) if isinstance(task, ImageTask) else []
+    lines += measure_own(config.evaluate, task, splits)
+    if not lines:
+        raise ConfigError(
+            f"eval has no measure of the task {config.task.name}; name some in evaluate.measures"
+        )
     _draw_curves(run)
     measurements = [Measurement(str(run), *line) for line in lines]
     text = json.dumps([asdict(m) for m in measurements], indent=1) + "\n"
     (run / "eval.json").write_text(text)
     return measurements
+
+
+def _measure_drift(task: Drift, config: RunConfig, splits: Splits) -> list[Line]:
+    """Lines of a generator, beside itself as initialised; loads its weights."""
+    labels, count = None, len(splits.test.images) * GENERATED_PER_HELD_OUT
+    if config.data.num_classes is not None:
+        splits = with_labels(splits)
+        labels = labels_of(splits.test).repeat(GENERATED_PER_HELD_OUT)
+        count = len(labels)
+    before = task.generate(labels, count, seed=0)
+    load_weights(task, config.run_dir)
+    return measure_generator(task, before, labels, splits, config.run_dir)
 
 
 def _draw_curves(run: Path) -> None:

@@ -11,6 +11,8 @@ from dist_contrastive.data import Source
 from dist_contrastive.data.keyed_random import uniform
 from dist_contrastive.data.views import Views
 from dist_contrastive.errors import UnreadableSample
+from dist_contrastive.evaluation import Line, Measure, Splits
+from dist_contrastive.tasks import Task
 
 
 class Squares(Source):
@@ -56,3 +58,33 @@ class Dimmed(Views):
         """Images times a factor of each key."""
         factor = 1 - (1 - self.config.darkest) * uniform(keys, 1)
         return images * factor.view(-1, 1, 1, 1)
+
+
+class Spread(Measure):
+    """Mean deviation of representations from their centre, beside that of pixels."""
+
+    class Config(Measure.Config):
+        """Settings of the spread."""
+
+        power: PositiveInt = 1
+        """Power of the distances whose mean is taken."""
+
+    config: Config
+
+    def lines(self, task: Task, splits: Splits) -> list[Line]:
+        """One line for the held-out samples."""
+        images = splits.test.images
+
+        def spread(x: Tensor) -> float:
+            return (x - x.mean(0)).norm(dim=1).pow(self.config.power).mean().item()
+
+        beside = {"raw pixels": spread(images.flatten(1))}
+        return [("spread", spread(task.represent(images)), beside)]
+
+
+class Careless(Measure):
+    """A measure that returns no lines."""
+
+    def lines(self, task: Task, splits: Splits) -> list[Line]:
+        """A number alone."""
+        return 0.5

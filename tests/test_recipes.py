@@ -1,6 +1,7 @@
 """Recipes: own components named in a config by import path, and a new setting of our own."""
 
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from own_modules import Dimmed, Squares
 
 from dist_contrastive import config as configs
 from dist_contrastive import trainer
+from dist_contrastive.cli import main
 from dist_contrastive.data import ShardStream, index_folder
 from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.data.views import make_view
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.runs import read_splits
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -128,3 +131,57 @@ def test_views_without_a_name_are_ours(tmp_path: Path, overrides):
     for views, message in (("{flop: 1}", "flop is not a known setting"), ("{flip: 2}", "flip=2")):
         with pytest.raises(ConfigError, match=message):
             configs.load(CONFIGS / "digits_encoder.yaml", [*options, f"task.views={views}"])
+
+
+# ---------------------------------------------------------------------------- a measure
+
+SPREAD = "evaluate={measures: [{name: 'own_modules:Spread', power: 2}]}"
+
+
+@pytest.fixture(scope="module")
+def encoder_run(tmp_path_factory, overrides) -> Path:
+    run_dir = tmp_path_factory.mktemp("measured")
+    options = overrides(run_dir, "task.encoder.widths=[8, 16]", "train.steps=2")
+    config = configs.load(CONFIGS / "digits_encoder.yaml", options)
+    assert trainer.train(config) == trainer.EXIT_DONE
+    return run_dir
+
+
+def test_own_measure_is_in_the_table(encoder_run: Path, capsys):
+    """A run that was trained without it may be given it later, in its config."""
+    config = configs.load(encoder_run / "config.yaml", [SPREAD])
+    assert not configs.differences(configs.load_run(encoder_run), config)
+    configs.save(config, encoder_run)
+    assert main(["eval", str(encoder_run)]) == 0
+    *ours, line = json.loads((encoder_run / "eval.json").read_text())
+    assert len(ours) == 3
+    images = read_splits(config).test.images.flatten(1)
+    expected = (images - images.mean(0)).square().sum(1).mean().item()
+    assert line["name"] == "spread"
+    assert line["value"] > 0
+    assert line["beside"] == {"raw pixels": pytest.approx(expected, rel=1e-5)}
+    assert re.search(r"spread +\d+\.\d{4} +raw pixels \d", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        ("{name: 'own_modules:Nothing'}", "own_modules:Nothing is not there"),
+        ("{name: 'own_modules:Squares'}", "own_modules:Squares is no measure"),
+        ("{name: 'own_modules:Spread', power: 0}", "power=0"),
+        ("{name: 'own_modules:Spread', pover: 1}", "pover is not a known setting"),
+        ("{name: spread}", "name=spread is not known"),
+    ],
+)
+def test_measures_that_do_not_fit_are_one_sentence(tmp_path, overrides, measure, message):
+    options = overrides(tmp_path / "run", f"evaluate={{measures: [{measure}]}}")
+    with pytest.raises(ConfigError, match=message) as error:
+        configs.load(CONFIGS / "digits_encoder.yaml", options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_measure_that_returns_no_lines(encoder_run: Path, capsys):
+    careless = "evaluate={measures: [{name: 'own_modules:Careless'}]}"
+    configs.save(configs.load(encoder_run / "config.yaml", [careless]), encoder_run)
+    assert main(["eval", str(encoder_run)]) == 64
+    assert "own_modules:Careless returned 0.5" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from torch import nn
 from dist_contrastive.backend import Backend, TrackerName
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields, Samples
+from dist_contrastive.evaluation.measure import EvaluateSettings
 from dist_contrastive.losses import PairLoss
 from dist_contrastive.optim import LAYERWISE, OptimConfig
 from dist_contrastive.settings import Settings
@@ -78,6 +79,8 @@ class RunConfig(Settings):
     """Length of the run, and what it writes."""
     backend: Backend.Config = Backend.Config()
     """Device, precision and distribution over ranks."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """What `eval` measures beside the measures of the task."""
 
     @field_validator("seed")
     @classmethod
@@ -163,6 +166,7 @@ MAY_CHANGE = (
     "backend.compile",
     "backend.activation_checkpointing",
     "backend.timeout_s",
+    "evaluate",
 )
 
 

@@ -31,6 +31,7 @@ from dist_contrastive.evaluation.manifold import (
     memorisation,
     precision_recall,
 )
+from dist_contrastive.evaluation.measure import Measure
 from dist_contrastive.evaluation.neighbours import (
     knn_accuracy,
     knn_predict,
@@ -45,13 +46,17 @@ from dist_contrastive.evaluation.probe import (
     few_label_probe,
     linear_probe,
 )
+from dist_contrastive.evaluation.splits import Line, Splits
 
 __all__ = [
     "Classifier",
     "DensityCoverage",
+    "Line",
+    "Measure",
     "Memorisation",
     "PrecisionRecall",
     "ProbeResult",
+    "Splits",
     "class_agreement",
     "density_coverage",
     "energy_distance",

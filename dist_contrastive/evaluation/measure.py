@@ -1,0 +1,64 @@
+"""Measures of the user's own, which `eval` adds to its table."""
+
+from abc import ABC, abstractmethod
+from typing import Annotated
+
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.evaluation.splits import Line, Splits
+from dist_contrastive.settings import Choice, ComponentSettings, Settings
+from dist_contrastive.tasks.base import Task
+
+
+class Measure(ABC):
+    """Base of a measure of a trained task on held-out data.
+
+    A config names a subclass by its import path, with the settings of its nested `Config`::
+
+        evaluate: {measures: [{name: "my_package.measures:Spread", top: 3}]}
+    """
+
+    class Config(ComponentSettings):
+        """Settings of a measure."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @abstractmethod
+    def lines(self, task: Task, splits: Splits) -> list[Line]:
+        """Rows of the table: (name, value, reference values by name).
+
+        Args:
+            task: with the trained weights, in evaluation mode.
+            splits: all samples of data.train and data.test.
+        """
+
+
+_MEASURE = Choice("measure", Measure, {})
+
+
+class EvaluateSettings(Settings):
+    """What `eval` measures beside the measures of the task."""
+
+    measures: tuple[Annotated[Measure.Config, _MEASURE], ...] = ()
+    """Measures of your own, by import path, each with its settings."""
+
+
+def measure_own(settings: EvaluateSettings, task: Task, splits: Splits) -> list[Line]:
+    """Lines of the configured measures, in their order.
+
+    Raises:
+        ConfigError: a measure returns something else than lines.
+    """
+    lines: list[Line] = []
+    for config in settings.measures:
+        returned = _MEASURE.build(config).lines(task, splits)
+        try:
+            for name, value, beside in returned:
+                references = {str(key): float(x) for key, x in beside.items()}
+                lines.append((str(name), float(value), references))
+        except (TypeError, ValueError, AttributeError):
+            raise ConfigError(
+                f"the measure {config.name} returned {returned!r}; return a list of "
+                f"(name, value, reference values by name)"
+            ) from None
+    return lines
