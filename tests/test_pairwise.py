@@ -144,7 +144,7 @@ def test_unknown_impl():
 
 
 @pytest.mark.parametrize("distance", pairwise.DISTANCES.values())
-def test_distances_and_their_slopes(distance):
+def test_distances_and_their_gradients(distance):
     x = torch.randn(4, 3, dtype=torch.float64)
     y = torch.cat([torch.randn(5, 3, dtype=torch.float64), x[:1]])
     x, y = (distance.prepare(z).requires_grad_() for z in (x, y))
@@ -154,7 +154,7 @@ def test_distances_and_their_slopes(distance):
     with torch.no_grad():
         d = distance.tile(x, y)
         torch.testing.assert_close(d, dense)
-        for found, correct in zip(distance.slopes(x, y, d, weight), expected, strict=True):
+        for found, correct in zip(distance.gradients(x, y, d, weight), expected, strict=True):
             torch.testing.assert_close(found, correct)
         torch.testing.assert_close(distance.rowwise(x, y[:4]), dense.diagonal())
 

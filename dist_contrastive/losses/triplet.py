@@ -98,7 +98,7 @@ class Triplet(LabelledLoss):
         """The two keys of each row are found tile by tile, and fetched with their gradient."""
         distance, margin = self.mining.distance, self.mining.margin
         farthest, nearest = extremes(pairs, distance, self.chunk_size)
-        is_valid = farthest.found & nearest.found
+        is_valid = farthest.exists & nearest.exists
         keys = fetch(pairs, torch.cat([farthest.number, nearest.number]))
         keys = keys.unflatten(0, (2, len(pairs.rows)))
         positive, negative = (distance.rowwise(pairs.rows, of_kind) for of_kind in keys)

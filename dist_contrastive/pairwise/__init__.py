@@ -1,8 +1,8 @@
 """The tile engine: reductions over the matrix of pair scores, without keeping the matrix.
 
-    pairs.py       what is compared with what, and which pairs are similar
-    keys.py        where blocks of keys come from (gather, ring, local), and the way home
-    reductions.py  the maths of a tile: log-sum-exp, sums over pairs
+    pairs.py       rows of this rank and keys of all ranks, and which pairs are similar
+    keys.py        blocks of keys (gather, ring, local), reductions over ranks for keys
+    reductions.py  statistics of a tile: log-sum-exp, sums over pairs; their derivatives
     dense.py       the specification: plain torch on whole matrices
     chunked.py     the same maths tile by tile, recomputed in backward: memory linear in the batch
     distances.py   Euclidean and cosine distance

@@ -1,4 +1,4 @@
-"""The specification: every reduction on the whole matrix, in plain torch."""
+"""Reductions on the whole score matrix, in plain torch: the specification."""
 
 from dist_contrastive.pairwise.keys import gathered
 from dist_contrastive.pairwise.pairs import Pairs
@@ -6,12 +6,12 @@ from dist_contrastive.pairwise.reductions import Parts, Reduction
 
 
 def reduce(reduction: Reduction, pairs: Pairs) -> Parts:
-    """See `pairwise.reduce`; keys gathered. Memory: a few matrices of [b, B]."""
+    """`pairwise.reduce` of gathered keys. Memory: a few matrices of [b, B]."""
     keys = gathered(pairs, pairs.keys)
     tags = None if pairs.tags is None else gathered(pairs, pairs.tags)
     row_parts, key_parts = reduction.parts(pairs.tile(slice(0, len(pairs.rows)), 0, keys, tags))
     if pairs.keys_from != "local":
         joined = zip(reduction.joins[1], key_parts, strict=True)
         key_parts = tuple(join.over_ranks(part, pairs.group) for join, part in joined)
-    mine = slice(pairs.start, pairs.start + len(pairs.keys))
-    return row_parts, tuple(part[mine] for part in key_parts)
+    local = slice(pairs.start, pairs.start + len(pairs.keys))
+    return row_parts, tuple(part[local] for part in key_parts)

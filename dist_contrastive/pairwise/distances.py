@@ -17,8 +17,8 @@ _CLOSE = 1e-2
 _MANY = 64
 # And with so few dimensions it always is.
 _FEW_DIMENSIONS = 4
-# The same for slopes, whose exact kernel is slower; and how many close pairs are added at a time.
-_MANY_SLOPES, _PAIRS = 8, 4096
+# The same for gradients, whose exact kernel is slower; and close pairs that are added at a time.
+_MANY_GRADIENTS, _PAIRS = 8, 4096
 
 DistanceName = Literal["euclidean", "squared_euclidean", "cosine"]
 
@@ -43,7 +43,7 @@ class Distance(ABC):
         """Each row with its partner, differentiable: [n, D], [n, D] -> [n]."""
 
     @abstractmethod
-    def slopes(self, x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Derivatives of ``sum(weight * d)`` by x [r, D] and y [k, D], from d = tile(x, y)."""
 
 
@@ -51,19 +51,15 @@ class Euclidean(Distance):
     """``|x - y|``; where points coincide the derivative is taken as 0."""
 
     def tile(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Distance`."""
         return distances(x[None], y[None])[0]
 
     def dense(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Distance`."""
         return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
     def rowwise(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Distance`."""
         return (x - y).norm(dim=1)
 
-    def slopes(self, x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Distance`."""
+    def gradients(self, x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return _along_differences(x, y, d, weight)
 
 
@@ -71,19 +67,15 @@ class SquaredEuclidean(Distance):
     """``|x - y|^2``."""
 
     def tile(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Distance`."""
         return distances(x[None], y[None])[0].square_()
 
     def dense(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Distance`."""
         return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
 
     def rowwise(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Distance`."""
         return (x - y).square().sum(1)
 
-    def slopes(self, x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Distance`."""
+    def gradients(self, x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         d = d.sqrt()
         return _along_differences(x, y, d, 2 * d * weight)
 
@@ -92,23 +84,18 @@ class Cosine(Distance):
     """``1 - cosine similarity``; points are prepared by giving them unit length."""
 
     def prepare(self, points: Tensor) -> Tensor:
-        """See `Distance`."""
         return nn.functional.normalize(points, dim=-1)
 
     def tile(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Distance`."""
         return 1 - x @ y.T
 
     def dense(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Distance`."""
         return 1 - x @ y.T
 
     def rowwise(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Distance`."""
         return 1 - (x * y).sum(1)
 
-    def slopes(self, x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Distance`."""
+    def gradients(self, x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return -weight @ y, -weight.T @ x
 
 
@@ -127,16 +114,16 @@ def _along_differences(x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple
     """
     if not d.numel():
         return torch.zeros_like(x), torch.zeros_like(y)
-    x_near, y_near = x - y.mean(0), y - y.mean(0)
-    magnitude = x_near.square().sum(1)[:, None] + y_near.square().sum(1)
+    x_centred, y_centred = x - y.mean(0), y - y.mean(0)
+    magnitude = x_centred.square().sum(1)[:, None] + y_centred.square().sum(1)
     close = (d.square() < _CLOSE * magnitude) & (weight != 0) & (d > 0)
     num_close = int(torch.count_nonzero(close))
-    if num_close * _MANY_SLOPES > close.numel():
-        return _exact_slopes(x, y, weight)
+    if num_close * _MANY_GRADIENTS > close.numel():
+        return _exact_gradients(x, y, weight)
     factor = torch.where(d > 0, weight / d, 0.0)
     products = factor.masked_fill(close, 0.0) if num_close else factor
-    by_x = products.sum(1, keepdim=True) * x_near - products @ y_near
-    by_y = products.sum(0)[:, None] * y_near - products.T @ x_near
+    by_x = products.sum(1, keepdim=True) * x_centred - products @ y_centred
+    by_y = products.sum(0)[:, None] * y_centred - products.T @ x_centred
     for pairs in close.nonzero().split(_PAIRS):
         row, column = pairs.unbind(1)
         along = factor[row, column, None] * (x[row] - y[column])
@@ -145,8 +132,8 @@ def _along_differences(x: Tensor, y: Tensor, d: Tensor, weight: Tensor) -> tuple
     return by_x, by_y
 
 
-def _exact_slopes(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from all differences, by torch's own kernel."""
+def _exact_gradients(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`_along_differences` from all differences, by torch's own kernel."""
     with torch.enable_grad():
         x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
         d = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
@@ -154,32 +141,32 @@ def _exact_slopes(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
     return by_x, by_y
 
 
-def distances(x: Tensor, y: Tensor, apart: Tensor | None = None) -> Tensor:
+def distances(x: Tensor, y: Tensor, excluded: Tensor | None = None) -> Tensor:
     """Euclidean distances between rows: [G, r, D], [G, c, D] -> [G, r, c]; 0 exactly where rows
     are equal. One matrix product, repaired where it loses its digits.
 
     Args:
-        apart: bool [r, c], pairs whose distance is taken as infinite.
+        excluded: bool [r, c], pairs whose distance is taken as infinite.
     """
     if 0 in (x.shape[-2], y.shape[-2]):
         return x.new_empty(*x.shape[:-1], y.shape[-2])
-    square = None if x.shape[-1] <= _FEW_DIMENSIONS else _squares(x, y, apart)
+    square = None if x.shape[-1] <= _FEW_DIMENSIONS else _squares(x, y, excluded)
     if square is not None:
         return square.sqrt_()
     d = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    return d if apart is None else d.masked_fill_(apart, torch.inf)
+    return d if excluded is None else d.masked_fill_(excluded, torch.inf)
 
 
-def _squares(x: Tensor, y: Tensor, apart: Tensor | None) -> Tensor | None:
+def _squares(x: Tensor, y: Tensor, excluded: Tensor | None) -> Tensor | None:
     """Squares of `distances`; None where many must be repaired."""
     # Rounding is relative to the norms, which are smallest seen from the middle.
     middle = y.mean(-2, keepdim=True)
-    x_near, y_near = x - middle, y - middle
-    x_square = torch.linalg.vector_norm(x_near, dim=-1, keepdim=True).square_()
-    y_square = torch.linalg.vector_norm(y_near, dim=-1).square_()[..., None, :]
-    square = (x_square + y_square).baddbmm_(x_near, y_near.transpose(-1, -2), alpha=-2)
-    if apart is not None:
-        square.masked_fill_(apart, torch.inf)
+    x_centred, y_centred = x - middle, y - middle
+    x_square = torch.linalg.vector_norm(x_centred, dim=-1, keepdim=True).square_()
+    y_square = torch.linalg.vector_norm(y_centred, dim=-1).square_()[..., None, :]
+    square = (x_square + y_square).baddbmm_(x_centred, y_centred.transpose(-1, -2), alpha=-2)
+    if excluded is not None:
+        square.masked_fill_(excluded, torch.inf)
     largest = x_square + y_square.amax(-1, keepdim=True)  # of the magnitudes in a row
     if (square.amin(-1, keepdim=True) < _CLOSE * largest).any():
         close = square < _CLOSE * (x_square + y_square)

@@ -1,11 +1,12 @@
-"""Where blocks of keys come from, and how what was summed for a key finds its way home.
+"""Blocks of the keys of all ranks, and the reduction of what is summed for them over ranks.
 
-    for block in source.blocks():          every key once, in one block or several
-        courier.add(sums for the block)    what this rank's rows add to each of its keys
-    courier.finish()                       the sums over all ranks, for this rank's own keys
+    for block in source.blocks():              every key once, in one block or several
+        reduction.add(sums for the block)      what this rank's rows add to each of its keys
+    reduction.finish()                         the sums over all ranks, for this rank's own keys
 
-`WholeKeys` holds the keys of all ranks at once, gathered once. `RingKeys` holds those of one rank
-at a time, two while the next are on their way: memory does not depend on the number of ranks.
+`WholeKeys` holds the keys of all ranks, gathered once; sums go back by a reduce-scatter. `RingKeys`
+holds those of one rank at a time, two while the next arrive, and sums accumulate along the ring:
+memory does not depend on the number of ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,20 +19,20 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.pairwise.pairs import Pairs
 
-# Blocks and totals travel at the same time: where messages are matched by tag, by these.
-_BLOCK_TAG, _COURIER_TAG = 0, 100
+# Blocks and sums are exchanged at the same time: where messages are matched by tag, by these.
+_BLOCK_TAG, _SUMS_TAG = 0, 100
 
 
 @dataclass(frozen=True)
 class Join:
-    """How partial results of the same row or key become one: sums, or log-sum-exps."""
+    """Operation that combines partial results of a row or key: sums, or log-sum-exps."""
 
     empty: float
-    two: Callable[[Tensor, Tensor], Tensor]
+    combine: Callable[[Tensor, Tensor], Tensor]
     over_ranks: Callable[..., Tensor]  # (partial, group), differentiable
 
     def start(self, like: Tensor) -> Tensor:
-        """The result of nothing, one number for every row of `like`.
+        """Empty result, one number for every row of `like`.
 
         In fp64: a softmax is ``exp(score - lse)``, and rounding lse to fp32 would be an error of
         every weight of the row. There are few such numbers beside the scores.
@@ -58,14 +59,14 @@ class Block:
         return slice(self.first, self.first + len(self.keys))
 
 
-class Courier(Protocol):
-    """Brings home what was summed for keys of other ranks."""
+class KeyReduction(Protocol):
+    """Reduction over ranks of what is summed for keys, onto the rank that has the key."""
 
     def add(self, parts: Sequence[Tensor]) -> None:
-        """What this rank's rows give to the keys of the block just visited, each [k, ...]."""
+        """Add this rank's part for the keys of the block just visited, each [k, ...]."""
 
     def finish(self) -> list[Tensor]:
-        """After the last block: the totals for this rank's own keys, each [n, ...]."""
+        """Results for this rank's own keys, each [n, ...], after the last block."""
 
 
 class KeySource(Protocol):
@@ -74,12 +75,12 @@ class KeySource(Protocol):
     def blocks(self, *extras: Tensor) -> Iterator[Block]:
         """Every key once, with further numbers that this rank has for its own keys [n, ...]."""
 
-    def courier(self, *joins: Join) -> Courier:
-        """One for a single round over the blocks."""
+    def reduction(self, *joins: Join) -> KeyReduction:
+        """Reduction for a single round over the blocks."""
 
 
 def open_keys(pairs: Pairs) -> KeySource:
-    """The source that `pairs.keys_from` names. Collectives: gather all-gathers keys and tags."""
+    """Keys as `pairs.keys_from` names them. Collectives: gather all-gathers keys and tags."""
     if pairs.keys_from == "ring":
         return RingKeys(pairs)
     tags = None if pairs.tags is None else gathered(pairs, pairs.tags)
@@ -95,7 +96,7 @@ def remember(ctx: Any, pairs: Pairs, source: KeySource, *others: Tensor) -> None
 
 
 def recall(ctx: Any) -> tuple[Pairs, KeySource, tuple[Tensor, ...]]:
-    """What a forward has remembered, its gathered keys included. Collectives: none."""
+    """Pairs, gathered keys and tensors that `remember` kept. Collectives: none."""
     rows, keys, tags, held_keys, held_tags, *others = ctx.saved_tensors
     pairs = replace(ctx.setting, rows=rows, keys=keys, tags=tags)
     whole = pairs.keys_from != "ring"
@@ -104,7 +105,7 @@ def recall(ctx: Any) -> tuple[Pairs, KeySource, tuple[Tensor, ...]]:
 
 
 def gathered(pairs: Pairs, x: Tensor) -> Tensor:
-    """Something of each key of this rank [n, ...] as it is of each key of all ranks [B, ...]."""
+    """Rows for the keys of all ranks [B, ...] from those for this rank's keys [n, ...]."""
     if pairs.keys_from == "local":
         return x
     return collectives.gather_rows(x, pairs.sizes, pairs.group)
@@ -117,15 +118,14 @@ class WholeKeys:
         self._pairs, self.keys, self.tags = pairs, keys, tags
 
     def blocks(self, *extras: Tensor) -> Iterator[Block]:
-        """See `KeySource`. Collectives: one all-gather for each of the extras."""
+        """One block. Collectives: one all-gather for each of the extras."""
         yield Block(0, self.keys, self.tags, tuple(gathered(self._pairs, x) for x in extras))
 
-    def courier(self, *joins: Join) -> Courier:
-        """See `KeySource`."""
-        return _WholeCourier(self._pairs, joins)
+    def reduction(self, *joins: Join) -> KeyReduction:
+        return _GatheredReduction(self._pairs, joins)
 
 
-class _WholeCourier:
+class _GatheredReduction:
     def __init__(self, pairs: Pairs, joins: tuple[Join, ...]) -> None:
         self._pairs, self._joins = pairs, joins
         self._parts: list[Tensor] = []
@@ -146,36 +146,35 @@ class _WholeCourier:
 
 
 class RingKeys:
-    """The keys of one rank after the other, handed on from rank to rank."""
+    """Keys of one rank after the other, in a ring exchange."""
 
     def __init__(self, pairs: Pairs) -> None:
         self._pairs = pairs
 
     def blocks(self, *extras: Tensor) -> Iterator[Block]:
-        """See `KeySource`; the next block travels while the caller works on this one."""
+        """A block of each rank; the next one arrives while the caller works on this one."""
         pairs, owner = self._pairs, collectives.rank(self._pairs.group)
         sizes, held = pairs.sizes, [pairs.keys]
         held += [x for x in (pairs.tags, *extras) if x is not None]
         for step in range(len(sizes)):
             following = (owner - 1) % len(sizes)
             last = step == len(sizes) - 1
-            arrive = None if last else self._pass_on(held, sizes[following])
+            arrive = None if last else self._start_shift(held, sizes[following])
             keys, *others = held
             tags = None if pairs.tags is None else others.pop(0)
             yield Block(sum(sizes[:owner]), keys, tags, tuple(others))
             if arrive is not None:
                 held, owner = arrive(), following
 
-    def _pass_on(self, held: list[Tensor], rows: int) -> Callable[[], list[Tensor]]:
+    def _start_shift(self, held: list[Tensor], rows: int) -> Callable[[], list[Tensor]]:
         return collectives.start_shift(held, rows, _BLOCK_TAG, self._pairs.group)
 
-    def courier(self, *joins: Join) -> Courier:
-        """See `KeySource`."""
-        return _RingCourier(self._pairs, joins)
+    def reduction(self, *joins: Join) -> KeyReduction:
+        return _RingReduction(self._pairs, joins)
 
 
-class _RingCourier:
-    """Totals follow their block, one step behind it, and after the last step are at home."""
+class _RingReduction:
+    """Sums follow their block, one step behind it, and after the last step are on its rank."""
 
     def __init__(self, pairs: Pairs, joins: tuple[Join, ...]) -> None:
         self._pairs, self._joins = pairs, joins
@@ -186,11 +185,11 @@ class _RingCourier:
         parts = list(parts)
         if self._arrive is not None:
             before = self._arrive()
-            parts = [j.two(a, b) for j, a, b in zip(self._joins, before, parts, strict=True)]
+            parts = [j.combine(a, b) for j, a, b in zip(self._joins, before, parts, strict=True)]
         # What arrives next is of the block that the previous rank has just visited.
         self._owner = (self._owner - 1) % len(self._pairs.sizes)
         rows = self._pairs.sizes[self._owner]
-        self._arrive = collectives.start_shift(parts, rows, _COURIER_TAG, self._pairs.group)
+        self._arrive = collectives.start_shift(parts, rows, _SUMS_TAG, self._pairs.group)
 
     def finish(self) -> list[Tensor]:
         assert self._arrive is not None, "no block was visited"

@@ -1,4 +1,4 @@
-"""The farthest positive and the nearest negative of every row, tile by tile, without gradient."""
+"""Farthest positive and nearest negative of every row, tile by tile, without gradient."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Extreme:
     number: Tensor  # [b] int64, among the keys of all ranks; the row's own where there is none
 
     @property
-    def found(self) -> Tensor:
+    def exists(self) -> Tensor:
         """Rows that have such a key: bool [b]."""
         return self.distance.isfinite()
 
@@ -35,33 +35,33 @@ def extremes(pairs: Pairs, distance: Distance, chunk_size: int | None) -> tuple[
 
     Collectives: those of one round over the keys.
     """
-    farthest, nearest = _Best(pairs), _Best(pairs)
+    farthest, nearest = _Minimum(pairs), _Minimum(pairs)
     for block in open_keys(pairs).blocks():
         assert block.tags is not None
         for r in chunks(slice(0, len(pairs.rows)), chunk_size):
             for k in chunks(slice(0, len(block.keys)), chunk_size):
                 first, d = block.first + k.start, distance.tile(pairs.rows[r], block.keys[k])
                 positive, negative = pairs.positive_and_negative(r, first, block.tags[k])
-                farthest.see(r, first, (-d).masked_fill_(~positive, torch.inf))
-                nearest.see(r, first, d.masked_fill_(~negative, torch.inf))
+                farthest.update(r, first, (-d).masked_fill_(~positive, torch.inf))
+                nearest.update(r, first, d.masked_fill_(~negative, torch.inf))
     return Extreme(-farthest.value, farthest.number), Extreme(nearest.value, nearest.number)
 
 
-class _Best:
-    """The smallest number seen in every row, and the key that it is of."""
+class _Minimum:
+    """Running minimum of every row, and the key that it is of."""
 
     def __init__(self, pairs: Pairs) -> None:
         self.value = pairs.rows.new_full((len(pairs.rows),), torch.inf)
         self.number = pairs.start + torch.arange(len(pairs.rows), device=pairs.rows.device)
 
-    def see(self, r: slice, first: int, values: Tensor) -> None:
+    def update(self, r: slice, first: int, values: Tensor) -> None:
         """Values [r, k] of the keys first, first + 1, ..."""
         value, at = values.min(1)
         number = at + first
-        so_far, its_number = self.value[r], self.number[r]
-        better = (value < so_far) | ((value == so_far) & value.isfinite() & (number < its_number))
-        self.value[r] = torch.where(better, value, so_far)
-        self.number[r] = torch.where(better, number, its_number)
+        least, key = self.value[r], self.number[r]
+        better = (value < least) | ((value == least) & value.isfinite() & (number < key))
+        self.value[r] = torch.where(better, value, least)
+        self.number[r] = torch.where(better, number, key)
 
 
 def fetch(pairs: Pairs, number: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is compared with what: rows of this rank, keys of all ranks, and which pairs are alike."""
+"""Pairs of rows of this rank and keys of all ranks, and which of them are similar."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,11 +58,11 @@ class Pairs:
     def similar(self, r: slice, key_tags: Tensor) -> Tensor:
         """Which pairs are similar; a row and its own key are: bool [r, k]."""
         assert self.tags is not None, "without tags no pair is known to be similar"
-        mine = self.tags[: len(self.rows)][r, None]
+        row_tags = self.tags[: len(self.rows)][r, None]
         if key_tags.dim() == 1:
-            return mine == key_tags
-        near = (mine[..., 0] - key_tags[:, 0]).abs() <= self.max_delta
-        return near | (mine[..., 1] == key_tags[:, 1])
+            return row_tags == key_tags
+        within = (row_tags[..., 0] - key_tags[:, 0]).abs() <= self.max_delta
+        return within | (row_tags[..., 1] == key_tags[:, 1])
 
     def positive_and_negative(
         self, r: slice, first: int, key_tags: Tensor

@@ -1,4 +1,4 @@
-"""Triplets of whole rows: the distances of a few rows to all keys, a panel at a time.
+"""Triplet sums from panels: the distances of a few rows to all keys at a time.
 
 Which triplets count depends on all distances of a row at once, so what is kept at a time is not a
 tile but a panel: the fewer rows, the more keys there are. Memory is linear in the batch.
@@ -30,7 +30,7 @@ class Mining:
     margin: float
 
     def __call__(self, pairs: Pairs, r: slice, d: Tensor, tags: Tensor) -> TripletWeights:
-        """From the distances d [r, B] of rows r to all keys, and the keys' tags."""
+        """Triplet weights from the distances d [r, B] of rows r to all keys, and the keys' tags."""
         positive, negative = pairs.positive_and_negative(r, 0, tags)
         return self.weigh(d, positive, negative, self.margin)
 
@@ -91,23 +91,23 @@ class _TripletSums(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             for r, d, weights in _panels(ctx.mining, pairs, source, ctx.panel_rows):
                 weight = weights.weight * grad
-                courier = source.courier(SUM)
+                over_ranks = source.reduction(SUM)
                 for block in source.blocks():
                     k = block.span
-                    by_rows, by_keys = distance.slopes(
+                    by_rows, by_keys = distance.gradients(
                         pairs.rows[r], block.keys, d[:, k], weight[:, k]
                     )
                     grad_rows[r] += by_rows
-                    courier.add((by_keys,))
-                grad_keys += courier.finish()[0]
+                    over_ranks.add((by_keys,))
+                grad_keys += over_ranks.finish()[0]
         return grad_rows, grad_keys, None, None, None
 
 
 def _panels(
     mining: Mining, pairs: Pairs, source: KeySource, panel_rows: int | None
 ) -> Iterator[tuple[slice, Tensor, TripletWeights]]:
-    """Row slice, distances [r, B] to all keys, weights. All ranks have the same number of panels,
-    those with fewer rows empty ones at the end, since keys may have to be handed round for each."""
+    """Row slices with distances [r, B] to all keys and weights. All ranks have the same number of
+    panels, those with fewer rows empty ones at the end: each may be a ring exchange of keys."""
     assert pairs.tags is not None, "triplets need tags"
     tags = pairs.tags.new_empty(pairs.num_keys, *pairs.tags.shape[1:])
     size = panel_rows or max(1, _PANEL_SCORES // max(1, pairs.num_keys))

@@ -1,7 +1,8 @@
-"""The maths of a tile: what a loss keeps of each row and key, and the slope by each score.
+"""Reductions of a tile of scores to statistics of rows and keys, and their derivatives.
 
 A reduction states in `parts` what it keeps, in plain torch; on the whole matrix, with autograd,
-that is its specification. `slope` is the derivative, computed on a tile once the totals are known.
+that is its specification. `grad_scores` is the derivative of a tile by its scores, once the
+statistics over all tiles are known.
 """
 
 from abc import ABC, abstractmethod
@@ -19,34 +20,34 @@ Joins = tuple[tuple[Join, ...], tuple[Join, ...]]
 
 
 @dataclass(frozen=True)
-class Totals:
-    """What a tile's rows [r, 1] and keys [k] have come to, and the loss's slope by that."""
+class Statistics:
+    """Final statistics of a tile's rows [r, 1] and keys [k], and the loss's gradients by them."""
 
     rows: tuple[Tensor, ...]
-    row_slopes: tuple[Tensor, ...]
+    grad_rows: tuple[Tensor, ...]
     keys: tuple[Tensor, ...]
-    key_slopes: tuple[Tensor, ...]
+    grad_keys: tuple[Tensor, ...]
 
 
 class Reduction(ABC):
-    """A reduction of the score matrix to numbers per row and per key."""
+    """Reduction of the score matrix to statistics per row and per key."""
 
     @property
     @abstractmethod
     def joins(self) -> Joins:
-        """How results of several tiles become one, for each number of a row, and of a key."""
+        """Joins of the statistics of several tiles, for each statistic of rows, and of keys."""
 
     @abstractmethod
     def parts(self, tile: Tile) -> Parts:
-        """What the tile adds to its rows, each [r], and to its keys, each [k]."""
+        """Statistics of the tile alone: of its rows, each [r], and of its keys, each [k]."""
 
     def fast_parts(self, tile: Tile) -> Parts:
-        """The same, where there is a faster way without autograd."""
+        """Equals `parts`; a faster way without autograd, where there is one."""
         return self.parts(tile)
 
     @abstractmethod
-    def slope(self, tile: Tile, totals: Totals) -> Tensor:
-        """Derivative of the loss by each score: [r, k]; may overwrite the scores."""
+    def grad_scores(self, tile: Tile, statistics: Statistics) -> Tensor:
+        """Gradient of the loss by each score: [r, k]; may overwrite the scores."""
 
 
 class PairSum(Reduction):
@@ -54,7 +55,6 @@ class PairSum(Reduction):
 
     @property
     def joins(self) -> Joins:
-        """See `Reduction`."""
         return (SUM,), ()
 
     @abstractmethod
@@ -66,13 +66,11 @@ class PairSum(Reduction):
         """Its derivative by the score: [r, k]."""
 
     def parts(self, tile: Tile) -> Parts:
-        """See `Reduction`."""
         return (self.value(tile).sum(1),), ()
 
-    def slope(self, tile: Tile, totals: Totals) -> Tensor:
-        """See `Reduction`."""
-        (slope,) = totals.row_slopes
-        return self.derivative(tile) * slope
+    def grad_scores(self, tile: Tile, statistics: Statistics) -> Tensor:
+        (grad_sum,) = statistics.grad_rows
+        return self.derivative(tile) * grad_sum
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,6 @@ class LogSumExp(Reduction):
 
     @property
     def joins(self) -> Joins:
-        """See `Reduction`."""
         return (LOGSUMEXP,), (LOGSUMEXP,) if self.both else ()
 
     def _counted(self, tile: Tile) -> Tensor:
@@ -98,12 +95,11 @@ class LogSumExp(Reduction):
         return tile.scores if out is None else tile.scores.masked_fill(out, -torch.inf)
 
     def parts(self, tile: Tile) -> Parts:
-        """See `Reduction`."""
         scores = self._counted(tile)
         return (scores.logsumexp(1),), (scores.logsumexp(0),) if self.both else ()
 
     def fast_parts(self, tile: Tile) -> Parts:
-        """See `Reduction`; in fp64, and each exponential serves both directions if it can."""
+        """Statistics in fp64; each exponential serves both directions if it can."""
         scores = self._counted(tile)
         if not self.both:
             return (_logsumexp(scores, 1),), ()
@@ -117,21 +113,22 @@ class LogSumExp(Reduction):
                 return (row,), (key,)
         return (_logsumexp(scores, 1),), (_logsumexp(scores, 0),)
 
-    def slope(self, tile: Tile, totals: Totals) -> Tensor:
-        """See `Reduction`: the softmax weights of both directions."""
+    def grad_scores(self, tile: Tile, statistics: Statistics) -> Tensor:
+        """Softmax weights of both directions, times the gradients by their log-sum-exps."""
         scores = self._counted(tile)
-        row_lse, by_row = totals.rows[0], totals.row_slopes[0]
+        row_lse, grad_row = statistics.rows[0], statistics.grad_rows[0]
         if not self.both:
-            return _weighted_softmax(scores, row_lse, by_row)
-        (key_lse,), (by_key,) = totals.keys, totals.key_slopes
+            return _weighted_softmax(scores, row_lse, grad_row)
+        (key_lse,), (grad_key,) = statistics.keys, statistics.grad_keys
         # exp(score - lse) of both directions is one exponential times a factor, as long as that
         # factor and the exponential keep their digits.
         shift = row_lse.max().to(scores.dtype)  # the factors make up for its rounding
         spread = max((shift - x).abs().max() for x in (row_lse, key_lse))
         if not spread <= _MOST_SPREAD:  # NaN where nothing counts
-            by_keys = _weighted_softmax(scores, key_lse, by_key)
-            return _weighted_softmax(scores, row_lse, by_row) + by_keys
-        row_factor, key_factor = by_row * (shift - row_lse).exp(), by_key * (shift - key_lse).exp()
+            by_keys = _weighted_softmax(scores, key_lse, grad_key)
+            return _weighted_softmax(scores, row_lse, grad_row) + by_keys
+        row_factor = grad_row * (shift - row_lse).exp()
+        key_factor = grad_key * (shift - key_lse).exp()
         factor = row_factor.to(scores.dtype) + key_factor.to(scores.dtype)
         return (scores - shift).exp_().mul_(factor)
 
@@ -145,7 +142,7 @@ _MOST_SPREAD = 30.0
 
 
 def _logsumexp(scores: Tensor, dim: int) -> Tensor:
-    """fp64, of scores in less."""
+    """Log-sum-exp in fp64 of scores in a lower precision."""
     if not scores.numel():
         return scores.logsumexp(dim).double()
     shift = scores.amax(dim, keepdim=True)
@@ -171,15 +168,13 @@ class LogSumExpAndPositives(LogSumExp):
 
     @property
     def joins(self) -> Joins:
-        """See `Reduction`: log-sum-exp, sum of positive scores, number of positives."""
+        """Log-sum-exp, sum of positive scores, number of positives."""
         return (LOGSUMEXP, SUM, SUM), ()
 
     def parts(self, tile: Tile) -> Parts:
-        """See `Reduction`."""
         return self._with_positives(super().parts(tile), tile)
 
     def fast_parts(self, tile: Tile) -> Parts:
-        """See `Reduction`."""
         return self._with_positives(super().fast_parts(tile), tile)
 
     def _with_positives(self, parts: Parts, tile: Tile) -> Parts:
@@ -187,7 +182,6 @@ class LogSumExpAndPositives(LogSumExp):
         positive = tile.positive().to(tile.scores.dtype)
         return (lse, (tile.scores * positive).sum(1), positive.sum(1)), keys
 
-    def slope(self, tile: Tile, totals: Totals) -> Tensor:
-        """See `Reduction`."""
-        _, by_sum, _ = totals.row_slopes
-        return super().slope(tile, totals) + tile.positive() * by_sum
+    def grad_scores(self, tile: Tile, statistics: Statistics) -> Tensor:
+        _, grad_sum, _ = statistics.grad_rows
+        return super().grad_scores(tile, statistics) + tile.positive() * grad_sum
