@@ -11,7 +11,7 @@ from dist_contrastive.data import Source
 from dist_contrastive.data.keyed_random import uniform
 from dist_contrastive.data.views import Views
 from dist_contrastive.errors import UnreadableSample
-from dist_contrastive.evaluation import Line, Measure, Splits
+from dist_contrastive.evaluation import Measure, Splits
 from dist_contrastive.tasks import Task
 
 
@@ -71,7 +71,7 @@ class Spread(Measure):
 
     config: Config
 
-    def lines(self, task: Task, splits: Splits) -> list[Line]:
+    def lines(self, task: Task, splits: Splits) -> list[tuple[str, float, dict[str, float]]]:
         """One line for the held-out samples."""
         images = splits.test.images
 
@@ -85,6 +85,6 @@ class Spread(Measure):
 class Careless(Measure):
     """A measure that returns no lines."""
 
-    def lines(self, task: Task, splits: Splits) -> list[Line]:
+    def lines(self, task: Task, splits: Splits) -> list[tuple[str, float, dict[str, float]]]:
         """A number alone."""
         return 0.5
