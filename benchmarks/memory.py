@@ -159,7 +159,7 @@ def build(name: str, impl: str, **options):
 
 def by_name(losses) -> dict:
     """Class of every loss by its name in lower case."""
-    return {name.lower(): loss for name, loss in vars(losses).items() if isinstance(loss, type)}
+    return {loss.__name__.lower(): loss for loss in losses.LOSSES.values()}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dist_contrastive import collectives
+from dist_contrastive.collectives.headers import bad_rows, integer_range
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.testing import RankError, run_ranks
 
@@ -210,11 +211,19 @@ def test_headers_tell_what_is_wrong():
     told = collectives.exchange_headers({"x": x, "labels": labels, "none": None})
     assert told["none"] == [None]
     (header,) = told["x"]
-    assert (header.rows, header.trailing, header.bad_rows) == (3, (2,), 2)
-    assert (header.dtype, header.needs_grad) == (torch.float32, True)
-    assert told["labels"][0].lowest == -7
+    assert (header.rows, header.shape) == (3, (3, 2))
+    assert (header.dtype, header.grad_flags) == (torch.float32, 1)
+
+
+def test_measures_of_values():
+    x = torch.tensor([[1.0, torch.nan], [torch.inf, 0.0], [1.0, 2.0]])
+    assert bad_rows(x) == bad_rows(x.unflatten(0, (3, 1)), 1) == 2
+    assert bad_rows(x, 1) == 2
+    assert bad_rows(x[:0]) == bad_rows(None) == bad_rows(torch.tensor([1, 2])) == 0
     # Finite numbers of a large fp16 row whose sum is not.
-    assert collectives.exchange_headers({"x": torch.full((2, 9), 6e4).half()})["x"][0].bad_rows == 0
+    assert bad_rows(torch.full((2, 9), 6e4).half()) == 0
+    labels = integer_range(torch.tensor([3, -7, 2]))
+    assert (labels.lowest, labels.highest) == (-7, 3)
 
 
 def sum_of_low_precision_gradients() -> torch.Tensor:

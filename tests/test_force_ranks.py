@@ -273,52 +273,51 @@ NAN = torch.tensor([1.0, torch.nan])
 BAD = {  # what two ranks give, and words of the refusal
     "labels on one rank": (
         [POINTS, LABELLED],
-        "labels are missing on ranks [0]; give them on all ranks or none",
+        "negative_labels are missing on ranks [0]",
     ),
     "labels of the wrong length": (
         [LABELLED, {**POINTS, "negative_labels": NUMBERS[3], "positive_labels": NUMBERS[2]}],
-        "rank 1 has to give 2 negative_labels and 3 positive_labels",
+        "rank 1 has 2 rows of negative, 3 rows of negative_labels",
     ),
     "labels of one kind": (
         [{**POINTS, "negative_labels": NUMBERS[2]}, LABELLED],
-        "rank 0 has to give 2 negative_labels and 3 positive_labels",
+        "positive_labels are missing on ranks [0]",
     ),
     "no labels of fixed": (
         [{**LABELLED, "fixed": THREE, "fixed_labels": NUMBERS[3]}, {**LABELLED, "fixed": TWO}],
-        "rank 1 has to give 2 negative_labels and 2 fixed_labels and 3 positive_labels",
+        "fixed_labels are missing on ranks [1]",
     ),
     "floating labels": (
         [LABELLED, {**LABELLED, "negative_labels": TWO[:, 0]}],
-        "labels must be integers",
+        "[rows] torch.float32 without gradient on rank 1; give integers",
     ),
     "shapes": (
         [POINTS, {"negative": TWO, "positive": THREE[:, :3]}],
-        "negative and positive have shapes (2, 4) and (3, 3) on rank 1",
+        "[rows, 4] torch.float32 without gradient on rank 0; [rows, 3]",
     ),
     "shape of fixed": (
         [{**POINTS, "fixed": TWO}, {**POINTS, "fixed": TWO[:, :3]}],
-        "negative and fixed and positive have shapes (2, 4) and (2, 3) and (3, 4) on rank 1",
+        "[rows, 4] torch.float32 without gradient on rank 0; [rows, 3]",
     ),
     "groups of data": (
         [{"negative": torch.ones(2, 3, 4), "positive": torch.ones(3, 3, 4)}] * 2,
-        "shapes (2, 3, 4) and (3, 3, 4) on rank 0; give [..., m, dim] and [..., n, dim] with equal",
+        "leading dimensions {'negative': (2,), 'positive': (3,)} on rank 0",
     ),
     "groups of a rank": (
         [{"negative": x, "positive": x} for x in (torch.ones(2, 3, 4), torch.ones(3, 3, 4))],
-        "points differ between ranks: [rows, 2, 4] torch.float32 without gradient on rank 0; "
-        "[rows, 3, 4]",
+        "[2, rows, 4] torch.float32 without gradient on rank 0; [3, rows, 4]",
     ),
     "integers": (
         [POINTS, {"negative": TWO, "positive": TWO.long()}],
-        "rank 1 gives torch.float32 and torch.int64",
+        "torch.int64 without gradient on rank 1; give floating",
     ),
     "no dimension": (
         [{"negative": TWO[:, :0], "positive": TWO[:, :0]}] * 2,
-        "(2, 0) on rank 0 hold no group or no dimension",
+        "[rows, 0] torch.float32 without gradient on rank 0, 1; give floating",
     ),
     "no group": (
         [{"negative": x, "positive": x} for x in (TWO[None], TWO[None][:0])],
-        "(0, 2, 4) on rank 1 hold no group or no dimension",
+        "[0, rows, 4] torch.float32 without gradient on rank 1; give floating",
     ),
     "no data": (
         [{"negative": TWO, "positive": TWO[:0]}] * 2,
@@ -330,11 +329,11 @@ BAD = {  # what two ranks give, and words of the refusal
     ),
     "no positive on one rank": (
         [POINTS, {"negative": TWO, "positive": None}],
-        "positive are missing on ranks [1]; give them on all ranks",
+        "positive are missing on ranks [1]",
     ),
     "points that are no tensor": (
         [POINTS, {"negative": TWO.numpy(), "positive": THREE}],
-        "points must be floating tensors of at most 6 dimensions; rank 1 gives no such tensor and",
+        "no dense tensor of a known dtype on rank 1; give floating",
     ),
     "weights that overflow": (
         [{**POINTS, "negative_weights": x} for x in (TWO[:, 0], TWO[:, 0].double() * 1e100)],
@@ -342,39 +341,36 @@ BAD = {  # what two ranks give, and words of the refusal
     ),
     "fixed on one rank": (
         [{**POINTS, "fixed": TWO}, POINTS],
-        "fixed are missing on ranks [1]; give them on all ranks or none",
+        "fixed are missing on ranks [1]",
     ),
     "weights on one rank": (
         [POINTS, {**POINTS, "positive_weights": THREE[:, 0]}],
-        "positive_weights are missing on ranks [0]; give them on all ranks or none",
+        "positive_weights are missing on ranks [0]",
     ),
     "too few weights": (
         [{**POINTS, "positive_weights": THREE[:, 0]}, {**POINTS, "positive_weights": TWO[:, 0]}],
-        "positive_weights of shape (2,) and torch.float32 on rank 1 do not fit points of shape "
-        "(3, 4); give floating numbers (3,)",
+        "rank 1 has 3 rows of positive, 2 rows of positive_weights",
     ),
     "weights of other groups": (
         [{"negative": TWO[None], "positive": THREE[None], "negative_weights": TWO}] * 2,
-        "negative_weights of shape (2, 4) and torch.float32 on rank 0 do not fit points of shape "
-        "(1, 2, 4); give floating numbers (2,) or (1, 2)",
+        "dimensions {'negative': (1,), 'negative_weights': (2,), 'positive': (1,)}",
     ),
     "weights that are integers": (
         [POINTS | {"negative_weights": TWO[:, 0]}, POINTS | {"negative_weights": NUMBERS[2]}],
-        "negative_weights of shape (2,) and torch.int64 on rank 1 do not fit",
+        "torch.int64 without gradient on rank 1; give floating weights",
     ),
     "weights that are no tensor": (
         [POINTS | {"negative_weights": TWO[:, 0]}, POINTS | {"negative_weights": [1.0, 2.0]}],
-        "negative_weights of shape",
+        "no dense tensor of a known dtype on rank 1; give floating weights",
     ),
     "NaN in points": (
         [POINTS, {"negative": TWO, "positive": THREE * torch.nan}],
-        "NaN, infinity or squares that overflow in 3 of 5 rows of points on rank 1",
+        "3 of 3 rows of positive on rank 1",
     ),
     **{
         f"weights {what}": (
             [{**given, "negative_weights": TWO[:, 0]}, {**given, "negative_weights": weights}],
-            "negative_weights on rank 1 hold NaN, infinity or negative numbers; weights must be 0 "
-            "or more",
+            "negative_weights on rank 1 hold NaN, infinity or negative numbers",
         )
         for what, given, weights in (
             ("below 0", POINTS, torch.tensor([1.0, -1.0])),

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from dist_contrastive import losses
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss, normalised
-from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import PairSum
 
+LABELS = torch.tensor([0, 1])
 IMPLS = [{"impl": "dense"}, {"impl": "chunked", "chunk_size": 3}]
 
 
@@ -123,11 +123,15 @@ def test_low_precision_inputs_give_fp32_losses(views, dtype):
         ),
         (
             lambda: losses.ContrastiveForce()(torch.zeros(2, 3), torch.zeros(2, 4)),
-            "(2, 3) and (2, 4)",
+            "'negative': 3, 'positive': 4",
         ),
         (
             lambda: losses.ContrastiveForce()(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2)),
-            "2 negative_labels and 2 positive_labels",
+            "negative_labels: [rows] torch.float32",
+        ),
+        (
+            lambda: losses.ContrastiveForce()(torch.zeros(2, 3), torch.zeros(2, 3), LABELS),
+            "positive_labels are missing",
         ),
     ],
 )
@@ -143,7 +147,6 @@ def test_a_new_loss_in_ten_lines(views):
     readme = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
     code = next(c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "PairSum" in c)
     names = {"PairSum": PairSum, "PairLoss": PairLoss, "normalised": normalised}
-    names["exchange_sizes"] = exchange_sizes
     exec(code, names)
     x = views[0].requires_grad_()
     z = F.normalize(x)

@@ -1,16 +1,15 @@
 """Exchanges of tensors between ranks, and their gradients.
 
-    group.py       who takes part; the collectives whose names differ between torch versions
-    headers.py     what every rank is about to send, told to all before any data is
-    rows.py        rows gathered, scattered, fetched; every gradient is summed on its way home
-    ring.py        rows handed from rank to rank
+    group.py       ranks, and the failure of one; names that differ between torch versions
+    headers.py     exchange of shapes, dtypes and objects; errors raised on all ranks
+    schema.py      inputs of a loss, checked on all ranks together
+    rows.py        rows gathered, scattered, fetched; gradients are reduced over ranks
+    ring.py        ring exchange
     reductions.py  sums, maxima, log-sum-exps and means over ranks
-    lost.py        errors that tell of a rank that has ended
-    together.py    objects of all ranks; errors raised on all ranks
 
 Everything works without a process group too: then there is one rank and nothing is sent.
 
-The gradient contract rests on two rules. A gradient that crosses ranks is summed on its way home
+The gradient contract rests on two rules. A gradient that crosses ranks is summed over them
 (`rows`, `ring`, `sum_over_ranks`), and `global_mean` makes every rank's backward leave W times its
 share, so that the mean over ranks that DDP and ZeRO take is the exact gradient.
 """
@@ -20,11 +19,17 @@ from dist_contrastive.collectives.group import (
     accumulation_dtype,
     alone,
     is_distributed,
+    is_lost_rank,
     rank,
     world_size,
 )
-from dist_contrastive.collectives.headers import RowHeader, describe, exchange_headers
-from dist_contrastive.collectives.lost import is_lost_rank
+from dist_contrastive.collectives.headers import (
+    RowHeader,
+    describe,
+    exchange_headers,
+    gather_objects,
+    raised_together,
+)
 from dist_contrastive.collectives.reductions import (
     GradReduction,
     all_reduce_max,
@@ -41,17 +46,34 @@ from dist_contrastive.collectives.rows import (
     gather_rows,
     reduce_scatter_rows,
 )
-from dist_contrastive.collectives.together import gather_objects, raised_together
+from dist_contrastive.collectives.schema import (
+    ClassLabels,
+    Embeddings,
+    Input,
+    Integers,
+    Labels,
+    Sizes,
+    Weights,
+    check_inputs,
+)
 
 __all__ = [
+    "ClassLabels",
+    "Embeddings",
     "GradReduction",
     "Group",
+    "Input",
+    "Integers",
+    "Labels",
     "RowHeader",
+    "Sizes",
+    "Weights",
     "accumulation_dtype",
     "all_gather_rows",
     "all_reduce_max",
     "all_reduce_sum",
     "alone",
+    "check_inputs",
     "describe",
     "exchange_headers",
     "fetch_rows",

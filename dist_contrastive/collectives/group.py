@@ -1,11 +1,13 @@
-"""Who takes part in an exchange, and the collectives whose names differ between torch versions."""
+"""Ranks of an exchange, their failures, and names that differ between torch versions."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistBackendError, DistNetworkError
 
 Group = Any  # torch.distributed.ProcessGroup, or None for all ranks
 
@@ -13,7 +15,7 @@ Group = Any  # torch.distributed.ProcessGroup, or None for all ranks
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-
+_GLOO = re.compile(r"gloo/|Connection (closed|reset) by peer|Broken pipe|Timed out waiting")
 _is_alone = False
 
 
@@ -56,3 +58,11 @@ def global_rank(group: Group, number: int) -> int:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, otherwise fp32: what scores and sums are kept in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has ended or does not answer."""
+    if isinstance(error, DistBackendError | DistNetworkError):
+        return True
+    # gloo reports it by the text of a RuntimeError alone.
+    return type(error) is RuntimeError and _GLOO.search(str(error)) is not None

@@ -1,13 +1,16 @@
-"""What every rank is about to send, told to all before any data is.
+"""Headers: what every rank holds, known to all ranks before any rows are exchanged.
 
-On gloo ranks that send different shapes end each other's processes; with other backends they hang
-or mix up rows. So each rank first says what it holds, and every rank sees the same table: whatever
-is wrong is then raised on all of them, with the same words.
+On gloo, ranks that send different shapes end each other's processes; other backends hang or mix up
+rows. So each rank first sends a header, and every rank sees the same table: whatever is wrong is
+then raised on all of them, in the same words. Shapes, dtypes and gradient flags are known without
+waiting for the device; `Values`, which are measured on it, are kept apart from them.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,114 +20,194 @@ from dist_contrastive.collectives.group import (
     Group,
     accumulation_dtype,
     all_gather_single,
+    is_distributed,
     world_size,
 )
+from dist_contrastive.errors import NonFiniteError, UserError
 
 MAX_DIMS = 6
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32]
 DTYPES += [torch.int16, torch.uint8, torch.int8, torch.bool]
 
-_ABSENT, _UNKNOWN = -1, -2  # nothing given; something that cannot be sent
-_FIXED = 6  # numbers before the trailing dimensions
+# Nothing given; something that cannot be sent; tensors that cannot be stacked.
+_ABSENT, _UNKNOWN, _UNLIKE = -1, -2, -3
+
+Tensors = Tensor | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Measures of one rank's numbers."""
+
+    bad_rows: int = 0  # rows that hold NaN or infinity, or numbers whose squares overflow
+    lowest: int = 0  # of integers; 0 for others
+    highest: int = 0
 
 
 @dataclass(frozen=True)
 class RowHeader:
-    """One rank's tensor, without its numbers."""
+    """One rank's tensor without its numbers; of several tensors alike, as of their stack."""
 
-    rows: int
-    trailing: tuple[int, ...]
+    shape: tuple[int, ...]
     dtype: torch.dtype | None  # None: one that cannot be sent
-    needs_grad: bool
-    bad_rows: int  # rows that hold NaN or infinity, or numbers whose squares overflow
-    lowest: int  # of integers; 0 for others
+    grad_flags: int  # one bit for each tensor that needs a gradient
+    values: Values = Values()
+    problem: str = ""  # why it cannot be sent
 
     @property
-    def fits(self) -> tuple[object, ...]:
-        """What must be equal on all ranks."""
-        return self.trailing, self.dtype, self.needs_grad
+    def rows(self) -> int:
+        """Size of the first dimension."""
+        return self.shape[0] if self.shape else 0
 
-    def __str__(self) -> str:
-        if self.dtype is None:
-            return "something that is no dense tensor of a known dtype"
-        shape = ", ".join(["rows", *map(str, self.trailing)])
-        return f"[{shape}] {self.dtype} {'with' if self.needs_grad else 'without'} gradient"
+    def fits(self, row_dim: int = 0) -> tuple[object, ...]:
+        """What must be equal on all ranks: everything but the number of rows."""
+        return self.shape[:row_dim], self.shape[row_dim + 1 :], self.dtype, self.grad_flags
+
+    def text(self, row_dim: int = 0) -> str:
+        """Shape, dtype and gradient, for messages."""
+        if self.problem:
+            return self.problem
+        sizes = ["rows" if dim == row_dim else str(n) for dim, n in enumerate(self.shape)]
+        gradient = "with" if self.grad_flags else "without"
+        return f"[{', '.join(sizes)}] {self.dtype} {gradient} gradient"
+
+
+Headers = list[RowHeader | None]
 
 
 def exchange_headers(
-    tensors: Mapping[str, Tensor | None], group: Group = None
-) -> dict[str, list[RowHeader | None]]:
-    """For every name the headers of all ranks, in the order of ranks; None where one has nothing.
+    tensors: Mapping[str, Tensors | None],
+    group: Group = None,
+    values: Mapping[str, Values] | None = None,
+) -> dict[str, Headers]:
+    """Headers of all ranks for every name, in the order of ranks; None where a rank has nothing.
 
     Args:
-        tensors: the same names on all ranks. What is no tensor, or none that could be sent, is told
-            as a header without dtype, so that no rank stops while others wait.
+        tensors: the same names on all ranks. What is no tensor, or none that could be sent, gets a
+            header without dtype, so that no rank stops while others wait.
+        values: measures by name, to be sent with the headers.
 
     Collectives: one all-gather of a few numbers (none without other ranks), which waits for the
-    device, as every size that is needed to allocate memory does.
+        device, as every size that is needed to allocate memory does.
     """
-    codes = torch.tensor([_encode(x) for x in tensors.values()], dtype=torch.int64)
+    values = values or {}
+    lines = [[*_encoded(x), *astuple(values.get(name, Values()))] for name, x in tensors.items()]
+    codes = torch.tensor(lines, dtype=torch.int64)
     if world_size(group) > 1:
-        devices = [x.device for x in tensors.values() if isinstance(x, Tensor)]
-        mine = codes.flatten().to(devices[0] if devices else _device_of(group))
-        everyones = mine.new_empty(world_size(group) * len(mine))
-        all_gather_single(everyones, mine, group=group)
-        codes = everyones.view(world_size(group), len(tensors), -1).transpose(0, 1)
+        local = codes.flatten().to(_device_of([*tensors.values()], group))
+        gathered = local.new_empty(world_size(group) * len(local))
+        all_gather_single(gathered, local, group=group)
+        codes = gathered.view(world_size(group), len(tensors), -1).transpose(0, 1)
     else:
         codes = codes[:, None]
     table = codes.tolist()
-    return {name: [_decode(c) for c in line] for name, line in zip(tensors, table, strict=True)}
+    return {name: [_decoded(c) for c in line] for name, line in zip(tensors, table, strict=True)}
 
 
-def describe(headers: list[RowHeader | None]) -> str:
+def describe(headers: Headers, row_dim: int = 0) -> str:
     """Who holds what: ``[rows, 3] torch.float32 with gradient on rank 0; nothing on rank 1``."""
     ranks_of: dict[str, list[int]] = {}
     for number, header in enumerate(headers):
-        ranks_of.setdefault("nothing" if header is None else str(header), []).append(number)
-    parts = [f"{what} on rank {', '.join(map(str, who))}" for what, who in ranks_of.items()]
+        text = "nothing" if header is None else header.text(row_dim)
+        ranks_of.setdefault(text, []).append(number)
+    parts = [f"{what} on rank {', '.join(map(str, ranks))}" for what, ranks in ranks_of.items()]
     return "; ".join(parts)
 
 
-def _device_of(group: Group) -> torch.device:
-    """Where tensors must be to be sent."""
-    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+def integer_range(x: Any) -> Values:
+    """Lowest and highest of integers; waits for the device."""
+    if not _can_be_sent(x) or x.is_floating_point() or x.numel() == 0:
+        return Values()
+    lowest, highest = torch.stack(x.to(torch.int64).aminmax()).tolist()
+    return Values(lowest=lowest, highest=highest)
 
 
-def _encode(x: Tensor | None) -> list[int]:
-    if x is None:
-        return [_ABSENT, *[0] * (_FIXED + MAX_DIMS - 2)]
-    if not isinstance(x, Tensor) or x.layout != torch.strided or x.dtype not in DTYPES:
-        return [1, _UNKNOWN, *[0] * (_FIXED + MAX_DIMS - 3)]
-    dims = min(x.dim(), MAX_DIMS + 1)  # one too many is told as such
-    trailing = list(x.shape[1:MAX_DIMS])
-    trailing += [0] * (MAX_DIMS - 1 - len(trailing))
-    rows = x.shape[0] if dims else 0
-    needs_grad = int(x.requires_grad and torch.is_grad_enabled())
-    numbers = [rows, needs_grad, _count_bad_rows(x), _lowest(x)]
-    return [dims, DTYPES.index(x.dtype), *numbers, *trailing]
+def bad_rows(x: Any, row_dim: int = 0) -> int:
+    """Rows with numbers that are not finite, or too large to be squared; waits for the device.
 
-
-def _lowest(x: Tensor) -> int:
-    return 0 if x.is_floating_point() or x.numel() == 0 else int(x.min())
-
-
-def _count_bad_rows(x: Tensor) -> int:
-    if not x.is_floating_point() or x.dim() < 2 or x.numel() == 0:
+    Args:
+        row_dim: the last dimension of rows; those before it count as rows, too.
+    """
+    if not _can_be_sent(x) or not x.is_floating_point() or x.dim() <= row_dim or x.numel() == 0:
         return 0
+    rows = x.detach().reshape(math.prod(x.shape[: row_dim + 1]), -1)
     # NaN and infinity survive in the extremes of a row, which cost no copy of x.
-    low, high = x.detach().flatten(1).aminmax(dim=1)
+    low, high = rows.aminmax(dim=1)
     largest = torch.maximum(low.abs(), high.abs()).to(accumulation_dtype(x.dtype))
     # A norm is the root of a sum of squares; normalising by an infinite one would give zeros.
     # Differences of rows are twice as large, and the sum of two of these squares eight times.
-    limit = math.sqrt(torch.finfo(largest.dtype).max / (8 * x[0].numel()))
+    limit = math.sqrt(torch.finfo(largest.dtype).max / (8 * rows.shape[1]))
     return int((~(largest <= limit)).sum())
 
 
-def _decode(code: list[int]) -> RowHeader | None:
-    dims, dtype, rows, needs_grad, bad_rows, lowest, *trailing = code
+def _can_be_sent(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.layout == torch.strided and x.dtype in DTYPES
+
+
+def _device_of(tensors: list[Any], group: Group) -> torch.device:
+    """Device from which headers are sent: that of the tensors."""
+    for x in tensors:
+        for y in x if isinstance(x, Sequence) else (x,):
+            if isinstance(y, Tensor):
+                return y.device
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+
+
+def _encoded(x: Tensors | None) -> list[int]:
+    """Number of dimensions, dtype, gradient flags, sizes."""
+    if x is None or (isinstance(x, Sequence) and len(x) == 0):
+        return [_ABSENT, *[0] * (2 + MAX_DIMS)]
+    tensors = list(x) if isinstance(x, Sequence) else [x]
+    alike = {(y.shape, y.dtype) if _can_be_sent(y) else None for y in tensors}
+    if None in alike or len(alike) > 1:
+        return [1, _UNKNOWN if None in alike else _UNLIKE, *[0] * (1 + MAX_DIMS)]
+    stacked = [len(tensors)] if isinstance(x, Sequence) else []
+    shape = [*stacked, *tensors[0].shape]
+    flags = sum((y.requires_grad and torch.is_grad_enabled()) << i for i, y in enumerate(tensors))
+    sizes = (shape + [0] * MAX_DIMS)[:MAX_DIMS]
+    return [min(len(shape), MAX_DIMS + 1), DTYPES.index(tensors[0].dtype), flags, *sizes]
+
+
+def _decoded(code: list[int]) -> RowHeader | None:
+    dims, dtype, flags, *rest = code
     if dims == _ABSENT:
         return None
-    sendable = 1 <= dims <= MAX_DIMS and dtype != _UNKNOWN
-    kept = tuple(trailing[: max(dims - 1, 0)])
-    found = DTYPES[dtype] if sendable else None
-    return RowHeader(rows, kept, found, bool(needs_grad), bad_rows, lowest)
+    if dtype == _UNLIKE:
+        return RowHeader((), None, 0, problem="tensors of different shapes or dtypes")
+    if dtype == _UNKNOWN or not 1 <= dims <= MAX_DIMS:
+        return RowHeader((), None, 0, problem="something that is no dense tensor of a known dtype")
+    return RowHeader(tuple(rest[:dims]), DTYPES[dtype], flags, Values(*rest[MAX_DIMS:]))
+
+
+def gather_objects(value: Any, group: Group = None) -> list[Any]:
+    """Small picklable value of every rank, in the order of ranks. Collectives: two all-gathers."""
+    values = [value] * world_size(group)
+    if is_distributed(group):
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+@contextmanager
+def raised_together(group: Group = None) -> Iterator[None]:
+    """An error that one rank raises inside is raised on all ranks, at the end of the block.
+
+    For work that ranks do by themselves (open files, write a checkpoint), without collectives
+    inside: a rank that failed alone would leave the others waiting in their next one. A rank's own
+    error is raised again as it is; the others raise its class with "rank N: " before the message.
+
+    Collectives: two all-gathers of objects.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    if is_distributed(group):
+        failures = gather_objects(None if own is None else (type(own), str(own)), group)
+        for number, failure in enumerate(failures):
+            if failure is not None and own is None:
+                kind, message = failure
+                kind = kind if issubclass(kind, UserError | NonFiniteError) else RuntimeError
+                raise kind(f"rank {number}: {message}")
+    if own is not None:
+        raise own

@@ -47,7 +47,7 @@ def all_gather_rows(x: Tensor, group: Group = None) -> tuple[Tensor, int]:
             f"rows cannot be gathered: {describe([*headers])}; give dense tensors of 1 to "
             f"{MAX_DIMS} dimensions and one of {', '.join(map(str, DTYPES))}"
         )
-    if any(header.fits != headers[0].fits for header in headers):
+    if any(header.fits() != headers[0].fits() for header in headers):
         raise ConfigError(
             f"ranks hold tensors that do not fit together: {describe([*headers])}; give every "
             f"rank the same dtype, dimensions and requires_grad"

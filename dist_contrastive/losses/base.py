@@ -9,7 +9,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from dist_contrastive import collectives, pairwise
-from dist_contrastive.collectives import GradReduction, Group
+from dist_contrastive.collectives import Embeddings, GradReduction, Group, Sizes
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.pairwise import Impl, KeysFrom, Pairs, Reduction
 from dist_contrastive.settings import ComponentSettings, settings_from, signature_of
@@ -47,8 +47,9 @@ class PairLoss(nn.Module):
     """
 
     takes: ClassVar[Takes]
-    """What ``forward`` is given, set by every loss: two ``views`` of the same samples, one set of
-    ``features``, features and their ``labels``, or ``points`` of two kinds."""
+    """Inputs of ``forward``, set by every loss: two ``views`` of the same samples, one set of
+    ``features``, features and their ``labels``, or ``points`` of two kinds. Where it also has a
+    keyword ``sizes``, callers that have checked the inputs give it the rows of every rank."""
 
     class Config(ComponentSettings):
         """Settings that every loss has."""
@@ -100,7 +101,24 @@ class PairLoss(nn.Module):
             keywords = {p.name: p for p in (*own, *shared) if p.kind is p.KEYWORD_ONLY}
             cls.__signature__ = signature_of(cls.Config, keywords)  # type: ignore[attr-defined]
 
-    def check_batch(self, sizes: tuple[int, ...]) -> None:
+    def check_rows(self, sizes: Sizes | None, **embeddings: Tensor) -> Sizes:
+        """Rows of every rank, of embeddings [n, D] whose rows i belong to the same sample.
+
+        Args:
+            sizes: those of embeddings that have been checked already; None checks them here.
+
+        Raises:
+            ConfigError, NonFiniteError: on all ranks, naming those where something is wrong.
+
+        Collectives: one all-gather of a few numbers, or none if sizes are known.
+        """
+        if sizes is None:
+            inputs = {name: Embeddings(x, "n D") for name, x in embeddings.items()}
+            sizes = collectives.check_inputs(inputs, self.group)["n"]
+        self.check_batch(sizes)
+        return sizes
+
+    def check_batch(self, sizes: Sizes) -> None:
         """Refuse too few rows to be compared with each other; sizes are those of all ranks."""
         who, num_rows = "the global batch", sum(sizes)
         if self.keys_from == "local":
@@ -113,7 +131,7 @@ class PairLoss(nn.Module):
         self,
         rows: Tensor,
         keys: Tensor,
-        sizes: tuple[int, ...],
+        sizes: Sizes,
         tags: Tensor | None = None,
         max_delta: float = 0.0,
     ) -> Pairs:

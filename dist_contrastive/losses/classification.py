@@ -7,10 +7,9 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from dist_contrastive import collectives
-from dist_contrastive.collectives import Group
+from dist_contrastive.collectives import ClassLabels, Embeddings, Group
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.hierarchy import Hierarchy
-from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.settings import Settings, settings_from
 
 
@@ -32,7 +31,7 @@ class PathCrossEntropy(nn.Module):
         args, settings: those of the nested `Config`.
         group: process group; None means all ranks.
 
-    Collectives: one all-gather of a few numbers, two all-reduces of at most two.
+    Collectives: one all-gather of a few numbers, one all-reduce of two.
     """
 
     class Config(Settings):
@@ -63,35 +62,16 @@ class PathCrossEntropy(nn.Module):
             logits: floating [b, num_nodes]. labels: integers [b], -1 where missing.
 
         Raises:
-            ConfigError, NonFiniteError: see `check_labelled_logits`.
+            ConfigError, NonFiniteError: logits that are not finite, labels that are neither a class
+                nor -1; on all ranks. How many logits a row has is left to the hierarchy.
         """
-        check_labelled_logits(logits, labels, self.hierarchy, self.group)
+        inputs = {
+            "logits": Embeddings(logits, "n K"),
+            "labels": ClassLabels(labels, "n", num_classes=self.hierarchy.num_classes),
+        }
+        collectives.check_inputs(inputs, self.group)
         has_label = labels >= 0
         log_p = self.hierarchy.level_log_probabilities(logits[has_label])
         on_path = log_p.gather(1, self.hierarchy.ancestors(labels[has_label]))
         weights = torch.tensor(self.level_weights, dtype=log_p.dtype, device=log_p.device)
         return collectives.global_mean(-(weights * on_path).sum(), len(on_path), self.group)
-
-
-def check_labelled_logits(
-    logits: Tensor, labels: Tensor, hierarchy: Hierarchy, group: Group = None
-) -> None:
-    """Refuse logits that are not finite, and labels that are not one class, or -1, for each row.
-
-    How many logits a row has is left to the hierarchy: it is the same on all ranks.
-
-    Raises:
-        ConfigError, NonFiniteError: on all ranks, in the same words.
-
-    Collectives: one all-gather of a few numbers, one all-reduce of one.
-    """
-    exchange_sizes(group, {"logits": logits}, labels=labels)
-    if labels.is_floating_point():
-        raise ConfigError(f"labels are {labels.dtype}; give integers, -1 where missing")
-    highest = int(labels.max()) if len(labels) else -1
-    highest = collectives.max_over_ranks(highest, labels.device, group)
-    if highest >= hierarchy.num_classes:
-        raise ConfigError(
-            f"label outside the hierarchy: {highest} is not among its classes 0 to "
-            f"{hierarchy.num_classes - 1}; put the class into the hierarchy, or give -1 for missing"
-        )

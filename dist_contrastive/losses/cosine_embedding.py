@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.base import normalised
 from dist_contrastive.losses.labelled import LabelledLoss
 from dist_contrastive.pairwise import PairSum, Tile
@@ -35,14 +36,17 @@ class CosineEmbedding(LabelledLoss):
 
     settings: Config
 
-    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, labels: Tensor | None = None, sizes: Sizes | None = None
+    ) -> Tensor:
         """Scalar loss.
 
         Args:
             features: [b, D], or [b, V, D] for V views of every sample.
             labels: [b] integers or floats, see `LabelledLoss`; None: views alone are similar.
+            sizes: b of every rank, of inputs that have been checked.
         """
-        features, tags, sizes = self.points(features, labels)
+        features, tags, sizes = self.points(features, labels, sizes)
         (z,) = normalised(features)
         pairs = self.pairs(z, z, sizes, tags, self.settings.max_delta or 0.0)
         (row_sum,), _ = self.reduce(_Embedding(self.settings.margin), pairs)

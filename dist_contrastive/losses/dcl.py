@@ -7,7 +7,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.losses.inputs import Sizes
+from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.ntxent import NTXent
 from dist_contrastive.pairwise import LogSumExp
 

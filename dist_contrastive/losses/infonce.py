@@ -6,8 +6,9 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from dist_contrastive import collectives
+from dist_contrastive.collectives import Embeddings, Sizes
 from dist_contrastive.losses.base import TemperatureLoss, in_full_precision, normalised
-from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import LogSumExp, Pairs, choose, reduce
 
 
@@ -45,6 +46,7 @@ class InfoNCE(TemperatureLoss):
         keys: Tensor,
         negatives: Tensor | None = None,
         bank: Tensor | None = None,
+        sizes: Sizes | None = None,
     ) -> Tensor:
         """Scalar loss.
 
@@ -54,13 +56,21 @@ class InfoNCE(TemperatureLoss):
                 n may differ between ranks.
             bank: [Q, D] further keys that are no one's positive, the same numbers on all ranks
                 (shapes alone are compared); without gradient, given on all ranks or none.
+            sizes: of checked queries and keys without further ones, see `PairLoss.check_rows`.
         """
-        paired, extra = {"queries": queries, "keys": keys}, {"negatives": negatives}
-        sizes = exchange_sizes(self.group, paired, extra, shared={"bank": bank})
-        num_keys = sizes["keys"]
-        if negatives is not None:
-            keys = torch.cat(in_full_precision(keys, negatives))
-            num_keys = tuple(map(sum, zip(num_keys, sizes["negatives"], strict=True)))
+        num_keys = sizes
+        if num_keys is None or negatives is not None or bank is not None:
+            inputs = {
+                "queries": Embeddings(queries, "n D"),
+                "keys": Embeddings(keys, "n D"),
+                "negatives": Embeddings(negatives, "m D", optional=True),
+                "bank": Embeddings(bank, "q D", optional=True, replicated=True),
+            }
+            rows = collectives.check_inputs(inputs, self.group)
+            num_keys = rows["n"]
+            if negatives is not None:
+                keys = torch.cat(in_full_precision(keys, negatives))
+                num_keys = tuple(map(sum, zip(rows["n"], rows["m"], strict=True)))
         self.check_batch(num_keys)
         q, k = normalised(queries, keys)
         scaled = q * self.scale()

@@ -7,8 +7,8 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from dist_contrastive import collectives
+from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.base import PairLoss, normalised
-from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import DISTANCES, extremes, fetch
 
 
@@ -37,10 +37,9 @@ class KoLeo(PairLoss):
 
     settings: Config
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Scalar loss; features: [b, D]."""
-        sizes = exchange_sizes(self.group, {"features": features})["features"]
-        self.check_batch(sizes)
+        sizes = self.check_rows(sizes, features=features)
         (z,) = normalised(features)
         number = sum(sizes[: collectives.rank(self.group)]) + torch.arange(len(z), device=z.device)
         pairs = self.pairs(z, z, sizes, tags=number)  # similar to itself alone

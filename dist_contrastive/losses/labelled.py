@@ -5,9 +5,9 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from dist_contrastive import collectives
+from dist_contrastive.collectives import Embeddings, Labels, Sizes
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss
-from dist_contrastive.losses.inputs import Sizes, exchange_sizes
 
 
 class LabelledLoss(PairLoss):
@@ -30,15 +30,25 @@ class LabelledLoss(PairLoss):
 
     settings: Config
 
-    def points(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Sizes]:
-        """Rows [n, D] with n = b or b * V, their tags (see `label_tags`), and n of every rank."""
-        sizes = exchange_sizes(self.group, {"features": features}, labels=labels, dims=(2, 3))
+    def points(
+        self, features: Tensor, labels: Tensor | None, samples: Sizes | None
+    ) -> tuple[Tensor, Tensor, Sizes]:
+        """Rows [n, D] with n = b or b * V, their tags (see `label_tags`), and n of every rank.
+
+        Args:
+            samples: b of every rank, of inputs that have been checked; None checks them here.
+        """
+        if samples is None:
+            inputs = {
+                "features": Embeddings(features, "n D | n V D"),
+                "labels": Labels(labels, "n", optional=True),
+            }
+            samples = collectives.check_inputs(inputs, self.group)["n"]
         if labels is None and features.dim() == 2:
             raise ConfigError(
                 f"features [rows, {features.shape[1]}] have one view a sample and no labels, hence "
                 f"no two are similar; give labels, or features [rows, views, dim]"
             )
-        samples = sizes["features"]
         first = sum(samples[: collectives.rank(self.group)])
         tags = label_tags(labels, len(features), first, self.settings.max_delta, features.device)
         if features.dim() == 3:

@@ -6,8 +6,8 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.base import TemperatureLoss, normalised
-from dist_contrastive.losses.inputs import Sizes, exchange_sizes
 from dist_contrastive.pairwise import LogSumExp
 
 
@@ -33,10 +33,9 @@ class NTXent(TemperatureLoss):
 
     settings: Config
 
-    def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
+    def forward(self, view_a: Tensor, view_b: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""
-        sizes = exchange_sizes(self.group, {"view_a": view_a, "view_b": view_b})["view_a"]
-        self.check_batch(sizes)
+        sizes = self.check_rows(sizes, view_a=view_a, view_b=view_b)
         z = torch.cat(normalised(view_a, view_b))
         scaled = z * self.scale()
         positive = (scaled * z.roll(len(view_a), 0)).sum(-1)

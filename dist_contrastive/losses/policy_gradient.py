@@ -8,11 +8,9 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from dist_contrastive import collectives
-from dist_contrastive.collectives import Group
+from dist_contrastive.collectives import ClassLabels, Embeddings, Group
 from dist_contrastive.errors import ConfigError, NonFiniteError
-from dist_contrastive.losses.classification import check_labelled_logits
 from dist_contrastive.losses.hierarchy import Hierarchy
-from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.losses.rewards import Reward, call_reward, depth_credit, reward_name
 from dist_contrastive.settings import Settings, settings_from
 
@@ -40,8 +38,8 @@ class PolicyGradient(nn.Module):
         args, settings: those of the nested `Config`.
         group: process group; None means all ranks.
 
-    Collectives: four all-gathers of a few numbers, two of them of Python objects (errors of the
-    reward), and three all-reduces of at most five numbers.
+    Collectives: three all-gathers of a few numbers, two of them of Python objects (errors of the
+    reward), and two all-reduces of at most five numbers.
     """
 
     class Config(Settings):
@@ -87,8 +85,12 @@ class PolicyGradient(nn.Module):
         Raises:
             ConfigError, NonFiniteError: inputs or rewards that cannot be used; on all ranks.
         """
-        check_labelled_logits(logits, labels, self.hierarchy, self.group)
-        exchange_sizes(self.group, {"uniform": uniform}, labels=labels)
+        inputs = {
+            "logits": Embeddings(logits, "n K"),
+            "labels": ClassLabels(labels, "n", num_classes=self.hierarchy.num_classes),
+            "uniform": Embeddings(uniform, "n S"),
+        }
+        collectives.check_inputs(inputs, self.group)
         has_label = labels >= 0
         log_p = self.hierarchy.log_probabilities(logits[has_label])
         with torch.no_grad(), collectives.raised_together(self.group):

@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.base import TemperatureLoss, normalised
-from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import LogSumExp
 
 
@@ -35,10 +35,9 @@ class SelfDiagonal(TemperatureLoss):
 
     settings: Config
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Scalar loss; features: [b, D]."""
-        sizes = exchange_sizes(self.group, {"features": features})["features"]
-        self.check_batch(sizes)
+        sizes = self.check_rows(sizes, features=features)
         (z,) = normalised(features)
         scaled = z * self.scale()
         (row_lse,), _ = self.reduce(LogSumExp(), self.pairs(scaled, z, sizes))

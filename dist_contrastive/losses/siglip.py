@@ -7,6 +7,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.base import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
@@ -15,7 +16,6 @@ from dist_contrastive.losses.base import (
     check_start,
     normalised,
 )
-from dist_contrastive.losses.inputs import exchange_sizes
 from dist_contrastive.pairwise import PairSum, Tile
 
 
@@ -57,10 +57,9 @@ class SigLIP(PairLoss):
         self.scale = Scale(1 / self.settings.scale, learnable)
         self.bias = nn.Parameter(torch.tensor([bias])) if learnable else bias
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def forward(self, a: Tensor, b: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Scalar loss; a, b: [b, D], row i of both from the same sample."""
-        sizes = exchange_sizes(self.group, {"a": a, "b": b})["a"]
-        self.check_batch(sizes)
+        sizes = self.check_rows(sizes, a=a, b=b)
         x, y = normalised(a, b)
         # The bias as one more dimension, so that its gradient is that of any other.
         one = x.new_ones(len(x), 1)

@@ -5,8 +5,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.base import PairLoss, in_full_precision
-from dist_contrastive.losses.inputs import exchange_sizes
 
 
 class StatisticsLoss(PairLoss):
@@ -14,10 +14,9 @@ class StatisticsLoss(PairLoss):
 
     takes = "views"
 
-    def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
+    def forward(self, view_a: Tensor, view_b: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""
-        sizes = exchange_sizes(self.group, {"view_a": view_a, "view_b": view_b})["view_a"]
-        self.check_batch(sizes)
+        sizes = self.check_rows(sizes, view_a=view_a, view_b=view_b)
         num_rows = len(view_a) if self.keys_from == "local" else sum(sizes)
         # Mixed precision would multiply in bf16 what is then squared and summed.
         with torch.autocast(view_a.device.type, enabled=False):

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.base import TemperatureLoss, normalised
 from dist_contrastive.losses.labelled import LabelledLoss
 from dist_contrastive.pairwise import LogSumExpAndPositives
@@ -34,14 +35,17 @@ class SupCon(TemperatureLoss, LabelledLoss):
 
     settings: Config
 
-    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, labels: Tensor | None = None, sizes: Sizes | None = None
+    ) -> Tensor:
         """Scalar loss.
 
         Args:
             features: [b, D], or [b, V, D] for V views of every sample.
             labels: [b] integers or floats, see `LabelledLoss`; None: views alone are positives.
+            sizes: b of every rank, of inputs that have been checked.
         """
-        features, tags, sizes = self.points(features, labels)
+        features, tags, sizes = self.points(features, labels, sizes)
         (z,) = normalised(features)
         pairs = self.pairs(z * self.scale(), z, sizes, tags, self.settings.max_delta or 0.0)
         reduction = LogSumExpAndPositives(leave_out="own")

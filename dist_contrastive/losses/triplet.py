@@ -8,6 +8,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from dist_contrastive import collectives
+from dist_contrastive.collectives import Sizes
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import in_full_precision
 from dist_contrastive.losses.labelled import LabelledLoss
@@ -69,14 +70,17 @@ class Triplet(LabelledLoss):
         chosen = self.settings
         self.mining = Mining(WEIGHTS[chosen.mining], DISTANCES[chosen.distance], chosen.margin)
 
-    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, labels: Tensor | None = None, sizes: Sizes | None = None
+    ) -> Tensor:
         """Scalar loss.
 
         Args:
             features: [b, D], or [b, V, D] for V views of every sample.
             labels: [b] integers or floats, see `LabelledLoss`; None: views alone are positives.
+            sizes: b of every rank, of inputs that have been checked.
         """
-        features, tags, sizes = self.points(features, labels)
+        features, tags, sizes = self.points(features, labels, sizes)
         self._check_classes(tags)
         with torch.autocast(features.device.type, enabled=False):
             x = self.mining.distance.prepare(*in_full_precision(features))

@@ -1,14 +1,15 @@
 """Several views of the same samples, fed to any loss."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dist_contrastive import collectives
+from dist_contrastive.collectives import Embeddings, Input, Labels, Sizes
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss
-from dist_contrastive.losses.inputs import exchange_sizes
 
 
 def compare_views(
@@ -37,20 +38,23 @@ def compare_views(
         ConfigError: on all ranks. Too few views, or more or fewer than on another rank; a
             num_global that is none of them; a loss of points, which are not views of samples.
 
-    Collectives: one or two all-gathers of a few numbers, and those of the loss's calls.
+    Collectives: one all-gather of a few numbers, and those of the loss's calls without theirs.
     """
-    _check_counts(loss, views)
+    if loss.takes == "points":
+        raise ConfigError(
+            f"{type(loss).__name__} compares points of two kinds, not views of the same samples; "
+            f"use a loss of views, of features or of labels"
+        )
+    sizes = _check_views(loss, views, labels)
+    # A loss of the user's own may check its inputs once more.
+    known = {"sizes": sizes} if "sizes" in inspect.signature(loss.forward).parameters else {}
     if loss.takes == "views":
         pairs = _pairs(len(views), num_global)
-        return torch.stack([loss(views[i], views[j]) for i, j in pairs]).mean()
+        return torch.stack([loss(views[i], views[j], **known) for i, j in pairs]).mean()
     if loss.takes == "features":
-        return torch.stack([loss(view) for view in views]).mean()
-    if loss.takes == "labels":
-        return loss(_stacked(loss, views), labels)
-    raise ConfigError(
-        f"{type(loss).__name__} compares points of two kinds, not views of the same samples; "
-        f"use a loss of views, of features or of labels"
-    )
+        return torch.stack([loss(view, **known) for view in views]).mean()
+    features = views[0] if len(views) == 1 else torch.stack(list(views), dim=1)
+    return loss(features, labels, **known)
 
 
 def _pairs(num_views: int, num_global: int) -> list[tuple[int, int]]:
@@ -62,25 +66,16 @@ def _pairs(num_views: int, num_global: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(num_global) for j in range(i + 1, num_views)]
 
 
-def _stacked(loss: PairLoss, views: Sequence[Tensor]) -> Tensor:
-    """[b, D] for one view, [b, V, D] for several; torch would refuse to stack on one rank alone."""
-    exchange_sizes(loss.group, {f"views[{i}]": view for i, view in enumerate(views)})
-    return views[0] if len(views) == 1 else torch.stack(list(views), dim=1)
-
-
-def _check_counts(loss: PairLoss, views: Sequence[Tensor]) -> None:
-    """Every rank has the same number of views, and enough of them."""
-    told = {"views": views[0].new_empty(len(views), 0) if views else None}
-    headers = collectives.exchange_headers(told, loss.group)["views"]
-    counts = [header.rows if header else 0 for header in headers]
-    if len(set(counts)) > 1:
-        raise ConfigError(
-            f"the ranks have {', '.join(map(str, counts))} views of their samples; give every rank "
-            f"the same number"
-        )
+def _check_views(loss: PairLoss, views: Sequence[Tensor], labels: Tensor | None) -> Sizes:
+    """Rows of every rank; all have the same number of views, and enough of them."""
+    inputs: dict[str, Input] = {"views": Embeddings(tuple(views), "V n D", optional=True)}
+    if loss.takes == "labels":
+        inputs["labels"] = Labels(labels, "n", optional=True)
+    sizes = collectives.check_inputs(inputs, loss.group)
     least = 2 if loss.takes == "views" else 1
-    if counts[0] < least:
+    if len(views) < least:
         raise ConfigError(
-            f"{type(loss).__name__} was given {counts[0]} view(s) of the samples and needs at "
+            f"{type(loss).__name__} was given {len(views)} view(s) of the samples and needs at "
             f"least {least}; make more views"
         )
+    return sizes["n"]

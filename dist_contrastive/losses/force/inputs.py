@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.collectives import Group, RowHeader
-from dist_contrastive.collectives.headers import MAX_DIMS
-from dist_contrastive.errors import ConfigError, NonFiniteError
+from dist_contrastive.collectives import Embeddings, Group, Input, Integers, Weights
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.force.points import FIXED, GENERATED, POSITIVE, sorting
-from dist_contrastive.losses.inputs import check_points, is_given
 
 KINDS = {"negative": GENERATED, "fixed": FIXED, "positive": POSITIVE}
 """The kinds of points by the name of the argument, in the order of rows."""
@@ -59,11 +57,10 @@ def force_inputs(group: Group, are_compared: bool, given: Given) -> ForceInputs:
     Raises:
         ConfigError, NonFiniteError: on all ranks, naming those where something is wrong.
 
-    Collectives: two all-gathers of a few numbers; with labels one of these.
+    Collectives: one all-gather of a few numbers; with labels one of these.
     """
     counts = _checked_counts(group, given, are_compared)
     rows = _rows(given)
-    check_points(group, rows, are_compared)
     sizes = tuple(map(sum, counts)) if are_compared else (len(rows),)
     tags, num_labels = _tags(given, sizes if are_compared else None, group)
     order, weights = sorting(tags), _weights(given, rows)
@@ -96,113 +93,27 @@ def center(rows: Tensor, sizes: tuple[int, ...], are_compared: bool, group: Grou
 
 def _checked_counts(group: Group, given: Given, are_compared: bool) -> list[tuple[int, ...]]:
     """How many points of each kind every rank holds."""
-    flat: dict[str, Tensor | None] = {}
-    for name in KINDS:
-        of_kind = given.get(name)
+    inputs: dict[str, Input] = {}
+    rows = dict(zip(KINDS, ("m", "k", "n"), strict=True))
+    for name, row in rows.items():
         points, labels, weights = (None,) * 3
-        if of_kind is not None:
+        if of_kind := given.get(name):
             points, labels, weights = of_kind.points, of_kind.labels, of_kind.weights
-        flat[name] = points
-        flat[f"{name}_labels"], flat[f"{name}_weights"] = labels, _marked(weights, points)
-    table = collectives.exchange_headers(flat, group)
-    for name in KINDS:
-        is_given(name, table[name], is_needed=name != "fixed")
-    is_given("labels", table["negative_labels"], is_needed=False)
-    for name in KINDS:
-        is_given(f"{name}_weights", table[f"{name}_weights"], is_needed=False)
-    ranks = [
-        dict(zip(table, headers, strict=True)) for headers in zip(*table.values(), strict=True)
-    ]
-    counts = [_counts_of(number, headers) for number, headers in enumerate(ranks)]
+        dtype = torch.float64
+        if isinstance(points, Tensor):
+            dtype = collectives.accumulation_dtype(points.dtype)
+        inputs[name] = Embeddings(points, f"... {row} D", optional=name == "fixed")
+        inputs[f"{name}_labels"] = Integers(labels, row, optional=True)
+        inputs[f"{name}_weights"] = Weights(weights, f"{row} | ... {row}", True, dtype=dtype)
+    sizes = collectives.check_inputs(inputs, group, are_compared)
+    is_labelled = {name: of_kind.labels is not None for name, of_kind in given.items()}
+    if len(set(is_labelled.values())) > 1:
+        missing = " and ".join(f"{name}_labels" for name, has in is_labelled.items() if not has)
+        raise ConfigError(f"{missing} are missing; give labels to points of every kind, or to none")
+    nothing = (0,) * len(sizes["m"])
+    counts = list(zip(*(sizes.get(row, nothing) for row in rows.values()), strict=True))
     _check_some_of_each(counts, are_compared)
     return counts
-
-
-def _marked(weights: Tensor | None, points: Tensor | None) -> Tensor | None:
-    """Weights [..., 1] as the points are compared with them, as rows, of which headers count those
-    with NaN: here negative ones too."""
-    if not isinstance(weights, Tensor):
-        return weights
-    weights = weights.detach()
-    if weights.is_floating_point():
-        if isinstance(points, Tensor):
-            weights = weights.to(collectives.accumulation_dtype(points.dtype))
-        weights = weights.masked_fill(weights < 0, torch.nan)
-    return weights[..., None]
-
-
-def _counts_of(number: int, headers: dict[str, RowHeader | None]) -> tuple[int, ...]:
-    """Points of each kind of one rank, all of whose headers are looked at."""
-    shapes = {
-        name: (header.rows, *header.trailing)
-        for name in KINDS
-        if (header := headers[name]) is not None
-    }
-    dtypes = [header.dtype for name in shapes if (header := headers[name])]
-    if not all(dtype and dtype.is_floating_point for dtype in dtypes):
-        found = " and ".join("no such tensor" if x is None else str(x) for x in dtypes)
-        raise ConfigError(
-            f"points must be floating tensors of at most {MAX_DIMS} dimensions; rank {number} "
-            f"gives {found}"
-        )
-    _check_shapes(number, shapes)
-    _check_labels(number, shapes, headers)
-    for name, shape in shapes.items():
-        _check_weights(number, name, shape, headers[f"{name}_weights"])
-    return tuple(shapes[name][-2] if name in shapes else 0 for name in KINDS)
-
-
-def _check_shapes(number: int, shapes: dict[str, tuple[int, ...]]) -> None:
-    first = shapes["negative"]
-    fit = all(len(x) >= 2 and (*x[:-2], x[-1]) == (*first[:-2], first[-1]) for x in shapes.values())
-    if not fit:
-        raise ConfigError(
-            f"{' and '.join(shapes)} have shapes {' and '.join(map(str, shapes.values()))} on rank "
-            f"{number}; give [..., m, dim] and [..., n, dim] with equal leading dimensions and dim"
-        )
-    if 0 in (*first[:-2], first[-1]):
-        raise ConfigError(
-            f"points of shape {first} on rank {number} hold no group or no dimension; give some"
-        )
-
-
-def _check_labels(
-    number: int, shapes: dict[str, tuple[int, ...]], headers: dict[str, RowHeader | None]
-) -> None:
-    labels = {name: headers[f"{name}_labels"] for name in shapes}
-    wanted = {name: shape[-2] for name, shape in shapes.items()}
-    if any(labels.values()) and not all(_are_labels(labels[x], n) for x, n in wanted.items()):
-        counts = " and ".join(f"{n} {name}_labels" for name, n in wanted.items())
-        raise ConfigError(
-            f"labels must be integers, one for each point of every kind: rank {number} has to give "
-            f"{counts}"
-        )
-
-
-def _are_labels(header: RowHeader | None, count: int) -> bool:
-    if header is None or header.dtype is None or header.dtype.is_floating_point:
-        return False
-    return header.rows == count and not header.trailing
-
-
-def _check_weights(
-    number: int, name: str, shape: tuple[int, ...], weights: RowHeader | None
-) -> None:
-    if weights is None:
-        return
-    found = (weights.rows, *weights.trailing)[:-1]
-    floating = weights.dtype is not None and weights.dtype.is_floating_point
-    if not floating or found not in (shape[-2:-1], shape[:-1]):
-        wanted = " or ".join(map(str, dict.fromkeys((shape[-2:-1], shape[:-1]))))
-        raise ConfigError(
-            f"{name}_weights of shape {found} and {weights.dtype} on rank {number} do not fit "
-            f"points of shape {shape}; give floating numbers {wanted}"
-        )
-    if weights.bad_rows:
-        raise NonFiniteError(
-            f"{name}_weights on rank {number} hold NaN, infinity or negative numbers; weights must "
-            f"be 0 or more"
-        )
 
 
 def _check_some_of_each(counts: list[tuple[int, ...]], are_compared: bool) -> None:
