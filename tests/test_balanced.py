@@ -18,9 +18,6 @@ from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.stream.balanced import BalancedOrder
 from dist_contrastive.errors import ConfigError
 
-# More workers than cores are slow, not wrong.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
 Rows = list[tuple[int, int]]  # pass, sample number
 
 

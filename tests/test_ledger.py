@@ -21,8 +21,6 @@ from dist_contrastive.data import ShardStream, index_folder
 from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.metrics import read_rows
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
 COUNTS = (130, 1, 0, 212, 97, 160, 3, 250, 150)  # 1003 samples
 ORDER = {"global_batch_size": 48, "lanes": 24, "seed": 11, "shuffle_window": 16, "epochs": 1}
 TEAMS = [(w, n) for w, n in itertools.product((1, 2, 3, 4), (0, 1, 2, 3)) if 24 % w == 0]

@@ -28,8 +28,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from range_server import RangeServer
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
 BLOCK = 1 << 20
 ORDER = {"global_batch_size": 24, "lanes": 12, "seed": 3, "shuffle_window": 8, "epochs": 1}
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dist_contrastive.cli import main
 from dist_contrastive.data import Fields, index_folder
-from dist_contrastive.data.resize import fit_image
+from dist_contrastive.data.fields import fit_image
 from dist_contrastive.data.shards.encoding import encode_field
 from dist_contrastive.data.shards.tars import write_samples
 

@@ -29,9 +29,6 @@ from dist_contrastive.data.stream import workers
 from dist_contrastive.data.stream.order import SampleOrder
 from dist_contrastive.errors import ConfigError, DataError, LostWorkerError
 
-# More workers than cores are slow, not wrong.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
 COUNTS = (7, 0, 23, 1, 16, 11, 12, 3)  # 73 samples
 LANES, BATCH = 12, 24
 
@@ -484,7 +481,7 @@ def test_workers_that_die_at_once_are_noticed(tmp_path: Path):
     argv = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "exited unexpectedly" in done.stderr
+    assert "a process that reads ahead was lost (exit code 1)" in done.stderr
     assert "if __name__ == '__main__'" in done.stderr
 
 
@@ -506,12 +503,12 @@ def test_workers_end_with_a_rank_that_is_killed(folder: Path, delay_s: float):
     started = fork.Event()
     rank = fork.Process(target=read_slowly, args=(folder, started))
     rank.start()
-    started.wait(10)
+    started.wait(60)
     time.sleep(delay_s)
     children = psutil.Process(rank.pid).children()
     rank.kill()
     rank.join()
-    _, alive = psutil.wait_procs(children, timeout=15)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
 
 
@@ -520,8 +517,7 @@ def test_signals_while_workers_start_do_not_end_them(folder: Path):
     seen = []
 
     def send() -> None:
-        deadline = time.monotonic() + 20
-        while not ended.is_set() and time.monotonic() < deadline:
+        while not ended.is_set():
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):  # it has just ended
                     if "spawn_main" in " ".join(child.cmdline()):
@@ -566,10 +562,10 @@ def test_workers_are_ahead_by_so_many_batches_and_no_more(folder: Path, tmp_path
         stream(folder, num_workers=2, prefetch_factor=3, transform=count, global_batch_size=12)
     )
     next(batches)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while num_read() < 12 * 4 and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.3)
+    time.sleep(0.3)  # for one that would read on
     assert num_read() == 12 * 4
     batches.close()
 
@@ -628,35 +624,47 @@ def test_a_lost_worker_is_one_sentence(folder: Path):
     with pytest.raises(LostWorkerError, match=r"process that reads ahead was lost .*; start again"):
         list(batches)
     assert LostWorkerError.exit_code == 75
-    _, alive = psutil.wait_procs(lost, timeout=10)
+    _, alive = psutil.wait_procs(lost, timeout=60)
     assert not alive
+
+
+hang_at_fork: list[Path] = []  # children that are forked while a file of it is not there hang
+
+
+def _hang() -> None:
+    for flag in hang_at_fork:
+        if not flag.exists():
+            with contextlib.suppress(OSError):  # a flag that cannot be set: all of them hang
+                flag.touch()
+            time.sleep(1000)
+
+
+os.register_at_fork(after_in_child=_hang)
 
 
 def test_a_worker_that_never_begins_is_started_anew(folder: Path, monkeypatch, tmp_path):
     """As one that was forked while a thread of gloo held a lock: nothing is lost by it."""
-    begin, flag = workers._begin, tmp_path / "hung"
-
-    def hang_once(begun, worker: int) -> None:
-        if worker == 1 and not flag.exists():
-            flag.touch()
-            time.sleep(1000)
-        begin(begun, worker)
-
-    monkeypatch.setattr(workers, "_begin", hang_once)
-    monkeypatch.setattr(workers, "_BEGIN_S", {"fork": 0.5})
+    monkeypatch.setattr(workers, "BEGIN_S", {"fork": 4.0})
     before = set(psutil.Process().children())
-    found = [batch["__key__"] for batch in itertools.islice(stream(folder, num_workers=2), 5)]
-    assert flag.exists()
-    assert found == [batch["__key__"] for batch in itertools.islice(stream(folder), 5)]
-    _, alive = psutil.wait_procs(set(psutil.Process().children()) - before, timeout=10)
+    hang_at_fork.append(tmp_path / "hung")
+    try:
+        read = [batch["__key__"] for batch in itertools.islice(stream(folder, num_workers=2), 5)]
+    finally:
+        hang_at_fork.clear()
+    assert (tmp_path / "hung").exists()
+    assert read == [batch["__key__"] for batch in itertools.islice(stream(folder), 5)]
+    _, alive = psutil.wait_procs(set(psutil.Process().children()) - before, timeout=60)
     assert not alive
 
 
-def test_workers_that_never_begin_are_an_error(folder: Path, monkeypatch):
-    monkeypatch.setattr(workers, "_begin", lambda begun, worker: time.sleep(1000))
-    monkeypatch.setattr(workers, "_BEGIN_S", {"fork": 0.2})
-    with pytest.raises(LostWorkerError, match=r"did not begin within 0.2 s, 3 times; set data.nu"):
-        next(iter(stream(folder, num_workers=2)))
+def test_workers_that_never_begin_are_an_error(folder: Path, monkeypatch, tmp_path):
+    monkeypatch.setattr(workers, "BEGIN_S", {"fork": 0.2})
+    hang_at_fork.append(tmp_path / "no folder" / "flag")
+    try:
+        with pytest.raises(LostWorkerError, match=r"within 0.2 s, 3 times; set data.num_workers=0"):
+            next(iter(stream(folder, num_workers=2)))
+    finally:
+        hang_at_fork.clear()
 
 
 def wait_briefly(sample: dict) -> dict:
@@ -669,8 +677,26 @@ def test_errors_of_a_transform_stay_what_they_are(folder: Path):
         raise RuntimeError(f"no {sample['cls']}")
 
     for num_workers in (0, 1):
-        with pytest.raises(RuntimeError, match=r"no \d+"):
+        with pytest.raises(RuntimeError, match=r"no \d+") as error:
             next(iter(stream(folder, num_workers=num_workers, transform=wrong)))
+    assert "in wrong" in error.value.__notes__[0]  # where it was raised
+
+
+class Unpicklable(Exception):
+    """Its arguments are not those of its constructor."""
+
+    def __init__(self, key: str, value: object) -> None:
+        super().__init__(f"{key}: {value}")
+
+
+def test_what_cannot_be_sent_by_a_worker_is_an_error(folder: Path):
+    def fail(sample: dict) -> dict:
+        raise Unpicklable("cls", sample["cls"])
+
+    with pytest.raises(RuntimeError, match=r"Unpicklable: cls: \d+"):
+        next(iter(stream(folder, num_workers=2, transform=fail)))
+    with pytest.raises((AttributeError, TypeError), match="pickle"):
+        next(iter(stream(folder, num_workers=2, transform=lambda s: {**s, "f": lambda: 1})))
 
 
 def test_values_that_torch_has_no_type_for_stay_lists():

@@ -18,11 +18,9 @@ from dist_contrastive.data import Balance, ShardStream, index_folder, load_index
 from dist_contrastive.data.keyed_random import keyed_number
 from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.data.stream.order import SampleOrder
-from dist_contrastive.data.stream.unreadable import Skipped, substitute
+from dist_contrastive.data.stream.reader import Skipped, substitute
 from dist_contrastive.errors import DataError
 from dist_contrastive.metrics import read_rows
-
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 COUNTS = (30, 1, 25, 16)  # 72 samples
 ORDER = {"global_batch_size": 12, "lanes": 6, "seed": 2, "shuffle_window": 4}

@@ -19,8 +19,6 @@ from dist_contrastive.data.stream.order import SampleOrder
 from dist_contrastive.data.stream.weighted import WeightedOrder
 from dist_contrastive.errors import ConfigError
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
 COUNTS = ((20, 0, 13), (50, 7), (12,))
 ORDER = {"global_batch_size": 24, "lanes": 12, "seed": 4, "shuffle_window": 5}
 

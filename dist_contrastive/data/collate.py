@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from dist_contrastive.errors import DataError
 
 Batch = dict[str, Any]
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> Batch:
+def collate(samples: Sequence[dict[str, Any]], is_shared: bool = False) -> Batch:
     """Columns of one or more samples.
 
     Tensors and numeric arrays of one shape are stacked to [b, ...]; whole numbers become int64,
     other numbers float64, truth values bool, each [b]; all else stays a list of b values.
+
+    Args:
+        is_shared: stack tensors in memory that another process can be sent.
 
     Raises:
         DataError: a field that some of the samples lack.
@@ -31,7 +33,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
     for sample in samples:
         if sample.keys() != first.keys():
             raise DataError(_missing_field(first, sample))
-    return {name: _column([sample[name] for sample in samples]) for name in first}
+    return {name: _column([sample[name] for sample in samples], is_shared) for name in first}
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
@@ -55,7 +57,7 @@ def without_rows(batch: Batch) -> Batch:
     return {name: column[:0] for name, column in batch.items()}
 
 
-def _column(values: list[Any]) -> Any:
+def _column(values: list[Any], is_shared: bool) -> Any:
     if isinstance(values[0], str | bytes | dict | list) or values[0] is None:
         return values
     rows = [_as_tensor(value) for value in values]
@@ -65,17 +67,17 @@ def _column(values: list[Any]) -> Any:
     if len({row.shape for row in tensors}) > 1:
         return tensors
     try:
-        return _stack(tensors)
+        return _stack(tensors, is_shared)
     except RuntimeError:  # torch has no type for 16 unsigned bits beside signed ones, say
         return tensors
 
 
-def _stack(rows: list[Tensor]) -> Tensor:
-    """In a type that holds all, since a number may be 1 here and 1.5 there. In a worker rows are
-    written where the main process will read them, as torch's own collate does."""
+def _stack(rows: list[Tensor], is_shared: bool) -> Tensor:
+    """Rows in a type that holds all, since a number may be 1 here and 1.5 there."""
     first = rows[0]
-    if get_worker_info() is None or any(row.dtype != first.dtype for row in rows):
+    if not is_shared or any(row.dtype != first.dtype for row in rows):
         return torch.stack(rows)
+    # Private, as in torch's own collate: `share_memory_` would copy the rows once more.
     shape = (len(rows), *first.shape)
     storage = first._typed_storage()._new_shared(math.prod(shape), device=first.device)
     return torch.stack(rows, out=first.new(storage).resize_(shape))

@@ -1,4 +1,4 @@
-"""From the decoded fields of a batch to what tasks take: images, labels, a second modality."""
+"""Fields of decoded samples as tasks take them: images, labels, a second modality."""
 
 import math
 import reprlib
@@ -12,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from dist_contrastive.data.collate import Batch, collate
-from dist_contrastive.data.resize import fit_image, is_image
 from dist_contrastive.data.source import Source
 from dist_contrastive.errors import DataError, UnreadableSample
 from dist_contrastive.settings import Settings
 
 MISSING_CLASS = -1
+_MAX_ASPECT = 8  # a strip that is longer is cut before it is scaled, not after: memory
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Fields(FieldsConfig):
         changed = {
             name: fit_image(sample[name], self.image_size, self.image_channels)
             for name in (self.image, self.pair)
-            if name is not None and is_image(sample.get(name))
+            if name is not None and _is_image(sample.get(name))
         }
         return {**sample, **changed}
 
@@ -334,3 +335,42 @@ def _lacking_in(index: Source, name: str, lacking: NDArray[np.int64]) -> str:
         f"{index.shards[shard]} ({counts[shard]} there); pack them with one, leave them out, or "
         f"let them be replaced: data.max_skipped={len(lacking)}"
     )
+
+
+def _is_image(value: Any) -> TypeGuard[Tensor]:
+    """Whether a value is a decoded image: uint8 [C, H, W]."""
+    return isinstance(value, Tensor) and value.dim() == 3 and value.dtype == torch.uint8
+
+
+def fit_image(image: Tensor, size: int | None, channels: int | None) -> Tensor:
+    """An image [C, H, W], uint8, as [channels, size, size].
+
+    Args:
+        size: the shorter side is scaled to it (bilinear, antialiased), and the longer side is cut
+            in the middle; None leaves height and width.
+        channels: 1: gray by the weights of ITU-R 601, as Pillow's mode L; 3: gray repeated; None
+            leaves them.
+    """
+    if size is not None and image.shape[1:] != (size, size):
+        image = _square(image, size)
+    if channels == 3 and len(image) == 1:
+        return image.expand(3, -1, -1).contiguous()
+    if channels == 1 and len(image) == 3:
+        weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+        return (image * weights).sum(0, keepdim=True).round().to(torch.uint8)
+    return image
+
+
+def _square(image: Tensor, size: int) -> Tensor:
+    short = min(image.shape[1:])
+    image = _middle(image, *(min(side, _MAX_ASPECT * short) for side in image.shape[1:]))
+    height, width = image.shape[1:]
+    scale = size / min(height, width)
+    shape = [max(size, round(side * scale)) for side in (height, width)]
+    scaled = interpolate(image[None], shape, mode="bilinear", antialias=True)[0]
+    return _middle(scaled, size, size).contiguous()
+
+
+def _middle(image: Tensor, height: int, width: int) -> Tensor:
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width]

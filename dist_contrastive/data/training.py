@@ -19,8 +19,8 @@ from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.data.source import Source
 from dist_contrastive.data.sources import join_sources
 from dist_contrastive.data.stream.balanced import Balance
+from dist_contrastive.data.stream.reader import Skipped
 from dist_contrastive.data.stream.shard_stream import ShardStream
-from dist_contrastive.data.stream.unreadable import Skipped
 from dist_contrastive.errors import DataError, UnreadableSample
 
 logger = logging.getLogger(__name__)

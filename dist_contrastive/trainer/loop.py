@@ -3,7 +3,7 @@
 from dist_contrastive import checkpoint, collectives
 from dist_contrastive.backend import Backend
 from dist_contrastive.config import RunConfig
-from dist_contrastive.data.stream.prefetch import Prefetcher
+from dist_contrastive.data.stream.shard_stream import Prefetcher
 from dist_contrastive.data.training import DeviceBatch
 from dist_contrastive.errors import UserError
 from dist_contrastive.signals import stop_flag

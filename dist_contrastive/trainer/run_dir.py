@@ -31,7 +31,7 @@ from dist_contrastive.backend import Backend
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.record import write_record
 from dist_contrastive.data.source import Source
-from dist_contrastive.data.stream.unreadable import Skipped, check_skipped
+from dist_contrastive.data.stream.reader import Skipped, check_skipped
 from dist_contrastive.errors import ChangedError, ConfigError, LockedError, NoProgressError
 
 _MODULES, _ATTEMPTS, _LOCK = "modules.json", "attempts.json", "lock"

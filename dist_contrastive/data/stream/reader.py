@@ -1,20 +1,33 @@
-"""The rows of one process in every batch: which they are, and reading them."""
+"""Reader of the rows of one process in every batch; unreadable samples are replaced.
 
-from collections.abc import Callable, Collection, Iterator
+Substitutes are known from the order alone: every rank, at any time, would choose the same.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from dist_contrastive.data.collate import Batch, collate, without_rows
+from dist_contrastive.data.keyed_random import keyed_number
 from dist_contrastive.data.source import Source
 from dist_contrastive.data.stream.order import Order
-from dist_contrastive.data.stream.unreadable import (
-    MAX_ATTEMPTS,
-    Skipped,
-    check_skipped,
-    substitute,
-)
 from dist_contrastive.errors import DataError, UnreadableSample
 
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
+
+_REPLACE_KEY = 6  # first word of a generator's key; the orders have the others below 8
+_MAX_ATTEMPTS = 1000  # draws of a substitute for one sample
+
+
+class Skipped(NamedTuple):
+    """A sample that could not be read, and the one that took its place."""
+
+    epoch: int
+    sample: int
+    shard: str
+    key: str | None
+    reason: str
+    replaced_by: int  # a sample number
 
 
 class Part(NamedTuple):
@@ -59,17 +72,21 @@ class Reader:
         self.max_skipped = max_skipped
         self._skipped: list[Skipped] = []  # one of each sample that proved unreadable
 
-    def parts(self, part: int = 0, parts: int = 1) -> Iterator[Part]:
-        """The part-th of equal, consecutive parts of this rank's rows of every batch."""
+    def parts(self, part: int = 0, parts: int = 1, is_shared: bool = False) -> Iterator[Part]:
+        """The part-th of equal, consecutive parts of this rank's rows of every batch.
+
+        Args:
+            is_shared: as of `collate`.
+        """
         start = self.consumed
         while self.total is None or start < self.total:
             stop = start + self.order.global_batch_size
             if self.total is not None:
                 stop = min(stop, self.total)
-            yield self._part(start, stop, part, parts)
+            yield self._part(start, stop, part, parts, is_shared)
             start = stop
 
-    def _part(self, start: int, stop: int, part: int, parts: int) -> Part:
+    def _part(self, start: int, stop: int, part: int, parts: int, is_shared: bool) -> Part:
         position = self.order.position
         spans = [(lane, position(lane, start), position(lane, stop)) for lane in self.lanes]
         count = sum(last - first for _, first, last in spans)
@@ -85,11 +102,11 @@ class Reader:
         skipped: list[Skipped] = []
         rows = [self._read_or_replace(epoch, number, skipped) for epoch, number in wanted]
         if rows:
-            return Part(stop, collate(rows), skipped)
+            return Part(stop, collate(rows, is_shared), skipped)
         return Part(stop, None if count or part else self._empty(stop), skipped)
 
     def _empty(self, stop: int) -> Batch:
-        """A batch without rows: some sample tells the fields, types and shapes."""
+        """A batch without rows, with fields, types and shapes of some sample."""
         last = self.order.position(self.lanes[0], stop) - 1
         epochs, numbers = self.order.samples(self.lanes[0], last, last + 1)
         return without_rows(collate([self._read_or_replace(int(epochs[0]), int(numbers[0]), [])]))
@@ -99,13 +116,13 @@ class Reader:
         sample, attempt = number, 0
         while True:
             try:
-                found = self._read(epoch, sample)
+                row = self._read(epoch, sample)
                 break
             except UnreadableSample as error:
                 tried[sample] = str(error)
                 self._note(epoch, sample, str(error))
             while sample in tried:
-                if attempt >= MAX_ATTEMPTS:
+                if attempt >= _MAX_ATTEMPTS:
                     raise DataError(
                         f"{len(tried)} samples that could take the place of each other cannot be "
                         f"read; last: {tried[sample]}"
@@ -113,7 +130,7 @@ class Reader:
                 sample = substitute(self.order, epoch, number, attempt)
                 attempt += 1
         skipped += [self._record(epoch, *one, replaced_by=sample) for one in tried.items()]
-        return found
+        return row
 
     def _note(self, epoch: int, sample: int, reason: str) -> None:
         if all(one.sample != sample for one in self._skipped):
@@ -138,3 +155,40 @@ def _cut(spans: list[tuple[int, int, int]], begin: int, end: int) -> Iterator[tu
         if low < high:
             yield lane, first + low, first + high
         at += last - first
+
+
+def substitute(order: Order, epoch: int, sample: int, attempt: int) -> int:
+    """Number of the sample that takes the place of another one.
+
+    Drawn by a key (seed, epoch, sample, attempt) from `order.alternatives(sample)`, which keeps it
+    in its class or source.
+    """
+    choices = order.alternatives(sample)
+    key = _REPLACE_KEY, epoch, sample, attempt
+    return int(choices[keyed_number(len(choices), order.seed, *key)])
+
+
+def check_skipped(skipped: Iterable[Skipped], max_skipped: int) -> None:
+    """Refuse to go on where more samples than the bound were skipped.
+
+    Raises:
+        DataError: more than `max_skipped` different samples, naming shards.
+    """
+    first: dict[int, Skipped] = {}
+    for one in skipped:
+        first.setdefault(one.sample, one)
+    if len(first) > max_skipped:
+        raise DataError(_too_many(list(first.values()), max_skipped))
+
+
+def _too_many(skipped: list[Skipped], max_skipped: int) -> str:
+    if max_skipped == 0:
+        return skipped[0].reason
+    counts = Counter(one.shard for one in skipped)
+    shards = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    named = ", ".join(f"{shard} ({count})" for shard, count in shards[:4])
+    more = f" and {len(shards) - 4} more" if len(shards) > 4 else ""
+    return (
+        f"{len(skipped)} samples cannot be read, more than max_skipped={max_skipped}: in {named}"
+        f"{more}; first: {skipped[0].reason}"
+    )

@@ -1,11 +1,15 @@
-"""The stream: batches as a function of the index, the seed and the number of samples consumed.
+"""Stream of batches: a function of the index, the seed and the number of samples consumed.
 
 The order of samples is that of `order`, `balanced` or `weighted`. Here ranks divide the lanes of
 each batch among themselves, and their workers the rows. Neither changes what a global batch is.
 """
 
-from collections.abc import Collection, Generator, Sequence
-from typing import Any
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -13,12 +17,14 @@ from dist_contrastive.data.collate import Batch
 from dist_contrastive.data.sources import Location, join_sources, open_locations
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.order import Order, SampleOrder, Tail, nearest_multiples
-from dist_contrastive.data.stream.reader import Reader, Transform
-from dist_contrastive.data.stream.unreadable import Skipped, check_skipped
+from dist_contrastive.data.stream.reader import Reader, Skipped, Transform, check_skipped
 from dist_contrastive.data.stream.weighted import WeightedOrder
 from dist_contrastive.data.stream.workers import StartMethod, read_by_workers
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.settings import Settings
+
+_T = TypeVar("_T")
+_POLL_S = 0.1  # between two calls of `stop` while an item is awaited
 
 
 class ShardStream:
@@ -220,3 +226,78 @@ def _division_fix(batch: int, lanes: int, world_size: int) -> str:
         return f"set lanes={min(fits, key=lambda n: abs(n - lanes))}"
     lanes_text = nearest_multiples(lanes, world_size)
     return f"set lanes={lanes_text} and a global_batch_size that is a multiple of them"
+
+
+class _Item(NamedTuple, Generic[_T]):
+    value: _T
+
+
+class Prefetcher(Generic[_T]):
+    """Items of an iterator, in their order, made up to `depth` ahead by a thread.
+
+    The first one is made by the caller, in whose thread processes may be forked. A context manager:
+    at its end the thread ends too, after the item that it is making, and closes the iterator; it is
+    not awaited for longer than `leave_s` seconds.
+    """
+
+    def __init__(self, items: Iterator[_T], depth: int, leave_s: float = 5.0) -> None:
+        self._items = items
+        self._leave_s = leave_s
+        # The one that the thread holds while there is no room is one more.
+        self._made: queue.Queue[_Item[_T] | BaseException] = queue.Queue(max(1, depth - 1))
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def get(self, stop: Callable[[], bool] = lambda: False) -> _T | None:
+        """The next item; None after the last one, or if `stop` becomes true while it is awaited.
+
+        Raises: what the iterator raised in the place of this item.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._make, daemon=True)
+            first = next(self._items, None)
+            self._thread.start()
+            return first
+        while not stop():
+            with contextlib.suppress(queue.Empty):
+                made = self._made.get(timeout=_POLL_S)
+                if isinstance(made, _Item):
+                    return made.value
+                self._made.put(made)  # for the next call too
+                if isinstance(made, StopIteration):
+                    return None
+                raise made
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        if self._thread is None or not self._thread.is_alive():
+            _close(self._items)
+            return
+        deadline = time.monotonic() + self._leave_s
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):  # it may wait for room
+                self._made.get_nowait()
+            self._thread.join(_POLL_S / 10)
+
+    def _make(self) -> None:
+        try:
+            for item in self._items:
+                self._made.put(_Item(item))
+                if self._stopped.is_set():
+                    break
+            else:
+                self._made.put(StopIteration())
+        except BaseException as error:  # all that may end a thread is the caller's
+            self._made.put(error)
+        finally:
+            _close(self._items)
+
+
+def _close(items: Iterator[_T]) -> None:
+    end = getattr(items, "close", None)
+    if end is not None:
+        end()

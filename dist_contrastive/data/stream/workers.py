@@ -1,171 +1,241 @@
-"""Reading by several processes: each makes a part of every batch, and the parts are joined."""
+"""Reading by several processes: each makes a part of every batch, and the parts are joined.
+
+Not torch's DataLoader: only through private attributes of its iterator would it end a worker that
+waits for a server, or start anew one that hangs since its fork.
+"""
 
 import atexit
-import multiprocessing
+import contextlib
 import os
 import pickle
+import random
 import signal
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torch.utils.data._utils import signal_handling
+from torch import Tensor, multiprocessing
 
 from dist_contrastive.data.collate import Batch, join_batches
 from dist_contrastive.data.stream.reader import Part, Reader
 from dist_contrastive.errors import DataError, LostWorkerError
 from dist_contrastive.signals import STOP_SIGNALS
 
-_SMALL = 1 << 16  # bytes
-_LEAVE_S = 1.0  # for what a worker is doing when it is told to end
-_LOOK_S = 0.1
+BEGIN_S = {"fork": 20.0, "spawn": 300.0, "forkserver": 300.0}  # the latter import torch first
 _STARTS = 3
-_BEGIN_S = {"fork": 20.0, "spawn": 300.0, "forkserver": 300.0}  # the latter import torch first
+_SMALL = 1 << 16  # bytes
+_LEAVE_S = 1.0  # to finish a part after the end was requested
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
+
+
+class _Worker(NamedTuple):
+    process: BaseProcess
+    pipe: Connection
+
+
+class _Failure(NamedTuple):
+    """Exception of a worker, in the place of its next part."""
+
+    error: Exception
 
 
 def read_by_workers(
     reader: Reader, num_workers: int, prefetch_factor: int, start_method: StartMethod
 ) -> Iterator[Part]:
-    """`reader.parts()`, made by so many processes.
+    """`reader.parts()`, made by several processes.
 
-    The loader asks the workers in turn, in their order. Each works ahead by at most
-    `prefetch_factor` batches, so that no more than that are in memory.
+    Each works ahead by at most `prefetch_factor` batches, so that no more than that are in memory.
+
+    Raises:
+        LostWorkerError: a process was killed, or did not begin. Other exceptions of a process, as a
+            DataError, are raised here.
     """
     stored = None if start_method == "fork" else _store(reader)
-    worker = _Worker(reader if stored is None else None, stored)
-    try:
-        parts = _started(worker, num_workers, prefetch_factor, start_method)
-    except BaseException:
-        if stored is not None:
-            stored.unlink(missing_ok=True)
-        raise
-    # Workers ignore signals, so an exit that only signals and then awaits them would hang.
-    end = partial(_end, parts, stored)
+    workers: list[_Worker] = []
+    end = partial(_end, workers, stored)
+    # Workers ignore signals, so an exit that only signals and then joins them would hang.
     atexit.register(end)
     try:
-        while received := _next_parts(parts, num_workers):
-            for part in received:
-                if isinstance(part, _Failure):
-                    raise part.kind(part.message)
+        source = reader if stored is None else stored
+        _start(workers, source, num_workers, start_method)
+        for worker in workers:
+            for _ in range(prefetch_factor):
+                _request(worker)
+        while parts := _next_parts(workers):
             batches = [
                 {name: _received(column) for name, column in part.batch.items()}
-                for part in received
+                for part in parts
                 if part.batch is not None
             ]
-            skipped = [one for part in received for one in part.skipped]
-            yield Part(received[0].stop, join_batches(batches), skipped)
+            skipped = [one for part in parts for one in part.skipped]
+            yield Part(parts[0].stop, join_batches(batches), skipped)
     finally:
         end()  # now, even while an exception holds this frame
         atexit.unregister(end)
 
 
-def _started(
-    worker: "_Worker", num_workers: int, prefetch_factor: int, start_method: StartMethod
-) -> Any:
-    """The loader's iterator, all of whose workers have begun.
+def _start(
+    workers: list[_Worker], source: Reader | Path, num_workers: int, start_method: StartMethod
+) -> None:
+    """Fill the list with workers that have begun.
 
     A forked one may never begin: where a thread of gloo lets go of a tensor in that instant, the
     copy of Python waits for a lock that the thread has in the original only. Such are started anew.
+    A forkserver has no such threads, but transforms must be pickled for it, and the index, 8 + 14 F
+    bytes a sample, is copied for each worker.
     """
-    context = multiprocessing.get_context(start_method)
-    of_child = signal.getsignal(signal.SIGCHLD)
+    context: Any = multiprocessing.get_context(start_method)
     for _ in range(_STARTS):
-        begun = context.Semaphore(0)
-        loader: DataLoader[Any] = DataLoader(
-            worker,
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=prefetch_factor,
-            multiprocessing_context=context,
-            collate_fn=_unchanged,
-            worker_init_fn=partial(_begin, begun),
-            # The loader draws a base seed; from the global generator that would make the model's
-            # own random numbers depend on the number of workers.
-            generator=torch.Generator(),
-        )
-        # Held back here and in what is started meanwhile, until that ignores them by itself.
+        # Held back in what is started meanwhile, until that ignores them by itself.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            parts = iter(loader)
+            for number in range(num_workers):
+                pipe, other = context.Pipe()
+                process = context.Process(
+                    target=_work, args=(source, number, num_workers, other), daemon=True
+                )
+                process.start()
+                other.close()  # then its end is noticed here
+                workers.append(_Worker(process, pipe))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        # The loader's handler would raise wherever this process is when a worker is lost, in the
-        # middle of a collective too. It looks for lost ones by itself while it waits for them.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, of_child)
-        if _have_begun(parts, begun, _BEGIN_S[start_method]):
-            return parts
-        _end_workers(parts)
+        deadline = time.monotonic() + BEGIN_S[start_method]
+        if all(_has_begun(worker, deadline) for worker in workers):
+            return
+        _end(workers, None)
     raise LostWorkerError(
-        f"processes that read ahead did not begin within {_BEGIN_S[start_method]:g} s, {_STARTS} "
+        f"processes that read ahead did not begin within {BEGIN_S[start_method]:g} s, {_STARTS} "
         f"times; set data.num_workers=0 or another data.worker_start, or start again"
     )
 
 
-def _have_begun(parts: Any, begun: Any, timeout_s: float) -> bool:
-    """Whether all workers have, or one has died, of which the loader will tell."""
-    deadline = time.monotonic() + timeout_s
-    for _ in parts._workers:
-        while not begun.acquire(timeout=_LOOK_S):
-            if not all(process.is_alive() for process in parts._workers):
-                return True
-            if time.monotonic() > deadline:
-                return False
+def _has_begun(worker: _Worker, deadline: float) -> bool:
+    """Whether a worker has begun, or was lost, as its first part will show."""
+    timeout = max(0.0, deadline - time.monotonic())
+    if not wait([worker.pipe, worker.process.sentinel], timeout):
+        return False
+    with contextlib.suppress(EOFError, OSError):
+        if worker.pipe.poll():
+            worker.pipe.recv()
     return True
 
 
-def _next_parts(parts: Any, num_workers: int) -> list[Any]:
-    """What each of the workers made of the next batch; none after the last."""
+def _request(worker: _Worker) -> None:
+    """Ask for one more part; a worker that was lost is noticed when the part is missing."""
+    with contextlib.suppress(OSError):
+        worker.pipe.send(True)
+
+
+def _next_parts(workers: list[_Worker]) -> list[Part]:
+    """Parts of the next batch, one of each worker; none after the last batch."""
+    parts: list[Part] = []
+    for worker in workers:
+        message = _receive(worker)
+        if isinstance(message, _Failure):
+            raise message.error
+        if message is None:
+            return []
+        parts.append(message)
+        _request(worker)
+    return parts
+
+
+def _receive(worker: _Worker) -> Any:
+    # The sentinel too: processes forked meanwhile may hold the other end of the pipe open.
+    wait([worker.pipe, worker.process.sentinel])
     try:
-        first = next(parts, None)
-        return [] if first is None else [first, *(next(parts) for _ in range(1, num_workers))]
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
-            raise  # of a transform
-        raise LostWorkerError(
-            f"a process that reads ahead was lost ({error}); if it was killed for memory, lower "
-            f"data.num_workers or data.prefetch_factor; start again"
-        ) from error
+        if worker.pipe.poll():
+            return worker.pipe.recv()
+        reason = ""
+    except (EOFError, OSError) as error:
+        reason = f"{error}; "
+    worker.process.join(_LEAVE_S)
+    raise LostWorkerError(
+        f"a process that reads ahead was lost ({reason}exit code {worker.process.exitcode}); if it "
+        f"was killed for memory, lower data.num_workers or data.prefetch_factor; start again"
+    )
 
 
-class _Failure:
-    """A worker's DataError. The loader would wrap an exception's text in a traceback."""
+def _end(workers: list[_Worker], stored: Path | None) -> None:
+    """End all workers, together; kill those that wait for a server."""
+    for worker in workers:
+        with contextlib.suppress(OSError):
+            worker.pipe.send(False)
+    deadline = time.monotonic() + _LEAVE_S
+    for process, _ in workers:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process, pipe in workers:
+        process.kill()
+        process.join()
+        pipe.close()
+    workers.clear()
+    if stored is not None:
+        stored.unlink(missing_ok=True)
 
-    def __init__(self, error: DataError) -> None:
-        self.kind = type(error)
-        self.message = str(error)
+
+def _work(source: Reader | Path, number: int, num_workers: int, pipe: Connection) -> None:
+    """Main function of a worker: a part for each request, until there is none or the rank ends.
+
+    Ctrl-C, a scheduler's warning and torchrun's SIGTERM reach every process of the group; a worker
+    that died of one would take the rank along before it has saved. A forked one inherits its
+    handlers, too.
+    """
+    for name in STOP_SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+    pipe.send(True)  # it has begun
+    reader = source if isinstance(source, Reader) else pickle.loads(source.read_bytes())
+    messages = _messages(reader, number, num_workers)
+    # Sent by a thread: a part that is larger than the pipe holds waits there to be received.
+    with ThreadPoolExecutor(1) as sender:
+        while pipe.recv():
+            sender.submit(pipe.send_bytes, next(messages))
+        os._exit(0)  # whatever is still being sent
 
 
-class _Worker(IterableDataset[Any]):
-    """Iterated in a worker: its part of every batch, or a `_Failure` and then no more."""
+def _messages(reader: Reader, number: int, num_workers: int) -> Iterator[bytes]:
+    """Pickled parts, or a failure and then no more."""
+    try:
+        for part in reader.parts(number, num_workers, is_shared=True):
+            yield _pickled(part._replace(batch=_without_handles(part.batch)))
+    except DataError as error:
+        yield _pickled(_Failure(error))
+    except Exception as error:
+        yield _pickled(_Failure(_portable(error)))
+    while True:
+        yield _pickled(None)
 
-    def __init__(self, reader: Reader | None, stored: Path | None) -> None:
-        self.reader = reader
-        self.stored = stored
 
-    def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        assert worker is not None
-        reader = self.reader
-        if self.stored is not None:
-            with self.stored.open("rb") as file:
-                reader = pickle.load(file)
-        assert reader is not None
-        try:
-            for part in reader.parts(worker.id, worker.num_workers):
-                yield part._replace(batch=_without_handles(part.batch))
-        except DataError as error:
-            yield _Failure(error)
+def _pickled(message: Any) -> bytes:
+    return bytes(ForkingPickler.dumps(message))
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception with its traceback as a note, or its text where it cannot be pickled."""
+    try:
+        copy: Exception = pickle.loads(pickle.dumps(error))
+    except Exception:
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+    copy.add_note("in a process that reads ahead:\n" + "".join(traceback.format_exception(error)))
+    return copy
 
 
 def _without_handles(batch: Batch | None) -> Batch | None:
@@ -196,61 +266,12 @@ def _received(column: Any) -> Any:
 
 
 def _store(reader: Reader) -> Path:
-    """A file that workers read it from. Through the pipe by which they are started, which holds
-    64 KiB, a large index would wait for ever where a worker dies before it reads."""
+    """File that workers read the reader from. Through the pipe by which they are started, which
+    holds 64 KiB, a large index would wait for ever where a worker dies before it reads."""
     handle, name = tempfile.mkstemp(prefix="dist-contrastive-reader-")
     with os.fdopen(handle, "wb") as file:
         pickle.dump(reader, file)
     return Path(name)
-
-
-def _end(parts: Any, stored: Path | None) -> None:
-    if not parts._shutdown:  # as it does by itself after the last part
-        _end_workers(parts)
-    if stored is not None:
-        stored.unlink(missing_ok=True)
-
-
-def _end_workers(parts: Any) -> None:
-    """Tell all workers to end, and kill those that wait for a server.
-
-    First they are told: one that is killed while it looks whether it was told would keep the lock
-    of that from the loader, for ever. Then they are awaited together, where the loader would do it
-    one by one. It must not take for a failure that some are killed.
-    """
-    parts._workers_done_event.set()
-    for wanted in parts._index_queues:
-        wanted.put(None)
-    deadline = time.monotonic() + _LEAVE_S
-    for process in parts._workers:
-        process.join(max(0.0, deadline - time.monotonic()))
-    if parts._worker_pids_set:
-        signal_handling._remove_worker_pids(id(parts))
-        parts._worker_pids_set = False
-    for process in parts._workers:
-        process.kill()
-    parts._shutdown_workers()
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _begin(begun: Any, worker: int) -> None:
-    """Tell that the worker has begun; leave signals to the main process, and end with it.
-
-    Ctrl-C, a scheduler's warning and torchrun's SIGTERM reach every process of the group; a worker
-    that died of one would take the rank along before it has saved. A forked one inherits its
-    handlers, too.
-
-    A worker that is told to end does so. The loader's own watch over a rank that was killed looks
-    whether the parent has changed since it began, so it waits for ever where that happened before.
-    """
-    for name in STOP_SIGNALS:
-        signal.signal(name, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    begun.release()
 
 
 def _end_with_parent() -> None:
