@@ -534,7 +534,7 @@ def test_signals_while_workers_start_do_not_end_them(folder: Path):
         ended.set()
         thread.join()
     assert ours == naive_batches(COUNTS, BATCH, LANES, 5, 3, "carry", 1)
-    assert len(set(seen)) == 2
+    assert len(set(seen)) >= 2  # and what they fork for a moment
     assert len(seen) > 20
 
 
