@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "digits_encoder.yaml"
 TIMEOUT_S = 300
-PARTS = ("command and queue", "nodes looked at", "ranks started", "run opened", "first step")
+PARTS = ("command and queue", "nodes checked", "ranks started", "run opened", "first step")
 
 
 def main() -> None:

@@ -155,7 +155,7 @@ def _start(local_run: LocalRun, number: int) -> int:
         return root_cause([(f.timestamp, f.exitcode) for f in error.failures.values()])
     except RendezvousError as error:
         _log.error(
-            "launch.local: the %d machines did not meet at %s, or lost each other (%s)",
+            "launch.local: the %d machines had no rendezvous at %s, or lost each other (%s)",
             *(local_run.machines, local_run.endpoint),
             (str(error) or type(error).__name__).splitlines()[0],  # stacks of C++ follow
         )

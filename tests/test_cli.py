@@ -19,7 +19,9 @@ import dist_contrastive
 from dist_contrastive import cli
 from dist_contrastive.cli import main
 from dist_contrastive.cli.exit_codes import reporting_errors
+from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.settings import settings_in
 from launch import local
 from launch.slurm import __main__ as launch_slurm
 
@@ -250,6 +252,57 @@ def test_shell_completion():
         command(), env={**environment(), **variables}, capture_output=True, text=True
     )
     assert done.stdout.split() == ["index", "inspect"], done.stderr
+
+
+def settings_of(capsys: pytest.CaptureFixture[str], *section: str) -> dict[str, list[dict]]:
+    """Rows of `config SECTION --json` by their keys."""
+    assert main(["config", *section, "--json"]) == 0
+    rows: dict[str, list[dict]] = {}
+    for row in json.loads(capsys.readouterr().out):
+        rows.setdefault(row["key"], []).append(row)
+    return rows
+
+
+def test_config_has_every_setting_with_type_default_limits_unit_and_help(capsys):
+    rows = settings_of(capsys)
+    (lr,) = rows["optim.lr"]
+    assert (lr["type"], lr["default"], lr["limits"]) == ("float", 1e-3, "more than 0")
+    assert rows["train.steps"][0]["unit"] == "steps"
+    assert rows["run_dir"][0]["required"]
+    lines = [row for same in rows.values() for row in same]
+    assert [row["key"] for row in lines if not row["help"]] == []
+    known = RunConfig.model_fields
+    assert {key.split(".")[0] for key in rows} == set(known)
+    for name, field in known.items():
+        for group in settings_in(field.annotation, field.metadata):
+            assert {f"{name}.{inner}" for inner in group.model_fields} <= set(rows)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "words"),
+    [
+        ("optim", "optim.warmup_steps", "steps"),
+        ("loss", "task.loss.temperature", "more than 0"),
+        ("infonce", "task.loss.temperature", "0.07"),
+        ("two_view", "task.views", "required"),
+    ],
+)
+def test_config_of_a_section_or_a_component(section, key, words, capsys):
+    assert main(["config", section]) == 0
+    table = capsys.readouterr().out
+    assert table.split()[:4] == ["key", "type", "default", "help"]
+    line = next(line for line in table.splitlines() if line.startswith(f"{key} "))
+    assert words in line
+    assert "run_dir" not in table
+    assert key in settings_of(capsys, section)
+
+
+def test_config_of_what_is_not_there(capsys):
+    assert main(["config", "optm"]) == 64
+    message = capsys.readouterr().err
+    assert "'optm'" in message
+    assert "optim" in message
+    assert len(message.strip().splitlines()) == 1
 
 
 def test_log_records_go_to_stderr_only_while_a_command_runs(capsys):

@@ -81,7 +81,7 @@ def test_a_run_that_is_requeued_preempted_cancelled_and_resumed(slurm, tmp_path,
     requeued_at = saved(run_dir)
     slurm.await_step(run_dir, requeued_at + 5)
     slurm.ask("sbatch", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
-    wait_for(lambda: slurm.restarts(run_dir) == 2, 60, lambda: slurm.story(run_dir))
+    wait_for(lambda: slurm.restarts(run_dir) == 2, 120, lambda: slurm.story(run_dir))
     preempted_at = saved(run_dir)
     slurm.await_step(run_dir, preempted_at + 5)
     assert main(["cancel", str(run_dir)]) == 0
@@ -109,7 +109,7 @@ def test_scancel_saves(slurm, tmp_path, overrides):
     slurm.await_step(run_dir, 3)
     slurm.ask("scancel", last_record(run_dir).job)
     slurm.await_state(run_dir, "CANCELLED")
-    wait_for(lambda: saved(run_dir) >= 3, 30)
+    wait_for(lambda: saved(run_dir) >= 3, 120)
     assert saved(run_dir) == last_step(run_dir)
 
 
@@ -154,7 +154,10 @@ def test_a_sweep_runs_two_at_a_time(slurm, tmp_path, overrides, capsys):
         (["--gpus-per-node", "3"], "--gpus-per-node 3: the largest node of the default partition"),
         (["--cpus-per-task", "99"], "has 16 CPUs; ask for 16 or fewer"),
         (["--nodes", "2", "--memory-gb", "999"], "sbatch does not take the job: "),
-        (["--time", "1", "--signal-lead-s", "60"], "--time 1: a job is told to save 60 s before"),
+        (
+            ["--time", "1", "--signal-lead-s", "60"],
+            "--time 1: a job gets the signal to save 60 s before",
+        ),
         (["--nodes", "3", "--tasks-per-node", "3"], "lanes=6 is not divisible by world_size=9"),
         (["optim.magic=1"], "optim.magic is not a known setting"),
     ],

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,6 +17,9 @@ from dist_contrastive.cli.app import (
     run,
 )
 from dist_contrastive.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dist_contrastive.config.reference import Row
 
 # torch and the rest are imported by the commands that need them: --help answers at once.
 
@@ -151,6 +154,42 @@ def _sample(
     out = out or run / "samples"
     grid = write_samples(run, out, count, classes, guidance, seed)
     print(f"{count} samples in {out}, all in {grid}")
+
+
+@app.command(
+    "config",
+    epilog=examples(
+        "dist-contrastive config optim",
+        "dist-contrastive config infonce",
+        "dist-contrastive config loss --json",
+    ),
+)
+def _config(
+    section: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SECTION",
+            help="A name in a key, as task, loss, data or optim, or of a component, as infonce.",
+            show_default="all",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+) -> None:
+    """List the settings of a run: type, limits, unit, default, help."""
+    from dist_contrastive.config.reference import as_json, reference
+    from dist_contrastive.tables import print_table
+
+    rows = reference(section)
+    if json:
+        print(as_json(rows))
+        return
+    print_table(["key", "type", "default", "help"], [_setting_cells(row) for row in rows])
+
+
+def _setting_cells(row: "Row") -> tuple[str, str, str, str]:
+    component = row.when.rpartition("=")[2].replace("|", " | ")
+    kind = ", ".join(filter(None, (row.type, row.limits, row.unit)))
+    return row.key, kind, row.default, f"{row.help} ({component})" if component else row.help
 
 
 @app.command(

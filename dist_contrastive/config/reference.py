@@ -55,7 +55,8 @@ def reference(section: str | None = None) -> list[Row]:
     """Settings of a run, in the order of the file.
 
     Args:
-        section: a name in the key, as ``optim``, ``task``, ``loss`` or ``encoder``; None: all.
+        section: a name in the key, as ``optim``, ``task``, ``loss`` or ``encoder``, or that of a
+            component, as ``infonce``; None: all.
 
     Raises:
         ConfigError: no key has such a name.
@@ -63,13 +64,18 @@ def reference(section: str | None = None) -> list[Row]:
     rows = _merged(_rows(RunConfig, "", ""))
     if section is None:
         return rows
-    chosen = [row for row in rows if section in row.key.split(".")]
+    chosen = [row for row in rows if section in _names(row)]
     if not chosen:
-        names = list(dict.fromkeys(name for row in rows for name in row.key.split(".")))
+        names = list(dict.fromkeys(name for row in rows for name in _names(row)))
         near = difflib.get_close_matches(section, names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_sections(rows))}"
         raise ConfigError(f"there is no setting or section {section!r}; {hint}")
     return chosen
+
+
+def _names(row: Row) -> list[str]:
+    """Names by which a setting is found: those in its key, and its components."""
+    return [*row.key.split("."), *row.when.rpartition("=")[2].split("|")]
 
 
 def as_json(rows: Iterable[Row]) -> str:

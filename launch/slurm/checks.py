@@ -45,8 +45,8 @@ def check_lead(lead_s: int, options: Options) -> None:
     """Raise ConfigError where a job would get the signal to save before it has begun."""
     if lead_s >= options.time_min * 60:
         raise ConfigError(
-            f"--time {options.time}: a job is told to save {lead_s} s before its end, which leaves "
-            f"no time to train; give it more, or a shorter --signal-lead-s"
+            f"--time {options.time}: a job gets the signal to save {lead_s} s before its end, "
+            f"which leaves no time to train; give it more, or a shorter --signal-lead-s"
         )
 
 

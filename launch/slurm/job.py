@@ -18,9 +18,11 @@ class Job:
     """Trains a config; its state is in the run directory, never in what was submitted.
 
     Args:
-        config: YAML file. cwd: where it was submitted, for paths in it.
-        cancelled: folder in which a file JOB.cancelled says that the job is not to go on.
-        port: where ranks of submitit's local executor meet; those of SLURM find one in the job.
+        config: YAML file.
+        cwd: folder in which it was submitted, for paths in it.
+        cancelled: folder in which a file JOB.cancelled keeps the job from being requeued.
+        port: rendezvous of the ranks of submitit's local executor; the batch script of SLURM
+            chooses one itself.
     """
 
     def __init__(self, config: Path, cwd: Path, cancelled: Path, port: int = 0) -> None:

@@ -128,7 +128,7 @@ def submit(submission: Submission) -> list[str]:
         jobs = _prepare(submission, folder)
     make = _local_executor if submission.cluster == "local" else _slurm_executor
     executor = make(submission, folder)
-    # A job may submit another one. What sbatch says submitit prints, besides raising it.
+    # A job may submit another one. submitit prints the message of sbatch, besides raising it.
     environment = clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
     try:
         with environment, redirect_stderr(StringIO()), executor.batch():
@@ -203,7 +203,7 @@ def _slurm_executor(submission: Submission, folder: Path) -> "_SlurmExecutor":
 
 
 class _SlurmExecutor(submitit.SlurmExecutor):
-    """Also where there is no SLURM, to look at a script."""
+    """Executor that makes scripts also where there is no SLURM."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -240,7 +240,7 @@ def _environment(options: Options, folder: Path) -> list[str]:
 
 
 def _local_executor(submission: Submission, folder: Path) -> submitit.LocalExecutor:
-    """submitit's own stand-in for a cluster: processes of this machine."""
+    """submitit's executor without a cluster: processes of this machine."""
     options = submission.options
     threads = max(1, (os.cpu_count() or 1) // options.world_size)
     executor = submitit.LocalExecutor(folder, python=options.python_command)
