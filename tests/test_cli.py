@@ -284,7 +284,7 @@ def test_config_has_every_setting_with_type_default_limits_unit_and_help(capsys)
         ("optim", "optim.warmup_steps", "steps"),
         ("loss", "task.loss.temperature", "more than 0"),
         ("infonce", "task.loss.temperature", "0.07"),
-        ("two_view", "task.views", "required"),
+        ("two_view", "task.views", "augmentation"),
     ],
 )
 def test_config_of_a_section_or_a_component(section, key, words, capsys):
