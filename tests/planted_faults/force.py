@@ -34,7 +34,7 @@ FAULTS = [
         "        if weights is None:",
         "times = 2 if one_block and tile.row_kind != tile.key_kind else 1\n"
         "        if weights is None:",
-        (ONE + "test_neither_cache_nor_tiles_change_the_numbers",),
+        (ONE + "test_seed_loss_and_gradient_through_the_scale",),
     ),
     (
         "the gradient of the scale ignores points as keys",
