@@ -158,7 +158,7 @@ FAULTS = [
     (
         "labels are numbered by each rank",
         FORCE + "inputs.py",
-        "everyones = collectives.gather_rows(everyones.contiguous(), sizes, group)",
+        "all_labels = collectives.gather_rows(all_labels.contiguous(), sizes, group)",
         "pass",
         (RANKS + "test_ranks_find_what_one_process_finds[2]",),
     ),

@@ -1,4 +1,4 @@
-"""What the contrastive force is given: points of three kinds, checked on all ranks together."""
+"""Inputs of the contrastive force: points of three kinds, checked on all ranks together."""
 
 import math
 from dataclasses import dataclass
@@ -16,22 +16,23 @@ KINDS = {"negative": GENERATED, "fixed": FIXED, "positive": POSITIVE}
 
 
 @dataclass(frozen=True)
-class KindOfPoints:
-    """What the loss is given of one kind of points."""
+class PointKind:
+    """Points of one kind, with their labels and weights."""
 
     points: Tensor  # [..., n, D]
     labels: Tensor | None = None  # [n]
     weights: Tensor | None = None  # [n] or [..., n]
 
 
-Given = dict[str, KindOfPoints]
+Kinds = dict[str, PointKind]
+"""By names of `KINDS`, in their order."""
 
 _ENOUGH_ROWS = 256  # for a median
 
 
 @dataclass(frozen=True)
 class ForceInputs:
-    """This rank's points, ready to be compared and sent: `pairwise.points.Points` takes them."""
+    """This rank's points, ready to be compared and sent."""
 
     rows: Tensor  # [R, G, D] in at least fp32, sorted by kind and label
     tags: Tensor  # [R, 2] int64: kind, and label from 0 (all 0 where there are none)
@@ -47,11 +48,11 @@ class ForceInputs:
         return self.tags[: self.num_generated, 1]
 
 
-def force_inputs(group: Group, are_compared: bool, given: Given) -> ForceInputs:
+def force_inputs(group: Group, are_compared: bool, kinds: Kinds) -> ForceInputs:
     """Points with labels and weights as rows.
 
     Args:
-        given: by names of `KINDS`; `fixed` may be left out.
+        kinds: by names of `KINDS`; `fixed` may be left out.
         are_compared: whether the points of different ranks belong to the same groups.
 
     Raises:
@@ -59,11 +60,12 @@ def force_inputs(group: Group, are_compared: bool, given: Given) -> ForceInputs:
 
     Collectives: one all-gather of a few numbers; with labels one of these.
     """
-    counts = _checked_counts(group, given, are_compared)
-    rows = _rows(given)
+    kinds = {name: kinds[name] for name in KINDS if name in kinds}
+    counts = _checked_counts(group, kinds, are_compared)
+    rows = _rows(kinds)
     sizes = tuple(map(sum, counts)) if are_compared else (len(rows),)
-    tags, num_labels = _tags(given, sizes if are_compared else None, group)
-    order, weights = sorting(tags), _weights(given, rows)
+    tags, num_labels = _tags(kinds, sizes if are_compared else None, group)
+    order, weights = sorting(tags), _weights(kinds, rows)
     if num_labels > 1:
         rows, tags = rows.index_select(0, order), tags[order]
     return ForceInputs(
@@ -72,8 +74,8 @@ def force_inputs(group: Group, are_compared: bool, given: Given) -> ForceInputs:
         None if weights is None else weights[order],
         sizes,
         num_labels,
-        given["negative"].points.shape[-2],
-        frozenset(KINDS[name] for name in given if given[name].points.requires_grad),
+        kinds["negative"].points.shape[-2],
+        frozenset(KINDS[name] for name, kind in kinds.items() if kind.points.requires_grad),
     )
 
 
@@ -91,14 +93,14 @@ def center(rows: Tensor, sizes: tuple[int, ...], are_compared: bool, group: Grou
     return some.median(0).values
 
 
-def _checked_counts(group: Group, given: Given, are_compared: bool) -> list[tuple[int, ...]]:
-    """How many points of each kind every rank holds."""
+def _checked_counts(group: Group, kinds: Kinds, are_compared: bool) -> list[tuple[int, ...]]:
+    """Numbers of points of each kind on every rank."""
     inputs: dict[str, Input] = {}
     rows = dict(zip(KINDS, ("m", "k", "n"), strict=True))
     for name, row in rows.items():
         points, labels, weights = (None,) * 3
-        if of_kind := given.get(name):
-            points, labels, weights = of_kind.points, of_kind.labels, of_kind.weights
+        if kind := kinds.get(name):
+            points, labels, weights = kind.points, kind.labels, kind.weights
         dtype = torch.float64
         if isinstance(points, Tensor):
             dtype = collectives.accumulation_dtype(points.dtype)
@@ -106,7 +108,7 @@ def _checked_counts(group: Group, given: Given, are_compared: bool) -> list[tupl
         inputs[f"{name}_labels"] = Integers(labels, row, optional=True)
         inputs[f"{name}_weights"] = Weights(weights, f"{row} | ... {row}", True, dtype=dtype)
     sizes = collectives.check_inputs(inputs, group, are_compared)
-    is_labelled = {name: of_kind.labels is not None for name, of_kind in given.items()}
+    is_labelled = {name: kind.labels is not None for name, kind in kinds.items()}
     if len(set(is_labelled.values())) > 1:
         missing = " and ".join(f"{name}_labels" for name, has in is_labelled.items() if not has)
         raise ConfigError(f"{missing} are missing; give labels to points of every kind, or to none")
@@ -128,47 +130,44 @@ def _check_some_of_each(counts: list[tuple[int, ...]], are_compared: bool) -> No
             )
 
 
-def _rows(given: Given) -> Tensor:
-    """All as one [R, G, D] in at least fp32."""
-    points = [given[name].points for name in KINDS if name in given]
+def _rows(kinds: Kinds) -> Tensor:
+    """Points of all kinds as one [R, G, D] in at least fp32."""
+    points = [kind.points for kind in kinds.values()]
     dtype = torch.float32
     for x in points:
         dtype = torch.promote_types(dtype, x.dtype)
     num_groups, dim = math.prod(points[0].shape[:-2]), points[0].shape[-1]
-    kinds = (x.to(dtype).reshape(num_groups, -1, dim) for x in points)
-    return torch.cat([x.transpose(0, 1) for x in kinds])
+    grouped = (x.to(dtype).reshape(num_groups, -1, dim) for x in points)
+    return torch.cat([x.transpose(0, 1) for x in grouped])
 
 
-def _tags(given: Given, sizes: tuple[int, ...] | None, group: Group) -> tuple[Tensor, int]:
-    """Kind and label of all rows [R, 2] int64, labels numbered from 0 on all ranks alike, and how
-    many labels there are; sizes are None where ranks are not compared."""
+def _tags(kinds: Kinds, sizes: tuple[int, ...] | None, group: Group) -> tuple[Tensor, int]:
+    """Kind and label of all rows [R, 2] int64, labels numbered from 0 on all ranks alike, and the
+    number of labels; sizes are None where ranks are not compared."""
     columns = []
-    for name in KINDS:
-        if name in given:
-            points, labels = given[name].points, given[name].labels
-            kind = torch.full(points.shape[-2:-1], KINDS[name], device=points.device)
-            columns.append(
-                torch.stack([kind, torch.zeros_like(kind) if labels is None else labels])
-            )
+    for name, kind in kinds.items():
+        number = torch.full(kind.points.shape[-2:-1], KINDS[name], device=kind.points.device)
+        label = torch.zeros_like(number) if kind.labels is None else kind.labels
+        columns.append(torch.stack([number, label]))
     tags = torch.cat(columns, dim=1).T.contiguous()
-    if given["negative"].labels is None:
+    if kinds["negative"].labels is None:
         return tags, 1
-    everyones = tags[:, 1]
+    all_labels = tags[:, 1]
     if sizes is not None:
-        everyones = collectives.gather_rows(everyones.contiguous(), sizes, group)
-    known = everyones.unique()
+        all_labels = collectives.gather_rows(all_labels.contiguous(), sizes, group)
+    known = all_labels.unique()
     tags[:, 1] = torch.searchsorted(known, tags[:, 1].contiguous())
     return tags, len(known)
 
 
-def _weights(given: Given, rows: Tensor) -> Tensor | None:
-    """Of all rows [R, G]; None where no kind has any."""
-    if all(of_kind.weights is None for of_kind in given.values()):
+def _weights(kinds: Kinds, rows: Tensor) -> Tensor | None:
+    """Weights of all rows [R, G]; None where no kind has any."""
+    if all(kind.weights is None for kind in kinds.values()):
         return None
     parts = []
-    for name in KINDS:
-        if name in given:
-            points, weights = given[name].points, given[name].weights
-            whole = rows.new_ones(()) if weights is None else weights.detach().to(rows.dtype)
-            parts.append(whole.expand(points.shape[:-1]).reshape(rows.shape[1], -1).T)
+    for kind in kinds.values():
+        whole = rows.new_ones(())
+        if kind.weights is not None:
+            whole = kind.weights.detach().to(rows.dtype)
+        parts.append(whole.expand(kind.points.shape[:-1]).reshape(rows.shape[1], -1).T)
     return torch.cat(parts)

@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.losses.force.affinity import ForceRules, Scope
-from dist_contrastive.losses.force.inputs import ForceInputs, KindOfPoints, center, force_inputs
+from dist_contrastive.losses.force.inputs import ForceInputs, PointKind, center, force_inputs
 from dist_contrastive.losses.force.passes import dense_force, distance_sums, streamed_force
 from dist_contrastive.losses.force.points import Points
 from dist_contrastive.losses.force.sums import AttachGradient, Pool
@@ -180,9 +180,9 @@ class ContrastiveForce(PairLoss):
                 distances count with them in scale. None: 1 each.
         """
         inputs = self._inputs(
-            KindOfPoints(negative, negative_labels, negative_weights),
-            KindOfPoints(positive, positive_labels, positive_weights),
-            None if fixed is None else KindOfPoints(fixed, fixed_labels, fixed_weights),
+            PointKind(negative, negative_labels, negative_weights),
+            PointKind(positive, positive_labels, positive_weights),
+            None if fixed is None else PointKind(fixed, fixed_labels, fixed_weights),
         )
         # Mixed precision would compute distances in bf16, which t = 0.01 makes errors of A.
         with torch.autocast(inputs.rows.device.type, enabled=False):
@@ -191,8 +191,8 @@ class ContrastiveForce(PairLoss):
     @torch.no_grad()
     def force(self, negative: Tensor, positive: Tensor, fixed: Tensor | None = None) -> Tensor:
         """Sum of the forces at all temperatures, without rescaling: the shape of negative."""
-        others = None if fixed is None else KindOfPoints(fixed)
-        inputs = self._inputs(KindOfPoints(negative), KindOfPoints(positive), others)
+        others = None if fixed is None else PointKind(fixed)
+        inputs = self._inputs(PointKind(negative), PointKind(positive), others)
         with torch.autocast(inputs.rows.device.type, enabled=False):
             points = self._points(inputs)
             scale = points.rows.new_ones(len(points.rows), inputs.num_labels)
@@ -200,7 +200,7 @@ class ContrastiveForce(PairLoss):
             return force.transpose(0, 1).reshape(negative.shape)
 
     def _inputs(
-        self, negative: KindOfPoints, positive: KindOfPoints, fixed: KindOfPoints | None
+        self, negative: PointKind, positive: PointKind, fixed: PointKind | None
     ) -> ForceInputs:
         kinds = {"negative": negative, "positive": positive}
         if fixed is not None:
