@@ -106,7 +106,7 @@ def quality(layout: Layout, epoch: Epoch) -> Quality:
     (first, lanes), (second, _) = epoch(0), epoch(1)
     by_lane = np.argsort(lanes, kind="stable")
     follows = np.diff(lanes[by_lane]) == 0
-    classes, distance = _of_batches(layout, first)
+    classes, distance = _batch_figures(layout, first)
     return Quality(
         neighbours=_correlation(first[:-1], first[1:]),
         within_lane=_correlation(first[by_lane][:-1][follows], first[by_lane][1:][follows]),
@@ -124,7 +124,7 @@ def expected_classes(layout: Layout) -> float:
     return float(layout.classes * (1 - absent))
 
 
-def _of_batches(layout: Layout, numbers: Numbers) -> tuple[float, float]:
+def _batch_figures(layout: Layout, numbers: Numbers) -> tuple[float, float]:
     whole = len(numbers) // layout.batch
     classes = numbers[: whole * layout.batch] * layout.classes // layout.samples
     counts = np.stack(

@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,3 +187,42 @@ def test_a_measure_that_returns_no_lines(encoder_run: Path, capsys):
     configs.save(configs.load(encoder_run / "config.yaml", [careless]), encoder_run)
     assert main(["eval", str(encoder_run)]) == 64
     assert "own_modules:Careless returned 0.5" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- a new setting
+
+# One file: the field with its default, limit and help in the Config of its owner, and its use.
+NEW_SETTING = {
+    "        erase_side: tuple": '''        invert: bool = False
+        """Negative of the image."""
+        erase_side: tuple''',
+    "        return images.clamp(0, 1)": """        if settings.invert:
+            images = 1 - images
+        return images.clamp(0, 1)""",
+}
+USE = """
+import sys, torch
+from dist_contrastive import config as configs
+from dist_contrastive.data.views import make_view
+config = configs.load(sys.argv[1], ["task.views.invert=true"])
+images = torch.rand(2, 1, 8, 8)
+plain = config.task.views.model_copy(update={"invert": False})
+both = [make_view(images, torch.arange(2), views) for views in (config.task.views, plain)]
+assert torch.equal(both[0], 1 - both[1])
+"""
+
+
+def test_a_new_setting_is_two_places_of_one_file(tmp_path: Path):
+    """A copy of the package with the recipe applied reads, checks and uses the setting."""
+    package = Path(configs.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "dist_contrastive")
+    file = tmp_path / "dist_contrastive" / "data" / "views.py"
+    text = file.read_text()
+    for old, new in NEW_SETTING.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    file.write_text(text)
+    argv = [sys.executable, "-c", USE, str(CONFIGS / "digits_encoder.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -7,10 +7,10 @@ import torch
 from pydantic import ValidationError
 
 from dist_contrastive.data import keyed_random
-from dist_contrastive.data.views import ViewSettings, make_view, view_keys
+from dist_contrastive.data.views import RandomViews, make_view, view_keys
 from dist_contrastive.errors import ConfigError
 
-DIGITS = ViewSettings(
+DIGITS = RandomViews.Config(
     rotation_deg=20,
     shear_deg=15,
     translate=0.125,
@@ -20,7 +20,7 @@ DIGITS = ViewSettings(
     noise_std=0.1,
     erase=0.5,
 )
-NATURAL = ViewSettings(
+NATURAL = RandomViews.Config(
     size=12,
     crop_area=(0.2, 1.0),
     crop_aspect=4 / 3,
@@ -106,7 +106,9 @@ def test_numbers_belong_to_the_key(draw) -> None:
 @pytest.mark.parametrize(
     ("settings", "shape"), [(DIGITS, (1, 8, 8)), (NATURAL, (3, 16, 20))], ids=["digits", "natural"]
 )
-def test_view_does_not_depend_on_the_batch(settings: ViewSettings, shape: tuple[int, ...]) -> None:
+def test_view_does_not_depend_on_the_batch(
+    settings: RandomViews.Config, shape: tuple[int, ...]
+) -> None:
     images = torch.rand(37, *shape, generator=torch.Generator().manual_seed(0))
     keys = view_keys(0, 3, torch.arange(37), view=1)
     whole = make_view(images, keys, settings)
@@ -130,7 +132,7 @@ def test_views_differ_by_seed_epoch_sample_and_view() -> None:
 
 def test_defaults_change_nothing() -> None:
     images = torch.rand(3, 3, 8, 8)
-    assert torch.equal(make_view(images, torch.arange(3), ViewSettings()), images)
+    assert torch.equal(make_view(images, torch.arange(3), RandomViews.Config()), images)
 
 
 def test_no_rows() -> None:
@@ -139,10 +141,10 @@ def test_no_rows() -> None:
 
 def test_flip_and_plain_resize() -> None:
     images = torch.arange(32.0).view(1, 1, 4, 8) / 32
-    flipped = make_view(images, torch.arange(1), ViewSettings(flip=1))
+    flipped = make_view(images, torch.arange(1), RandomViews.Config(flip=1))
     torch.testing.assert_close(flipped, images.flip(3))
     square = torch.rand(1, 1, 4, 4)
-    halved = make_view(square, torch.arange(1), ViewSettings(size=2))
+    halved = make_view(square, torch.arange(1), RandomViews.Config(size=2))
     expected = torch.nn.functional.interpolate(square, size=(2, 2), mode="bilinear")
     torch.testing.assert_close(halved, expected)
 
@@ -151,9 +153,9 @@ def test_scale_magnifies_and_shift_moves() -> None:
     dot = torch.zeros(64, 1, 15, 15)
     dot[:, :, 6:9, 6:9] = 1
     keys = view_keys(0, 0, torch.arange(64), 0)
-    larger = make_view(dot, keys, ViewSettings(scale=(2, 2)))
+    larger = make_view(dot, keys, RandomViews.Config(scale=(2, 2)))
     assert 3.5 * 9 < larger.sum() / 64 < 4.5 * 9
-    moved = make_view(dot, keys, ViewSettings(translate=0.2))
+    moved = make_view(dot, keys, RandomViews.Config(translate=0.2))
     torch.testing.assert_close(moved.sum(dim=(1, 2, 3)), dot.sum(dim=(1, 2, 3)))
     centre = (moved.sum(dim=(1, 2)) @ torch.arange(15.0)) / 9 - 7
     assert centre.abs().max() <= 3 + 1e-4
@@ -162,8 +164,8 @@ def test_scale_magnifies_and_shift_moves() -> None:
 
 def test_new_change_leaves_the_others_alone() -> None:
     images, keys = torch.rand(8, 1, 8, 8), torch.arange(8)
-    plain = make_view(images, keys, ViewSettings(rotation_deg=20))
-    erased = make_view(images, keys, ViewSettings(rotation_deg=20, erase=1))
+    plain = make_view(images, keys, RandomViews.Config(rotation_deg=20))
+    erased = make_view(images, keys, RandomViews.Config(rotation_deg=20, erase=1))
     kept = erased != 0
     assert torch.equal(plain[kept], erased[kept])
     assert 0 < (~kept).double().mean() < 0.6
@@ -171,8 +173,8 @@ def test_new_change_leaves_the_others_alone() -> None:
 
 def test_bad_settings() -> None:
     with pytest.raises(ConfigError, match=r"hue_deg is 10.0.*3 channels.*have 1: set hue_deg to 0"):
-        make_view(torch.rand(1, 1, 8, 8), torch.arange(1), ViewSettings(hue_deg=10))
+        make_view(torch.rand(1, 1, 8, 8), torch.arange(1), RandomViews.Config(hue_deg=10))
     with pytest.raises(ValidationError, match=r"scale is \[1.2, 0.8\].*from low to high"):
-        ViewSettings(scale=(1.2, 0.8))
+        RandomViews.Config(scale=(1.2, 0.8))
     with pytest.raises(ValidationError, match=r"crop_area is \[0.5, 2.0\].*at most 1"):
-        ViewSettings(crop_area=(0.5, 2.0))
+        RandomViews.Config(crop_area=(0.5, 2.0))

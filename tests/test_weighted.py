@@ -143,7 +143,7 @@ def test_far_positions_are_cheap_and_exact():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"weights": [1, 2]}, "2 weights are given for 3 sources; give each source one"),
+        ({"weights": [1, 2]}, "2 weights for 3 sources; give each source one"),
         ({"weights": [1, 0, 1]}, r"weights \[1, 0, 1\] must be 1 or more; leave out a source"),
         ({"weights": [4096, 1, 1]}, r"sum to 4098 in lowest terms, more than 4096; use smaller"),
         (

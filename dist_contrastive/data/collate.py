@@ -39,7 +39,7 @@ def collate(samples: Sequence[dict[str, Any]], is_shared: bool = False) -> Batch
 def join_batches(parts: Sequence[Batch]) -> Batch:
     """One batch from consecutive parts of it, rows in the order of the parts.
 
-    Parts without rows only tell the shapes, and only if no part has rows.
+    Parts without rows count only if no part has rows, for the shapes.
 
     Raises:
         DataError: a field that some of the parts lack.

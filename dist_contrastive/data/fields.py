@@ -168,18 +168,18 @@ class Fields(FieldsConfig):
         """
         if self.label is None:
             raise DataError("data.label is null; set it to the field that holds the labels")
-        name, found = self.label.partition(".")[0], list[float | None]()
+        name, labels = self.label.partition(".")[0], list[float | None]()
         if name not in index.fields:
             raise DataError(_no_field(name, index.fields))
         for number in numbers:
             try:
                 sample = index.read(number, only={name})
-                found.append(self._label(sample["__key__"], sample[name], self.label))
+                labels.append(self._label(sample["__key__"], sample[name], self.label))
             except UnreadableSample:
                 if not unreadable_is_missing:
                     raise
-                found.append(None)
-        return self._label_tensor(found)
+                labels.append(None)
+        return self._label_tensor(labels)
 
     def _batch_labels(self, batch: Batch, path: str) -> Tensor:
         column = _field(batch, path.partition(".")[0])

@@ -1,4 +1,4 @@
-"""The labels of a whole data set: read by all ranks together, thinned out, checked."""
+"""Label table of a whole data set: read by all ranks together, thinned out, checked."""
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ def read_label_table(index: Source, fields: Fields, group: Group = None) -> Tens
     ranks, rank = collectives.world_size(group), collectives.rank(group)
     start, stop = (len(index) * part // ranks for part in (rank, rank + 1))
     with collectives.raised_together(group):
-        mine = fields.labels(index, range(start, stop), unreadable_is_missing=True)
-    parts = collectives.gather_objects(mine, group)
+        local = fields.labels(index, range(start, stop), unreadable_is_missing=True)
+    parts = collectives.gather_objects(local, group)
     return torch.cat(parts)
 
 
@@ -74,7 +74,7 @@ def keep_per_class(labels: Tensor, per_class: int, seed: int) -> Tensor:
 
 
 def check_labels(labels: Tensor) -> None:
-    """Refuse labels [N] that tell no two samples apart.
+    """Refuse labels [N] by which no two samples differ.
 
     Raises:
         ConfigError: all are missing, or all that are not are the same.

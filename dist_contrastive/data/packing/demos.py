@@ -22,7 +22,7 @@ from dist_contrastive.data.packing.writer import encoded, write_shards
 from dist_contrastive.data.progress import map_in_threads
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.indexing import index_folder, load_index
-from dist_contrastive.data.views import ViewSettings, make_view
+from dist_contrastive.data.views import RandomViews, make_view
 from dist_contrastive.errors import ConfigError, DataError
 
 _SPLITS = ("train", "test")
@@ -185,7 +185,7 @@ _JITTER_STREAM = 0x6A6974746572  # "jitter": keeps these keys apart from other r
 _GLYPH_SIDE = 32  # pixels
 _OVERSAMPLING = 4  # glyphs are drawn, and distorted, so many times larger
 _CAPITAL_HEIGHT = 17  # pixels, in all fonts
-_JITTER = ViewSettings(
+_JITTER = RandomViews.Config(
     rotation_deg=5, shear_deg=5, scale=(0.9, 1.05), aspect=1.05, translate=1 / _GLYPH_SIDE
 )
 

@@ -102,8 +102,8 @@ class BalancedOrder:
     ) -> None:
         check_batch(global_batch_size, lanes, seed)
         table = _whole_numbers(labels)
-        found, counts = np.unique(table[table != MISSING_CLASS], return_counts=True)
-        _check_counts(found, counts, classes, samples_per_class)
+        present, counts = np.unique(table[table != MISSING_CLASS], return_counts=True)
+        _check_counts(present, counts, classes, samples_per_class)
         unlabelled = np.flatnonzero(table == MISSING_CLASS)
         rest = global_batch_size - classes * samples_per_class
         _check_rest(rest, len(unlabelled), global_batch_size, classes, samples_per_class)
@@ -118,7 +118,7 @@ class BalancedOrder:
         )
         self._classes = [
             _Pool(members, samples_per_class, seed, (_CLASS_KEY, number))
-            for number, members in zip(found.tolist(), by_class, strict=True)
+            for number, members in zip(present.tolist(), by_class, strict=True)
         ]
         self._unlabelled = _Pool(unlabelled, rest, seed, (_UNLABELLED_KEY,)) if rest else None
         self._batches: dict[int, Rows] = {}
@@ -141,8 +141,8 @@ class BalancedOrder:
             step, offset = divmod(start, per_lane)
             left = min(stop - start, per_lane - offset)
             rows = slice(lane * per_lane + offset, lane * per_lane + offset + left)
-            for found, column in zip((passes, numbers), self._batch(step), strict=True):
-                found.append(column[rows])
+            for parts, column in zip((passes, numbers), self._batch(step), strict=True):
+                parts.append(column[rows])
             start += left
         return np.concatenate(passes), np.concatenate(numbers)
 
@@ -213,24 +213,24 @@ def _whole_numbers(labels: ArrayLike) -> NDArray[np.int64]:
 
 
 def _check_counts(
-    found: NDArray[np.int64], counts: NDArray[np.int64], classes: int, samples_per_class: int
+    present: NDArray[np.int64], counts: NDArray[np.int64], classes: int, samples_per_class: int
 ) -> None:
-    if not len(found):
+    if not len(present):
         raise ConfigError(
             "all labels are missing, so no batch can be class-balanced; set data.label to a field "
             "that holds labels, or leave out the balance"
         )
-    if classes > len(found):
+    if classes > len(present):
         raise ConfigError(
-            f"classes={classes} is more than the {len(found)} classes that have labels; "
-            f"set classes={len(found)} or less"
+            f"classes={classes} is more than the {len(present)} classes that have labels; "
+            f"set classes={len(present)} or less"
         )
     fewest = int(counts.argmin())
     if counts[fewest] < samples_per_class:
         raise ConfigError(
             f"samples_per_class={samples_per_class} is more than the {counts[fewest]} labelled "
-            f"samples of class {found[fewest]}; set samples_per_class={counts[fewest]} or less, or "
-            f"label more of them"
+            f"samples of class {present[fewest]}; set samples_per_class={counts[fewest]} or less, "
+            f"or label more of them"
         )
 
 

@@ -162,7 +162,7 @@ class ShardStream:
         return None if self.epochs is None else self.epochs * self.order.samples_per_epoch
 
     def take_skipped(self) -> list[Skipped]:
-        """The samples of this rank that were skipped in the batches since the last call."""
+        """Samples of this rank that were skipped in the batches since the last call."""
         taken, self._skipped = self._skipped, []
         return taken
 
@@ -197,9 +197,7 @@ class ShardStream:
 
 def _check_weights(weights: Sequence[int], sources: int, balance: Balance | None) -> None:
     if len(weights) != sources:
-        raise ConfigError(
-            f"{len(weights)} weights are given for {sources} sources; give each source one"
-        )
+        raise ConfigError(f"{len(weights)} weights for {sources} sources; give each source one")
     if balance is not None:
         raise ConfigError("weights and balance exclude each other; leave out one of them")
 

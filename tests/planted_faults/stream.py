@@ -1,0 +1,133 @@
+"""Faults of the data part: order, stream, workers, fields, labels, views."""
+
+STREAM = "tests/test_stream.py::"
+DATA = "dist_contrastive/data/"
+
+FAULTS = [
+    (
+        "lanes of unequal length start too early",
+        DATA + "stream/order.py",
+        "start = (epoch * self.num_samples + lane) // self.lanes",
+        "start = epoch * self.num_samples // self.lanes",
+        (STREAM + "test_any_world_size_gives_the_same_global_batches[1-carry]",),
+    ),
+    (
+        "all lanes shuffle their windows alike",
+        DATA + "stream/order.py",
+        "self.seed, _WINDOW_KEY, epoch, lane, window)",
+        "self.seed, _WINDOW_KEY, epoch, 0, window)",
+        (STREAM + "test_any_world_size_gives_the_same_global_batches[1-carry]",),
+    ),
+    (
+        "shards are in the same order every epoch",
+        DATA + "stream/order.py",
+        "self.seed, _SHARD_KEY, epoch)",
+        "self.seed, _SHARD_KEY, 0)",
+        (STREAM + "test_any_world_size_gives_the_same_global_batches[2-drop]",),
+    ),
+    (
+        "a lane is one sample behind after a resume",
+        DATA + "stream/order.py",
+        "return (consumed + lane) // self.lanes",
+        "return consumed // self.lanes",
+        (STREAM + "test_finished_run_goes_on_with_more_epochs",),
+    ),
+    (
+        "a resumed stream begins at the beginning",
+        DATA + "stream/reader.py",
+        "start = self.consumed\n",
+        "start = 0\n",
+        (STREAM + "test_consumed_counts_what_was_yielded_and_iterating_goes_on[0]",),
+    ),
+    (
+        "parts of workers forget lanes that they skip",
+        DATA + "stream/reader.py",
+        "        at += last - first",
+        "        at += max(0, high - low)",
+        (STREAM + "test_any_number_of_workers_gives_the_same_global_batches[1-2]",),
+    ),
+    (
+        "substitutes depend on what was tried before",
+        DATA + "stream/reader.py",
+        "sample = substitute(self.order, epoch, number, attempt)",
+        "sample = substitute(self.order, epoch, sample, attempt)",
+        ("tests/test_unreadable.py::test_damaged_samples_are_replaced_alike_everywhere[1-0]",),
+    ),
+    (
+        "the limit of unreadable samples is one too high",
+        DATA + "stream/reader.py",
+        "if len(first) > max_skipped:",
+        "if len(first) > max_skipped + 1:",
+        ("tests/test_unreadable.py::test_one_more_than_the_bound_names_the_shards[0]",),
+    ),
+    (
+        "workers read one batch too many ahead",
+        DATA + "stream/workers.py",
+        "for _ in range(prefetch_factor):",
+        "for _ in range(prefetch_factor + 1):",
+        (STREAM + "test_workers_are_ahead_by_so_many_batches_and_no_more",),
+    ),
+    (
+        "workers die of a signal to the group",
+        DATA + "stream/workers.py",
+        "signal.signal(name, signal.SIG_IGN)",
+        "signal.signal(name, signal.SIG_DFL)",
+        (STREAM + "test_workers_outlive_signals_to_the_group",),
+    ),
+    (
+        "every small tensor is shared by a file handle",
+        DATA + "stream/workers.py",
+        "return [_Array(row.numpy()) if isinstance(row, Tensor) else row for row in column]",
+        "return column",
+        (STREAM + "test_many_images_of_many_sizes_take_no_file_handles",),
+    ),
+    (
+        "parts without rows decide the type of a column",
+        DATA + "collate.py",
+        'full = [part for part in parts if part["__key__"]] or [parts[0]]',
+        "full = list(parts)",
+        (STREAM + "test_a_batch_does_not_depend_on_its_parts",),
+    ),
+    (
+        "samples of weighted sources are numbered from 0 each",
+        DATA + "stream/weighted.py",
+        "numbers[taken] = own + self._starts[source]",
+        "numbers[taken] = own",
+        ("tests/test_weighted.py::test_order_equals_the_naive_specification",),
+    ),
+    (
+        "class-balanced rounds begin with the same classes",
+        DATA + "stream/balanced.py",
+        "drawn = order[place * per_step : (place + 1) * per_step].tolist()",
+        "drawn = order[:per_step].tolist()",
+        ("tests/test_balanced.py::test_order_is_fixed_for_ever",),
+    ),
+    (
+        "the first samples of a class keep their labels, whatever the seed",
+        DATA + "labels.py",
+        "draws[members].argsort(stable=True)",
+        "members.argsort(stable=True)",
+        ("tests/test_labels.py::test_keep_per_class",),
+    ),
+    (
+        "-1 is no missing class",
+        DATA + "fields.py",
+        "(num_classes is not None and value == MISSING_CLASS)",
+        "False",
+        ("tests/test_labels.py::test_labels_and_missing_ones",),
+    ),
+    (
+        "mirrored views are moved by a pixel",
+        DATA + "views.py",
+        "out[1] - 1 - matrix[:, 0, 2]",
+        "out[1] - matrix[:, 0, 2]",
+        ("tests/test_views.py::test_flip_and_plain_resize",),
+    ),
+    (
+        "a view is the same in every epoch",
+        DATA + "views.py",
+        "VIEW_STREAM, epoch, index, view)",
+        "VIEW_STREAM, 0, index, view)",
+        ("tests/test_views.py::test_views_differ_by_seed_epoch_sample_and_view",),
+    ),
+]
