@@ -33,13 +33,12 @@ class Engine(ABC):
     it is the mean over ranks of what their backward passes leave.
 
     Args:
-        module: the task, not wrapped.
+        module: the task, not wrapped; `wrapped` is how it is called: itself, in DDP, or in a
+            DeepSpeed engine.
         dtype: of autocast; None for fp32.
         clip_norm: gradients are scaled down to at most this norm; None leaves them.
     """
 
-    wrapped: Any
-    """The task as it is called: itself, in DDP, or in a DeepSpeed engine."""
     reduce_s = 0.0
     """Seconds of gradient reductions over ranks, from the first to the last of a step, overlapped
     with backward or not."""
@@ -55,6 +54,11 @@ class Engine(ABC):
         self.module, self.optimizer = module, optimizer
         self._accelerator, self._device = accelerator, accelerator.device
         self._dtype, self._clip_norm = dtype, clip_norm
+        self.wrapped = self._wrap()
+
+    @abstractmethod
+    def _wrap(self) -> Any:
+        """The task in the wrapper of the engine; called once, by the constructor."""
 
     @abstractmethod
     def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,24 +23,18 @@ from dist_contrastive.backend.engine import (
 class Replicated(Engine):
     """The task whole on every rank; DDP averages gradients during the backward pass."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        dtype: torch.dtype | None,
-        clip_norm: float | None,
-    ) -> None:
-        super().__init__(accelerator, module, optimizer, dtype, clip_norm)
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=dtype is torch.float16)
-        self.wrapped = accelerator.prepare_model(module)
-        if accelerator.num_processes == 1:
-            self.wrapped = module  # a rank alone is wrapped too, with nothing to average
-        if isinstance(self.wrapped, DistributedDataParallel):
+    def _wrap(self) -> Any:
+        is_half = self._dtype is torch.float16
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=is_half)
+        wrapped = self._accelerator.prepare_model(self.module)
+        if self._accelerator.num_processes == 1:
+            return self.module  # a rank alone is wrapped too, with nothing to average
+        if isinstance(wrapped, DistributedDataParallel):
             # A queue of keys or a running mean is computed alike on all ranks: not sent each step.
-            self.wrapped.broadcast_buffers = False
+            wrapped.broadcast_buffers = False
             if self._device.type == "cpu":  # a GPU would wait for what is measured
-                self.wrapped._set_ddp_runtime_logging_sample_rate(1)
+                wrapped._set_ddp_runtime_logging_sample_rate(1)
+        return wrapped
 
     def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with self._autocast():

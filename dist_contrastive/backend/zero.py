@@ -112,38 +112,28 @@ class Zero(Engine):
       finds NaN, and has no call for it.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        dtype: torch.dtype | None,
-        clip_norm: float | None,
-    ) -> None:
+    def _wrap(self) -> Any:
         import deepspeed
 
-        super().__init__(accelerator, module, optimizer, dtype, clip_norm)
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings["gradient_clipping"] = clip_norm or 0.0
+        module, settings = self.module, self._accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["gradient_clipping"] = self._clip_norm or 0.0
         self._names = {parameter: name for name, parameter in module.named_parameters()}
         # The engine turns off an autocast around it, so this one is inside.
         module.forward = self._with_autocast(module.forward)
         _check_parameters(module)
-        self.wrapped, _ = accelerator.prepare(module, optimizer)
-        _hide_from_transformers(accelerator)
+        engine, _ = self._accelerator.prepare(module, self.optimizer)
+        _hide_from_transformers(self._accelerator)
         requested = settings["zero_optimization"]["stage"]
-        if not isinstance(self.wrapped, deepspeed.DeepSpeedEngine) or self.stage != requested:
-            raise RuntimeError(f"asked for ZeRO {requested}, got {type(self.wrapped).__name__}")
-        if self.wrapped.world_size != collectives.world_size():
-            raise RuntimeError(f"DeepSpeed counts {self.wrapped.world_size} ranks")
+        is_zero = isinstance(engine, deepspeed.DeepSpeedEngine)
+        self.stage = int(engine.zero_optimization_stage()) if is_zero else 0
+        if self.stage != requested:
+            raise RuntimeError(f"asked for ZeRO {requested}, got {type(engine).__name__}")
+        if engine.world_size != collectives.world_size():
+            raise RuntimeError(f"DeepSpeed counts {engine.world_size} ranks")
         self._has_gradients = False
-        self._zero = self.wrapped.optimizer
+        self._zero = engine.optimizer
         self.optimizer = self._zero.optimizer  # of flat pieces of parameters
-
-    @property
-    def stage(self) -> int:
-        """1, 2 or 3."""
-        return int(self.wrapped.zero_optimization_stage())
+        return engine
 
     def _with_autocast(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def embed(*inputs: Tensor) -> Any:

@@ -5,7 +5,7 @@ from dist_contrastive.backend import Backend
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.stream.shard_stream import Prefetcher
 from dist_contrastive.data.training import DeviceBatch
-from dist_contrastive.errors import UserError
+from dist_contrastive.errors import EXIT_RESTART, UserError
 from dist_contrastive.signals import stop_flag
 from dist_contrastive.trainer.checks import self_check
 from dist_contrastive.trainer.recording import Recorder
@@ -16,7 +16,7 @@ from dist_contrastive.trainer.step import train_step
 from dist_contrastive.trainer.watchdog import Watchdog
 
 EXIT_DONE = 0
-EXIT_REQUEUE = 75  # stopped early with everything saved: start it again
+EXIT_REQUEUE = EXIT_RESTART  # stopped early with everything saved
 _PREFETCHED = 2  # batches that are made ready, and copied to a GPU, while one is used
 _GO, _SKIPPED, _STOP, _FAILED = 0, 1, 2, 3  # votes of a rank before a step; the largest one counts
 
