@@ -1123,6 +1123,18 @@ def test_commands(tmp_path, png, labels, quiet_datasets, capsys):
     assert "--field png gives all images that one" in out
 
 
+def test_defaults_of_the_command_are_those_of_the_options(tmp_path, monkeypatch):
+    received = []
+
+    def pack(*arguments: Any) -> None:
+        received.extend(arguments)
+        raise DataError("packed")
+
+    monkeypatch.setattr("dist_contrastive.data.packing.images.pack_images", pack)
+    assert main(["shards", "pack", "images", str(tmp_path), str(tmp_path / "x")]) == 64
+    assert received[:3] == [tmp_path, tmp_path / "x", PackOptions()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -26,6 +26,7 @@ from dist_contrastive.metrics import read_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import block_cache
 from range_server import RangeServer
 
 BLOCK = 1 << 20
@@ -383,6 +384,11 @@ def test_other_protocols(folder: Path, cache):
     assert read(load_index(f"file://{folder}/*.tar", cache)) == read(folder)
     with refused(DataError, "nosuch://x/index.npz", "use file, http"):
         load_index("nosuch://x", cache)
+
+
+def test_the_benchmark_of_blocks_runs(capsys: pytest.CaptureFixture[str]):
+    block_cache.main(["--quick"])
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 4
 
 
 def train(argv: list[str]) -> int:

@@ -68,14 +68,14 @@ def _index(
 ) -> None:
     """Write the index that the stream reads by."""
     from dist_contrastive.data import index_folder
-    from dist_contrastive.data.progress import shown
+    from dist_contrastive.data.progress import progress_bar
 
     read = 0
 
     def progress(items: Iterator[Any], total: int) -> Iterator[Any]:
         nonlocal read
         read = total
-        return shown(items, total, "indexing") if total else items
+        return progress_bar(items, total, "indexing") if total else items
 
     index = index_folder(location, out, full=full, progress=progress)
     shards = len(index.shard_samples)
@@ -120,12 +120,12 @@ def _verify(
     decode: Annotated[bool, typer.Option("--decode", help="Decode every field, too.")] = False,
 ) -> int:
     """Read shards whole and name all that is wrong."""
-    from dist_contrastive.data.progress import shown
+    from dist_contrastive.data.progress import progress_bar
     from dist_contrastive.data.shards.verify import verify_shards
     from dist_contrastive.errors import DataError
 
     report = verify_shards(
-        location, decode, progress=lambda items, total: shown(items, total, "verifying")
+        location, decode, progress=lambda items, total: progress_bar(items, total, "verifying")
     )
     for problem in report.problems:
         _log.error("%s", problem)

@@ -15,8 +15,8 @@ _R = TypeVar("_R")
 _PENDING = 4  # items in work, or whose results wait, for each thread
 
 
-def shown(items: Iterable[_T], total: int | None, what: str) -> Iterator[_T]:
-    """The same items, a bar on stderr counting them if that is a terminal.
+def progress_bar(items: Iterable[_T], total: int | None, what: str) -> Iterator[_T]:
+    """The same items, counted by a bar on stderr if that is a terminal.
 
     Args:
         total: how many there will be, None if that is not known.

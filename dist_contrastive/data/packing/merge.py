@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_contrastive.data.packing.options import PackOptions, check_target
 from dist_contrastive.data.packing.writer import Packed, pack_samples
-from dist_contrastive.data.progress import shown
+from dist_contrastive.data.progress import progress_bar
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.indexing import index_shard, load_index
 from dist_contrastive.data.shards.locations import INDEX_NAME, find_shards, folder_of
@@ -71,7 +71,7 @@ def _prefixes(shards: Sequence[str]) -> dict[str, str]:
 def _check_keys(shards: Sequence[str], prefixes: dict[str, str], files: ShardFiles) -> int:
     """Number of samples, whose keys must all differ."""
     seen: set[str] = set()
-    for shard in shown(shards, len(shards), "reading keys"):
+    for shard in progress_bar(shards, len(shards), "reading keys"):
         for key in _keys(shard, files):
             if prefixes[shard] + key in seen:
                 first = _first_with(prefixes[shard] + key, shards, prefixes, files)

@@ -19,7 +19,7 @@ from dist_contrastive.data.packing.options import (
     check_key,
     check_target,
 )
-from dist_contrastive.data.progress import map_in_threads, shown
+from dist_contrastive.data.progress import map_in_threads, progress_bar
 from dist_contrastive.data.shards.encoding import encode_field
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.indexing import index_folder, load_index
@@ -74,13 +74,14 @@ def pack_samples(
                 map_in_threads(partial(_sample_or_error, make), items, options.workers)
             ) as samples,
         ):
-            progress = shown(samples, total, f"packing {name}")
+            progress = progress_bar(samples, total, f"packing {name}")
             readable = _readable(progress, left_out, options.skip_unreadable)
             if not write_shards(_unique(readable), partial_folder, name, options.bounds):
                 what = f"all {len(left_out)} samples were left out" if left_out else "no samples"
                 raise DataError(f"there is nothing to pack into {folder}: {what}; see the source")
             index_folder(
-                partial_folder, progress=lambda shards, n: shown(shards, n, f"indexing {name}")
+                partial_folder,
+                progress=lambda shards, n: progress_bar(shards, n, f"indexing {name}"),
             )
     except OSError as error:
         raise DataError(f"packing into {folder} failed ({error}); see to it and start again") from (
