@@ -545,8 +545,8 @@ def test_killed_packing(tmp_path):
         (partial,) = os.listdir(ends[number].parent)
         assert partial.startswith(".x.")
         process.send_signal(number)
-    assert started[signal.SIGTERM].wait(30) == 143
-    started[signal.SIGKILL].wait(30)
+    assert started[signal.SIGTERM].wait(120) == 143
+    started[signal.SIGKILL].wait(120)
     for process in started.values():
         process.stdout.close()
     assert os.listdir(tmp_path / "term") == []

@@ -166,9 +166,9 @@ def test_all_processes_together_fetch_each_block_once(folder: Path, cache):
         ranks = [fork.Process(target=rank, args=(number,)) for number in (0, 1)]
         for process in ranks:
             process.start()
-        rows = [*results.get(timeout=60), *results.get(timeout=60)]
+        rows = [*results.get(timeout=300), *results.get(timeout=300)]
         for process in ranks:
-            process.join(30)
+            process.join(120)
         gets = {path: n for path, n in server.requests.items() if path.endswith(".tar")}
     assert sorted(rows) == sorted(read(folder))
     assert sum(gets.values()) == num_blocks(folder), gets
