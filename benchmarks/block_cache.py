@@ -29,11 +29,11 @@ class WholeFiles(ShardFiles):
     """Reads shards through fsspec's `filecache`."""
 
     def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {}
         super().__init__(BlockCache())
         self._system = fsspec.filesystem(
             "filecache", target_protocol="http", cache_storage=str(folder)
         )
-        self._files: dict[str, Any] = {}
 
     def read(self, shard: str, size: int, start: int, length: int) -> bytes:
         """Bytes of a shard, which is fetched whole before."""
@@ -41,6 +41,12 @@ class WholeFiles(ShardFiles):
             self._files[shard] = self._system.open(shard, "rb")
         self._files[shard].seek(start)
         return self._files[shard].read(length)
+
+    def close(self) -> None:
+        """Close all files."""
+        super().close()
+        while self._files:
+            self._files.popitem()[1].close()
 
     def prefetch(self, shard: str, size: int, start: int, length: int) -> None:
         """Nothing: whole files have no parts to fetch."""
@@ -69,6 +75,7 @@ def first_batch(shards: Path, consumed: int, is_whole: bool, batches: int) -> li
         for _ in range(batches - 1):
             next(stream)
         time.sleep(1)  # blocks that are being fetched
+        index.files.close()
         return [seconds, first / 2**20, server.bytes_sent / 2**20]
 
 
