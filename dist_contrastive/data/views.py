@@ -137,7 +137,6 @@ class RandomViews(Views):
 
 VIEWS = Choice("augmentation", Views, {"random": RandomViews}, default="random")
 AnyViews = Annotated[Views.Config, VIEWS]
-ViewSettings = RandomViews.Config
 
 
 def view_keys(seed: int, epoch: int | Tensor, index: Tensor, view: int) -> Tensor:

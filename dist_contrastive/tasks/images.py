@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.data.views import AnyViews, RandomViews, Views, make_view, view_keys
+from dist_contrastive.data.views import VIEWS, AnyViews, RandomViews, Views, make_view, view_keys
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses import AnyLoss, build_loss
 from dist_contrastive.losses.base import PairLoss
@@ -40,7 +40,8 @@ class ImageTask(Task):
 
     def __init__(self, config: Config, data: DataInfo, encoder: nn.Module | None = None) -> None:
         super().__init__()
-        self.config, self.views, self.seed = config, config.views, data.seed
+        self.config, self.seed = config, data.seed
+        self.views: Views = VIEWS.build(config.views)
         self.image_shape = _image_shape(data.example.images)
         shape = seen_shape(self.image_shape, config.views)
         self.encoder = build_encoder(config.encoder, shape) if encoder is None else encoder
@@ -48,12 +49,13 @@ class ImageTask(Task):
         self.head = ProjectionHead(config.head, self.dim)
 
     def make_views(
-        self, samples: Samples, count: int, first: int = 0, views: Views.Config | None = None
+        self, samples: Samples, count: int, first: int = 0, views: Views | None = None
     ) -> tuple[Tensor, ...]:
         """Views number first, first + 1, ... of every image: [b, C, H, W] each."""
         numbers = range(first, first + count)
         keys = (view_keys(self.seed, samples.epoch, samples.index, number) for number in numbers)
-        return tuple(make_view(samples.images, key, views or self.views) for key in keys)
+        views = views or self.views
+        return tuple(views(samples.images, key) for key in keys)
 
     def project(self, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Projections [b, D] of views of one size, in one pass through the encoder."""
@@ -65,10 +67,10 @@ class ImageTask(Task):
 
     def as_seen(self, images: Tensor) -> Tensor:
         """Images of the size that the encoder was trained on, otherwise unchanged."""
-        if not self.views.size:
+        if not self.views.config.size:
             return images
         keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        return make_view(images, keys, RandomViews.Config(size=self.views.size))
+        return make_view(images, keys, RandomViews.Config(size=self.views.config.size))
 
     def pairs(self, embeddings: Embeddings) -> tuple[Tensor, Tensor] | None:
         """The first two views, or the two modalities."""

@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.data.views import AnyViews, Views
+from dist_contrastive.data.views import VIEWS, AnyViews, Views
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses import PairLoss, ViewLoss, compare_views
 from dist_contrastive.settings import Settings
@@ -49,13 +49,14 @@ class TwoView(ContrastiveTask):
         self.crops = config.crops
         if self.crops:
             self._check_crops(self.crops.views)
+            self.crop_views: Views = VIEWS.build(self.crops.views)
 
     def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
         """The global views of every image, then its crops: [b, C, H, W] each."""
         views = self.make_views(samples, GLOBAL_VIEWS)
         if self.crops is None:
             return views
-        return views + self.make_views(samples, self.crops.count, GLOBAL_VIEWS, self.crops.views)
+        return views + self.make_views(samples, self.crops.count, GLOBAL_VIEWS, self.crop_views)
 
     def embed(self, *inputs: Tensor) -> Embeddings:
         """Projections of all views: [b, D] each."""
