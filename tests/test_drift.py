@@ -483,7 +483,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 def filled() -> SampleBank:
     """This rank adds its part of each batch: parts are uneven, and some are empty."""
-    bank = SampleBank(4, 5, torch.zeros(1, 1, 2, 3))
+    bank = SampleBank(SampleBank.Config(capacity=5, positives=1), 4, torch.zeros(1, 1, 2, 3))
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for images, labels in batches():
         ends = [0, *(len(images) * (r + 1) ** 2 // ranks**2 for r in range(ranks))]
@@ -522,7 +522,7 @@ def test_bank_holds_bytes_and_numbers_exactly():
         (points, torch.float32),
         (latents, torch.float32),
     ):
-        bank = SampleBank(1, 4, samples[:1])
+        bank = SampleBank(SampleBank.Config(capacity=4, positives=1), 1, samples[:1])
         assert bank.samples.dtype == dtype
         bank.add(samples, torch.zeros(4, dtype=torch.int64))
         assert torch.equal(bank.take(torch.arange(4)), samples)
