@@ -1,6 +1,6 @@
 """Faults in tasks, models, optimisers, schedules and in the composed config."""
 
-C, D, O, R = (f"tests/test_{x}.py" for x in ("config", "drift", "optim", "reference"))
+C, D, OPTIM, R = (f"tests/test_{x}.py" for x in ("config", "drift", "optim", "reference"))
 MODELS, MOMENTUM, MAPS, GENERATORS = (
     f"tests/test_{x}.py" for x in ("models", "momentum", "feature_maps", "generators")
 )
@@ -145,7 +145,7 @@ FAULTS = [
         "dist_contrastive/config/run.py",
         "if optim.name in LAYERWISE and stage:",
         "if optim.name in LAYERWISE and stage > 2:",
-        (f"{O}::test_impossible_settings",),
+        (f"{OPTIM}::test_impossible_settings",),
     ),
     (
         "a file is checked before its overrides",
@@ -166,14 +166,14 @@ FAULTS = [
         "dist_contrastive/optim.py",
         "(step + 1) / settings.warmup_steps",
         "step / settings.warmup_steps",
-        (f"{O}::test_learning_rate",),
+        (f"{OPTIM}::test_learning_rate",),
     ),
     (
         "vectors are decayed",
         "dist_contrastive/optim.py",
         '{"params": vectors, "weight_decay": 0.0}',
         '{"params": vectors, "weight_decay": settings.weight_decay}',
-        (f"{O}::test_updates_are_the_published_ones",),
+        (f"{OPTIM}::test_updates_are_the_published_ones",),
     ),
     (
         "a schedule ends with its first value",
