@@ -56,7 +56,7 @@ class Cluster:
 
     def ask(self, *command: str) -> str:
         """What a command prints."""
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
@@ -70,11 +70,11 @@ class Cluster:
         told = self.ask("scontrol", "show", "job", last_record(run_dir).job)
         return int(re.findall(r"Restarts=(\d+)", told)[0])
 
-    def await_state(self, run_dir: Path, state: str, timeout_s: float = 120) -> None:
+    def await_state(self, run_dir: Path, state: str, timeout_s: float = 300) -> None:
         """Until its last job has that state."""
         wait_for(lambda: self.state(run_dir) == state, timeout_s, lambda: self.story(run_dir))
 
-    def await_step(self, run_dir: Path, step: int, timeout_s: float = 120) -> None:
+    def await_step(self, run_dir: Path, step: int, timeout_s: float = 300) -> None:
         """Until a run has a row of metrics of that step or a later one."""
         wait_for(lambda: last_step(run_dir) >= step, timeout_s, lambda: self.story(run_dir))
 

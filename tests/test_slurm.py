@@ -16,6 +16,7 @@ from dist_contrastive.metrics import read_rows
 from launch.slurm.__main__ import main
 from launch.slurm.cluster import last_record
 
+pytestmark = pytest.mark.timeout(900)  # against hangs: ten times the usual
 ENCODER = CONFIGS / "digits_encoder.yaml"
 SMALL = (
     *("task.encoder={name: residual, widths: [8, 16]}", "task.head={hidden: 16, out: 8}"),
@@ -201,7 +202,6 @@ def test_srun_alone(slurm, tmp_path, overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_time_limit_that_is_hit_again_and_again(slurm, tmp_path, overrides):
     """Saved, requeued, finished; SLURM's shortest limit is a minute."""
     run_dir = tmp_path / "run"
@@ -225,7 +225,7 @@ def test_a_node_that_dies(victim, slurm, tmp_path, overrides):
     slurm.ask("emu-node", "kill", victim)
     try:
         wait_for(lambda: not ranks_of(run_dir), 120)  # SLURM kills them after a minute
-        slurm.await_state(run_dir, "COMPLETED", 200)
+        slurm.await_state(run_dir, "COMPLETED", 400)
     finally:
         slurm.ask("emu-node", "start", victim)
     assert slurm.restarts(run_dir) == 1
