@@ -121,7 +121,7 @@ class Encoded(nn.Module):
 def audit(world_sizes: Sequence[int], cases: dict[str, Case] | None = None) -> list[Finding]:
     """Every way to compute the cases (None: `CASES`), each at its worst rank."""
     cases = cases or CASES
-    right = {name: _of_one_process(case) for name, case in cases.items()}
+    right = {name: _reference(case) for name, case in cases.items()}
     findings = []
     for world_size in world_sizes:
         of_ranks = run_ranks(_on_rank, world_size, cases)
@@ -134,7 +134,7 @@ def audit(world_sizes: Sequence[int], cases: dict[str, Case] | None = None) -> l
     return findings
 
 
-def _of_one_process(case: Case) -> Gradients:
+def _reference(case: Case) -> Gradients:
     encoded = case.build("gather", "dense")
     return _gradients(encoded, encoded(*case.rows(), **case.shared))
 

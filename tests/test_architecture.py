@@ -6,6 +6,7 @@ import graphlib
 import pkgutil
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,41 @@ def test_public_names_have_docstrings():
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+
+
+# Words of identifiers for which the field has others: CONTRIBUTING.md.
+RETIRED_WORDS = {"slope", "slopes", "courier", "everyones", "heard", "travelling", "amid", "told"}
+RETIRED_IDENTIFIERS = {"Ahead", "Taken", "taken", "Meeting", "meeting", "aside", "say", "mine"}
+
+
+def identifiers(tree: ast.AST) -> Iterator[str]:
+    """Names of functions, classes, arguments, variables, attributes and modules."""
+    for node in ast.walk(tree):
+        for field in ("id", "arg", "name", "attr", "asname"):
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                yield value.rsplit(".", 1)[-1]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_identifiers_are_in_terms_of_the_field(path):
+    """Names are read, not prose: a docstring may say what was told."""
+    names = {path.stem, *identifiers(ast.parse(path.read_text()))}
+    words = {
+        name: re.findall(r"[a-z]+", re.sub(r"([A-Z])", r"_\1", name).lower()) for name in names
+    }
+    retired = {name for name in names if RETIRED_WORDS & set(words[name])}
+    retired |= {name for name in names if name.lstrip("_") in RETIRED_IDENTIFIERS}
+    assert not retired | {name for name in names if name.startswith("_of_")}
+
+
+def test_docstrings_do_not_only_refer():
+    """None is a mere "See X"."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                text = ast.get_docstring(node) or ""
+                assert not text.startswith("See "), f"{path}: {text.splitlines()[0]}"
 
 
 def retired_names() -> list[tuple[str, str, str]]:

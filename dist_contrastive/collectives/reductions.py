@@ -90,13 +90,13 @@ class _GlobalMean(torch.autograd.Function):
         pair[0], pair[1] = local_sum, count
         total, elements = all_reduce_sum(pair, group).unbind()
         factor = world_size(group) if grad_reduction == "mean" else 1
-        ctx.slope = torch.where(elements > 0, factor / elements, 0.0).to(local_sum.dtype)
+        ctx.grad_sum = torch.where(elements > 0, factor / elements, 0.0).to(local_sum.dtype)
         return (total / elements.clamp(min=1)).to(local_sum.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad * ctx.slope, None, None, None
+        return grad * ctx.grad_sum, None, None, None
 
 
 def logsumexp_over_ranks(partial: Tensor, group: Group = None) -> Tensor:

@@ -90,9 +90,9 @@ def reduce_scatter_rows(x: Tensor, sizes: tuple[int, ...], group: Group = None) 
     most = max(sizes)
     if min(sizes) != most:
         x = torch.cat([_pad_rows(block, most) for block in x.split(sizes)])
-    mine = x.new_empty(most, *x.shape[1:])
-    reduce_scatter_single(mine, x.contiguous(), group=group)
-    return mine[: sizes[rank(group)]]
+    local = x.new_empty(most, *x.shape[1:])
+    reduce_scatter_single(local, x.contiguous(), group=group)
+    return local[: sizes[rank(group)]]
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:

@@ -118,8 +118,8 @@ class Triplet(LabelledLoss):
         else:  # a missing label is far from all others
             least, delta = -torch.inf, self.settings.max_delta or 0.0
             ends = tags[:, 0].nan_to_num(torch.inf), -tags[:, 0].nan_to_num(-torch.inf)
-        mine = [x.max() if len(x) else x.new_tensor(least) for x in ends]
-        highest, minus_lowest = collectives.all_reduce_max(torch.stack(mine), self.group).tolist()
+        local = [x.max() if len(x) else x.new_tensor(least) for x in ends]
+        highest, minus_lowest = collectives.all_reduce_max(torch.stack(local), self.group).tolist()
         if not highest + minus_lowest > delta:
             raise ConfigError(
                 f"labels of the global batch are all alike (from {-minus_lowest:g} to {highest:g}, "

@@ -53,8 +53,8 @@ class MomentumCopy(nn.Module):
             ValueError: the source has not as many parameters or buffers as the copy.
         """
         parameters = zip(self.module.parameters(), source.parameters(), strict=True)
-        for mine, theirs in list(parameters):  # all paired before the first of them changes
-            mine.lerp_(theirs.to(mine.dtype), 1 - momentum)
+        for average, current in list(parameters):  # all paired before the first of them changes
+            average.lerp_(current.to(average.dtype), 1 - momentum)
         buffers = zip(self.module.buffers(), source.buffers(), strict=True)
         for buffer, newer in list(buffers):
             buffer.copy_(newer)

@@ -163,8 +163,8 @@ class ShardStream:
 
     def take_skipped(self) -> list[Skipped]:
         """Samples of this rank that were skipped in the batches since the last call."""
-        taken, self._skipped = self._skipped, []
-        return taken
+        skipped, self._skipped = self._skipped, []
+        return skipped
 
     def __iter__(self) -> Generator[Batch]:
         reader = Reader(
@@ -197,7 +197,9 @@ class ShardStream:
 
 def _check_weights(weights: Sequence[int], sources: int, balance: Balance | None) -> None:
     if len(weights) != sources:
-        raise ConfigError(f"{len(weights)} weights for {sources} sources; give each source one")
+        raise ConfigError(
+            f"{len(weights)} weights are given for {sources} sources; give each source one"
+        )
     if balance is not None:
         raise ConfigError("weights and balance exclude each other; leave out one of them")
 

@@ -87,9 +87,9 @@ class WeightedOrder:
         which = self._sources(lane, start, stop)
         epochs, numbers = np.empty(len(which), np.int64), np.empty(len(which), np.int64)
         for source, (order, span) in enumerate(self._spans(lane, start, stop)):
-            taken = which == source
-            epochs[taken], own = order.samples(lane, *span)
-            numbers[taken] = own + self._starts[source]
+            chosen = which == source
+            epochs[chosen], own = order.samples(lane, *span)
+            numbers[chosen] = own + self._starts[source]
         return epochs, numbers
 
     def upcoming(self, lane: int, start: int, stop: int) -> NDArray[np.int64]:
@@ -162,16 +162,16 @@ def _source_order(
 ) -> SampleOrder:
     """The endless order of one source, which must have the samples that one batch takes of it."""
     weight, total_weight = share
-    taken = -(-batch // lanes * weight // total_weight) * lanes
+    num_samples = -(-batch // lanes * weight // total_weight) * lanes
     total = int(np.sum(np.asarray(shards, dtype=np.int64)))
-    if taken > total:
+    if num_samples > total:
         raise ConfigError(
-            f"source {number + 1} has {total} samples, fewer than the {taken} of a batch of "
+            f"source {number + 1} has {total} samples, fewer than the {num_samples} of a batch of "
             f"{batch} that are its share; lower its weight, or global_batch_size"
         )
     return SampleOrder(
         shards,
-        global_batch_size=max(taken, 2),
+        global_batch_size=max(num_samples, 2),
         lanes=lanes,
         seed=keyed_number(_MAX_SEED, seed, _SOURCE_KEY, number),
         shuffle_window=window,
