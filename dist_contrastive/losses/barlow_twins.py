@@ -35,7 +35,7 @@ class BarlowTwins(StatisticsLoss):
     settings: Config
 
     def compare(self, views: Tensor, num_rows: int) -> Tensor:
-        """See `StatisticsLoss`."""
+        """Loss of views [2, b, D]; num_rows rows share their statistics."""
         centred = views - self.over_ranks(views.sum(1, keepdim=True)) / num_rows
         variance = self.over_ranks(centred.square().sum(1, keepdim=True)) / num_rows
         a, b = centred / (variance + self.settings.eps).sqrt()

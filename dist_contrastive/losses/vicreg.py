@@ -42,7 +42,7 @@ class VICReg(StatisticsLoss):
     settings: Config
 
     def compare(self, views: Tensor, num_rows: int) -> Tensor:
-        """See `StatisticsLoss`."""
+        """Loss of views [2, b, D]; num_rows rows share their statistics."""
         a, b = views
         invariance = self.mean((a - b).square().sum(), a.numel())
         centred = views - self.over_ranks(views.sum(1, keepdim=True)) / num_rows

@@ -197,9 +197,7 @@ class ShardStream:
 
 def _check_weights(weights: Sequence[int], sources: int, balance: Balance | None) -> None:
     if len(weights) != sources:
-        raise ConfigError(
-            f"{len(weights)} weights are given for {sources} sources; give each source one"
-        )
+        raise ConfigError(f"{len(weights)} weights for {sources} sources; give each source one")
     if balance is not None:
         raise ConfigError("weights and balance exclude each other; leave out one of them")
 
