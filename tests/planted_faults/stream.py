@@ -91,8 +91,8 @@ FAULTS = [
     (
         "samples of weighted sources are numbered from 0 each",
         DATA + "stream/weighted.py",
-        "numbers[taken] = own + self._starts[source]",
-        "numbers[taken] = own",
+        "numbers[chosen] = own + self._starts[source]",
+        "numbers[chosen] = own",
         ("tests/test_weighted.py::test_order_equals_the_naive_specification",),
     ),
     (
