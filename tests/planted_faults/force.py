@@ -111,7 +111,7 @@ FAULTS = [
         FORCE + "points.py",
         "    if has_close:\n        wide",
         "    if False:\n        wide",
-        (EXTREMES + "test_fp32_is_near_fp64",),
+        (EXTREMES + "test_sums_of_close_points_keep_their_digits",),
     ),
     (
         "a rank's unit is its own",
