@@ -100,7 +100,7 @@ FAULTS = [
         DATA + "stream/balanced.py",
         "drawn = order[place * per_step : (place + 1) * per_step].tolist()",
         "drawn = order[:per_step].tolist()",
-        ("tests/test_balanced.py::test_order_is_fixed_for_ever",),
+        ("tests/test_balanced.py::test_order_equals_the_naive_specification",),
     ),
     (
         "the first samples of a class keep their labels, whatever the seed",
