@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_contrastive import losses
 from dist_contrastive.losses.base import PairLoss
-from dist_contrastive.testing import run_ranks
+from dist_contrastive.ranks import run_ranks
 
 _ROWS = 12  # of the global batch: divisible by 1 to 4, and small, so that errors are large
 _DIM_IN, _DIM, _VIEWS, _CHUNK = 6, 5, 2, 4

@@ -1,10 +1,22 @@
-"""Rank of this process, from the variables of its launcher: torchrun, SLURM, or none."""
+"""Rank of this process, from the variables of its launcher: torchrun, SLURM, or none; and several
+ranks on this machine, each a process of its own.
+"""
 
+import multiprocessing
 import os
+import pickle
 import re
+import sys
+import tempfile
+import time
+import traceback
 import zlib
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
 
 _PORTS = range(15000, 30000)  # below the ephemeral ports of common systems
+_GRACE_S = 0.5  # how long to listen for a cause once a first rank has failed
 
 
 def join() -> bool:
@@ -53,3 +65,134 @@ def first_host(nodes: str) -> str:
     """First node of a list as SLURM writes it: n01 of ``n[01-03,7],m4``."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+class RankError(RuntimeError):
+    """A rank raised or died; the message carries that rank's traceback or exit code."""
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0
+) -> list[Any]:
+    """Call ``fn(*args)`` in `world_size` processes joined in one gloo process group.
+
+    Args:
+        fn: a function defined at the top level of a module. It finds its rank with
+            ``torch.distributed.get_rank()``, and in the environment as under torchrun.
+        args: passed to every rank; they and the results are pickled.
+        timeout_s: seconds for the whole call.
+
+    Returns:
+        The results, one a rank, in the order of ranks.
+
+    Raises:
+        RankError: a rank raised, died or did not end in time. The other ranks are ended at once.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size={world_size} is below 1; use 1 or more")
+    context = multiprocessing.get_context("forkserver")
+    # Forked from a server that has imported torch already, a rank starts in milliseconds.
+    context.set_forkserver_preload(["torch._dynamo", "dist_contrastive.losses"])
+    # Plain pickles: tensors travel as copies, not as memory shared between the ranks.
+    call = pickle.dumps((fn, args))
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        ranks: list[tuple[Any, Connection]] = []
+        try:
+            for number in range(world_size):
+                ours, theirs = context.Pipe(duplex=False)
+                arguments = (call, number, world_size, f"{folder}/store", timeout_s, theirs)
+                process = context.Process(target=_rank_main, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                ranks.append((process, ours))
+            return _collect(ranks, time.monotonic() + timeout_s)
+        finally:
+            for process, ours in ranks:
+                process.kill()
+                process.join()
+                ours.close()
+
+
+def _rank_main(
+    call: bytes,
+    rank: int,
+    world_size: int,
+    store: str,
+    timeout_s: float,
+    results: Connection,
+) -> None:
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    if sys.platform == "linux":  # no look-up of the machine's name, which may be slow or wrong
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # Accelerate warns of its absence
+    number, size = str(rank), str(world_size)
+    os.environ |= {"RANK": number, "LOCAL_RANK": number}
+    os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    # Asked for by Accelerate and DeepSpeed, which use the process group that there is.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+        fn, args = pickle.loads(call)
+        results.send_bytes(pickle.dumps(("result", fn(*args))))
+        dist.barrier()  # nobody leaves while another still talks to it
+        dist.destroy_process_group()
+    except BaseException:
+        failure = time.monotonic(), traceback.format_exc()
+        results.send_bytes(pickle.dumps(("error", failure)))
+        os._exit(1)  # the group may be waiting for others: leave without its destructor
+
+
+def _collect(ranks: list[tuple[Any, Connection]], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: dict[int, tuple[float, str]] = {}
+    while len(results) < len(ranks):
+        waiting = {
+            ranks[number][1]: number for number in range(len(ranks)) if number not in results
+        }
+        waiting = {pipe: number for pipe, number in waiting.items() if number not in failures}
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        for pipe in ready:
+            number = waiting[pipe]  # type: ignore[index]
+            kind, value = _receive(ranks[number])
+            if kind == "result":
+                results[number] = value
+            else:
+                failures[number] = value
+        if failures and (not ready or len(failures) + len(results) == len(ranks)):
+            raise RankError(_explain(failures))
+        if failures:
+            # A rank that dies makes its neighbours fail too: wait for its own error a moment.
+            deadline = min(deadline, time.monotonic() + _GRACE_S)
+        elif not ready:
+            late = sorted(waiting.values())
+            raise RankError(f"ranks {late} did not end within the time limit (timeout_s)")
+    return [results[number] for number in range(len(ranks))]
+
+
+def _receive(rank: tuple[Any, Connection]) -> tuple[str, Any]:
+    process, pipe = rank
+    try:
+        return pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        process.join()
+        # Time 0: a death explains the errors of the others, whenever it is noticed.
+        return "died", (0.0, f"died with exit code {process.exitcode}")
+
+
+def _explain(failures: dict[int, tuple[float, str]]) -> str:
+    """The first failure in full; those that followed from it are only named."""
+    first = min(failures, key=lambda number: failures[number][0])
+    others = sorted(set(failures) - {first})
+    also = f"\n(ranks {others} failed after it)" if others else ""
+    return f"rank {first} failed:\n{failures[first][1]}{also}"

@@ -14,13 +14,14 @@ Where a config chooses one of several components by its ``name``, the type of th
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
@@ -117,7 +118,7 @@ class Choice:
         if isinstance(value, Settings):
             return value
         try:
-            config = self._imported(value["name"]).Config
+            config = _with_any_name(self._imported(value["name"]).Config)
             return config.checked(value, f"settings of {value['name']}: ")
         except ConfigError as error:
             # A ValueError inside a validator: pydantic puts the place of the field before it.
@@ -133,6 +134,14 @@ class Choice:
         if reason := self.unfit(cls):
             raise ConfigError(f"{path} cannot be used here: {reason}")
         return cls
+
+
+@functools.cache
+def _with_any_name(config: type[Settings]) -> type[Settings]:
+    """Settings class of an own component whose base is known by another name."""
+    if name_of(config) is None:
+        return config
+    return create_model(config.__name__, __base__=config, name=(str, ...))
 
 
 def import_class(path: str, kind: str, base: type) -> Any:

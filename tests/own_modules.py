@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from dist_contrastive.data import Source
@@ -12,6 +12,9 @@ from dist_contrastive.data.keyed_random import uniform
 from dist_contrastive.data.views import Views
 from dist_contrastive.errors import UnreadableSample
 from dist_contrastive.evaluation import Measure, Splits
+from dist_contrastive.losses import InfoNCE, PairLoss
+from dist_contrastive.losses.base import normalised
+from dist_contrastive.pairwise import LogSumExp
 from dist_contrastive.tasks import Task
 
 
@@ -88,3 +91,40 @@ class Careless(Measure):
     def lines(self, task: Task, splits: Splits) -> list[tuple[str, float, dict[str, float]]]:
         """A number alone."""
         return 0.5
+
+
+class Uniformity(PairLoss):
+    """Logarithm of each row's Gaussian potential (Wang and Isola, arXiv 2005.10242)."""
+
+    takes = "features"
+
+    class Config(PairLoss.Config):
+        """Settings of the potential."""
+
+        scale: PositiveFloat = 2.0
+        """Of the squared distance."""
+
+    settings: Config
+
+    def forward(self, features: Tensor, sizes: tuple[int, ...] | None = None) -> Tensor:
+        """Scalar loss; features: [b, D]."""
+        sizes = self.check_rows(sizes, features=features)
+        (z,) = normalised(features)
+        (lse,), _ = self.reduce(LogSumExp(), self.pairs(2 * self.settings.scale * z, z, sizes))
+        return self.mean((lse - 2 * self.settings.scale).sum(), len(z))
+
+
+class Doubled(InfoNCE):
+    """A loss of this package with another setting and another value."""
+
+    class Config(InfoNCE.Config):
+        """Settings of the factor."""
+
+        factor: PositiveFloat = 2.0
+        """Multiplies the loss."""
+
+    settings: Config
+
+    def forward(self, *inputs: Tensor, **options: Any) -> Tensor:
+        """Scalar loss."""
+        return self.settings.factor * super().forward(*inputs, **options)

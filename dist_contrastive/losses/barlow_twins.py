@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from dist_contrastive.losses.statistics import StatisticsLoss, off_diagonal
+from dist_contrastive.losses.vicreg import StatisticsLoss, off_diagonal
 
 
 class BarlowTwins(StatisticsLoss):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.base import normalised
-from dist_contrastive.losses.labelled import LabelledLoss
+from dist_contrastive.losses.supcon import LabelledLoss
 from dist_contrastive.pairwise import PairSum, Tile
 
 

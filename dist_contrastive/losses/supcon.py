@@ -1,14 +1,66 @@
-"""Supervised contrastive loss over the global batch (Khosla et al., arXiv 2004.11362, eq. 2)."""
+"""Supervised contrastive loss over the global batch (Khosla et al., arXiv 2004.11362), and
+the similar pairs that it shares with other losses of labels."""
 
 from typing import Literal
 
-from pydantic import PositiveFloat
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from dist_contrastive.collectives import Sizes
-from dist_contrastive.losses.base import TemperatureLoss, normalised
-from dist_contrastive.losses.labelled import LabelledLoss
+from dist_contrastive import collectives
+from dist_contrastive.collectives import Embeddings, Labels, Sizes
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses.base import PairLoss, TemperatureLoss, normalised
 from dist_contrastive.pairwise import LogSumExpAndPositives
+
+
+class LabelledLoss(PairLoss):
+    """Base of the losses of features and labels.
+
+    Two rows are similar when they are views of one sample, or when their labels are: equal ones
+    where labels are integers, ones that differ by at most `max_delta` where they are floating. A
+    missing label (-1, or one that is not finite) is similar to no other: its sample's own views are
+    all its positives, and everything else is dissimilar to it. Without labels all are missing
+    (self-supervised).
+    """
+
+    takes = "labels"
+
+    class Config(PairLoss.Config):
+        """Settings of what is similar."""
+
+        max_delta: NonNegativeFloat | None = None
+        """Largest difference of similar continuous labels; null for integer labels."""
+
+    settings: Config
+
+    def points(
+        self, features: Tensor, labels: Tensor | None, samples: Sizes | None
+    ) -> tuple[Tensor, Tensor, Sizes]:
+        """Rows [n, D] with n = b or b * V, their tags (see `label_tags`), and n of every rank.
+
+        Args:
+            samples: b of every rank, of inputs that have been checked; None checks them here.
+        """
+        if samples is None:
+            inputs = {
+                "features": Embeddings(features, "n D | n V D"),
+                "labels": Labels(labels, "n", optional=True),
+            }
+            samples = collectives.check_inputs(inputs, self.group)["n"]
+        if labels is None and features.dim() == 2:
+            raise ConfigError(
+                f"features [rows, {features.shape[1]}] have one view a sample and no labels, hence "
+                f"no two are similar; give labels, or features [rows, views, dim]"
+            )
+        first = sum(samples[: collectives.rank(self.group)])
+        tags = label_tags(labels, len(features), first, self.settings.max_delta, features.device)
+        if features.dim() == 3:
+            views = features.shape[1]
+            features, tags = features.flatten(0, 1), tags.repeat_interleave(views, dim=0)
+            samples = tuple(views * size for size in samples)
+        self.check_batch(samples)
+        return features, tags, samples
 
 
 class SupCon(TemperatureLoss, LabelledLoss):
@@ -54,3 +106,40 @@ class SupCon(TemperatureLoss, LabelledLoss):
         loss = row_lse - positive_sum / num_positives.clamp(min=1)
         self.report_counts(rows_with_positives=has_positive.sum())
         return self.mean(loss[has_positive].sum(), has_positive.sum())
+
+
+def label_tags(
+    labels: Tensor | None, num_rows: int, first: int, max_delta: float | None, device: torch.device
+) -> Tensor:
+    """Tags of rows for `pairwise.Pairs`: similar rows have equal ones, or near ones.
+
+    Args:
+        labels: [b] or None. first: the number of this rank's first row among those of all ranks.
+
+    Returns:
+        [b] int64, or for continuous labels [b, 2] fp64: label and row number.
+    """
+    number = first + torch.arange(num_rows, device=device)
+    if labels is None:
+        return number
+    _check_max_delta(labels, max_delta)
+    labels = labels.to(device)
+    if not labels.is_floating_point():
+        labels = labels.to(torch.int64)
+        return torch.where(labels == -1, -2 - number, labels)  # unlike any other label
+    labels = labels.double()
+    labels = torch.where(labels.isfinite(), labels, torch.nan)
+    return torch.stack([labels, number.double()], dim=1)
+
+
+def _check_max_delta(labels: Tensor, max_delta: float | None) -> None:
+    if labels.is_floating_point() and max_delta is None:
+        raise ConfigError(
+            f"labels are {labels.dtype}, of which hardly two are equal; set max_delta, the largest "
+            f"difference of similar samples, or give integer labels"
+        )
+    if not labels.is_floating_point() and max_delta is not None:
+        raise ConfigError(
+            f"max_delta={max_delta} is for continuous labels, and these are {labels.dtype}; leave "
+            f"it out or give floating labels"
+        )

@@ -11,7 +11,7 @@ from dist_contrastive import collectives
 from dist_contrastive.collectives import Sizes
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import in_full_precision
-from dist_contrastive.losses.labelled import LabelledLoss
+from dist_contrastive.losses.supcon import LabelledLoss
 from dist_contrastive.pairwise import (
     DISTANCES,
     WEIGHTS,
@@ -99,7 +99,7 @@ class Triplet(LabelledLoss):
         return triplet_sums(self.mining, pairs, panel_rows)
 
     def _hard_sums(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """The two keys of each row are found tile by tile, and fetched with their gradient."""
+        """Sums over hard triplets, whose keys are searched in tiles and fetched with gradients."""
         distance, margin = self.mining.distance, self.mining.margin
         farthest, nearest = extremes(pairs, distance, self.chunk_size)
         is_valid = farthest.exists & nearest.exists
@@ -111,7 +111,7 @@ class Triplet(LabelledLoss):
 
     @torch.no_grad()
     def _check_classes(self, tags: Tensor) -> None:
-        """Without dissimilar rows there is nothing to mine, on any rank."""
+        """Refuse a global batch of one class."""
         if tags.dim() == 1:
             least, delta = float(torch.iinfo(torch.int64).min), 0.0
             ends = tags, -tags

@@ -20,8 +20,8 @@ from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.training import TrainingData
 from dist_contrastive.errors import ConfigError, NonFiniteError, UnreadableSample, UserError
+from dist_contrastive.ranks import RankError, run_ranks
 from dist_contrastive.tasks import Task
-from dist_contrastive.testing import RankError, run_ranks
 from dist_contrastive.trainer.run import Run, open_run, open_training_data
 from dist_contrastive.trainer.step import backward
 
