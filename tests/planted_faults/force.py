@@ -142,13 +142,6 @@ FAULTS = [
         (ONE + "test_the_specification_is_the_literal_form",),
     ),
     (
-        "rows are not centered",
-        FORCE + "loss.py",
-        "rows = rows - center(rows",
-        "rows = rows - 0 * center(rows",
-        (EXTREMES + "test_fp32_is_near_fp64",),
-    ),
-    (
         "no data are needed",
         FORCE + "inputs.py",
         "if m < 1 or n < 1:",
