@@ -53,30 +53,29 @@ def repeated_settings(files: list[Path]) -> list[str]:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ClassDef)
     ]
-    declared: dict[str, set[str]] = {}
+    declared: dict[str, dict[str, str]] = {}
     for _, node in classes:
         for inner in (node, *(x for x in node.body if isinstance(x, ast.ClassDef))):
             fields = {
-                x.target.id
+                x.target.id: ast.unparse(x.value)
                 for x in inner.body
                 if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name) and x.value
             }
             bases = {ast.unparse(base).split(".")[-1] for base in inner.bases}
             if inner.name == "Config" or any("Settings" in base for base in bases):
                 owner = node.name if inner is not node else inner.name.removesuffix("Settings")
-                declared.setdefault(owner, set()).update(fields)
+                declared.setdefault(owner, {}).update(fields)
     repeated = []
     for path, node in classes:
         for method in node.body:
             if isinstance(method, ast.FunctionDef) and method.name == "__init__":
-                positional = method.args.args[len(method.args.args) - len(method.args.defaults) :]
-                keyword = [
-                    a
-                    for a, d in zip(method.args.kwonlyargs, method.args.kw_defaults, strict=True)
-                    if d is not None
-                ]
-                names = {a.arg for a in [*positional, *keyword]}
-                both = names & declared.get(node.name, set())
+                args = method.args
+                last = args.args[len(args.args) - len(args.defaults) :]
+                defaults = [*zip(last, args.defaults, strict=True)]
+                keywords = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+                defaults += [(arg, value) for arg, value in keywords if value is not None]
+                settings = declared.get(node.name, {})
+                both = [a.arg for a, v in defaults if settings.get(a.arg) == ast.unparse(v)]
                 repeated += [f"{path.name}:{node.name}.{name}" for name in sorted(both)]
     return repeated
 
