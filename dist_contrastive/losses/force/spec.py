@@ -71,10 +71,10 @@ def loss(
     """
     scale = mean_distance(points, is_generated, labels, weights, square, scale_scope)
     scaled = (points / scale[..., None]).detach()
+    kinds = is_generated, is_positive
     result = force(
-        scaled, is_generated, is_positive, labels, weights,
-        temperatures=temperatures, square=square, **settings,
-    )  # fmt: skip
+        scaled, *kinds, labels, weights, temperatures=temperatures, square=square, **settings
+    )
     order = math.sqrt(points.shape[-1]) if per_dimension else 1.0
     unit = (scale if scale_gradient else scale.detach()) / order
     generated = (points / unit[..., None])[:, is_generated]
