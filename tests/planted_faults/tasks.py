@@ -10,8 +10,8 @@ FAULTS = [
     (
         "a momentum copy takes the weights of its source",
         "dist_contrastive/models/momentum.py",
-        "mine.lerp_(theirs.to(mine.dtype), 1 - momentum)",
-        "mine.lerp_(theirs.to(mine.dtype), momentum)",
+        "average.lerp_(current.to(average.dtype), 1 - momentum)",
+        "average.lerp_(current.to(average.dtype), momentum)",
         (f"{MOMENTUM}::test_update_by_hand",),
     ),
     (
