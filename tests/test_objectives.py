@@ -272,7 +272,7 @@ ROWS, LABELS = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
         (lambda: losses.SupCon()(ROWS, LABELS - 2), "-2"),
         (lambda: losses.SupCon()(ROWS, LABELS.double()), "set max_delta"),
         (lambda: losses.SupCon(max_delta=1.0)(ROWS, LABELS), "max_delta=1.0"),
-        (lambda: losses.SupCon()(ROWS, LABELS[:, None]), "give one number a row"),
+        (lambda: losses.SupCon()(ROWS, LABELS[:, None]), "[rows, 1]"),
         (lambda: losses.Triplet()(ROWS, 0 * LABELS), "class"),
     ],
 )

@@ -143,7 +143,7 @@ def test_not_finite_ends_with_70(ranks, tmp_path, overrides):
     assert done.returncode == 70, done.stderr
     assert "step 2: NaN, infinity or " in done.stderr
     for rank in range(ranks):
-        assert f"{64 // ranks} of {64 // ranks} rows of view_a on rank {rank}" in done.stderr
+        assert f"{128 // ranks} of {128 // ranks} rows of views on rank {rank}" in done.stderr
 
 
 def test_a_killed_rank_ends_the_others(tmp_path, overrides):

@@ -156,11 +156,13 @@ def _next_parts(workers: list[_Worker]) -> list[Part]:
 def _receive(worker: _Worker) -> Any:
     # The sentinel too: processes forked meanwhile may hold the other end of the pipe open.
     wait([worker.pipe, worker.process.sentinel])
+    reason = ""
     try:
         if worker.pipe.poll():
             return worker.pipe.recv()
-        reason = ""
-    except (EOFError, OSError) as error:
+    except EOFError:
+        pass  # it has closed the pipe, and said nothing
+    except OSError as error:
         reason = f"{error}; "
     worker.process.join(_LEAVE_S)
     raise LostWorkerError(
