@@ -6,10 +6,24 @@ import pytest
 
 from tests.planted_faults.__main__ import ROOT, Fault, faults
 
-FOLDERS = (
-    "collectives pairwise losses losses/force data/shards data/stream data/packing models tasks "
-    "evaluation config trainer backend metrics report cli"
-).split()
+FOLDERS = [
+    "collectives",
+    "pairwise",
+    "losses",
+    "losses/force",
+    "data/shards",
+    "data/stream",
+    "data/packing",
+    "models",
+    "tasks",
+    "evaluation",
+    "config",
+    "trainer",
+    "backend",
+    "metrics",
+    "report",
+    "cli",
+]
 
 
 @pytest.mark.parametrize("fault", faults(), ids=lambda fault: fault.name)
