@@ -3,12 +3,12 @@
 from typing import ClassVar, Literal
 
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.losses import LabelLoss, PairLoss, compare_views
-from dist_contrastive.tasks.base import DataInfo, Embeddings, StepContext, Terms
+from dist_contrastive.losses import LabelLoss, compare_views
+from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
 from dist_contrastive.tasks.images import ContrastiveTask
 
 
@@ -46,19 +46,11 @@ class Labelled(ContrastiveTask):
                     "similar; set one of them to 2 or more"
                 )
 
-    def __init__(
-        self,
-        config: Config,
-        data: DataInfo,
-        encoder: nn.Module | None = None,
-        loss: PairLoss | None = None,
-    ) -> None:
-        super().__init__(config, data, encoder, loss)
-        self.num_views = config.num_views
+    config: Config
 
     def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
         """Views of every image: [b, C, H, W] each."""
-        return self.make_views(samples, self.num_views)
+        return self.make_views(samples, self.config.num_views)
 
     def embed(self, *inputs: Tensor) -> Embeddings:
         """Projections of all views: [b, D] each."""

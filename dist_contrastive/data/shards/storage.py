@@ -1,6 +1,7 @@
 """Bytes of shards: local ones by `pread`, remote ones through a cache of blocks on a local disk."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import logging
@@ -40,6 +41,12 @@ _STALE_S = 3600  # seconds after which a partial file was left by a process that
 def _default_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "dist_contrastive" / "shards"
+
+
+@functools.cache
+def _folder_name(url: str, size: int) -> str:
+    """Folder of the blocks of a file, inside the cache."""
+    return hashlib.sha256(f"{url}\n{size}".encode()).hexdigest()[:32]
 
 
 class BlockCache:
@@ -141,8 +148,7 @@ class BlockCache:
         return range(start // self.block_bytes, -(-stop // self.block_bytes) if stop > start else 0)
 
     def _path(self, url: str, size: int, block: int) -> str:
-        folder = hashlib.sha256(f"{url}\n{size}".encode()).hexdigest()[:32]
-        return f"{self.folder}/{folder}/{self.block_bytes}-{block:06d}"
+        return f"{self.folder}/{_folder_name(url, size)}/{self.block_bytes}-{block:06d}"
 
     def _is_present(self, path: str) -> bool:
         """Whether a block is in the folder, or was a moment ago; marks it as used."""
