@@ -8,16 +8,18 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-_WIDTH = 120  # characters, unless a terminal has another width
-_MOST = 100_000  # characters of a line
+_ENDLESS = 100_000  # characters of a line: rich has no "as wide as it is"
 _NUMBER = re.compile(r"[-+]?\d.*|[-?]?")
 
 
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None
 ) -> None:
-    """Aligned text on standard output; its arguments are those of `format_table`."""
-    width = Console().width if sys.stdout.isatty() else _WIDTH
+    """Aligned text on standard output, a line a row unless it is a terminal, of whose width it is.
+
+    The arguments are those of `format_table`.
+    """
+    width = Console().width if sys.stdout.isatty() else None
     print(format_table(columns, rows, title, width))
 
 
@@ -25,14 +27,14 @@ def format_table(
     columns: Sequence[str],
     rows: Iterable[Sequence[object]],
     title: str | None = None,
-    width: int = _WIDTH,
+    width: int | None = None,
 ) -> str:
     """Aligned text: numbers to the right, texts wrapped, single words as paths never cut.
 
     Args:
         columns: their names; all empty: no line of names.
         rows: of cells, shown by `str`, and None by "?".
-        width: in characters, more where single words do not fit.
+        width: in characters, more where single words do not fit; None: nothing is wrapped.
     """
     cells = [["?" if cell is None else str(cell) for cell in row] for row in rows]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
@@ -43,8 +45,9 @@ def format_table(
         table.add_column(name, justify=justify, no_wrap=is_number or not has_words)
     for row in cells:
         table.add_row(*row)
-    console = Console(width=_MOST, color_system=None, markup=False, emoji=False, highlight=False)
-    console.width = max(width, console.measure(table).minimum)
+    console = Console(width=_ENDLESS, color_system=None, markup=False, emoji=False, highlight=False)
+    if width is not None:
+        console.width = max(width, console.measure(table).minimum)
     with console.capture() as capture:
         console.print(table)
     lines = [line.rstrip() for line in capture.get().rstrip("\n").split("\n")]

@@ -58,6 +58,7 @@ class Rendezvous:
         if self._store is not None:
             with suppress(RuntimeError):  # the one that keeps the store has ended already
                 self._store.set(_STOP, "")
+                self._store.check([_STOP])  # answered once it is set, for whoever asks next
 
 
 def _parse(endpoint: str) -> tuple[str, int]:
