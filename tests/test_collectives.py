@@ -224,15 +224,18 @@ def test_measures_of_values():
     assert (labels.lowest, labels.highest) == (-7, 3)
 
 
-def sum_of_low_precision_gradients() -> torch.Tensor:
-    x = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+def sums_of_low_precision_gradients() -> torch.Tensor:
+    """Of four rows; rank r gives 1 to the r-th of them, and 2^-9 to the others."""
+    x = torch.zeros(4, 1, dtype=torch.bfloat16, requires_grad=True)
     rows, _ = collectives.all_gather_rows(x)
-    weight = [1.0, 2.0**-9, 2.0**-9, 2.0**-9][dist.get_rank()]
-    (rows[:1].float() * weight).sum().backward()
+    weights = torch.full((16, 1), 2.0**-9)
+    weights[dist.get_rank() :: 4] = 1
+    (rows.float() * weights).sum().backward()
     return x.grad
 
 
 def test_gradients_in_low_precision_are_summed_in_fp32():
-    """In bf16 each of the small ones would vanish beside 1."""
-    first = run_ranks(sum_of_low_precision_gradients, 4)[0]
-    assert first.item() == torch.tensor(1 + 3 * 2.0**-9).bfloat16().item() != 1.0
+    """In bf16 each of the small ones would vanish beside 1, whatever the order of the ranks."""
+    expected = torch.full((4, 1), 1 + 3 * 2.0**-9).bfloat16()
+    for found in run_ranks(sums_of_low_precision_gradients, 4):
+        assert torch.equal(found, expected)

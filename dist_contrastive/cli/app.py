@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from dist_contrastive.cli.exit_codes import reporting_errors
@@ -42,9 +42,22 @@ class SeveralValues(TyperCommand):
         return super().parse_args(ctx, repeated)
 
 
+class _Group(TyperGroup):
+    """Commands whose help is printed without pydantic, which would take as long as all else."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Flags of the group: typer's own are False, since of None it makes a bool by pydantic."""
+        flags: list[Any] = super().get_params(ctx)
+        for flag in flags:
+            if flag.name == "help" or flag.name.endswith("_completion"):
+                flag.default = False
+        return flags
+
+
 def new_app(help: str = "", completion: bool = False) -> typer.Typer:
     """An app whose help is plain text: rendering by rich would take longer than all else."""
     return typer.Typer(
+        cls=_Group,
         help=help,
         add_completion=completion,
         rich_markup_mode=None,
