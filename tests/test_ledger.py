@@ -93,6 +93,7 @@ def test_sigkill_at_random_steps(folder: Path, tmp_path: Path, seed: int):
     assert sorted(itertools.chain(*batches)) == sorted(f"s{n}" for n in range(sum(COUNTS)))
 
 
+@pytest.mark.slow  # test_kill.py has changing ranks, killed in saves
 def test_training_killed_and_resumed_by_other_ranks_and_workers(tmp_path, overrides):
     """Real runs, three legs; the ledger that they leave has every step once."""
     epoch = ["train.steps=22", "train.save_every=4", "data.lanes=16"]  # 22 * 64 of 1437 samples

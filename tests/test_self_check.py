@@ -39,8 +39,8 @@ def all_checked(cases: list[RunConfig], faults: list[str]) -> list[str]:
     return [checked(config, fault) for config in cases for fault in faults]
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=SLOW), 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=SLOW), 3])
 def test_every_task_passes(stage, world_size, tmp_path, overrides):
     cases = [
         with_engine(config_of(name, overrides, tmp_path / name / kind), stage, size)

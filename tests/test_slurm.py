@@ -103,6 +103,7 @@ def saved(run_dir: Path) -> int:
     return 0 if found is None else found.progress.step
 
 
+@pytest.mark.slow  # a job is cancelled in the test above, too
 def test_scancel_saves(slurm, tmp_path, overrides):
     """SLURM's own command: SIGTERM to all, and SIGKILL after KillWait."""
     run_dir = tmp_path / "run"

@@ -256,7 +256,7 @@ def test_number_of_batches(folder: Path, changed: dict, count: int):
 
 
 @pytest.mark.parametrize("tail", ["carry", "drop"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resume_over_many_legs_with_other_ranks_and_workers(folder: Path, tail: str, seed: int):
     chance = random.Random(seed)
     consumed, ours = 0, []
@@ -452,7 +452,9 @@ def test_index_may_be_given_in_three_ways(folder: Path):
 # ---------------------------------------------------------------------------- worker processes
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "start_method", [pytest.param("spawn", marks=pytest.mark.slow), "forkserver"]
+)
 def test_workers_may_be_started_afresh(folder: Path, start_method: str):
     """They get the index by a file, which is gone afterwards."""
     left = set(Path(tempfile.gettempdir()).glob("dist-contrastive-reader-*"))

@@ -89,7 +89,10 @@ def test_ratios_are_of_the_same_turn():
     assert stream.ratio(np.array([1.0, 20.0, 6.0]), np.array([2.0, 10.0, 2.0])) == "2.00"
 
 
-@pytest.mark.parametrize("name", stream.TABLES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x == "memory")) for x in stream.TABLES],
+)
 def test_a_table_is_printed(name, capsys):
     stream.main(["--quick", "--tables", name])
     title, *lines = capsys.readouterr().out.splitlines()

@@ -132,7 +132,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [pytest.param("longer", marks=pytest.mark.slow), "larger", "nan"])
 def test_samples_unlike_the_first_end_all_ranks(name, tmp_path, digits, overrides):
     """Only the second rank reads some at first."""
     change, words = CHANGES[name]
