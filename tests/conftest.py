@@ -88,7 +88,7 @@ def command(*args: str | Path, ranks: int | None = None) -> list[str]:
 def run(argv: list[str], **options) -> subprocess.CompletedProcess[str]:
     """Run to its end, one thread a rank."""
     return subprocess.run(
-        argv, capture_output=True, text=True, timeout=240, env=environment(), **options
+        argv, capture_output=True, text=True, timeout=600, env=environment(), **options
     )
 
 
@@ -111,7 +111,7 @@ def with_fault(fault: str) -> dict[str, str]:
 
 def run_with_fault(argv: list[str], fault: str = "none:0:0") -> subprocess.CompletedProcess[str]:
     """Run to its end under a fault."""
-    return subprocess.run(argv, capture_output=True, text=True, timeout=240, env=with_fault(fault))
+    return subprocess.run(argv, capture_output=True, text=True, timeout=600, env=with_fault(fault))
 
 
 def newest_step(run_dir: Path) -> int:

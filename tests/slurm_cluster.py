@@ -56,7 +56,7 @@ class Cluster:
 
     def ask(self, *command: str) -> str:
         """What a command prints."""
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 

@@ -346,7 +346,7 @@ def test_readme_example_runs(tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     broken = code.replace("temperature=0.1", 'temperature=0.1, keys_from="local"')

@@ -166,7 +166,7 @@ def test_all_processes_together_fetch_each_block_once(folder: Path, cache):
         ranks = [fork.Process(target=rank, args=(number,)) for number in (0, 1)]
         for process in ranks:
             process.start()
-        rows = [*results.get(timeout=300), *results.get(timeout=300)]
+        rows = [*results.get(timeout=600), *results.get(timeout=300)]
         for process in ranks:
             process.join(120)
         gets = {path: n for path, n in server.requests.items() if path.endswith(".tar")}
@@ -234,7 +234,7 @@ def test_a_process_ends_with_prefetches_pending(tmp_path: Path):
     (tmp_path / "a.bin").write_bytes(bytes(200 * BLOCK))
     with RangeServer(tmp_path, fault=lambda *_: "hang") as server:
         argv = [sys.executable, "-c", PREFETCHES, f"{server.url}/a.bin", str(tmp_path / "cache")]
-        subprocess.run(argv, check=True, timeout=300)
+        subprocess.run(argv, check=True, timeout=600)
         assert server.requests.get("/a.bin", 0) < 60
 
 
@@ -454,5 +454,5 @@ def test_a_signal_while_the_server_hangs_saves(tmp_path, overrides, cache, dies_
     assert 0 < len(rows) < 22
     saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert saved.progress.step == len(rows)
-    assert not psutil.wait_procs(tree, timeout=60)[1]
+    assert not psutil.wait_procs(tree, timeout=600)[1]
     process.stderr.close()

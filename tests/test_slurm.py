@@ -195,7 +195,7 @@ def test_srun_alone(slurm, tmp_path, overrides):
     """Without our script: ranks find each other by what SLURM tells them."""
     argv = command("train", ENCODER, *overrides(tmp_path / "run", *SMALL))
     done = subprocess.run(
-        ["srun", "-N2", "--ntasks-per-node=1", *argv], capture_output=True, text=True, timeout=120
+        ["srun", "-N2", "--ntasks-per-node=1", *argv], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -258,7 +258,7 @@ def test_a_run_directory_that_nodes_do_not_share(slurm, tmp_path, overrides):
             ["srun", "-N2", "--ntasks-per-node=1", *argv],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
     assert done.returncode == 64
     assert f"run_dir={run_dir} on n2 is not the folder that n1 writes to" in done.stderr

@@ -481,7 +481,7 @@ def test_workers_that_die_at_once_are_noticed(tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(UNGUARDED)
     argv = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert "a process that reads ahead was lost (exit code 1)" in done.stderr
     assert "if __name__ == '__main__'" in done.stderr
@@ -510,7 +510,7 @@ def test_workers_end_with_a_rank_that_is_killed(folder: Path, delay_s: float):
     children = psutil.Process(rank.pid).children()
     rank.kill()
     rank.join()
-    _, alive = psutil.wait_procs(children, timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=600)
     assert not alive
 
 
@@ -626,7 +626,7 @@ def test_a_lost_worker_is_one_sentence(folder: Path):
     with pytest.raises(LostWorkerError, match=r"process that reads ahead was lost .*; start again"):
         list(batches)
     assert LostWorkerError.exit_code == 75
-    _, alive = psutil.wait_procs(lost, timeout=60)
+    _, alive = psutil.wait_procs(lost, timeout=600)
     assert not alive
 
 
@@ -655,7 +655,7 @@ def test_a_worker_that_never_begins_is_started_anew(folder: Path, monkeypatch, t
         hang_at_fork.clear()
     assert (tmp_path / "hung").exists()
     assert read == [batch["__key__"] for batch in itertools.islice(stream(folder), 5)]
-    _, alive = psutil.wait_procs(set(psutil.Process().children()) - before, timeout=60)
+    _, alive = psutil.wait_procs(set(psutil.Process().children()) - before, timeout=600)
     assert not alive
 
 
