@@ -128,6 +128,13 @@ FAULTS = [
         ("tests/test_loss_views.py::test_the_gradient_contract_holds[gather]",),
     ),
     (
+        "gradients in low precision are summed in it",
+        f"{COLLECTIVES}/rows.py",
+        "        grad = grad.to(accumulation_dtype(grad.dtype))\n",
+        "",
+        (f"{TESTS}_gradients_in_low_precision_are_summed_in_fp32",),
+    ),
+    (
         "padding stays among gathered rows",
         f"{COLLECTIVES}/rows.py",
         "[block[:size] for block, size in zip(blocks, sizes, strict=True)]",
