@@ -1,6 +1,6 @@
 """What gradient caching and the trainer itself cost: memory and time of steps of a large network.
 
-    python benchmarks/training.py [--tables memory cached overhead] [--rows 8192] [--turns 5]
+    python benchmarks/training.py [--tables memory cached overhead freed] [--rows 8192] [--turns 5]
 
 A ViT of 22 million parameters (width 384, depth 12) reads glyphs at 64 x 64 pixels in patches of
 16; SupCon compares one view of each; fp32, one process, all steps by the trainer's own code.
@@ -13,6 +13,9 @@ A ViT of 22 million parameters (width 384, depth 12) reads glyphs at 64 x 64 pix
   process. Theory: one more forward pass, 4/3.
 - overhead: time of a step of `trainer.train` (stream, votes, log, all) over that of a bare step of
   embed, compare, backward and optimiser on the same batch, step by step in one process.
+- freed: time and peak memory of steps of 128 rows where freed blocks are kept, as they are, over
+  those where glibc does with them as it does by itself, turn by turn, each in a fresh process; of
+  the network above, and of a small convolutional one.
 """
 
 import argparse
@@ -52,19 +55,23 @@ COLD = 3  # steps that are not measured
 def main() -> None:
     """Print the tables that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = ["memory", "cached", "overhead"]
+    known = ["memory", "cached", "overhead", "freed"]
     parser.add_argument("--tables", nargs="+", choices=known, default=known)
     parser.add_argument("--rows", type=int, default=8192, help="of the large batch")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         print(json.dumps(peak_of_step(*map(int, args.peak))))
         return
+    if args.steps:
+        print(json.dumps(cost_of_steps(*args.steps)))
+        return
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GLYPHS"] = os.environ.get("GLYPHS") or packed(folder)
         for table in args.tables:
-            {"memory": memory, "cached": cached, "overhead": overhead}[table](args)
+            {"memory": memory, "cached": cached, "overhead": overhead, "freed": freed}[table](args)
 
 
 def packed(folder: str) -> str:
@@ -90,8 +97,13 @@ def memory(args: argparse.Namespace) -> None:
 def in_own_process(rows: int, micro: int) -> list[float]:
     """`peak_of_step` in a fresh process."""
     give_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
-    argv = [sys.executable, __file__, "--peak", str(rows), str(micro)]
-    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, env=give_back)
+    return told("--peak", str(rows), str(micro), env=give_back)
+
+
+def told(*arguments: str, env: dict[str, str]) -> list[float]:
+    """Numbers that this script prints in a fresh process."""
+    argv = [sys.executable, __file__, *arguments]
+    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -152,6 +164,42 @@ def overhead(args: argparse.Namespace) -> None:
     print(f"by their sums {sum(of_trainer) / sum(alone):.4f}", flush=True)
 
 
+def freed(args: argparse.Namespace) -> None:
+    """The fourth table."""
+    print("\n| network | freed blocks | s a step | of it system | peak MiB |")
+    print("| --- | --- | --- | --- | --- |")
+    env = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    for network in ("vit", "residual"):
+        turns = [
+            [told("--steps", network, how, env=env) for how in ("kept", "given back")]
+            for _ in range(args.turns)
+        ]
+        for number, how in enumerate(("kept", "given back")):
+            medians = [statistics.median(x) for x in zip(*(t[number] for t in turns), strict=True)]
+            print(f"| {network} | {how} | {medians[0]:.3f} | {medians[1]:.3f} | {medians[2]:.0f} |")
+        ratios = [[a / max(b, 1e-9) for a, b in zip(*turn, strict=True)] for turn in turns]
+        seconds, _, peak = (statistics.median(x) for x in zip(*ratios, strict=True))
+        print(f"| {network} | ratio | {seconds:.3f} | | {peak:.3f} |", flush=True)
+
+
+def cost_of_steps(network: str, freed_blocks: str) -> list[float]:
+    """Seconds of a step, those in the kernel, peak of the memory of the process in MiB."""
+    from dist_contrastive.backend import process
+
+    if freed_blocks == "given back":
+        process.keep_freed_memory = lambda: False
+    small = "{name: residual, widths: [8, 16, 32, 64]}"
+    run = opened(2 * MICRO, 0, *([f"task.encoder={small}"] if network == "residual" else []))
+    batches = run.data.batches(run.backend.device)
+    for _ in range(COLD):
+        step(run, Batch(next(batches).samples))
+    begin, system = time.perf_counter(), os.times().system
+    for _ in range(LOGGED):
+        step(run, Batch(next(batches).samples))
+    seconds, system = time.perf_counter() - begin, os.times().system - system
+    return [seconds / LOGGED, system / LOGGED, own_memory_kib("VmHWM") / 1024]
+
+
 def bare_step(run: Any, samples: Any) -> None:
     """What a script would do without a trainer."""
     task, optimizer = run.task, run.engine.optimizer
@@ -195,16 +243,16 @@ def batch_of(run: Any) -> Batch:
     return Batch(next(run.data.batches(run.backend.device)).samples)
 
 
-def opened(rows: int, micro: int) -> Any:
+def opened(rows: int, micro: int, *overrides: str) -> Any:
     """A run that no checkpoint is written of."""
     from dist_contrastive.backend import Backend
     from dist_contrastive.trainer.run import open_run
 
-    config = config_of(rows, micro, Path(tempfile.mkdtemp(prefix="training-")))
+    config = config_of(rows, micro, Path(tempfile.mkdtemp(prefix="training-")), *overrides)
     return open_run(config, Backend(config.backend))
 
 
-def config_of(rows: int, micro: int, run_dir: Path) -> Any:
+def config_of(rows: int, micro: int, run_dir: Path, *overrides: str) -> Any:
     """The config above, for batches of this size, in micro-batches or (0) not."""
     import torch
 
@@ -216,7 +264,8 @@ def config_of(rows: int, micro: int, run_dir: Path) -> Any:
     file.write_text(CONFIG)
     options = [f"data.train={data}/train", f"data.test={data}/test", f"run_dir={run_dir}"]
     options += [f"data.global_batch_size={rows}", f"train.log_every={LOGGED}"]
-    return configs.load(file, [*options, f"train.micro_batch_size={micro or 'null'}"])
+    options += [f"train.micro_batch_size={micro or 'null'}", *overrides]
+    return configs.load(file, options)
 
 
 if __name__ == "__main__":

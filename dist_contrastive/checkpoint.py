@@ -130,6 +130,29 @@ def run_weights(run_dir: Path) -> dict[str, Tensor]:
     return load_file(exported) if exported.exists() else run_newest(run_dir).weights()
 
 
+def weights_at(path: Path) -> dict[str, Tensor]:
+    """Weights by name, on the CPU, of a run's newest checkpoint, an export, a checkpoint, a file of
+    safetensors or a folder of some.
+
+    Raises:
+        ConfigError: there are none, or they cannot be read.
+    """
+    if (path / "checkpoints").is_dir():
+        return run_newest(path).weights()
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        there = "holds no safetensors and no checkpoints" if path.is_dir() else "is not there"
+        raise ConfigError(
+            f"{path} {there}; give a run directory, an export, or a folder or file of safetensors"
+        )
+    try:
+        return {name: value for file in files for name, value in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{path} holds no weights that can be read ({error}); give whole safetensors"
+        ) from error
+
+
 def folders(root: Path) -> list[Path]:
     """Folders of all checkpoints, in the order of their steps."""
     return sorted((p for p in root.glob("step-*") if _NAME.fullmatch(p.name)), key=_step)
@@ -222,8 +245,11 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """
     # Tensors may share memory (tied weights); safetensors wants each separate and contiguous.
     separate = {name: x.detach().cpu().clone().contiguous() for name, x in weights.items()}
+    path.touch()  # as readable as the umask has it; safetensors puts a file of its own there
+    mode = path.stat().st_mode
     try:
         save_file(separate, path)
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from error
 

@@ -101,7 +101,7 @@ def export(run_dir: Path, folder: Path, which: str) -> Checkpoint:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_weights(folder / WEIGHTS, exported.weights())
-        configs.save(config, folder)
+        configs.save(configs.absolute(config), folder)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error}); choose another --out") from error
     return exported

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from dist_contrastive.cli.app import ConfigFile, Overrides, examples, new_app, run
+from dist_contrastive.cli.app import ConfigFile, MayChange, Overrides, examples, new_app, run
 from dist_contrastive.errors import EXIT_RESTART, FINAL_EXIT_CODES, ConfigError
 from dist_contrastive.signals import STOP_SIGNALS
 from launch.logs import Echo, rank_log
@@ -40,6 +40,7 @@ class LocalRun:
     endpoint: str | None
     run_dir: Path
     name: str
+    change: bool = False
     is_stopping: bool = False
 
     def forward(self, number: int, _: Any) -> None:
@@ -81,6 +82,7 @@ def _local(
     rdzv: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Rendezvous, on one of the machines.")
     ] = None,
+    change: MayChange = False,
 ) -> int:
     if (machines > 1) != (rdzv is not None):
         raise ConfigError(
@@ -90,7 +92,7 @@ def _local(
     overrides = overrides or []
     run_dir = _checked_run_dir(config, overrides, ranks * machines)
     name = time.strftime("local-%Y%m%d-%H%M%S")
-    local_run = LocalRun(config, overrides, ranks, machines, rdzv, run_dir, name)
+    local_run = LocalRun(config, overrides, ranks, machines, rdzv, run_dir, name, change)
     return _run(local_run, restarts, Rendezvous(rdzv))
 
 
@@ -145,6 +147,7 @@ def _start(local_run: LocalRun, number: int) -> int:
         "--signals-to-handle=SIGQUIT",
     ]
     command = ["--module", "dist_contrastive", "train", local_run.config, *local_run.overrides]
+    command += ["--change"] if local_run.change else []
     config, entry, args = config_from_args(get_args_parser().parse_args([*options, *command]))
     logs = _log_files(local_run.run_dir / "logs", f"{local_run.name}-{number}")
     config.logs_specs = logs

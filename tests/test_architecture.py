@@ -18,7 +18,8 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 # From the bottom up; parts on one line do not import each other, except as listed in WITHIN.
 LAYERS = [
     {"errors"},
-    {"atomic", "ranks", "schedule", "settings", "signals", "tables"},
+    {"atomic", "malloc", "ranks", "schedule", "settings", "signals", "tables"},
+    {"changes"},
     {"collectives"},
     {"pairwise"},
     {"losses", "grad_cache", "testing"},

@@ -39,6 +39,7 @@ from launch import local, progress
 from launch.logs import Follower
 from launch.rendezvous import Rendezvous
 from launch.slurm.__main__ import main
+from launch.slurm.checks import current_config
 from launch.slurm.cluster import JobRecord, add_record, job_state, last_record
 from launch.slurm.control import ranks_of
 from launch.slurm.options import job_flags, load_options, minutes
@@ -591,6 +592,66 @@ def test_cancel_saves_and_the_code_is_that_of_the_submission(
     assert saved >= 3
     assert main(["cancel", str(run_dir)]) == 0
     assert "has ended already" in capsys.readouterr().out
+
+
+def test_a_job_that_changes_its_run(tmp_path, overrides, capsys):
+    """Resumed with more steps and another rate, then told to save and requeued: the change is made
+    once; later jobs go on with what the run is by then."""
+    run_dir, options = tmp_path / "run", overrides(tmp_path / "run", *SMALL, "train.steps=4")
+    submit_here(options)
+    await_step(run_dir, 4)
+    await_end(run_dir)
+    assert main(["resume", str(run_dir), "--no-doctor", "train.steps=60", "optim.lr=0.01"]) == 64
+    assert "--change" in capsys.readouterr().err
+    changed = ["train.steps=60", "optim.lr=0.01", "--change"]
+    assert main(["resume", str(run_dir), "--no-doctor", *changed]) == 0
+    await_step(run_dir, 8)
+    for process in ranks_of(last_record(run_dir)):
+        process.send_signal(signal.SIGUSR2)
+    await_step(run_dir, 60)
+    await_end(run_dir)
+    assert trainer.train(ENCODER, overrides=[*options, "train.steps=61", "optim.lr=0.01"]) == 0
+    assert main(["resume", str(run_dir), "--no-doctor", "train.steps=62"]) == 0
+    await_step(run_dir, 62)
+    await_end(run_dir)
+    capsys.readouterr()
+    assert main(["status", str(run_dir)]) == 0
+    told = capsys.readouterr().out
+    assert "changed  from step 4 on: optim.lr: 0.002 -> 0.01; train.steps: 4 -> 60" in told
+    assert "changed  from step 60 on: train.steps: 60 -> 61" in told
+    assert "changed  from step 61 on: train.steps: 61 -> 62" in told
+    assert [row["step"] for row in read_rows(run_dir)] == list(range(1, 63))
+
+
+def await_end(run_dir: Path) -> None:
+    deadline = time.monotonic() + 240
+    while not job_state(last_record(run_dir)).has_ended:
+        assert time.monotonic() < deadline, told_by(run_dir)
+        time.sleep(0.05)
+
+
+def test_a_change_that_was_submitted_and_never_begun_is_not_forgotten(tmp_path, overrides):
+    """The config with which a run is resumed: the later one of what was submitted and what ran."""
+    run_dir, options = tmp_path / "run", overrides(tmp_path / "run", *SMALL)
+    (tmp_path / "job").mkdir()
+    first, other = configs.load(ENCODER, options), configs.load(ENCODER, [*options, "optim.lr=1"])
+    run_dir.mkdir()
+    record = JobRecord("1", "slurm", "", "", "", f"{tmp_path}/job/config.yaml", "", {}, True)
+
+    def written(config: configs.RunConfig, folder: Path, at_s: int) -> None:
+        configs.save(config, folder)
+        os.utime(folder / "config.yaml", (at_s, at_s))
+
+    written(other, tmp_path / "job", 100)
+    assert current_config(run_dir, record) == (other, True)  # the run has not begun
+    written(first, run_dir, 50)
+    assert current_config(run_dir, record) == (other, True)
+    written(other, run_dir, 150)
+    assert current_config(run_dir, record) == (other, False)
+    written(first, run_dir, 200)  # changed back by hand
+    assert current_config(run_dir, record) == (first, False)
+    (tmp_path / "job" / "config.yaml").unlink()
+    assert current_config(run_dir, record) == (first, False)
 
 
 # ------------------------------------------------------------------ small parts

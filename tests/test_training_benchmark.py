@@ -20,6 +20,20 @@ def test_cost_of_caching_and_of_the_trainer():
 
 
 @pytest.mark.slow
+def test_freed_memory_that_is_kept():
+    """Less time in the kernel, for little memory."""
+    argv = [sys.executable, BENCHMARK, "--tables", "freed", "--turns", "1"]
+    told = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=600).stdout
+    for network in ("vit", "residual"):
+        rows = [
+            [x.strip() for x in row.split("|")[2:-1]] for row in told.splitlines() if network in row
+        ]
+        found = {row[0]: row[1:] for row in rows}
+        assert float(found["kept"][1]) <= float(found["given back"][1])
+        assert float(found["ratio"][2]) < 1.5
+
+
+@pytest.mark.slow
 def test_memory_of_steps():
     argv = [sys.executable, BENCHMARK, "--tables", "memory", "--rows", "1024"]
     told = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=600).stdout

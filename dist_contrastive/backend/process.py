@@ -19,6 +19,7 @@ from dist_contrastive.backend.engine import Engine, recompute_blocks
 from dist_contrastive.backend.replicated import Replicated
 from dist_contrastive.backend.zero import Zero, forget_switches, zero_accelerator
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.malloc import keep_freed_memory
 from dist_contrastive.settings import Settings
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,6 +55,7 @@ class Backend:
 
     def __init__(self, settings: Config) -> None:
         self.settings = settings
+        keep_freed_memory()
         self._owns_group = not dist.is_initialized()
         self._accelerator = _accelerator(settings)
         self.device: torch.device = self._accelerator.device

@@ -98,7 +98,8 @@ class Replicated(Engine):
                     value = value.to(device, copy=True)
                 self.optimizer.state[parameter][key] = value
         load_group_counts(self.optimizer, state["groups"])
-        self._scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty of a run that was not in fp16, or by ZeRO
+            self._scaler.load_state_dict(state["scaler"])
 
     def parameter_norm(self) -> float:
         trained = [p.detach() for p in self.module.parameters() if p.requires_grad]

@@ -10,6 +10,7 @@ from dist_contrastive import __version__
 from dist_contrastive.cli import shards
 from dist_contrastive.cli.app import (
     ConfigFile,
+    MayChange,
     Overrides,
     SeveralValues,
     examples,
@@ -61,15 +62,16 @@ def _common(
     epilog=examples(
         "dist-contrastive train configs/digits_encoder.yaml",
         "dist-contrastive train configs/digits_encoder.yaml optim.lr=0.001 run_dir=runs/slow",
+        "dist-contrastive train configs/digits_encoder.yaml train.steps=900 --change",
         "torchrun --nproc-per-node 8 -m dist_contrastive train CONFIG",
     ),
 )
-def _train(config: ConfigFile, overrides: Overrides = None) -> int:
+def _train(config: ConfigFile, overrides: Overrides = None, change: MayChange = False) -> int:
     """Train, or go on with the run in run_dir."""
     from dist_contrastive import trainer
     from dist_contrastive.config import load
 
-    return trainer.train(load(config, overrides or []))
+    return trainer.train(load(config, overrides or []), change=change)
 
 
 @app.command(
@@ -79,6 +81,7 @@ def _doctor(
     config: ConfigFile,
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(metavar="N", help="Ranks that will train.")] = 1,
+    change: MayChange = False,
 ) -> int:
     """Check all that training needs, without training."""
     from dist_contrastive.config import load
@@ -90,7 +93,7 @@ def _doctor(
     summary = f"{config}: task {loaded.task.name}, {loaded.train.steps} steps"
     print(Finding("config", True, summary))
     is_fine = True
-    for finding in examine(loaded, ranks):
+    for finding in examine(loaded, ranks, change=change):
         is_fine = is_fine and finding.is_fine
         print(finding)
     return 0 if is_fine else ConfigError.exit_code

@@ -24,6 +24,13 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+MayChange = Annotated[
+    bool,
+    typer.Option(
+        "--change",
+        help="Go on with another number of steps, learning rate, schedule, precision or lanes.",
+    ),
+]
 
 
 class SeveralValues(TyperCommand):

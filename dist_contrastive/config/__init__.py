@@ -7,17 +7,28 @@
 Precedence: defaults < YAML file < ``key=value`` overrides. Unknown names are refused.
 """
 
-from dist_contrastive.config.files import load, load_run, resolve, save
-from dist_contrastive.config.run import KeepBestSettings, RunConfig, TrainSettings, differences
+from dist_contrastive.config.files import absolute, load, load_run, place, resolve, save
+from dist_contrastive.config.run import (
+    CHANGEABLE,
+    KeepBestSettings,
+    RunConfig,
+    TrainSettings,
+    changed,
+    differences,
+)
 from dist_contrastive.errors import retired
 
 __all__ = [
+    "CHANGEABLE",
     "KeepBestSettings",
     "RunConfig",
     "TrainSettings",
+    "absolute",
+    "changed",
     "differences",
     "load",
     "load_run",
+    "place",
     "resolve",
     "save",
 ]

@@ -1,6 +1,9 @@
 """Configs as YAML files, with overrides."""
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,7 @@ from typing import Any
 import yaml
 
 from dist_contrastive.atomic import write_text
-from dist_contrastive.config.run import RunConfig
+from dist_contrastive.config.run import RunConfig, map_paths
 from dist_contrastive.errors import ConfigError
 
 
@@ -48,11 +51,52 @@ def save(config: RunConfig, folder: Path) -> None:
 
 
 def load_run(folder: Path | str) -> RunConfig:
-    """The resolved config of a run directory; its run_dir is where the folder is now."""
+    """The resolved config of a run directory, which may have been moved: its run_dir is where the
+    folder is now, and its paths lead to what lies beside the folder as it did, or else to where
+    they led when it was written."""
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{folder} is no run directory: it has no config.yaml; train one first")
-    return load(path).model_copy(update={"run_dir": Path(folder)})
+    tree = map_paths(_read_yaml(path), _moved(Path(folder)))
+    tree["run_dir"] = str(folder)
+    return RunConfig.checked(tree, f"{path}: ")
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The same config, whose paths of what is there do not depend on the current folder."""
+    tree = config.model_dump(mode="json")
+    return RunConfig.checked(map_paths(tree, lambda p: os.path.abspath(p) if _exists(p) else p))
+
+
+def place(run_dir: Path) -> dict[str, str]:
+    """Where a run directory and the current folder are, for environment.json."""
+    return {"run_dir": os.path.abspath(run_dir), "folder": os.getcwd()}
+
+
+def _moved(run_dir: Path) -> Callable[[str], str]:
+    """What becomes of a path in the config of a run directory, by its environment.json."""
+    try:
+        before = json.loads((run_dir / "environment.json").read_text())
+        was, folder = str(before["run_dir"]), str(before["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return lambda path: path
+    now = os.path.abspath(run_dir)
+
+    def lead(path: str) -> str:
+        whole = os.path.join(folder, path)
+        beside = os.path.normpath(os.path.join(now, os.path.relpath(whole, was)))
+        if now != was and _exists(beside):
+            return beside
+        stays = folder == os.getcwd() or not _exists(whole)
+        return path if stays else os.path.normpath(whole)
+
+    return lead
+
+
+def _exists(path: str) -> bool:
+    """Whether there is such a file or folder, or the folder in which a pattern begins."""
+    head = re.split(r"[*?\[{]", path)[0]
+    return os.path.exists(path if head == path else os.path.dirname(head) or ".")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Everything that defines a run, and what of it a resumed run may change."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -67,6 +69,12 @@ class RunConfig(Settings):
 
     run_dir: Path
     """Folder for everything that the run writes."""
+    init_from: str | None = None
+    """Weights to start from: a run directory (its newest checkpoint), an export, a checkpoint, or
+    another folder or file of safetensors. null: those of the seed."""
+    init_strict: bool = True
+    """Refuse `init_from` unless its weights are those of this task, name by name and shape by
+    shape; false takes those that fit, and leaves the others as the seed makes them."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything random: weights, order of samples, views, noise."""
     data: DataConfig
@@ -170,16 +178,59 @@ MAY_CHANGE = (
 )
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """``key: old -> new`` for every setting that a resumed run may not change."""
-    before, after = (_flat(c.model_dump(mode="json")) for c in (old, new))
+# Settings that a run may change when it is told so (--change); each change is recorded. They are
+# not its data, model, objective or batch. Lanes change where an epoch ends alone.
+CHANGEABLE = (
+    "data.lanes",
+    "train.steps",
+    "optim.lr",
+    "optim.lr_scaling",
+    "optim.lr_batch_size",
+    "optim.warmup_steps",
+    "optim.final_lr_ratio",
+    "optim.weight_decay",
+    "optim.betas",
+    "optim.eps",
+    "optim.trust_coefficient",
+    "optim.clip_norm",
+    "backend.precision",
+)
+
+_PATHS = ("run_dir", "init_from", "pretrained")
+_DATA_PATHS = ("train", "test", "shards")
+
+
+def changed(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of the settings that differ, but for those that may without a word."""
+    before, after = (_flat(config.model_dump(mode="json")) for config in (old, new))
+    there, here = (
+        _flat(map_paths(config.model_dump(mode="json"), os.path.abspath)) for config in (old, new)
+    )
     free = tuple(f"{name}." for name in MAY_CHANGE)
-    keys = [key for key in {**before, **after} if not f"{key}.".startswith(free)]
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in keys
-        if before.get(key) != after.get(key)
-    ]
+    return {
+        key: (before.get(key), after.get(key))
+        for key in {**before, **after}
+        if not f"{key}.".startswith(free) and there.get(key) != here.get(key)
+    }
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """``key: old -> new`` of all that are `changed`."""
+    return [f"{key}: {before} -> {after}" for key, (before, after) in changed(old, new).items()]
+
+
+def map_paths(tree: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The same tree of settings, with `change` applied to its paths; URLs stay."""
+
+    def visit(node: Any, names: tuple[str, ...]) -> None:
+        for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            if isinstance(value, dict | list):
+                visit(value, _DATA_PATHS if key == "data" else names)
+            elif isinstance(value, str) and key in names and "://" not in value:
+                node[key] = change(value)
+
+    visit(tree, _PATHS)
+    return tree
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

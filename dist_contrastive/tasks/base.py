@@ -11,6 +11,7 @@ from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss, Scale, clamp_scales
+from dist_contrastive.models import MomentumCopy
 from dist_contrastive.settings import Choice, ComponentSettings, Settings
 
 Embeddings = tuple[Tensor, ...]
@@ -86,6 +87,9 @@ class Task(nn.Module, ABC):
                     "the task needs labels; set data.label to the field that holds them"
                 )
 
+    state_of_run: ClassVar[tuple[str, ...]] = ()
+    """Buffers, and modules of buffers, that hold what a run has met and are no weights: a run that
+    starts from the weights of another one has its own."""
     rows_multiple = 1
     """The rows of a global batch are a multiple of it."""
 
@@ -105,6 +109,10 @@ class Task(nn.Module, ABC):
         return StepContext(
             progress=progress, is_logged=is_logged, micro_batch_size=micro_batch_size
         )
+
+    def momentum_copies(self) -> dict[str, tuple[MomentumCopy, nn.Module]]:
+        """Momentum copies by their names in the task, each with the module that it follows."""
+        return {}
 
     @abstractmethod
     def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:

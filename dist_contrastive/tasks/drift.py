@@ -139,6 +139,7 @@ class Drift(Task):
                     "task.bank, data.label and data.num_classes"
                 )
 
+    state_of_run = ("bank", "steps_done")
     steps_done: Tensor
 
     def __init__(
@@ -193,6 +194,10 @@ class Drift(Task):
             micro_batch_size=micro_batch_size,
             subgroups=_subgroups(labels, self.num_classes, self.config.groups),
         )
+
+    def momentum_copies(self) -> dict[str, tuple[MomentumCopy, nn.Module]]:
+        """The averaged generator, if there is one."""
+        return {} if self.average is None else {"average": (self.average, self.generator)}
 
     def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
         """Noise [b, noise_dim], keyed by the data row that it is compared with; its label [b], and

@@ -107,6 +107,8 @@ class Hybrid(ImageTask):
                     "one of them a weight"
                 )
 
+    state_of_run = ("reward",)
+
     def __init__(
         self,
         config: Config,

@@ -47,6 +47,7 @@ class Moco(ContrastiveTask):
                     f"data.global_batch_size={batch}; set {nearest_multiples(size, batch, batch)}"
                 )
 
+    state_of_run = ("queue", "num_queued")
     loss: InfoNCE
     queue: Tensor
     num_queued: Tensor
@@ -71,6 +72,13 @@ class Moco(ContrastiveTask):
         self.momentum = config.momentum
         self.register_buffer("queue", torch.zeros(config.queue_size, config.head.out))
         self.register_buffer("num_queued", torch.zeros((), dtype=torch.int64))  # since the start
+
+    def momentum_copies(self) -> dict[str, tuple[MomentumCopy, nn.Module]]:
+        """The encoder and the head of keys."""
+        return {
+            "key_encoder": (self.key_encoder, self.encoder),
+            "key_head": (self.key_head, self.head),
+        }
 
     def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
         """A view for the query and one for the key of every image: [b, C, H, W] each."""

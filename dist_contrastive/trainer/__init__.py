@@ -3,6 +3,7 @@
     loop.py       the loop: data, step, log, save
     step.py       one step: embed, compare, backward, update
     run.py        Run: what is trained, opened from the newest checkpoint
+    initial.py    weights that a run starts from
     run_dir.py    files that describe and guard the run directory
     saving.py     checkpoints
     recording.py  metrics, the ledger, a profile
@@ -38,6 +39,7 @@ def train(
     overrides: Sequence[str] = (),
     model: nn.Module | None = None,
     loss: PairLoss | None = None,
+    change: bool = False,
 ) -> int:
     """Train to config.train.steps, or go on from the newest checkpoint in the run directory.
 
@@ -50,6 +52,8 @@ def train(
         model: encoder in the place of ``task.encoder``, a module from images [b, C, H, W] to [b,
             D]. It is trained itself; all ranks start from the weights of the first one.
         loss: in the place of ``task.loss``.
+        change: the run in the directory may go on with another number of steps, learning rate,
+            schedule, precision or lanes; it is recorded there, in changes.jsonl.
 
     Returns:
         Exit code: 0 when all steps are done, 75 when stopped before, with everything saved.
@@ -68,7 +72,7 @@ def train(
     checked, modules = resolve(config, overrides), OwnModules(model, loss)
     backend = Backend(checked.backend)
     try:
-        code = run_loop(checked, backend, modules, stop_after)
+        code = run_loop(checked, backend, modules, stop_after, change)
     except Exception as error:
         if collectives.is_lost_rank(error):
             raise LostRankError("another rank has ended, see there; start again") from error

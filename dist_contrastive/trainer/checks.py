@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dist_contrastive import collectives
 from dist_contrastive.backend import Backend
+from dist_contrastive.changes import changes_text
 from dist_contrastive.checkpoint import flush, write_weights
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Samples
@@ -190,13 +191,16 @@ class Finding(NamedTuple):
         return f"{self.part:9} {'ok     ' if self.is_fine else 'PROBLEM'}  {self.text}"
 
 
-def examine(config: RunConfig, world_size: int, processes: int | None = None) -> Iterator[Finding]:
+def examine(
+    config: RunConfig, world_size: int, processes: int | None = None, change: bool = False
+) -> Iterator[Finding]:
     """Findings of all checks; the first one that is not fine is the last.
 
     The ranks are processes on CPUs of this machine, whatever the run will have.
 
     Args:
         processes: the most of them; a run of more ranks is checked on that many.
+        change: the run may go on with other settings, as `train` has it.
     """
     try:
         data = check(config, world_size)
@@ -211,7 +215,7 @@ def examine(config: RunConfig, world_size: int, processes: int | None = None) ->
     )
     try:
         count = world_size if processes is None else _divisor(world_size, processes)
-        yield from run_ranks(_check_rank, count, on_cpu, timeout_s=_TIMEOUT_S)[0]
+        yield from run_ranks(_check_rank, count, on_cpu, change, timeout_s=_TIMEOUT_S)[0]
     except RankError as error:
         yield Finding("start", False, str(error))
 
@@ -227,12 +231,12 @@ def _ranks_text(config: RunConfig, world_size: int) -> str:
     return f"{world_size} x {rows} rows, {parts}"
 
 
-def _check_rank(config: RunConfig) -> list[Finding]:
+def _check_rank(config: RunConfig, change: bool) -> list[Finding]:
     findings: list[Finding] = []
     part = "start"
     try:
         backend = Backend(config.backend)
-        run = open_run(config, backend)
+        run = open_run(config, backend, change=change)
         weights = run.engine.weights()
         findings.append(Finding("run", True, _state_text(run)))
         findings.append(Finding("model", True, _model_text(run, weights)))
@@ -247,10 +251,15 @@ def _check_rank(config: RunConfig) -> list[Finding]:
 def _state_text(run: Run) -> str:
     step, folder = run.progress.step, run.config.run_dir
     if not step:
-        return f"{folder} holds no checkpoint: training starts"
+        start = run.config.init_from
+        begins = "training starts" if start is None else f"training starts from weights of {start}"
+        return f"{folder} holds no checkpoint: {begins}"
     if step >= run.config.train.steps:
         return f"{folder} is trained to step {step} already"
-    return f"{folder} holds step {step} of {run.config.train.steps}: training goes on there"
+    changed = f" with {changes_text(run.changes)}" if run.changes else ""
+    return (
+        f"{folder} holds step {step} of {run.config.train.steps}: training goes on there{changed}"
+    )
 
 
 def _model_text(run: Run, weights: dict[str, Tensor]) -> str:

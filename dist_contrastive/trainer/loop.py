@@ -2,10 +2,12 @@
 
 from dist_contrastive import checkpoint, collectives
 from dist_contrastive.backend import Backend
+from dist_contrastive.changes import changes_text
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.stream.shard_stream import Prefetcher
 from dist_contrastive.data.training import DeviceBatch
 from dist_contrastive.errors import EXIT_RESTART, UserError
+from dist_contrastive.optim import learning_rate
 from dist_contrastive.signals import stop_flag
 from dist_contrastive.trainer.checks import self_check
 from dist_contrastive.trainer.recording import Recorder
@@ -22,7 +24,11 @@ _GO, _SKIPPED, _STOP, _FAILED = 0, 1, 2, 3  # votes of a rank before a step; the
 
 
 def run_loop(
-    config: RunConfig, backend: Backend, modules: OwnModules, stop_after: int | None
+    config: RunConfig,
+    backend: Backend,
+    modules: OwnModules,
+    stop_after: int | None,
+    change: bool = False,
 ) -> int:
     """Train from the newest checkpoint to the last step, or to `stop_after` steps from here.
 
@@ -30,7 +36,7 @@ def run_loop(
         EXIT_DONE or EXIT_REQUEUE.
     """
     checkpoints_before = checkpoint.folders(config.run_dir / "checkpoints")
-    run = open_run(config, backend, modules)
+    run = open_run(config, backend, modules, change)
     steps, first = config.train.steps, run.progress.step
     stop_at = steps if stop_after is None else min(steps, first + stop_after)
     if first >= steps:
@@ -38,6 +44,12 @@ def run_loop(
         return EXIT_DONE
     if first:
         run.info(f"going on from step {first} of {steps}")
+    if run.changes:
+        lr = learning_rate(first, steps, config.optim, config.data.global_batch_size)
+        run.info(
+            f"changed from step {first} on: {changes_text(run.changes)}; the learning rate goes on "
+            f"at {lr:.3g}"
+        )
     skipped = SkippedLog.open(config.run_dir, config.data.max_skipped, backend.is_main)
     with (
         locked(config.run_dir, backend.is_main, checkpoints_before),

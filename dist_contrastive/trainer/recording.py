@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dist_contrastive import collectives
 from dist_contrastive.backend import Trackers
+from dist_contrastive.changes import record_changes
 from dist_contrastive.metrics import Ledger, MetricsLog, forget_steps
 from dist_contrastive.trainer.run import Run
 from dist_contrastive.trainer.run_dir import count_attempt, describe, writable
@@ -80,8 +81,9 @@ class Recorder:
         run_dir, train = config.run_dir, config.train
         with collectives.raised_together(), writable(run_dir):
             if run.backend.is_main:
+                record_changes(run_dir, first, run.changes)
                 describe(config, run.backend, run.data.sources, run.modules.names())
-                count_attempt(config, first)
+                count_attempt(config, first, is_changed=bool(run.changes))
                 forget_steps(run_dir, first)
         with collectives.raised_together(), writable(run_dir), ExitStack() as files:
             trackers = files.enter_context(

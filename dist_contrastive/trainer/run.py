@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from dist_contrastive import checkpoint, collectives, optim
 from dist_contrastive import config as configs
 from dist_contrastive.backend import Backend, Engine
+from dist_contrastive.changes import Settings, changes_text
 from dist_contrastive.checkpoint import Checkpoint, Progress
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.record import check_record
@@ -19,6 +22,7 @@ from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.metrics import Clock
 from dist_contrastive.models import check_row_independent
 from dist_contrastive.tasks import Task
+from dist_contrastive.trainer.initial import load_initial
 from dist_contrastive.trainer.run_dir import check_modules
 
 _log = logging.getLogger(__name__)
@@ -70,6 +74,7 @@ class Run:
     saved: Progress  # of the newest checkpoint
     clock: Clock
     modules: OwnModules  # as they were given, before the engine changed those of the task
+    changes: Settings  # that differ from those of the run directory
 
     def info(self, message: str) -> None:
         """Log a message, on the first rank."""
@@ -86,8 +91,13 @@ class Run:
         return copy.deepcopy(self.modules).task(self.config, self.data)
 
 
-def open_run(config: RunConfig, backend: Backend, modules: OwnModules | None = None) -> Run:
+def open_run(
+    config: RunConfig, backend: Backend, modules: OwnModules | None = None, change: bool = False
+) -> Run:
     """Run from the newest checkpoint in its directory, or from the start; nothing is written.
+
+    Args:
+        change: it may go on with other settings, those of `configs.CHANGEABLE`.
 
     Raises:
         ConfigError, DataError: on every rank.
@@ -97,6 +107,7 @@ def open_run(config: RunConfig, backend: Backend, modules: OwnModules | None = N
     modules = modules or OwnModules()
     with collectives.raised_together():
         resumed = _find_checkpoint(config, modules, backend.is_main)
+        changes = _check_changes(config, resumed, change) if resumed else {}
     positions = collectives.gather_objects(None if resumed is None else resumed.progress)
     if any(position != positions[0] for position in positions):
         raise ConfigError(
@@ -108,6 +119,8 @@ def open_run(config: RunConfig, backend: Backend, modules: OwnModules | None = N
         sources = config.data.open_train()
         if resumed:
             check_record(config.run_dir, config.data, sources)
+            if "data.lanes" in changes:
+                _check_lanes(config, changes["data.lanes"], progress, sum(map(len, sources)))
     data = open_training_data(config, progress.consumed, backend.rank, backend.world_size, sources)
     unchanged = copy.deepcopy(modules)
     with collectives.raised_together():
@@ -116,11 +129,13 @@ def open_run(config: RunConfig, backend: Backend, modules: OwnModules | None = N
         optimizer = optim.build_optimizer(task, config.optim)
         if resumed:
             _load_weights(task, resumed)
+        elif config.init_from is not None:
+            load_initial(task, config.init_from, config.init_strict, backend.is_main)
     engine = backend.engine(task, optimizer, config.optim.clip_norm)
     if resumed:
         engine.load_optimizer_state(resumed.optimizer_state())
     clock = Clock(progress.consumed, backend.device)
-    return Run(config, backend, task, engine, data, progress, progress, clock, unchanged)
+    return Run(config, backend, task, engine, data, progress, progress, clock, unchanged, changes)
 
 
 def open_training_data(
@@ -144,19 +159,73 @@ def open_training_data(
 
 
 def _find_checkpoint(config: RunConfig, modules: OwnModules, is_main: bool) -> Checkpoint | None:
-    """Newest checkpoint of this run directory, which must be of the same config."""
+    """Newest checkpoint of this run directory, which must be of the same modules."""
     root = config.run_dir / "checkpoints"
     resumed = checkpoint.newest(root, _log.warning if is_main else lambda _: None)
     if resumed is None:
         return None
-    changed = configs.differences(configs.load_run(config.run_dir), config)
-    if changed:
-        raise ConfigError(
-            f"{config.run_dir} holds a run with other settings ({'; '.join(changed[:3])}); choose "
-            f"another run_dir, or delete that one to start over"
-        )
     check_modules(config.run_dir, modules.names())
     return resumed
+
+
+def _check_changes(config: RunConfig, resumed: Checkpoint, change: bool) -> Settings:
+    """Settings that differ from those of the run directory, which may.
+
+    A run that has done all its steps may have more without being told so.
+
+    Raises:
+        ConfigError: one cannot change, the run was not told that it changes, or no step is left.
+    """
+    before, step, steps = (
+        configs.load_run(config.run_dir),
+        resumed.progress.step,
+        config.train.steps,
+    )
+    changes = configs.changed(before, config)
+    fixed = {key: pair for key, pair in changes.items() if key not in configs.CHANGEABLE}
+    holds = f"{config.run_dir} holds a run with other settings ({changes_text(fixed or changes)})"
+    if fixed:
+        raise ConfigError(
+            f"{holds}; choose another run_dir, with init_from={config.run_dir} to start from its "
+            f"weights, or delete that one to start over"
+        )
+    is_longer = changes.keys() == {"train.steps"} and before.train.steps <= step < steps
+    if changes and not change and not is_longer:
+        raise ConfigError(
+            f"{holds}; give --change (from Python change=True) to go on with these from step "
+            f"{step} on, choose another run_dir, or delete that one to start over"
+        )
+    if changes and steps <= step:
+        raise ConfigError(
+            f"{holds}, but with train.steps={steps} no step is left after step {step}, to which it "
+            f"is trained; set train.steps to more than {step}"
+        )
+    return changes
+
+
+def _check_lanes(
+    config: RunConfig, lanes: Sequence[int], progress: Progress, num_samples: int
+) -> None:
+    """Refuse other lanes in the middle of an epoch: some samples would come twice, others never."""
+    data, (before, after) = config.data, lanes
+    if data.balance is not None or data.weights is not None:
+        name = "weights of sources" if data.balance is None else "data.balance"
+        raise ConfigError(
+            f"data.lanes: {before} -> {after} with {name}: these batches have no epochs, at whose "
+            f"end alone lanes may change; set data.lanes={before}"
+        )
+    batch = data.global_batch_size
+    epoch = num_samples // batch * batch if data.tail == "drop" else num_samples
+    if progress.consumed % epoch == 0:
+        return
+    every = math.lcm(batch, epoch)
+    step = progress.step + (-progress.consumed % every) // batch
+    raise ConfigError(
+        f"data.lanes: {before} -> {after} at step {progress.step}, in the middle of an epoch of "
+        f"{epoch} samples: some would come twice and others never; go on with data.lanes={before} "
+        f"to step {step} (train.steps={step}), the next at which an epoch ends exactly, and change "
+        f"them there"
+    )
 
 
 def _check_row_independent(task: Task, config: RunConfig, world_size: int) -> None:

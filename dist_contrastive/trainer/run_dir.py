@@ -1,6 +1,7 @@
 """Run directory: the files that describe a run and guard it; one run writes there at a time.
 
 config.yaml, environment.json    the run; written at every start
+changes.jsonl                    settings that changed on the way (changes.py)
 data.json                        sources of data.train by checksum (data/record.py)
 modules.json                     modules given to `train` from Python, if any
 attempts.json                    starts since the last checkpoint
@@ -14,6 +15,10 @@ import json
 import logging
 import os
 import platform
+import re
+import shlex
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -34,7 +39,10 @@ from dist_contrastive.data.source import Source
 from dist_contrastive.data.stream.reader import Skipped, check_skipped
 from dist_contrastive.errors import ChangedError, ConfigError, LockedError, NoProgressError
 
+COMMIT = "dist_contrastive.commit"
 _MODULES, _ATTEMPTS, _LOCK = "modules.json", "attempts.json", "lock"
+_GIT_S = 10.0  # for a slow file system
+_SECRET = re.compile(r"(\w+://)[^\s/@']*@|(?<=://)([^\s?']*)\?[^\s']*")
 _PATIENCE_S = 5.0  # for a run that was told to end and saves
 _OWN_PATIENCE_S = 60.0  # for the ranks that this very job had before it was requeued
 _SHARED_S = 10.0  # that a file system of a network may take to show what another node has written
@@ -73,6 +81,9 @@ def describe(
     folder = config.run_dir
     environment = {
         "dist_contrastive": dist_contrastive.__version__,
+        "commit": code_commit(),
+        "command": _SECRET.sub(r"\1", shlex.join(sys.orig_argv)),
+        **configs.place(folder),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.node(),
@@ -89,6 +100,30 @@ def describe(
             _write_json(folder / _MODULES, modules)
         else:
             (folder / _MODULES).unlink(missing_ok=True)
+
+
+def code_commit() -> str | None:
+    """Git commit of this package, ending in "-dirty" if files differ from it; None if unknown.
+
+    A copy of a checkout has it in a file beside the package.
+    """
+    package = Path(dist_contrastive.__file__).parent
+    copied = package.parent / COMMIT
+    if copied.is_file():
+        return copied.read_text().strip() or None
+    git = ["git", "-C", str(package)]
+    tracked, described = (
+        ("ls-files", "--error-unmatch", "__init__.py"),
+        (*("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),),
+    )
+    try:
+        for command in (tracked, described):
+            done = subprocess.run(
+                [*git, *command], capture_output=True, text=True, timeout=_GIT_S, check=True
+            )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def check_modules(run_dir: Path, modules: Mapping[str, str]) -> None:
@@ -119,15 +154,18 @@ def _write_json(path: Path, value: Any) -> None:
 # ------------------------------------------------------------------ starts without progress
 
 
-def count_attempt(config: RunConfig, step: int) -> None:
+def count_attempt(config: RunConfig, step: int, is_changed: bool = False) -> None:
     """Record in attempts.json that the run trains from a step; called by one rank.
+
+    Args:
+        is_changed: with other settings than before, so that earlier starts do not count.
 
     Raises:
         NoProgressError: it has been there too often.
     """
     path, limit = config.run_dir / _ATTEMPTS, config.train.max_stalled_starts
     before = json.loads(path.read_text()) if path.exists() else {}
-    starts = before.get("starts", 0) if before.get("step") == step else 0
+    starts = before.get("starts", 0) if before.get("step") == step and not is_changed else 0
     if starts >= limit:
         raise NoProgressError(
             f"{config.run_dir} was started {starts} times from step {step} and never came to "

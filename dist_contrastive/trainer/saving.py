@@ -132,5 +132,5 @@ def _check_weights(weights: dict[str, Tensor], step: int) -> None:
         if value.is_floating_point() and not value.isfinite().all():
             raise NonFiniteError(
                 f"step {step}: {name} holds NaN or infinity, and is not saved; go on from the "
-                f"checkpoint before with a lower optim.lr"
+                f"checkpoint before with a lower optim.lr and --change"
             )

@@ -9,6 +9,7 @@ import typer
 
 from dist_contrastive.cli.app import (
     ConfigFile,
+    MayChange,
     Overrides,
     SeveralValues,
     examples,
@@ -57,6 +58,7 @@ def _submit(
     ] = False,
     profile: _Profile = None,
     no_doctor: _NoDoctor = False,
+    change: MayChange = False,
 ) -> None:
     """Submit a config, or a sweep: key=a,b,c."""
     from dist_contrastive.config import load
@@ -73,19 +75,28 @@ def _submit(
             run.model_copy(update={"run_dir": root / name})
             for run, (name, _) in zip(runs, sweep, strict=True)
         ]
-    _submit_runs(runs, job_options, root, cluster, dry_run, no_doctor)
+    _submit_runs(runs, job_options, root, cluster, dry_run, no_doctor, change)
 
 
 @app.command(
     "resume",
-    epilog=examples("python -m launch.slurm resume runs/digits_encoder --nodes 1 --time 30"),
+    epilog=examples(
+        "python -m launch.slurm resume runs/digits_encoder --nodes 1 --time 30",
+        "python -m launch.slurm resume runs/digits_encoder train.steps=900 --change",
+    ),
 )
 @with_options(job_flags)
 def _resume(
-    run: _Run, options: dict[str, Any], profile: _Profile = None, no_doctor: _NoDoctor = False
+    run: _Run,
+    options: dict[str, Any],
+    overrides: Overrides = None,
+    profile: _Profile = None,
+    no_doctor: _NoDoctor = False,
+    change: MayChange = False,
 ) -> None:
     """Submit a run again, from where it is."""
-    from dist_contrastive.config import load
+    from dist_contrastive.config import resolve
+    from launch.slurm.checks import current_config
     from launch.slurm.cluster import last_record
 
     record, run_dir = last_record(run), run.absolute()
@@ -98,12 +109,20 @@ def _resume(
             f"{run} was submitted in {record.cwd}, which is not there any more; make it, or submit "
             f"anew with run_dir={run}"
         ) from error
-    runs = [load(record.config).model_copy(update={"run_dir": run_dir})]
-    _submit_runs(runs, job_options, run_dir, record.cluster, False, no_doctor)
+    current, is_pending = current_config(run_dir, record)
+    runs = [resolve(current, overrides or []).model_copy(update={"run_dir": run_dir})]
+    change = change or is_pending
+    _submit_runs(runs, job_options, run_dir, record.cluster, False, no_doctor, change)
 
 
 def _submit_runs(
-    runs: list[Any], options: Any, root: Path, cluster: str, dry_run: bool, no_doctor: bool
+    runs: list[Any],
+    options: Any,
+    root: Path,
+    cluster: str,
+    dry_run: bool,
+    no_doctor: bool,
+    change: bool,
 ) -> None:
     from launch.slurm import checks, submission
     from launch.slurm.cluster import require_slurm
@@ -114,13 +133,13 @@ def _submit_runs(
     checks.check_runs(runs, options.world_size)
     save_s, step_s = checks.measured_s(runs[0].run_dir) or (0.0, 0.0)
     if not (no_doctor or dry_run):
-        for finding in checks.examined(runs[0], options.world_size):
+        for finding in checks.examined(runs[0], options.world_size, change):
             print(finding, flush=True)
             save_s = save_s or finding.save_s or 0.0
     lead_s = options.signal_lead_s or submission.lead_s(save_s, step_s)
     checks.check_lead(lead_s, options)
     options = options.model_copy(update={"signal_lead_s": lead_s})
-    planned = submission.Submission(runs, options, root.absolute(), Path.cwd(), cluster)
+    planned = submission.Submission(runs, options, root.absolute(), Path.cwd(), cluster, change)
     if dry_run:
         print(submission.script(planned, planned.new_folder()))
         return

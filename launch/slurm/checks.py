@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from dist_contrastive import config as configs
 from dist_contrastive import trainer
 from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.trainer.checks import Finding, examine
 from launch.progress import read_progress
-from launch.slurm.cluster import job_state, partitions, records
+from launch.slurm.cluster import JobRecord, job_state, partitions, records
 from launch.slurm.options import Options, minutes
 
 _PROCESSES = 2  # for the doctor: a login node is no place for many
@@ -71,13 +72,34 @@ def measured_s(run_dir: Path) -> tuple[float, float] | None:
     return (row["save_s"], row["step_s"]) if "save_s" in row else None
 
 
-def examined(config: RunConfig, world_size: int) -> Iterator[Finding]:
+def examined(config: RunConfig, world_size: int, change: bool) -> Iterator[Finding]:
     """Findings of `doctor`, as long as they are fine.
+
+    Args:
+        change: the run may go on with other settings.
 
     Raises:
         ConfigError: one is not.
     """
-    for finding in examine(config, world_size, _PROCESSES):
+    for finding in examine(config, world_size, _PROCESSES, change):
         if not finding.is_fine:
             raise ConfigError(f"doctor, {finding.part}: {finding.text}")
         yield finding
+
+
+def current_config(run_dir: Path, record: JobRecord) -> tuple[RunConfig, bool]:
+    """Config with which a run goes on, and whether changes of it are still to come.
+
+    It is that of the run directory, if the run has begun since the last submission and some of its
+    settings have changed, or else what was submitted.
+    """
+    ours, theirs = run_dir / "config.yaml", Path(record.config)
+    has_begun = ours.is_file() and (
+        not theirs.is_file() or ours.stat().st_mtime > theirs.stat().st_mtime
+    )
+    if not has_begun:
+        return configs.load(theirs), record.change
+    current = configs.load_run(run_dir)
+    if theirs.is_file() and not configs.changed(submitted := configs.load(theirs), current):
+        return submitted, False
+    return current, False

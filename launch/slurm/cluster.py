@@ -43,6 +43,8 @@ class JobRecord:
     cwd: str
     """Where it was submitted."""
     options: dict[str, Any]
+    change: bool = False
+    """Whether the run may go on with other settings."""
 
     @property
     def cancelled(self) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from dist_contrastive.changes import changes_text, read_changes
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.tables import format_table
 from launch.logs import Follower
@@ -43,6 +44,10 @@ def status(run_dir: Path) -> str:
         rate, step_s = progress.row.get("samples_per_s", 0.0), progress.row.get("step_s", 0.0)
         lines.append(("speed", f"{rate:.4g} samples/s, {step_s:.3g} s a step"))
     lines.append(("left", _left(progress)))
+    lines += [
+        ("changed", f"from step {change.step} on: {changes_text(change.settings)}")
+        for change in read_changes(run_dir)
+    ]
     lines.append(("saved", f"step {progress.saved}" if progress.saved else "nothing yet"))
     return "\n".join(f"{name:8} {text}" for name, text in lines)
 

@@ -23,10 +23,14 @@ class Job:
         cancelled: folder in which a file JOB.cancelled keeps the job from being requeued.
         port: rendezvous of the ranks of submitit's local executor; the batch script of SLURM
             chooses one itself.
+        change: the run may go on with other settings; when it has, they are its own.
     """
 
-    def __init__(self, config: Path, cwd: Path, cancelled: Path, port: int = 0) -> None:
+    def __init__(
+        self, config: Path, cwd: Path, cancelled: Path, port: int = 0, change: bool = False
+    ) -> None:
         self._config, self._cwd, self._cancelled, self._port = config, cwd, cancelled, port
+        self._change = change
 
     def __call__(self) -> NoReturn:
         """Train, and leave with the exit code; submitit's own handling of signals, which saves on
@@ -52,7 +56,7 @@ class Job:
                     f"the job was submitted in {self._cwd}, which is not there on {node()}; submit "
                     f"from a file system that all nodes share"
                 ) from error
-            outcome.code = trainer.train(load(self._config))
+            outcome.code = trainer.train(load(self._config), change=self._change)
         if is_local and outcome.code == EXIT_RESTART:
             name = f"{os.environ['SUBMITIT_LOCAL_JOB_ID']}.cancelled"
             return EXIT_RESTART if (self._cancelled / name).exists() else _LOCAL_REQUEUE

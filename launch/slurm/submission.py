@@ -23,7 +23,7 @@ from dist_contrastive import config as configs
 from dist_contrastive.atomic import write_text
 from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import FINAL_EXIT_CODES, ConfigError
-from dist_contrastive.trainer.run_dir import writable
+from dist_contrastive.trainer.run_dir import COMMIT, code_commit, writable
 from launch.slurm.cluster import JobRecord, add_record
 from launch.slurm.job import Job
 from launch.slurm.options import Options
@@ -44,6 +44,8 @@ class Submission:
     """Folder for jobs/ and logs/: the run directory, or that of all runs of a sweep."""
     cwd: Path
     cluster: str = "slurm"
+    change: bool = False
+    """Whether the runs may go on with other settings."""
 
     def new_folder(self) -> Path:
         """A new name for the folder of what is submitted."""
@@ -151,7 +153,9 @@ def _prepare(submission: Submission, folder: Path) -> list[Job]:
         config_dir = folder / "configs" / config.run_dir.name
         config_dir.mkdir(parents=True)
         configs.save(config, config_dir)
-        jobs.append(Job(config_dir / "config.yaml", submission.cwd, folder, port))
+        jobs.append(
+            Job(config_dir / "config.yaml", submission.cwd, folder, port, submission.change)
+        )
     write_text(folder / "runs", "".join(f"{c.run_dir.absolute()}\n" for c in submission.runs))
     write_text(folder / "token", "Every node of the job must see this file.\n")
     return jobs
@@ -166,6 +170,7 @@ def _copy_code(folder: Path, cwd: Path) -> None:
     theirs = [p.parent for p in cwd.glob("*/__init__.py") if p.parent.name not in names]
     for package in [*ours, *theirs]:
         shutil.copytree(package, folder / package.name, ignore=_NOT_COPIED)
+    write_text(folder / COMMIT, f"{code_commit() or ''}\n")
     for module in cwd.glob("*.py"):
         shutil.copy2(module, folder / module.name)
 
@@ -267,6 +272,7 @@ def _record(submission: Submission, folder: Path, config: RunConfig, job: str) -
         config=str(folder / "configs" / config.run_dir.name / "config.yaml"),
         cwd=str(submission.cwd),
         options=submission.options.model_dump(mode="json"),
+        change=submission.change,
     )
 
 

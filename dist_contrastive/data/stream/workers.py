@@ -31,6 +31,7 @@ from torch import Tensor, multiprocessing
 from dist_contrastive.data.collate import Batch, join_batches
 from dist_contrastive.data.stream.reader import Part, Reader
 from dist_contrastive.errors import DataError, LostWorkerError
+from dist_contrastive.malloc import keep_freed_memory
 from dist_contrastive.signals import STOP_SIGNALS
 
 BEGIN_S = {"fork": 20.0, "spawn": 300.0, "forkserver": 300.0}  # the latter import torch first
@@ -199,6 +200,7 @@ def _work(source: Reader | Path, number: int, num_workers: int, pipe: Connection
         signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    keep_freed_memory()  # where it is not forked
     torch.set_num_threads(1)
     random.seed(number)
     np.random.seed(number)
