@@ -40,6 +40,7 @@ from dist_contrastive.data.packing.writer import pack_samples
 from dist_contrastive.data.shards.encoding import decode_field, encode_field
 from dist_contrastive.data.shards.tars import tar_bytes, write_samples
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
+from dist_contrastive.pack_options import TextFormat
 
 IN_ORDER = PackOptions(seed=None)
 COUNT = 40
@@ -786,13 +787,14 @@ def test_columns_that_are_not_clear(tmp_path, quiet_datasets, digits_dataset):
 
 def test_datasets_that_cannot_be_loaded(tmp_path, quiet_datasets, digits):
     to = tmp_path / "no"
-    files = write_tree(tmp_path, {"x.pkl": b"", "x.json": b"{"})
+    files = write_tree(tmp_path, {"x.pkl": b"", "x.json": b"{", "x.parquet": b"{"})
     for source, words in (
         (tmp_path / "nowhere", ["nowhere does not exist", "name of the hub"]),
         ("nowhere.parquet", ["nowhere.parquet does not exist"]),
         ("no such name!", ["HFValidationError", "save_to_disk"]),
         (files / "x.pkl", ["x.pkl", ".parquet"]),
-        (files / "x.json", ["x.json cannot be loaded"]),
+        (files / "x.json", ["line 1 of", "x.json is no JSON"]),
+        (files / "x.parquet", ["x.parquet cannot be loaded"]),
         (digits / "train", ["webdataset", "not allowed"]),
     ):
         with refused(DataError, *words):
@@ -896,7 +898,7 @@ def test_arrays_that_cannot_be_packed(tmp_path):
 
 # ---------------------------------------------------------------------------- pairs
 
-TEXTS = ['a "quoted" one', "two\nlines", "a, comma", "ünï", ""]
+TEXTS = ['a "quoted" one', "two\nlines", "a, comma", "ünï", "."]
 
 
 def test_pairs(tmp_path, png, jpeg):
@@ -916,7 +918,8 @@ def test_pairs(tmp_path, png, jpeg):
     written = []
     for name in ("p.jsonl", "p.csv", "p.TSV"):
         folder = tmp_path / "shards" / name
-        pack_pairs(root / name, folder, options(name="same", workers=3))
+        form = TextFormat(quotes="csv")  # without a word they are text between tabs
+        pack_pairs(root / name, folder, options(name="same", workers=3), form=form)
         written.append(contents(folder))
         for number, sample in enumerate(read_back(folder)):
             image = {"jpg": jpeg[1]} if number == 1 else {"png": png[0]}
@@ -948,12 +951,13 @@ def test_pairs_with_images_missing(tmp_path, png, capsys):
         pack_pairs(tmp_path / "p.csv", tmp_path / "no")
     packed = pack_pairs(tmp_path / "p.csv", tmp_path / "some", options(skip_unreadable=True))
     assert len(packed.index) == 1
-    starts = [f"image {n}.png of line {k}" for n, k in (("b", 3), ("c", 4), ("bad", 6))]
+    places = (("b", 3), ("c", 4), ("bad", 6))
+    starts = [f"image {n}.png of column 'image' of line {k}" for n, k in places]
     for reason, start in zip(packed.left_out, starts, strict=True):
         assert reason.startswith(f"{start} of {tmp_path}")
     (tmp_path / "b.png").write_bytes(png[1])
     (tmp_path / "c.png").write_bytes(png[1])
-    with refused(DataError, "1 of 4 ", "image bad.png of line 6 of"):
+    with refused(DataError, "1 of 4 ", "image bad.png of column 'image' of line 6 of"):
         pack_pairs(tmp_path / "p.csv", tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
@@ -961,23 +965,25 @@ def test_pairs_with_images_missing(tmp_path, png, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "chosen", "words"),
     [
-        ("p.json", "[]", {}, ["p.json", ".jsonl, .csv or .tsv"]),
+        ("p.txt", "[]", {}, ["p.txt", "no known kind", ".csv, .tsv, .json, .jsonl"]),
+        ("p.json", "[]", {}, ["p.json has 0 rows"]),
+        ("p.json", "[3", {}, ["p.json is no JSON", "list of objects"]),
         ("p.csv", "", {}, ["p.csv has 0 rows", "1 or more"]),
         ("p.csv", "image,text\n", {}, ["p.csv has 0 rows"]),
         ("p.csv", "a,a\n1,2\n", {}, ["a, a", "name of its own"]),
         ("p.csv", "image,text\nx\n", {}, ["line 2 of", "1 cells", "header has 2"]),
         ("p.csv", 'image,text\nx,"y\n', {}, ["line 2 of", "unexpected end"]),
-        ("p.csv", b"image,text\nx,\xff\n", {}, ["line ", "'utf-8' codec"]),
+        ("p.csv", b"image,text\nx,\xff\n", {}, ["line 2 of", "--encoding"]),
         ("p.jsonl", '{"image": "x"\n', {}, ["line 1 of", "no JSON", "one object a line"]),
-        ("p.jsonl", '{"a": 1}\n\n[1]\n', {}, ["line 3 of", "no object", "one a line"]),
+        ("p.jsonl", "\n\n[1]\n", {}, ["line 3 of", "no object", "one a line"]),
         ("p.csv", "a,text\nx,y\n", {}, ["which column is the image", "--image", "a, text"]),
         ("p.csv", "path,file,text\nx,y,z\n", {}, ["--image", "path, file, text"]),
         ("p.csv", "image,b\nx,y\n", {}, ["which column is the text", "--text"]),
-        ("p.csv", "image,b\nx,y\n", {"text": "c"}, ["'c'", "--text", "image, b"]),
-        ("p.jsonl", '{"image": 3, "text": ""}', {}, ["3 in the column 'image'", "path"]),
-        ("p.jsonl", '{"image": "x"}\n{"text": 1}', {}, ["None in the column 'text'"]),
-        ("p.jsonl", '{"image": "x", "text": "\\ud800"}', {}, ["'\\ud800' in the column 'text'"]),
-        ("p.csv", "image,k\nx,1.5\n", {"label": "k"}, ["'1.5' in the column 'k'", "whole"]),
+        ("p.csv", "image,b\nx,y\n", {"text": "c"}, ["'c'", "image, b"]),
+        ("p.jsonl", '{"image": 3, "text": ""}', {}, ["'image' cannot be", "kind integer"]),
+        ("p.jsonl", '{"image": "x"}\n{"text": 1}', {}, ["'text' cannot be", "kind integer"]),
+        ("p.jsonl", '{"image": "x"}\n{"image": 3, "text": "a"}', {}, ["2 of 2 rows", "image x of"]),
+        ("p.csv", "image,k\nx,1.5\n", {"label": "k"}, ["1 of 1 rows", "image x of"]),
         ("p.csv", "image,k,label\nx,1,2\n", {"label": "k"}, ["'label'", "--label k", "hide"]),
     ],
 )
@@ -1121,18 +1127,6 @@ def test_commands(tmp_path, png, labels, quiet_datasets, capsys):
     out = capsys.readouterr().out
     assert "fields: cls, jpg (1), json, png (40)" in out
     assert "--field png gives all images that one" in out
-
-
-def test_defaults_of_the_command_are_those_of_the_options(tmp_path, monkeypatch):
-    received = []
-
-    def pack(*arguments: Any) -> None:
-        received.extend(arguments)
-        raise DataError("packed")
-
-    monkeypatch.setattr("dist_contrastive.data.packing.images.pack_images", pack)
-    assert main(["shards", "pack", "images", str(tmp_path), str(tmp_path / "x")]) == 64
-    assert received[:3] == [tmp_path, tmp_path / "x", PackOptions()]
 
 
 @pytest.mark.parametrize(

@@ -73,18 +73,20 @@ def new_app(help: str = "", completion: bool = False) -> typer.Typer:
     )
 
 
-def with_options(make: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator of a command: its parameter `options` is what `make` makes of flags, those that
-    are `make`'s own parameters; so several commands share them."""
+def with_options(
+    make: Callable[..., Any], parameter: str = "options"
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a command: one of its parameters is what `make` makes of flags, those that are
+    `make`'s own parameters; so several commands share them."""
     flags = inspect.signature(make).parameters
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        own = [p for n, p in inspect.signature(command).parameters.items() if n != "options"]
+        own = [p for n, p in inspect.signature(command).parameters.items() if n != parameter]
 
         @functools.wraps(command)
         def with_flags(**values: Any) -> Any:
             chosen = {name: values.pop(name) for name in flags}
-            return command(**values, options=make(**chosen))
+            return command(**values, **{parameter: make(**chosen)})
 
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *flags.values())]
         with_flags.__annotations__ = {}  # all of them are in the signature

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dist_contrastive.cli.app import examples, new_app, with_options
+from dist_contrastive.pack_options import PackOptions, ShardBounds, TextFormat
 
 if TYPE_CHECKING:
-    from dist_contrastive.data.packing.options import PackOptions
     from dist_contrastive.data.packing.writer import Packed
 
 _log = logging.getLogger(__name__)
@@ -68,48 +68,46 @@ def _file(help: str) -> Any:
 _Name = Annotated[
     str | None, typer.Option(help="Of shards, NAME-00000.tar.", show_default="that of FOLDER")
 ]
-_Samples = Annotated[int, typer.Option(metavar="N", help="At most.")]
-_ShardMb = Annotated[float, typer.Option(metavar="M", help="MiB of a tar, at most.")]
+_Samples = Annotated[int | None, typer.Option(metavar="N", help="At most.")]
+_ShardMb = Annotated[float | None, typer.Option(metavar="M", help="MiB of a tar, at most.")]
 _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace shards of this NAME in FOLDER.")
 ]
 
 
 def _merge_options(
-    name: _Name = None,
-    samples_per_shard: _Samples = 10_000,
-    shard_mb: _ShardMb = 256.0,
-    overwrite: _Overwrite = False,
-) -> "PackOptions":
-    from dist_contrastive.data.packing.options import PackOptions, ShardBounds
-
+    name: _Name = PackOptions.name,
+    samples_per_shard: _Samples = ShardBounds.samples,
+    shard_mb: _ShardMb = ShardBounds.mib,
+    overwrite: _Overwrite = PackOptions.overwrite,
+) -> PackOptions:
     bounds = ShardBounds(samples_per_shard, shard_mb)
     return PackOptions(name=name, bounds=bounds, overwrite=overwrite)
 
 
 def _pack_options(
-    name: _Name = None,
-    samples_per_shard: _Samples = 10_000,
-    shard_mb: _ShardMb = 256.0,
-    overwrite: _Overwrite = False,
-    seed: Annotated[int, typer.Option(metavar="S", help="Of the shuffled order.")] = 0,
+    name: _Name = PackOptions.name,
+    samples_per_shard: _Samples = ShardBounds.samples,
+    shard_mb: _ShardMb = ShardBounds.mib,
+    overwrite: _Overwrite = PackOptions.overwrite,
+    seed: Annotated[
+        int | None, typer.Option(metavar="S", help="Of the shuffled order.")
+    ] = PackOptions.seed,
     no_shuffle: Annotated[
         bool, typer.Option("--no-shuffle", help="Keep the order of the source.")
     ] = False,
     workers: Annotated[
         int | None, typer.Option(metavar="W", help="Threads.", show_default="one for each CPU")
-    ] = None,
+    ] = PackOptions.workers,
     verify: Annotated[
         Literal["open", "decode"],
         typer.Option(help="Open images, or decode them: slower, finds truncated JPEGs."),
-    ] = "open",
+    ] = PackOptions.verify,
     skip_unreadable: Annotated[
         bool,
         typer.Option("--skip-unreadable", help="Leave out what cannot be read, and name it."),
-    ] = False,
-) -> "PackOptions":
-    from dist_contrastive.data.packing.options import PackOptions, ShardBounds
-
+    ] = PackOptions.skip_unreadable,
+) -> PackOptions:
     return PackOptions(
         name=name,
         bounds=ShardBounds(samples_per_shard, shard_mb),
@@ -121,6 +119,40 @@ def _pack_options(
     )
 
 
+def _text_format(
+    separator: Annotated[
+        str | None,
+        typer.Option(metavar="SIGN", help="Between cells of .csv, .tsv.", show_default="found"),
+    ] = TextFormat.separator,
+    quotes: Annotated[
+        Literal["csv", "none"] | None,
+        typer.Option(
+            help="Whether quotation marks enclose cells, or are text.",
+            show_default="none in .tsv, csv otherwise",
+        ),
+    ] = TextFormat.quotes,
+    encoding: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of a table of text.", show_default="utf-8, or its mark"),
+    ] = TextFormat.encoding,
+    null: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Stands for a missing value; may be repeated."),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Of a .csv or .tsv without a header."),
+    ] = None,
+) -> TextFormat:
+    return TextFormat(
+        separator="\t" if separator == "\\t" else separator,
+        quotes=quotes,
+        encoding=encoding,
+        null=tuple(null or TextFormat.null),
+        columns=tuple(columns.split(",")) if columns else TextFormat.columns,
+    )
+
+
 @app.command(
     "images",
     epilog=examples("dist-contrastive shards pack images photos data/photos --verify decode"),
@@ -129,7 +161,7 @@ def _pack_options(
 def _pack_images(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images.")],
     folder: _Folder,
-    options: "PackOptions",
+    options: PackOptions,
     field: _Field = None,
 ) -> None:
     """A folder of images; its sub-folders are classes.
@@ -151,23 +183,28 @@ def _pack_images(
     epilog=examples("dist-contrastive shards pack pairs captions.csv data/pairs --text title"),
 )
 @with_options(_pack_options)
+@with_options(_text_format, "form")
 def _pack_pairs(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help=".jsonl, .csv or .tsv.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help=".csv, .tsv, .json, .jsonl, .parquet or .arrow.")
+    ],
     folder: _Folder,
-    options: "PackOptions",
+    options: PackOptions,
+    form: TextFormat,
     image: Annotated[str | None, _column("Of paths, relative to the table's folder.")] = None,
     text: Annotated[str | None, _column("Of texts.", "by its name, as caption")] = None,
-    label: Annotated[str | None, _column("Of whole numbers; texts may be missing.")] = None,
+    label: Annotated[str | None, _column("Of numbers or names; texts may be missing.")] = None,
     field: _Field = None,
 ) -> None:
-    """Images with texts or labels, listed in a .jsonl, .csv or .tsv.
+    """Images with texts or labels, listed in a .csv, .tsv, .jsonl or .parquet.
 
     Packs the images that a table names, with their texts: fields jpg (or the like), txt, and json
-    for the other columns.
+    for the other columns, of which each value stays the text that it is.
     """
     from dist_contrastive.data.packing.pairs import pack_pairs
 
-    packed = pack_pairs(source, folder, options, image=image, text=text, label=label, field=field)
+    columns = {"image": image, "text": text, "label": label}
+    packed = pack_pairs(source, folder, options, form=form, field=field, **columns)
     _report(folder, packed, has_field=True)
 
 
@@ -179,6 +216,7 @@ def _pack_pairs(
     ),
 )
 @with_options(_pack_options)
+@with_options(_text_format, "form")
 def _pack_dataset(
     source: Annotated[
         str,
@@ -189,7 +227,8 @@ def _pack_dataset(
         ),
     ],
     folder: _Folder,
-    options: "PackOptions",
+    options: PackOptions,
+    form: TextFormat,
     split: Annotated[str | None, typer.Option(help="Needed if there are several.")] = None,
     config: Annotated[
         str | None, typer.Option(help="Of a data set of the hub that has several.")
@@ -208,7 +247,7 @@ def _pack_dataset(
 
     columns = {"image": image, "text": text, "label": label}
     names = {"split": split, "config": config, "field": field, **columns}
-    packed = pack_dataset(source, folder, options, drop=drop or [], **names)
+    packed = pack_dataset(source, folder, options, drop=drop or [], form=form, **names)
     _report(folder, packed, has_field=True)
 
 
@@ -221,7 +260,7 @@ def _pack_dataset(
 @with_options(_pack_options)
 def _pack_arrays(
     folder: _Folder,
-    options: "PackOptions",
+    options: PackOptions,
     image: Annotated[str | None, _file("uint8 [n,H,W], [n,C,H,W] or [n,H,W,C].")] = None,
     array: Annotated[str | None, _file("Numbers [n,...].")] = None,
     label: Annotated[str | None, _file("Numbers [n].")] = None,
@@ -261,7 +300,7 @@ for _name, (_write, _what) in _DEMOS.items():
 def merge(
     patterns: Patterns,
     folder: _Folder,
-    options: "PackOptions",
+    options: PackOptions,
     prefix_keys: Annotated[
         bool, typer.Option("--prefix-keys", help="Put the shard's name before every key.")
     ] = False,

@@ -127,7 +127,7 @@ class RunConfig(Settings):
     @property
     def fields(self) -> Fields:
         """Where a sample holds what the task takes."""
-        return self.data.fields(self.task.labels_required)
+        return self.data.fields(self.task.labels_required, self.seed)
 
     def build_task(
         self, example: Samples, encoder: nn.Module | None = None, loss: PairLoss | None = None

@@ -50,10 +50,10 @@ class DataConfig(FieldsConfig, ShardStream.Config):
         """Each source of `test`; none without. Raises: as `open_source`."""
         return [open_source(source, self.cache) for source in configs_of(self.test or ())]
 
-    def fields(self, labels_required: bool = False) -> Fields:
-        """Where a sample holds what a task takes."""
+    def fields(self, labels_required: bool = False, seed: int = 0) -> Fields:
+        """Where a sample holds what a task takes; the seed draws among several texts."""
         settings = {name: getattr(self, name) for name in FieldsConfig.model_fields}
-        return Fields(**settings, labels_required=labels_required)
+        return Fields(**settings, labels_required=labels_required, seed=seed)
 
     @model_validator(mode="after")
     def _sources_fit(self) -> Self:

@@ -15,6 +15,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from dist_contrastive.data.collate import Batch, collate
+from dist_contrastive.data.places import (
+    ABSENT,
+    drawn_text,
+    inside,
+    place_in_json,
+    place_of_label,
+)
 from dist_contrastive.data.source import Source
 from dist_contrastive.errors import DataError, UnreadableSample
 from dist_contrastive.settings import Settings
@@ -78,7 +85,8 @@ class FieldsConfig(Settings):
     num_classes: PositiveInt | None = None
     """Labels are classes 0 ... num_classes - 1; null where they are continuous."""
     pair: str | None = None
-    """Field that holds a second modality of the same sample, as `txt` or `npy`."""
+    """Field that holds a second modality of the same sample, as `txt` or `npy`; or the name of a
+    text inside of a JSON field, as `json.caption`. Of a list of texts one is drawn each epoch."""
     image_size: PositiveInt | None = None
     """Pixels: images are scaled so that their shorter side has as many, and cut to the square in
     the middle; null for images of one size."""
@@ -95,6 +103,8 @@ class Fields(FieldsConfig):
 
     labels_required: bool = False
     """Refuse samples whose label is missing."""
+    seed: int = 0
+    """Of the draws among several texts of a sample."""
 
     def __init__(self, *values: Any, **settings: Any) -> None:
         super().__init__(**dict(zip(FieldsConfig.model_fields, values, strict=False)), **settings)
@@ -102,8 +112,9 @@ class Fields(FieldsConfig):
     @property
     def names(self) -> frozenset[str]:
         """The fields of a sample that must be decoded."""
-        label = None if self.label is None else self.label.partition(".")[0]
-        return frozenset(name for name in (self.image, label, self.pair) if name is not None)
+        label = None if self.label is None else place_of_label(self.label)[0]
+        pair = None if self.pair is None else place_in_json(self.pair)[0]
+        return frozenset(name for name in (self.image, label, pair) if name is not None)
 
     def check(self, index: Source, max_missing: int = 0) -> None:
         """Refuse a data set of which too many samples lack a field, before any is read.
@@ -122,12 +133,18 @@ class Fields(FieldsConfig):
                 raise DataError(_lacking_in(index, name, lacking))
 
     def prepare(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """A decoded sample, its images scaled, cut and coloured as asked for."""
-        changed = {
+        """A decoded sample, its images scaled, cut and coloured as asked for, its text drawn.
+
+        Raises:
+            UnreadableSample: no text is where one is named inside of a JSON field.
+        """
+        changed: dict[str, Any] = {
             name: fit_image(sample[name], self.image_size, self.image_channels)
             for name in (self.image, self.pair)
             if name is not None and _is_image(sample.get(name))
         }
+        if self.pair is not None and place_in_json(self.pair)[0].endswith("json"):
+            changed[self.pair] = drawn_text(sample, self.pair, self.seed)
         return {**sample, **changed}
 
     def samples(self, batch: Batch) -> Samples:
@@ -168,7 +185,7 @@ class Fields(FieldsConfig):
         """
         if self.label is None:
             raise DataError("data.label is null; set it to the field that holds the labels")
-        name, labels = self.label.partition(".")[0], list[float | None]()
+        name, labels = place_of_label(self.label)[0], list[float | None]()
         if name not in index.fields:
             raise DataError(_no_field(name, index.fields))
         for number in numbers:
@@ -182,7 +199,7 @@ class Fields(FieldsConfig):
         return self._label_tensor(labels)
 
     def _batch_labels(self, batch: Batch, path: str) -> Tensor:
-        column = _field(batch, path.partition(".")[0])
+        column = _field(batch, place_of_label(path)[0])
         values = column.tolist() if isinstance(column, Tensor) and column.dim() == 1 else column
         rows = zip(batch["__key__"], values, strict=True)
         return self._label_tensor([self._label(key, value, path) for key, value in rows])
@@ -195,14 +212,14 @@ class Fields(FieldsConfig):
 
     def _label(self, key: str, value: Any, path: str) -> float | None:
         """The label of one sample from the content of its field; None where it is missing."""
-        name, _, inner = path.partition(".")
+        name, inner = place_of_label(path)
         if inner:
-            if not isinstance(value, dict) or inner not in value:
+            value = inside(value, inner)
+            if value is ABSENT:
                 raise DataError(
                     f"sample {key} has no {inner!r} in its field {name!r}; set data.label "
                     f"to FIELD.NAME with a name that it has"
                 )
-            value = value[inner]
         if isinstance(value, Tensor | np.ndarray):
             value = value.tolist()
         if _is_missing(value, self.num_classes):

@@ -124,12 +124,12 @@ def open_data(
     """The stream of a run from `consumed` samples on; an error of one rank is raised on all.
 
     Args:
-        seed: of the order, and of which labels are kept.
+        seed: of the order, of which labels are kept, and of texts that are drawn.
         uses_labels: labels take part in training.
         labels_required: each sample must have one.
         sources: `config.open_train()`, if they have been opened already.
     """
-    fields = config.fields(labels_required)
+    fields = config.fields(labels_required, seed)
     with collectives.raised_together():
         sources = sources or config.open_train()
         index = join_sources(sources)

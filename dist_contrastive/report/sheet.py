@@ -14,6 +14,7 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dist_contrastive.data.shards.encoding import TEXT_FIELDS
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.inspect import spread
 from dist_contrastive.errors import DataError, UnreachableError
@@ -43,7 +44,7 @@ def sample_sheet(
 
     Of a sample its first image is drawn, in its aspect ratio; if it has none its first array, as a
     curve or as shades of gray; or else its text. The label is `cls`, or "label" in `json`; the
-    caption is `txt`. What cannot be read says so.
+    caption is `txt`, or `text` or `caption`. What cannot be read says so.
 
     Args:
         path: PNG to write.
@@ -85,14 +86,18 @@ def _cell(index: ShardIndex, number: int) -> _Cell:
         raise
     except DataError as error:
         return _Cell(_text_box(str(error), _RED), f"sample {number}", "", [])
-    caption = sample.get("txt")
+    caption = _text(sample)
     picture = _picture(sample)
     return _Cell(
         picture or _text_box(_in_words(sample), _INK),
         _fit(sample["__key__"], 12, _BOX, keep_end=True),
         _fit(_label(sample), 12, _BOX),
-        _wrap(caption, 12, _BOX, _CAPTION_LINES) if picture and isinstance(caption, str) else [],
+        _wrap(caption, 12, _BOX, _CAPTION_LINES) if picture and caption else [],
     )
+
+
+def _text(sample: Mapping[str, Any]) -> str | None:
+    return next((sample[x] for x in TEXT_FIELDS if isinstance(sample.get(x), str)), None)
 
 
 def _label(sample: Mapping[str, Any]) -> str:
@@ -117,8 +122,8 @@ def _picture(sample: Mapping[str, Any]) -> Image.Image | None:
 
 def _in_words(sample: Mapping[str, Any]) -> str:
     """Text of a sample that has no picture, or else its fields in words."""
-    if isinstance(sample.get("txt"), str):
-        return sample["txt"]
+    if (text := _text(sample)) is not None:
+        return text
     lines = []
     for name, value in sample.items():
         if isinstance(value, bytes):

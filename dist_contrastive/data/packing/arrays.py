@@ -9,7 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_contrastive.data.packing.images import channel_axis, channels_first
-from dist_contrastive.data.packing.options import PackOptions, check_target, numbered_key
+from dist_contrastive.data.packing.options import (
+    PackOptions,
+    check_target,
+    numbered_key,
+    order,
+)
 from dist_contrastive.data.packing.writer import Packed, pack_samples
 from dist_contrastive.errors import ConfigError, DataError
 
@@ -67,7 +72,7 @@ def pack_arrays(
         return sample
 
     count = len(next(iter(arrays.values())))
-    return pack_samples(options.order(count), make, folder, options, count)
+    return pack_samples(order(count, options), make, folder, options, count)
 
 
 def _load(text: str, role: str) -> NDArray[Any]:

@@ -1,13 +1,13 @@
-"""Columns of a `datasets` data set, and the fields of samples that their values become."""
+"""Columns of a table, and the fields of samples that their values become."""
 
 import datetime
 import decimal
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,14 +17,23 @@ from dist_contrastive.data.packing.images import (
     image_field,
     read_image,
 )
-from dist_contrastive.data.packing.pairs import TEXT_NAMES
+from dist_contrastive.data.packing.tables import WHOLE, Kind, Table
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
 
 NONE = "-"
 """Name of no column."""
 _LABEL_NAMES = ("label", "labels", "target", "class", "y")
 
-Kind = Literal["image", "bytes", "class", "integer", "text", "array", "number", "plain", "other"]
+PATHS: tuple[Kind, ...] = ("text", "digits", "mixed")
+"""Kinds of columns that may hold paths of images."""
+_FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of columns for each role
+    "image": ("image", "bytes", "array", *PATHS),
+    "text": ("text", "digits", "texts", "mixed"),
+    "label": ("class", "integer", "digits", "text", "number", "mixed"),
+}
+_NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+TEXT_NAMES = ("text", "caption", "captions", "sentence", "title", "description")
+"""Names of columns of texts."""
 
 Fill = Callable[[dict[str, Any], Any, str], None]
 """Adds the value of a column to a sample; the text names its place in messages."""
@@ -46,14 +55,11 @@ class Columns:
 
 
 def choose_columns(
-    features: Mapping[str, Any],
-    wanted: Mapping[str, str | None],
-    dropped: Collection[str],
+    table: Table, wanted: Mapping[str, str | None], dropped: Collection[str]
 ) -> Columns:
     """Assignment of the columns to fields.
 
     Args:
-        features: of the data set.
         wanted: columns for "image", "text" and "label"; None finds one, "-" is none.
         dropped: columns that are left out.
 
@@ -63,25 +69,23 @@ def choose_columns(
     """
     named = [*dropped, *(name for name in wanted.values() if name not in (None, NONE))]
     for name in named:
-        if name not in features:
-            raise ConfigError(f"there is no column {name!r}; give one of {', '.join(features)}")
-    kinds = {name: kind_of(features[name]) for name in features if name not in dropped}
-    image = _chosen(kinds, wanted, "image", ("image", "bytes", "array"), _only(kinds, "image"))
-    text = _chosen(kinds, wanted, "text", ("text",), _texts(kinds))
-    label = _chosen(kinds, wanted, "label", ("class", "integer", "text", "number"), _labels(kinds))
-    rest = {name: kind for name, kind in kinds.items() if name not in (image, text, label)}
+        if name not in table.kinds:
+            raise ConfigError(f"there is no column {name!r}; give one of {', '.join(table.kinds)}")
+    kinds = {name: kind for name, kind in table.kinds.items() if name not in dropped}
+    image = _chosen(kinds, wanted, "image", _only(kinds, "image"))
+    text = _chosen(kinds, wanted, "text", _texts(kinds))
+    label = _chosen(kinds, wanted, "label", _labels(kinds))
+    # Lists of texts have no field: they stay in json, from where one is drawn.
+    used = (image, label, None if text and kinds[text] == "texts" else text)
+    rest = {name: kind for name, kind in kinds.items() if name not in used}
     for name, kind in rest.items():
         if kind in ("bytes", "other"):
             raise ConfigError(
-                f"the column {name!r} holds {_type_name(features[name])}, for which there is no "
-                f"field; leave it out with --drop {name}"
+                f"the column {name!r} holds {table.type_name(name)}, for which there is no field; "
+                f"leave it out with --drop {name}"
                 + (f", or take it for the image with --image {name}" if kind == "bytes" else "")
             )
-    if label is not None and (hidden := {"label", "class"} & rest.keys()):
-        raise ConfigError(
-            f"the column {min(hidden)!r} would be hidden by the label, which is taken from "
-            f"{label!r}; give --label {min(hidden)} or --drop {min(hidden)}"
-        )
+    refuse_hidden(label, rest)
     return Columns(
         image,
         text,
@@ -92,42 +96,13 @@ def choose_columns(
     )
 
 
-def kind_of(feature: Any) -> Kind:
-    """Kind of values of a column."""
-    import datasets
-    import pyarrow as pa
-
-    if isinstance(feature, datasets.Image):
-        return "image"
-    if isinstance(feature, datasets.ClassLabel):
-        return "class"
-    kind = datasets.Features({"x": feature}).arrow_schema.field("x").type
-    if isinstance(kind, pa.ExtensionType):  # arrays of a fixed shape
-        kind = kind.storage_type
-    if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
-        return "other" if hasattr(feature, "decode") else "image"  # audio and video have both too
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return "bytes"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return "text"
-    if pa.types.is_integer(kind):
-        return "integer"
-    if pa.types.is_floating(kind):
-        return "number"
-    if _is_list(kind) and _is_numeric(_leaf(kind)):
-        return "array"
-    return "other" if _holds_bytes(kind) or hasattr(feature, "decode") else "plain"
-
-
-def array_type(feature: Any) -> Any:
-    """NumPy type of a column of arrays."""
-    import datasets
-    import pyarrow as pa
-
-    kind = datasets.Features({"x": feature}).arrow_schema.field("x").type
-    return _leaf(
-        kind.storage_type if isinstance(kind, pa.ExtensionType) else kind
-    ).to_pandas_dtype()
+def refuse_hidden(label: str | None, others: Collection[str]) -> None:
+    """Refuse other columns in whose place json has entries of the label. Raises: ConfigError."""
+    if label is not None and (hidden := {"label", "class"} & set(others)):
+        raise ConfigError(
+            f"the column {min(hidden)!r} would be hidden by the label, which is taken from "
+            f"{label!r}; give --label {min(hidden)}, rename it, or leave it out with --drop"
+        )
 
 
 def _only(kinds: Mapping[str, Kind], *wanted: Kind) -> list[str]:
@@ -136,13 +111,13 @@ def _only(kinds: Mapping[str, Kind], *wanted: Kind) -> list[str]:
 
 def _texts(kinds: Mapping[str, Kind]) -> list[str]:
     """Columns of texts with a usual name; if there are none, all of texts."""
-    texts = _only(kinds, "text")
-    return [name for name in texts if name.lower() in TEXT_NAMES] or texts
+    texts = _only(kinds, "text", "digits", "texts")
+    return [name for name in texts if name.lower() in TEXT_NAMES] or _only(kinds, "text")
 
 
 def _labels(kinds: Mapping[str, Kind]) -> list[str]:
     """Columns of classes; if there are none, whole numbers with a usual name."""
-    numbers = [name for name in _only(kinds, "integer") if name.lower() in _LABEL_NAMES]
+    numbers = [name for name in _only(kinds, "integer", "digits") if name.lower() in _LABEL_NAMES]
     return _only(kinds, "class") or numbers
 
 
@@ -150,7 +125,6 @@ def _chosen(
     kinds: Mapping[str, Kind],
     wanted: Mapping[str, str | None],
     role: str,
-    fitting: Sequence[Kind],
     fallback: Sequence[str],
 ) -> str | None:
     name = wanted.get(role)
@@ -158,11 +132,11 @@ def _chosen(
         return None
     if name is not None:
         kind = kinds.get(name)
-        if kind not in fitting:
+        if kind not in _FITTING[role]:
             raise ConfigError(
                 f"the column {name!r} cannot be the {role}: it is "
                 f"{'dropped' if kind is None else f'of the kind {kind}'}; give a column of the "
-                f"kind {' or '.join(fitting)}"
+                f"kind {' or '.join(_FITTING[role])}"
             )
         return name
     # Columns that are named for another role are no candidates.
@@ -175,44 +149,11 @@ def _chosen(
     return candidates[0] if candidates else None
 
 
-def _type_name(feature: Any) -> str:
-    return type(feature).__name__ if hasattr(feature, "decode") else str(feature)
-
-
-def _is_list(kind: Any) -> bool:
-    import pyarrow as pa
-
-    types = pa.types
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-
-
-def _leaf(kind: Any) -> Any:
-    while _is_list(kind):
-        kind = kind.value_type
-    return kind
-
-
-def _is_numeric(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
-def _holds_bytes(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if _is_list(kind):
-        return _holds_bytes(kind.value_type)
-    if pa.types.is_struct(kind):
-        return any(_holds_bytes(field.type) for field in kind)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
 # ---------------------------------------------------------------------------- fields
 
 
 def field_makers(
-    features: Mapping[str, Any], columns: Columns, image_name: str | None, verify: str
+    table: Table, columns: Columns, image_name: str | None, verify: str
 ) -> dict[str, Fill]:
     """Functions that add the fields of images, texts and arrays to a sample, by column.
 
@@ -231,46 +172,66 @@ def field_makers(
         )
     fill: dict[str, Fill] = {}
     if columns.image is not None:
-        if kind_of(features[columns.image]) == "array":
+        if table.kinds[columns.image] == "array":
             fill[columns.image] = _pixels(image_name or "png")
         else:
-            fill[columns.image] = _encoded("", image_name, verify)
+            fill[columns.image] = _encoded("", image_name, verify, table.folder)
     for name in columns.images:
-        fill[name] = _encoded(f"{names[name]}.", None, verify)
+        fill[name] = _encoded(f"{names[name]}.", None, verify, table.folder)
     for name in columns.arrays:
         field = "npy" if len(columns.arrays) == 1 else f"{names[name]}.npy"
-        fill[name] = _array(field, array_type(features[name]))
-    if columns.text is not None:
-        fill[columns.text] = _text
+        fill[name] = _array(field, table.array_type(name))
     return fill
 
 
-def label_maker(data: Any, column: str) -> LabelOf:
+def is_missing(value: Any) -> bool:
+    """Whether a value of a column of texts or labels is none: null, NaN, or blank."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def label_maker(table: Table, column: str) -> LabelOf:
     """Function from the values of a column of labels to their entries in a sample.
 
     Args:
-        data: `datasets.Dataset`.
-        column: of classes, of whole or other numbers, or of texts, which become classes.
+        column: of classes, of numbers, or of texts: those are numbers if all of them are written as
+            numbers usually are, or else names of classes, which are numbered in their order.
     """
-    kind = kind_of(data.features[column])
+    kind = table.kinds[column]
     if kind == "number":
         return lambda value: ({"label": plain(value)}, None)
     if kind == "integer":
-        return lambda value: ({"label": value}, -1 if value is None else value)
+        return lambda value: _whole(None if value is None else int(value))
     if kind == "class":
-        names = data.features[column].names
-    else:
-        names = sorted(name for name in data.unique(column) if name is not None)
+        names = table.class_names(column)
+        return lambda value: _class(value, names)
+    texts = {str(value) for value in _values(table, column) if not is_missing(value)}
+    if all(map(WHOLE.fullmatch, texts)):
+        return lambda value: _whole(
+            None if is_missing(value) else int(str(value).partition(".")[0])
+        )
+    if all(map(_NUMBER.fullmatch, texts)):
+        return lambda value: ({"label": None if is_missing(value) else float(value)}, None)
+    names = sorted(texts)
     numbers = {name: number for number, name in enumerate(names)}
+    return lambda value: _class(None if is_missing(value) else numbers[str(value)], names)
 
-    def label_of(value: Any) -> tuple[dict[str, Any], int]:
-        number = numbers[value] if isinstance(value, str) else value
-        if number is None or number < 0:
-            return {"label": None, "class": None}, -1
-        name = names[number] if number < len(names) else None
-        return {"label": number, "class": name}, number
 
-    return label_of
+def _values(table: Table, column: str) -> Iterator[Any]:
+    for row in table.rows([column]):
+        if isinstance(row, dict):
+            yield row.get(column)
+
+
+def _whole(number: int | None) -> tuple[dict[str, Any], int]:
+    return {"label": number}, -1 if number is None else number
+
+
+def _class(number: int | None, names: Sequence[str]) -> tuple[dict[str, Any], int]:
+    if number is None or number < 0:
+        return {"label": None, "class": None}, -1
+    return {"label": number, "class": names[number] if number < len(names) else None}, number
 
 
 def plain(value: Any) -> Any:
@@ -288,26 +249,31 @@ def plain(value: Any) -> Any:
     return value
 
 
+def image_path(value: Any, where: str) -> str:
+    """Path of an image, as a row of a table has it. Raises: UnreadableSample."""
+    if isinstance(value, str) and value.strip():
+        return value
+    raise UnreadableSample(f"there is no image in {where}, but {value!r}; give the path of one")
+
+
 def _field_name(column: str) -> str:
     """Column name without signs that would end or change the name of a field."""
     return re.sub(r"[^a-z0-9_-]", "_", column.lower())
 
 
-def _encoded(prefix: str, name: str | None, verify: str) -> Fill:
-    """An image that is stored encoded: bytes, or bytes and a path, either of which may be null."""
+def _encoded(prefix: str, name: str | None, verify: str, folder: Path) -> Fill:
+    """An image that is stored encoded: bytes, a path, or both of which either may be null."""
 
     def fill(sample: dict[str, Any], value: Any, where: str) -> None:
         stored = value if isinstance(value, dict) else {"bytes": value, "path": None}
-        if stored["bytes"] is not None:
+        if isinstance(stored["bytes"], bytes | bytearray | memoryview):
             data = bytes(stored["bytes"])
             by_format = image_field(data, f"the image in {where}", verify)
-        elif stored["path"]:
-            what = f"the image {stored['path']} of {where}"
-            by_format, data = read_image(Path(stored["path"]), what, verify)
-        elif prefix:
+        elif prefix and not stored["path"]:
             return
         else:
-            raise UnreadableSample(f"there is no image in {where}")
+            path = image_path(stored["path"] or stored["bytes"], where)
+            by_format, data = read_image(folder / path, f"image {path} of {where}", verify)
         sample[name or prefix + by_format] = data
 
     return fill
@@ -317,6 +283,8 @@ def _pixels(name: str) -> Fill:
     """An image that is stored as an array."""
 
     def fill(sample: dict[str, Any], value: Any, where: str) -> None:
+        if value is None:
+            raise UnreadableSample(f"there is no image in {where}")
         pixels = _as_array(value, None, where)
         if (
             pixels.dtype.kind not in "iu"
@@ -349,8 +317,3 @@ def _as_array(value: Any, dtype: Any, where: str) -> np.ndarray:
         raise DataError(
             f"{where} is no array of numbers ({error}); leave the column out with --drop"
         ) from error
-
-
-def _text(sample: dict[str, Any], value: Any, where: str) -> None:
-    if value is not None:
-        sample["txt"] = value

@@ -1,32 +1,29 @@
-"""Data sets of the library `datasets` as shards: saved, in files, or of the hub."""
+"""Data sets as shards: in files, saved by the library `datasets`, or of the hub."""
 
+import re
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from dist_contrastive.data.packing.columns import (
-    choose_columns,
-    field_makers,
-    label_maker,
-    plain,
-)
+from dist_contrastive.data.packing.columns import choose_columns
 from dist_contrastive.data.packing.images import check_image_field
-from dist_contrastive.data.packing.options import PackOptions, check_target, numbered_key
-from dist_contrastive.data.packing.writer import Packed, pack_samples
+from dist_contrastive.data.packing.options import PackOptions, check_target
+from dist_contrastive.data.packing.rows import pack_rows
+from dist_contrastive.data.packing.tables import TABLE_KINDS, Kind, Table, TextTable
+from dist_contrastive.data.packing.writer import Packed
 from dist_contrastive.errors import DataError
+from dist_contrastive.pack_options import TextFormat
 
 # Of the ways in which `datasets` reads files, those that are allowed: none runs what it reads.
 _READERS = ("arrow", "csv", "imagefolder", "json", "parquet", "text")
-_FILES = {
-    ".parquet": "parquet",
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".arrow": "arrow",
-}
+_TEXT_READERS = ("csv", "json")  # in whose place `TextTable` reads: they guess what values mean
+_FILES = {".parquet": "parquet", ".arrow": "arrow"}
+TABLE_FILES = (*TABLE_KINDS, *_FILES)
+"""Extensions of files of tables."""
+_COMPRESSED = r"\.(gz|bz2|xz|zst|lz4)$"
 _SAVED = ("state.json", "dataset_dict.json")  # in folders of save_to_disk
 _MAX_REASON = 300  # characters
 
@@ -43,14 +40,15 @@ def pack_dataset(
     label: str | None = None,
     drop: Collection[str] = (),
     field: str | None = None,
+    form: TextFormat | None = None,
 ) -> Packed:
-    """Pack a data set that the library `datasets` reads.
+    """Pack a table, or a data set that the library `datasets` reads.
 
     A sample has
 
         jpg   or png, webp, bmp, gif, tif, ppm: the image, as it is encoded, in the field of its
               true format; png, if it is an array of whole numbers
-        txt   the text
+        txt   the text; a list of texts stays in json instead
         cls   the label, if it is a class or a whole number; -1 where it is missing
         npy   an array of numbers; of several, each COLUMN.npy
         json  "index": the row; "label": the label, null where it is missing; "class": its name, if
@@ -60,14 +58,16 @@ def pack_dataset(
 
     Args:
         source: a folder written by `save_to_disk`; a file .parquet, .json, .jsonl, .csv, .tsv or
-            .arrow, or a folder of such or of images; or a name of the hub.
+            .arrow, or a folder of such or of images; or a name of the hub. Of files of text values
+            are what is written there: see `TextTable`.
         split: which; None if there is one only.
         config: of a data set of the hub that has several.
         image, text, label: columns; None finds them by kind and name, "-" is none. An image may
-            also be a column of bytes or of arrays; a label one of texts, which are numbered in
-            their order.
+            also be a column of bytes, of arrays, or of paths, seen from the file's folder; a label
+            one of texts, see `label_maker`.
         drop: columns that are left out.
         field: of the image, whatever its format.
+        form: how a table of text is written.
 
     Raises:
         ConfigError: as `check_target`, `check_image_field`; columns that are not there, do not
@@ -77,34 +77,152 @@ def pack_dataset(
     options = options or PackOptions()
     check_target(folder, options)
     check_image_field(field)
-    with _quiet():
-        data = _load(str(source), split, config)
+    table = open_table(str(source), split, config, form or TextFormat())
     wanted = {"image": image, "text": text, "label": label}
-    columns = choose_columns(data.features, wanted, drop)
-    data = _not_decoded(data.select_columns([n for n in data.column_names if n not in drop]))
-    fields = field_makers(data.features, columns, field, options.verify)
-    label = columns.label
-    label_of = None if label is None else label_maker(data, label)
-
-    def make(numbered: tuple[int, dict[str, Any]]) -> dict[str, Any]:
-        number, row = numbered
-        details = {"index": number, **{name: plain(row[name]) for name in columns.details}}
-        sample: dict[str, Any] = {"__key__": numbered_key(number), "json": details}
-        for column, fill in fields.items():
-            fill(sample, row[column], f"column {column!r} of row {number}")
-        if label is not None and label_of is not None:
-            entries, number_of_class = label_of(row[label])
-            details.update(entries)
-            if number_of_class is not None:
-                sample["cls"] = number_of_class
-        return sample
-
-    rows = ((number, data[number]) for number in options.order(len(data)))
-    return pack_samples(rows, make, folder, options, len(data))
+    columns = choose_columns(table, wanted, drop)
+    table.leave_out(drop)
+    return pack_rows(
+        *(table, columns, folder, options, field), is_text_needed=False, is_numbered=True
+    )
 
 
-def _load(source: str, split: str | None, config: str | None) -> Any:
-    """The `datasets.Dataset` of one split."""
+class DatasetTable(Table):
+    """A `datasets.Dataset`, with the stored bytes of its images."""
+
+    def __init__(self, data: Any, folder: Path) -> None:
+        import datasets
+
+        for name, feature in data.features.items():
+            if isinstance(feature, datasets.Image):
+                data = data.cast_column(name, datasets.Image(decode=False))
+        self.folder, self._data, self._lock = folder, data, Lock()
+        self.kinds = {name: _kind_of(feature) for name, feature in data.features.items()}
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._data)
+
+    def where(self, number: int) -> str:
+        """Number of a row."""
+        return f"row {number}"
+
+    def read(self, number: int) -> dict[str, Any]:
+        """Values of a row by column. Any thread may call it."""
+        with self._lock:
+            return self._data[number]
+
+    def rows(self, columns: Collection[str]) -> Iterator[dict[str, Any]]:
+        """All rows in their order, with these columns alone."""
+        return iter(self._data.select_columns(list(columns))) if columns else iter(())
+
+    def leave_out(self, columns: Collection[str]) -> None:
+        """Read rows without some columns."""
+        self._data = self._data.remove_columns(list(columns))
+
+    def type_name(self, column: str) -> str:
+        """Type of a column, for messages."""
+        feature = self._data.features[column]
+        return type(feature).__name__ if hasattr(feature, "decode") else str(feature)
+
+    def class_names(self, column: str) -> list[str]:
+        """Names of the classes of a column of the kind "class"."""
+        return self._data.features[column].names
+
+    def array_type(self, column: str) -> Any:
+        """NumPy type of a column of arrays."""
+        return _leaf(_arrow_type(self._data.features[column])).to_pandas_dtype()
+
+
+def _kind_of(feature: Any) -> Kind:
+    """Kind of the values of a column."""
+    import datasets
+    import pyarrow as pa
+
+    if isinstance(feature, datasets.Image):
+        return "image"
+    if isinstance(feature, datasets.ClassLabel):
+        return "class"
+    kind = _arrow_type(feature)
+    leaf = _leaf(kind)
+    if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
+        return "other" if hasattr(feature, "decode") else "image"  # audio and video have both too
+    found = _kind_of_leaf(leaf)
+    if found is not None and leaf is kind:
+        return found
+    if found == "text" and kind.value_type == leaf:
+        return "texts"
+    if found in ("integer", "number"):
+        return "array"
+    return "other" if _holds_bytes(kind) or hasattr(feature, "decode") else "plain"
+
+
+def _kind_of_leaf(kind: Any) -> Kind | None:
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return "bytes"
+    if types.is_string(kind) or types.is_large_string(kind):
+        return "text"
+    if types.is_integer(kind):
+        return "integer"
+    return "number" if types.is_floating(kind) else None
+
+
+def _arrow_type(feature: Any) -> Any:
+    import datasets
+    import pyarrow as pa
+
+    kind = datasets.Features({"x": feature}).arrow_schema.field("x").type
+    return kind.storage_type if isinstance(kind, pa.ExtensionType) else kind  # of a fixed shape
+
+
+def _leaf(kind: Any) -> Any:
+    """Type of what lists of lists hold."""
+    import pyarrow as pa
+
+    types = pa.types
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return kind
+
+
+def _holds_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    leaf = _leaf(kind)
+    if pa.types.is_struct(leaf):
+        return any(_holds_bytes(field.type) for field in leaf)
+    return _kind_of_leaf(leaf) == "bytes"
+
+
+# ---------------------------------------------------------------------------- loading
+
+
+def open_table(
+    source: str, split: str | None = None, config: str | None = None, form: TextFormat | None = None
+) -> Table:
+    """The rows of one split of a data set.
+
+    Args:
+        source, split, config: as of `pack_dataset`.
+
+    Raises:
+        DataError: a data set that cannot be loaded, or a split it has not.
+    """
+    path, form = Path(source), form or TextFormat()
+    if path.suffix.lower() in TABLE_KINDS and not path.is_dir():
+        _only_split({"train": path}, source, split)
+        return TextTable({path: path}, form)
+    with _quiet():
+        loaded = _load(source, split, config, form)
+    if isinstance(loaded, Table):
+        return loaded
+    return DatasetTable(loaded, path.parent if path.is_file() else Path())
+
+
+def _load(source: str, split: str | None, config: str | None, form: TextFormat) -> Any:
+    """The `datasets.Dataset` of one split, or the `TextTable`."""
     import datasets
 
     path = Path(source)
@@ -117,7 +235,9 @@ def _load(source: str, split: str | None, config: str | None) -> Any:
         elif path.is_file():
             loaded = datasets.load_dataset(_reader(path), data_files=source, split=split)
         else:
-            _check_reader(datasets.load_dataset_builder(source, config), source)
+            builder = datasets.load_dataset_builder(source, config)
+            if _reader_of(builder, source) in _TEXT_READERS:
+                return _text_table(builder, source, split, form)
             loaded = datasets.load_dataset(source, config, split=split)
     except DataError:
         raise
@@ -125,12 +245,23 @@ def _load(source: str, split: str | None, config: str | None) -> Any:
         reason = " ".join(str(error).split())[:_MAX_REASON]
         raise DataError(
             f"the data set {source} cannot be loaded ({type(error).__name__}: {reason}); give a "
-            f"folder written by save_to_disk, a file {', '.join(_FILES)}, a folder of such or of "
-            f"images, or, with a network, a name of the hub"
+            f"folder written by save_to_disk, a file {', '.join(TABLE_FILES)}, a folder of such or "
+            f"of images, or, with a network, a name of the hub"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         loaded = _only_split(loaded, source, split)
     return loaded.with_format(None)
+
+
+def _text_table(builder: Any, source: str, split: str | None, form: TextFormat) -> TextTable:
+    """The table in the files of text that a data set of a folder or of the hub consists of."""
+    import datasets
+
+    splits = {str(name): files for name, files in builder.config.data_files.items()}
+    files = [str(file) for file in _only_split(splits, source, split)]
+    paths = datasets.DownloadManager().download_and_extract(files)
+    names = [re.sub(_COMPRESSED, "", file) for file in files]
+    return TextTable(dict(zip(map(Path, paths), map(Path, names), strict=True)), form)
 
 
 def _check_saved_split(loaded: Any, source: str, split: str | None) -> None:
@@ -151,29 +282,21 @@ def _only_split(loaded: Any, source: str, split: str | None) -> Any:
 def _reader(path: Path) -> str:
     if path.suffix.lower() not in _FILES:
         raise DataError(
-            f"the file {path} is of no known kind; give {', '.join(_FILES)}, or see the other "
+            f"the file {path} is of no known kind; give {', '.join(TABLE_FILES)}, or see the other "
             f"kinds of `dist-contrastive shards pack`"
         )
     return _FILES[path.suffix.lower()]
 
 
-def _check_reader(builder: Any, source: str) -> None:
+def _reader_of(builder: Any, source: str) -> str:
     modules = {base.__module__ for base in type(builder).__mro__}
-    if not any(f"datasets.packaged_modules.{name}.{name}" in modules for name in _READERS):
-        raise DataError(
-            f"the data set {source} is read by {type(builder).__module__}, which is not allowed; "
-            f"give one of files of the kinds {', '.join(_READERS)}"
-        )
-
-
-def _not_decoded(data: Any) -> Any:
-    """Data set whose images are the stored bytes."""
-    import datasets
-
-    for name, feature in data.features.items():
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(name, datasets.Image(decode=False))
-    return data
+    for name in _READERS:
+        if f"datasets.packaged_modules.{name}.{name}" in modules:
+            return name
+    raise DataError(
+        f"the data set {source} is read by {type(builder).__module__}, which is not allowed; "
+        f"give one of files of the kinds {', '.join(_READERS)}"
+    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from dist_contrastive.data.packing.options import PackOptions, check_target, key_of_path
+from dist_contrastive.data.packing.options import PackOptions, check_target, key_of_path, order
 from dist_contrastive.data.packing.writer import Packed, pack_samples
 from dist_contrastive.data.shards.encoding import decode_field
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
@@ -94,7 +94,7 @@ def pack_images(
             details.update({"label": classes[name], "class": name})
         return sample
 
-    return pack_samples(options.order(len(paths)), make, folder, options, len(paths))
+    return pack_samples(order(len(paths), options), make, folder, options, len(paths))
 
 
 def _image_paths(source: Path) -> Iterator[str]:

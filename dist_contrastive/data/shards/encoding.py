@@ -19,6 +19,8 @@ from torch import Tensor
 
 from dist_contrastive.errors import DataError, UnreadableSample
 
+TEXT_FIELDS = ("txt", "text", "caption", "transcript")
+"""Extensions of texts in UTF-8."""
 _IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _OBJECT = re.compile(r"<_io\.BytesIO [^>]*>")  # as Pillow names what it was given
@@ -36,7 +38,7 @@ def encode_field(name: str, value: Any) -> bytes:
     match _last_extension(name):
         case "json":
             return json.dumps(value, sort_keys=True).encode()
-        case "cls" | "txt":
+        case "cls" | "txt" | "text" | "caption" | "transcript":
             return str(value).encode()
         case "npy":
             stream = io.BytesIO()
@@ -112,6 +114,6 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {
     **dict.fromkeys(_IMAGE_EXTENSIONS, _decode_image),
     "json": json.loads,
     "cls": int,
-    "txt": _decode_text,
+    **dict.fromkeys(TEXT_FIELDS, _decode_text),
     "npy": _decode_array,
 }

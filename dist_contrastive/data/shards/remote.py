@@ -102,6 +102,11 @@ def _retry(request: Callable[[], _T], url: str, attempts: int | None = None) -> 
             raise
         except Exception as error:  # every protocol has its own
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:_MAX_REASON]
+            if _is_offline(error):
+                raise DataError(
+                    f"{url} cannot be read while this machine's hub is off (HF_HUB_OFFLINE or its "
+                    f"like is set): unset that, or copy the shards to a disk and name them there"
+                ) from error
             if _is_final(error):
                 raise UnreadableSample(
                     f"{url} is not there or may not be read ({reason}); restore it, or leave it "
@@ -120,6 +125,13 @@ def _retry(request: Callable[[], _T], url: str, attempts: int | None = None) -> 
         time.sleep(wait_s * random.uniform(0.5, 1))
         wait_s = min(2 * wait_s, retries.longest_wait_s)
     raise AssertionError("every attempt returns or raises")
+
+
+def _is_offline(error: BaseException | None) -> bool:
+    """Whether the hub was not even asked, since the user forbids it."""
+    while error is not None and type(error).__name__ != "OfflineModeIsEnabled":
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _is_final(error: Exception) -> bool:
