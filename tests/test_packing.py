@@ -984,7 +984,7 @@ def test_pairs_with_images_missing(tmp_path, png, capsys):
         ("p.jsonl", '{"image": "x"}\n{"text": 1}', {}, ["'text' cannot be", "kind integer"]),
         ("p.jsonl", '{"image": "x"}\n{"image": 3, "text": "a"}', {}, ["2 of 2 rows", "image x of"]),
         ("p.csv", "image,k\nx,1.5\n", {"label": "k"}, ["1 of 1 rows", "image x of"]),
-        ("p.csv", "image,k,label\nx,1,2\n", {"label": "k"}, ["'label'", "--label k", "hide"]),
+        ("p.csv", "image,k,label\nx,1,2\n", {"label": "k"}, ["'label'", "--label k", "hidden"]),
     ],
 )
 def test_tables_that_cannot_be_packed(tmp_path, name, text, chosen, words):

@@ -339,9 +339,10 @@ def test_labels_are_numbers_or_names(root, labels, classes, entries, pack):
         assert "kind" not in sample["json"]
 
 
-def test_the_label_of_a_table_is_found_by_its_name(root):
-    write(root / "t.csv", "label,caption,n\n1,x,3\n0,y,4\n")
+def test_the_label_of_a_table_is_found_by_its_name(root, caplog):
+    write(root / "t.csv", "label,caption,file\n1,x,a.png\n0,y,b.png\n")
     pack_dataset(root / "t.csv", root / "out", IN_ORDER)
+    assert "--image file packs the images" in caplog.text
     assert [s["cls"] for s in samples_of(root / "out")] == [1, 0]
     with refused(ConfigError, "'class'", "hidden", "--label class"):
         write(root / "u.csv", "image,kind,class\na.png,x,y\n")

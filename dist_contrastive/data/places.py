@@ -45,12 +45,12 @@ def drawn_text(sample: dict[str, Any], path: str, seed: int) -> str:
     """
     name, inner = place_in_json(path)
     value = inside(sample.get(name), inner) if inner else sample.get(name)
-    texts = value if isinstance(value, list) else [value]
-    texts = [text for text in texts if isinstance(text, str) and text.strip()]
+    held = value if isinstance(value, list) else [value]
+    texts = [text for text in held if isinstance(text, str) and text.strip()]
     if not texts:
-        held = "nothing" if value is ABSENT else reprlib.repr(value)
+        what = "nothing" if value is ABSENT else reprlib.repr(value)
         raise UnreadableSample(
-            f"sample {sample['__key__']} holds {held} in {path!r}; give it a text or a list of "
+            f"sample {sample['__key__']} holds {what} in {path!r}; give it a text or a list of "
             f"texts, leave it out, or name another field as data.pair"
         )
     if len(texts) == 1:

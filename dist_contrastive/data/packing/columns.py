@@ -32,6 +32,8 @@ _FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of columns for each role
     "label": ("class", "integer", "digits", "text", "number", "mixed"),
 }
 _NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+IMAGE_NAMES = ("image", "image_path", "path", "file", "file_name", "filename", "filepath")
+"""Names of columns of images, or of their paths."""
 TEXT_NAMES = ("text", "caption", "captions", "sentence", "title", "description")
 """Names of columns of texts."""
 
@@ -100,8 +102,8 @@ def refuse_hidden(label: str | None, others: Collection[str]) -> None:
     """Refuse other columns in whose place json has entries of the label. Raises: ConfigError."""
     if label is not None and (hidden := {"label", "class"} & set(others)):
         raise ConfigError(
-            f"the column {min(hidden)!r} would be hidden by the label, which is taken from "
-            f"{label!r}; give --label {min(hidden)}, rename it, or leave it out with --drop"
+            f"the column {min(hidden)!r} would be hidden by that of --label {label}; give --label "
+            f"{min(hidden)}, rename it, or, with `pack dataset`, --drop {min(hidden)}"
         )
 
 

@@ -1,5 +1,6 @@
 """Data sets as shards: in files, saved by the library `datasets`, or of the hub."""
 
+import logging
 import re
 import sys
 from collections.abc import Collection, Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from dist_contrastive.data.packing.columns import choose_columns
+from dist_contrastive.data.packing.columns import IMAGE_NAMES, choose_columns
 from dist_contrastive.data.packing.images import check_image_field
 from dist_contrastive.data.packing.options import PackOptions, check_target
 from dist_contrastive.data.packing.rows import pack_rows
@@ -17,6 +18,7 @@ from dist_contrastive.data.packing.writer import Packed
 from dist_contrastive.errors import DataError
 from dist_contrastive.pack_options import TextFormat
 
+_logger = logging.getLogger(__name__)
 # Of the ways in which `datasets` reads files, those that are allowed: none runs what it reads.
 _READERS = ("arrow", "csv", "imagefolder", "json", "parquet", "text")
 _TEXT_READERS = ("csv", "json")  # in whose place `TextTable` reads: they guess what values mean
@@ -81,6 +83,9 @@ def pack_dataset(
     wanted = {"image": image, "text": text, "label": label}
     columns = choose_columns(table, wanted, drop)
     table.leave_out(drop)
+    paths = [name for name in columns.details if name.lower() in IMAGE_NAMES]
+    if columns.image is None and image is None and paths:
+        _logger.warning("column %r stays a text; --image %s packs the images there", *paths[:1] * 2)
     return pack_rows(
         *(table, columns, folder, options, field), is_text_needed=False, is_numbered=True
     )

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dist_contrastive.data.packing.columns import NONE, PATHS, TEXT_NAMES, choose_columns
+from dist_contrastive.data.packing.columns import (
+    IMAGE_NAMES,
+    NONE,
+    PATHS,
+    TEXT_NAMES,
+    choose_columns,
+)
 from dist_contrastive.data.packing.hub import TABLE_FILES, open_table
 from dist_contrastive.data.packing.images import check_image_field
 from dist_contrastive.data.packing.options import PackOptions, check_target
@@ -13,8 +19,6 @@ from dist_contrastive.data.packing.tables import Table
 from dist_contrastive.data.packing.writer import Packed
 from dist_contrastive.errors import ConfigError, DataError
 from dist_contrastive.pack_options import TextFormat
-
-_IMAGE_NAMES = ("image", "image_path", "path", "file", "file_name", "filename", "filepath")
 
 
 def pack_pairs(
@@ -57,7 +61,7 @@ def pack_pairs(
     if Path(table).suffix.lower() not in TABLE_FILES:
         raise DataError(f"the table {table} is of no known kind; give {', '.join(TABLE_FILES)}")
     rows = open_table(str(table), form=form or TextFormat())
-    image = image or _by_name(rows, table, _IMAGE_NAMES, "image")
+    image = image or _by_name(rows, table, IMAGE_NAMES, "image")
     if text is None and (label is None or any(x.lower() in TEXT_NAMES for x in rows.kinds)):
         text = _by_name(rows, table, TEXT_NAMES, "text")
     wanted = {"image": image, "text": text or NONE, "label": label or NONE}

@@ -310,7 +310,7 @@ def _records(
 ) -> Iterator[tuple[int, list[str] | str]]:
     """First line and cells of every row that has any, or what is wrong with it."""
     csv.field_size_limit(_LONGEST)
-    quoting = csv.QUOTE_NONE if is_raw else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if is_raw else csv.QUOTE_MINIMAL
     reader = csv.reader(_lines(file, path), delimiter=separator, quoting=quoting, strict=True)
     while True:
         line = reader.line_num + 1
