@@ -339,6 +339,15 @@ def test_labels_are_numbers_or_names(root, labels, classes, entries, pack):
         assert "kind" not in sample["json"]
 
 
+def test_numbers_are_no_texts_unless_they_are_named(root):
+    write(root / "t.csv", "id,note,score\n001,x,0.5\n002,y,2\n")
+    pack_dataset(root / "t.csv", root / "out", IN_ORDER)
+    assert texts_of(root / "out") == ["x", "y"]
+    assert details_of(root / "out")[1] == {"index": 1, "id": "002", "score": "2"}
+    pack_dataset(root / "t.csv", root / "score", IN_ORDER, text="score")
+    assert texts_of(root / "score") == ["0.5", "2"]
+
+
 def test_the_label_of_a_table_is_found_by_its_name(root, caplog):
     write(root / "t.csv", "label,caption,file\n1,x,a.png\n0,y,b.png\n")
     pack_dataset(root / "t.csv", root / "out", IN_ORDER)

@@ -17,7 +17,7 @@ from dist_contrastive.data.packing.images import (
     image_field,
     read_image,
 )
-from dist_contrastive.data.packing.tables import WHOLE, Kind, Table
+from dist_contrastive.data.packing.tables import Kind, Table
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
 
 NONE = "-"
@@ -31,6 +31,7 @@ _FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of columns for each role
     "text": ("text", "digits", "texts", "mixed"),
     "label": ("class", "integer", "digits", "text", "number", "mixed"),
 }
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]*)(\.0+)?")  # pandas writes 3 as 3.0 beside blanks
 _NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 IMAGE_NAMES = ("image", "image_path", "path", "file", "file_name", "filename", "filepath")
 """Names of columns of images, or of their paths."""
@@ -209,7 +210,7 @@ def label_maker(table: Table, column: str) -> LabelOf:
         names = table.class_names(column)
         return lambda value: _class(value, names)
     texts = {str(value) for value in _values(table, column) if not is_missing(value)}
-    if all(map(WHOLE.fullmatch, texts)):
+    if all(map(_WHOLE.fullmatch, texts)):
         return lambda value: _whole(
             None if is_missing(value) else int(str(value).partition(".")[0])
         )

@@ -134,7 +134,8 @@ def _text_maker(
     has_several = column is not None and table.kinds[column] == "texts"
     if has_several:
         _logger.info(
-            "a row has several texts: they stay in json, and data.pair=json.%s draws one", column
+            "rows have several texts, which stay in json: data.pair=json.%s draws one each time",
+            column,
         )
     return text_of
 

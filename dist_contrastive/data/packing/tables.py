@@ -30,13 +30,12 @@ Kind = Literal[
     "mixed", "other",
 ]
 # fmt: on
-"""Of the values of a column; "digits" are texts of whole numbers, "texts" lists of texts."""
+"""Of the values of a column; "digits" are texts of digits, "texts" lists of texts."""
 
 TABLE_KINDS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 """Extensions of tables of text."""
-WHOLE = re.compile(r"-?(0|[1-9][0-9]*)(\.0+)?")
-"""A whole number in its usual form, which 007 is not; pandas writes 3 as 3.0 beside blanks."""
 
+_DIGITS = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _LONGEST = 2**26  # signs of a cell or line
 _MARKS = {  # at the beginning of a file; that of UTF-32 begins with one of UTF-16
     b"\xff\xfe\0\0": "utf-32",
@@ -195,7 +194,7 @@ def _kinds_of(value: Any) -> set[Kind]:
         case None | "" | []:
             return set()
         case str():
-            return {"digits" if WHOLE.fullmatch(value) else "text"}
+            return {"digits" if _DIGITS.fullmatch(value) else "text"}
         case int():
             return {"integer"}
         case float():
