@@ -15,6 +15,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from dist_contrastive.errors import ConfigError
+
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_RANK = (*_NUMBERS, "MASTER_ADDR")
+_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _PORTS = range(15000, 30000)  # below the ephemeral ports of common systems
 _GRACE_S = 0.5  # how long to listen for a cause once a first rank has failed
 
@@ -25,14 +30,43 @@ def join() -> bool:
     torchrun (and `accelerate launch`) sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR, which go
     first: it may itself have been started by SLURM. The variables of a task of a SLURM step of
     several are translated into these. Their rendezvous is MASTER_ADDR and MASTER_PORT if they are
-    set, else the first node, and a port derived from the number of the step.
+    set, else the first node, and a port derived from the number of the step. Some of the variables
+    without the others are left over from elsewhere, and make no rank.
     """
-    if "LOCAL_RANK" in os.environ:
+    if all(name in os.environ for name in _RANK):
         return True
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return False
     join_slurm_step()
     return True
+
+
+def check() -> None:
+    """Refuse variables of a rank that cannot be meant.
+
+    Raises:
+        ConfigError: they are no numbers, or those of a rank that there is not.
+    """
+    rank, size, local = (os.environ[name] for name in _NUMBERS)
+    port = os.environ.setdefault("MASTER_PORT", "29500")
+    numbers = [int(x) if x.isdecimal() else -1 for x in (rank, size, local, port)]
+    if not (0 <= numbers[0] < numbers[1] and numbers[2] >= 0 and 0 < numbers[3] < 1 << 16):
+        raise ConfigError(
+            f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local}, MASTER_PORT={port} make no rank; "
+            f"start with torchrun or srun, which set them, or unset them all to train alone"
+        )
+
+
+def forget() -> str:
+    """Unset the variables from which Accelerate would take this process for one of several ranks.
+
+    Returns:
+        Those that said so, as NAME=VALUE; empty: none did.
+    """
+    sizes = {name: os.environ[name] for name in _SIZES if os.environ.get(name, "1") != "1"}
+    for name in {*_NUMBERS, *_SIZES}:
+        os.environ.pop(name, None)
+    return ", ".join(f"{name}={value}" for name, value in sizes.items())
 
 
 def join_slurm_step() -> None:

@@ -13,23 +13,51 @@ Where a config chooses one of several components by its ``name``, the type of th
 `Annotated` base class with a `Choice`: known names, or an import path ``package.module:Class``.
 """
 
-import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.sentences import nearest, problem, shown
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 IMPORT_PATH = "MODULE:CLASS"
-_LIMITS = {"ge": "{} or more", "gt": "more than {}", "le": "{} or less", "lt": "less than {}"}
+_INSIDE = (  # keys of a pydantic schema that hold other schemas
+    *("choices", "definitions", "fields", "items_schema", "keys_schema", "lax_schema"),
+    *("python_schema", "schema", "steps", "values_schema"),
+)
+
+
+def _numbers_only(schema: Any) -> Any:
+    """The same schema, which takes true and false for no number: ``flip: true`` is not 1.0."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(_numbers_only, schema))
+    if not isinstance(schema, dict) or schema.get("function") == _NO_BOOLEAN:
+        return schema
+    is_literal = schema.get("type") == "literal" and not any(
+        isinstance(value, bool) for value in schema["expected"]
+    )
+    if is_literal or schema.get("type") in ("int", "float"):
+        return {"type": "function-before", "function": _NO_BOOLEAN, "schema": schema}
+    is_schema = "type" in schema  # and no dictionary of schemas
+    return {
+        key: _numbers_only(inner) if key in _INSIDE or not is_schema else inner
+        for key, inner in schema.items()
+    }
+
+
+def _no_boolean(value: Any) -> Any:
+    return shown(value) if isinstance(value, bool) else value  # a text that is no number
+
+
+_NO_BOOLEAN = {"type": "no-info", "function": _no_boolean}
 
 
 class Settings(BaseModel):
@@ -38,11 +66,18 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
-    def checked(cls, values: Mapping[str, Any], where: str = "") -> Self:
+    def checked(
+        cls,
+        values: Mapping[str, Any],
+        where: str = "",
+        as_text: Callable[[Sequence[str]], str | None] = lambda _: None,
+    ) -> Self:
         """Validated settings.
 
         Args:
             where: prefix of the message, as the file that holds the values.
+            as_text: how the value of a setting, given by the names of its key, was written. It is
+                put into `values` where a text or a path is wanted: 007 is a name then, no number.
 
         Raises:
             ConfigError: one sentence about the first three settings that are unknown, missing or
@@ -51,7 +86,16 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(where + sentences(error, cls)) from None
+            if not _put_texts(values, error, cls, as_text):
+                raise ConfigError(where + sentences(error, cls)) from None
+        return cls.checked(values, where)
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        schema: CoreSchema = _numbers_only(handler(source))
+        return schema
 
 
 class ComponentSettings(Settings):
@@ -247,6 +291,26 @@ def name_of(cls: type[Settings]) -> str | None:
     return values[0] if values else None
 
 
+def _put_texts(
+    values: Any,
+    error: ValidationError,
+    root: type[Settings],
+    as_text: Callable[[Sequence[str]], str | None],
+) -> bool:
+    """Put texts into the places of values that should be text; whether there were some."""
+    found = False
+    for detail in error.errors():
+        if detail["type"] in ("string_type", "path_type"):
+            names = _walk(detail["loc"], root)[1]
+            if (text := as_text(names)) is not None:
+                place = values
+                for name in names[:-1]:
+                    place = place[int(name) if isinstance(place, list) else name]
+                place[int(names[-1]) if isinstance(place, list) else names[-1]] = text
+                found = True
+    return found
+
+
 def sentences(error: ValidationError, root: type[Settings]) -> str:
     """The first three problems of a validation error, one sentence each."""
     problems = [_sentence(detail, root) for detail in error.errors()]
@@ -256,32 +320,43 @@ def sentences(error: ValidationError, root: type[Settings]) -> str:
 
 def _sentence(detail: ErrorDetails, root: type[Settings]) -> str:
     """Setting, value, limit and remedy."""
-    classes, names = _walk(detail["loc"], root)
-    path, kind, context = ".".join(names), detail["type"], detail.get("ctx", {})
+    loc, kind, value = detail["loc"], detail["type"], detail["input"]
+    is_item = kind == "missing" and isinstance(loc[-1], int)  # of a list of a fixed length
+    classes, names = _walk(loc[:-1] if is_item else loc, root)
+    path, context = ".".join(names), detail.get("ctx", {})
     if kind == "extra_forbidden":
         known = list(dict.fromkeys(name for cls in classes for name in cls.model_fields))
-        return f"{path} is not a known setting{_nearest(names[-1], known)}"
+        return f"{path} is not a known setting{nearest(names[-1], known, set(keys_of(root)) - {path})}"
     if kind == "union_tag_invalid":
         known = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
-        return f"{path}.name={context['tag']} is not known{_nearest(context['tag'], known)}"
+        tag = shown(context["tag"])
+        return f"{path}.name={tag} is not known{nearest(tag, known)}"
     if kind == "union_tag_not_found":
         group = next(name for name in reversed(names) if not name.isdigit())
+        if not isinstance(value, dict):
+            name = f"{path}={shown(value)}"
+            return f"{name}: should be a group of settings, as {path}={{name: {shown(value)}}}"
         return f"{path}.name is missing; it says which kind of {group} to use"
-    if kind == "missing":
+    field = _field(classes, names[-1]) if names else None
+    if kind == "missing" and not is_item:
         return f"{path} is missing; set it in the file or as {path}=VALUE"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    annotation = Annotated[field.annotation, *field.metadata, None] if field else None
+    message = problem(detail, annotation)
     if not names:
         return message
-    if isinstance(detail["input"], dict):
-        return f"{path}: {message}"
-    limits = {name: context[name] for name in _LIMITS if name in context}
-    fix = "".join(f"; set {_LIMITS[name].format(limit)}" for name, limit in limits.items())
-    return f"{path}={detail['input']}: {message}{fix}"
+    return f"{path}: {message}" if isinstance(value, dict) else f"{path}={shown(value)}: {message}"
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (f"; did you mean {near[0]}?" if near else ";") + f" (known: {', '.join(known)})"
+def _field(classes: list[type[Settings]], name: str) -> FieldInfo | None:
+    return next((cls.model_fields[name] for cls in classes if name in cls.model_fields), None)
+
+
+def keys_of(root: type[Settings], prefix: str = "") -> Iterator[str]:
+    """Keys, with dots, of all settings that the file of a root may hold."""
+    for name, field in root.model_fields.items():
+        yield prefix + name
+        for inner in settings_in(field.annotation, field.metadata):
+            yield from keys_of(inner, f"{prefix}{name}.")
 
 
 def _walk(

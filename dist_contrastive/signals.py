@@ -8,6 +8,7 @@ from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _process_signals: list[int] | None = None
+_ends_with_run = False
 
 
 def listen() -> list[int]:
@@ -17,6 +18,13 @@ def listen() -> list[int]:
         _process_signals = []
         _install(_process_signals)
     return _process_signals
+
+
+def end_with_run() -> None:
+    """Let signals that come after a run, as a second Ctrl-C does, change nothing: the process is
+    about to leave with the exit code of the run."""
+    global _ends_with_run
+    _ends_with_run = True
 
 
 @contextmanager
@@ -32,7 +40,7 @@ def stop_flag() -> Iterator[list[int]]:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if _ends_with_run else handler)
 
 
 def _install(received: list[int]) -> dict[signal.Signals, Any]:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ import psutil
 import typer
 
 from dist_contrastive.cli.app import ConfigFile, MayChange, Overrides, examples, new_app, run
+from dist_contrastive.cli.exit_codes import run_rank
 from dist_contrastive.errors import EXIT_RESTART, FINAL_EXIT_CODES, ConfigError
 from dist_contrastive.signals import STOP_SIGNALS
 from launch.logs import Echo, rank_log
@@ -44,13 +46,15 @@ class LocalRun:
     is_stopping: bool = False
 
     def forward(self, number: int, _: Any) -> None:
-        """Pass a signal on to the ranks, which save and end; torchrun then ends by itself."""
-        self.is_stopping = True
+        """Pass a signal on to the ranks, which save and end; torchrun then ends by itself. Another
+        signal, which may come when they have ended, changes nothing."""
         ranks = psutil.Process().children()
         for process in ranks:
-            process.send_signal(number)
-        if not ranks:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        if not ranks and not self.is_stopping:
             sys.exit(128 + number)
+        self.is_stopping = True
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,4 +209,4 @@ def root_cause(failures: list[tuple[float, int]]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_rank(main)

@@ -60,6 +60,24 @@ def test_bad_settings_end_with_64(ranks, override, words, tmp_path, overrides, c
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "setting"),
+    [
+        (["--lr", "3"], "optim.lr=VALUE"),
+        (["--optim.lr=3"], "optim.lr=VALUE"),
+        (["--batch-size", "64"], "data.global_batch_size=VALUE"),
+        (["--epochs", "3"], "train.steps=VALUE"),
+        (["--nothing-like-it"], "KEY=VALUE"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_flags_that_are_settings(flags, setting, ranks, capsys):
+    code, message = starts([str(ENCODER), *flags], capsys, ranks)
+    assert code == 2
+    assert f"a setting is written {setting}, without dashes" in message
+    assert len(message.strip().splitlines()) == 1
+
+
 def test_index_that_does_not_match(tmp_path, digits, overrides, capsys):
     folder = tmp_path / "train"
     shutil.copytree(digits / "train", folder)

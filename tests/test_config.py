@@ -1,12 +1,15 @@
 """The config: precedence, strictness, and the sentences a mistake is answered with."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dist_contrastive import config as configs
+from dist_contrastive.config.reference import reference
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.sentences import ALSO_CALLED
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENCODER = CONFIGS / "digits_encoder.yaml"
@@ -38,10 +41,10 @@ def test_defaults_then_file_then_overrides():
         ("task.loss.name=infonse", "task.loss.name=infonse is not known; did you mean infonce?"),
         (
             "task.name=simclr",
-            "task.name=simclr is not known; (known: two_view, labelled, moco, paired, ",
+            "task.name=simclr is not known; did you mean two_view? (known: two_view, labelled, ",
         ),
         ("task.loss={temperature: 1}", "task.loss.name is missing; it says which kind of loss"),
-        ("optim.lr=fast", "optim.lr=fast: should be a valid number"),
+        ("optim.lr=fast", "optim.lr=fast: should be a number; set more than 0"),
         ("optim.lr=-1", "optim.lr=-1: should be greater than 0"),
         ("optim.betas=[0.9,1.5]", "optim.betas.1=1.5: should be less than 1; set less than 1"),
         ("optim.lr=.inf", "optim.lr=inf: should be a finite number"),
@@ -137,3 +140,163 @@ def test_differences_leave_out_what_may_change():
     new = configs.load(ENCODER, ["optim.lr=1e-4", "task.head.out=32"])
     changed = configs.differences(old, new)
     assert changed == ["task.head.out: 64 -> 32", "optim.lr: 0.002 -> 0.0001"]
+
+
+# ------------------------------------------------------------------ names, numbers, true and false
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("runs/exp #2", "2026-11-28", "2026-13-45", "2026-11-28 10:00:00", "4711", "007", "1e3"),
+        *("1.10", "12:30:00", "1_000", "0x1f", "0x_", "true", "off", "runs/a,b", "a: b", "- x"),
+        *("100%", "%x", "*x", "&x y", "!x", "@x", "`x`", "|", ">x", "=", "<<", "[x]", "{x}", "?"),
+        *("Experiment 1 (größer)", "it's", 'a "b"', "a\\b", "runs/{a"),
+    ],
+)
+def test_a_folder_may_have_any_name(name, tmp_path):
+    """On the command line all characters stand for themselves, but a value in quotes or brackets
+    is YAML."""
+    config = configs.load(ENCODER, [f"run_dir={name}"])
+    assert config.run_dir == Path(name)
+    configs.save(config, tmp_path)
+    assert configs.load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("name", ["2026-11-28", "4711", "007", "1e3", "1.10", "1_000", "off"])
+def test_a_name_in_a_file_is_the_text_it_was(name, tmp_path):
+    text = yaml.safe_dump({**yaml.safe_load(ENCODER.read_text()), "run_dir": "RUN"})
+    path = tmp_path / "c.yaml"
+    path.write_text(text.replace("RUN", name).replace("label: json.label", f"label: {name}"))
+    config = configs.load(path)
+    assert (config.run_dir, config.data.label) == (Path(name), name)
+    sources = configs.load(path, [f"data.train=[{{shards: {name}}}, {{shards: b}}]"]).data.sources
+    assert [source.shards for source in sources] == [name, "b"]
+    assert configs.load(path, ["run_dir=other"]).run_dir == Path("other")
+
+
+@pytest.mark.parametrize(
+    "override", ["run_dir=", "run_dir=null", "run_dir=''", "run_dir=a\nb", f"run_dir={'x' * 300}"]
+)
+def test_what_is_no_name(override):
+    with pytest.raises(ConfigError, match=r"run_dir") as caught:
+        configs.load(ENCODER, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_home_folder():
+    assert configs.load(ENCODER, ["run_dir=~/runs/x"]).run_dir == Path.home() / "runs/x"
+
+
+def test_numbers_as_they_are_written():
+    options = ["train.steps=1e3", "optim.lr=3E-4", "optim.eps=1.5e-8", "seed=12"]
+    config = configs.load(ENCODER, options)
+    assert (config.train.steps, config.seed) == (1000, 12)
+    assert (config.optim.lr, config.optim.eps) == (3e-4, 1.5e-8)
+    with pytest.raises(ConfigError, match="optim.lr=0.1 # fast: should be a number"):
+        configs.load(ENCODER, ["optim.lr=0.1 # fast"])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("optim.lr", "train.steps", "seed", "task.views.flip", "task.loss.temperature"),
+        *("data.num_workers", "backend.zero_stage", "train.keep_every", "optim.clip_norm"),
+        *("optim.betas", "task.encoder.widths", "train.profile_steps"),
+    ],
+)
+@pytest.mark.parametrize("value", ["true", "no"])
+def test_true_and_false_are_no_numbers(key, value):
+    lists = ("optim.betas", "task.encoder.widths", "train.profile_steps")
+    text = f"[{value}, {value}]" if key in lists else value
+    with pytest.raises(ConfigError) as caught:
+        configs.load(ENCODER, [f"{key}={text}"])
+    word = {"true": "true", "no": "false"}[value]
+    assert f"={word}: should be " in str(caught.value) or "zero_stage" in key
+
+
+@pytest.mark.parametrize("name", ["digits_encoder", "digits_generator", "digits_hybrid"])
+def test_no_words_of_the_validator(name):
+    """Whatever a setting is given: its key, and what it should be."""
+    path = CONFIGS / f"{name}.yaml"
+    tree = configs.load(path).model_dump(mode="json")
+    keys = [".".join(key) for key in _keys(tree)]
+    told = []
+    for key in keys:
+        for value in ("5", "-1", "true", "some text", "null", "[]", "[x]", "[[1]]", "{a: 1}", "{}"):
+            try:
+                configs.load(path, [f"{key}={value}"])
+            except ConfigError as error:
+                told.append(str(error))
+                assert key.split(".")[0] in told[-1]
+    assert len(told) > 3 * len(keys)
+    words = ("valid ", "instance", "validation", "Input", "Tuple", "List", "ependent", "parse")
+    assert [text for text in told if any(word in text for word in words) or "\n" in text] == []
+
+
+def _keys(tree, prefix=()):
+    for name, value in tree.items():
+        yield (*prefix, name)
+        if isinstance(value, dict):
+            yield from _keys(value, (*prefix, name))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("task.views.blur_sigma=0.5", "should be a list of 2 numbers, as [0.5, 0.5]"),
+        ("task.encoder.widths=64", "should be a list of whole numbers, as [64]"),
+        ("task.encoder.widths=[]", "should have 1 or more of them"),
+        ("train.trackers=tensorboard", "should be a list of any of tensorboard, "),
+        ("train.keep_best=loss", "should be a group of settings (metric, mode) or null, as {metric"),
+        ("train.profile_steps=[3]", "should be a list of 2 whole numbers or null"),
+        ("train.profile_steps=[1, 2, 3]", "should be a list of 2 whole numbers or null"),
+        ("task.loss=ntxent", "should be a group of settings, as task.loss={name: ntxent}"),
+        ("train.self_check=maybe", "train.self_check=maybe: should be true or false"),
+        ("train.steps=1.5", "train.steps=1.5: should be a whole number; set more than 0"),
+    ],
+)
+def test_what_a_setting_should_be(override, words):
+    with pytest.raises(ConfigError) as caught:
+        configs.load(ENCODER, [override])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "ours"),
+    [
+        ("learning_rate=1", "optim.lr"),
+        ("lr=1", "optim.lr"),
+        ("optim.learning-rate=1", "lr"),
+        ("batch_size=64", "data.global_batch_size"),
+        ("data.batch_size=64", "global_batch_size"),
+        ("data.batch=64", "global_batch_size"),
+        ("epochs=9", "train.steps"),
+        ("train.max_steps=9", "steps"),
+        ("num_workers=2", "data.num_workers"),
+        ("temperature=0.1", "task.loss.temperature"),
+        ("task.loss.tau=0.1", "temperature"),
+        ("fp16=true", "backend.precision"),
+        ("output_dir=x", "run_dir"),
+        ("task.loss.name=simclr", "ntxent"),
+        ("task.loss.name=NT-Xent", "ntxent"),
+        ("task.loss.name=clip", "infonce (with symmetric: true)"),
+        ("task.loss.name=info_nce", "infonce"),
+        ("task.name=simclr", "two_view"),
+        ("task.name=clip", "paired"),
+        ("task.name=SupCon", "labelled"),
+        ("task.encoder.name=resnet50", "residual"),
+        ("task.encoder.name=vit", "transformers"),
+    ],
+)
+def test_common_names_lead_to_ours(override, ours):
+    with pytest.raises(ConfigError, match=re.escape(f"did you mean {ours}?")):
+        configs.load(ENCODER, [override])
+
+
+def test_every_hint_is_a_name_of_ours():
+    rows = reference()
+    known = {part for row in rows for part in (row.key.split(".")[-1], *row.when.split("="))}
+    known = {name for names in known for name in names.split("|")}
+    hints = {hint.split()[0] for hints in ALSO_CALLED.values() for hint in hints}
+    assert hints <= known

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import CONFIGS, command, run
+from conftest import CONFIGS, command, data_of, run
 
 from dist_contrastive import config as configs
 from dist_contrastive import trainer
@@ -38,6 +38,7 @@ def test_all_is_well(stage, tmp_path, overrides, capsys):
         rf"model     ok       \d+,\d\d\d trained parameters; adamw, {engine}, fp32",
         r"disk      ok       \S+ KiB for checkpoints, \S+ [MG]iB are free; one takes \S+ s",
         r"gradient  ok       \d+ parameters have that of one process to \de-0[4-9]",
+        r"speed     ok       about \S+ s a step on CPUs .*, \d+ s for 4; \d\S+ [MG]iB a rank",
     ):
         assert re.search(f"^{line}$", told, re.MULTILINE), (line, told)
     assert not run_dir.exists()
@@ -109,3 +110,16 @@ def test_a_disk_that_is_too_small(tmp_path, overrides):
     assert done.returncode == 64, done.stderr
     words = r"disk      PROBLEM  \d+ KiB for checkpoints, 64 KiB are free"
     assert re.search(words, done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("name", ["digits_encoder", "digits_generator", "digits_hybrid", "digits_captions"])
+def test_speed_and_memory_of_a_task(name, tmp_path, overrides, capsys):
+    """Of a rank of many, from the rows that one such step has, or from fewer."""
+    path = CONFIGS / f"{name}.yaml"
+    options = overrides(tmp_path, "train.steps=7200", data_name=data_of(path))
+    assert main(["doctor", str(path), *options, "--ranks", "2"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    found = re.search(r"about (\S+) s a step .*, (\d+) (s|min|h|days) for 7200; (\S+) ([MG])iB", line)
+    assert found, line
+    assert float(found[1]) > 0
+    assert float(found[4]) * {"M": 1, "G": 1024}[found[5]] > 100

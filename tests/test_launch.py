@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from launch import local, progress
 from launch.logs import Follower
 from launch.rendezvous import Rendezvous
 from launch.slurm.__main__ import main
-from launch.slurm.checks import current_config
+from launch.slurm.checks import check_cluster, current_config
 from launch.slurm.cluster import JobRecord, add_record, job_state, last_record
 from launch.slurm.control import ranks_of
 from launch.slurm.options import job_flags, load_options, minutes
@@ -119,6 +120,61 @@ def test_what_a_job_is_given_goes_before_what_it_would_choose(fresh_environment)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("ib-07", "16001")
 
 
+TOO_MANY = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("left", "is_told"),
+    [
+        ({**TOO_MANY, "MASTER_PORT": "29876"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, True),
+        ({"WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "0"}, True),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, True),
+        ({"LOCAL_RANK": "0"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, False),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_variables_that_are_left_over(left, is_told, tmp_path, overrides):
+    """Of a shell in a pod, or of another program: the run trains alone, and says so."""
+    variables = [f"{name}={value}" for name, value in left.items()]
+    argv = command("train", ENCODER, *overrides(tmp_path, *SMALL, "train.steps=1"))
+    done = run(["env", *variables, *argv])
+    assert done.returncode == 0, done.stderr
+    assert ("it trains alone" in done.stderr) == is_told
+    assert json.loads((tmp_path / "environment.json").read_text())["world_size"] == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"RANK": "4"}, {"WORLD_SIZE": "many"}, {"LOCAL_RANK": ""}, {"MASTER_PORT": "0"}]
+)
+def test_variables_that_make_no_rank(wrong, tmp_path, overrides):
+    rank = {**TOO_MANY, "LOCAL_RANK": "0", "MASTER_PORT": "29876", **wrong}
+    variables = [f"{name}={value}" for name, value in rank.items()]
+    done = run(["env", *variables, *command("train", ENCODER, *overrides(tmp_path, *SMALL))])
+    assert done.returncode == 64, done.stderr
+    name, value = next(iter(wrong.items()))
+    assert f"{name}={value}" in done.stderr
+    assert "make no rank" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_never_come(rank, tmp_path, overrides, free_port):
+    """One that waits says for whom, soon, and ends with a sentence."""
+    me = {**TOO_MANY, "RANK": str(rank), "LOCAL_RANK": "0", "MASTER_PORT": str(free_port)}
+    options = overrides(tmp_path, *SMALL, "backend.timeout_s=1")
+    variables = [f"{name}={value}" for name, value in me.items()]
+    done = run(["env", *variables, *command("train", ENCODER, *options)])
+    assert done.returncode == EXIT_RESTART
+    place = f"127.0.0.1:{free_port}"
+    assert f"rank {rank} of 4 waits for the others at {place}, for 61 s at most" in done.stderr
+    assert f"rank {rank} of 4 did not meet the others at {place} within 61 s" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
@@ -144,6 +200,58 @@ def test_sweeps():
     assert names == ["a.lr=1,b.lr=3", "a.lr=1,b.lr=4", "a.lr=2,b.lr=3", "a.lr=2,b.lr=4"]
     name, overrides = expand(["data.train=a/b,c/d", "seed=1", "seed=2"])[1]
     assert (name, overrides) == ("train=c_d", ["data.train=c/d", "seed=2"])
+    assert expand(["run_dir=runs/a,b", "seed=1"]) == [("", ["run_dir=runs/a,b", "seed=1"])]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=1,2,1", "two runs of the sweep would be seed=1"),
+        ("data.train=a/b,a_b", "two runs of the sweep would be train=a_b"),
+        (f"data.train=a,{'x' * 300}", "of 306 bytes, above 255"),
+    ],
+)
+def test_sweeps_whose_runs_have_no_folder_of_their_own(override, words):
+    with pytest.raises(ConfigError, match=words):
+        expand([override])
+
+
+@pytest.mark.parametrize("name", ["50%job", "a%%b", "back\\slash", "12:30"])
+def test_folders_whose_names_mean_something_in_a_job(name, tmp_path, overrides, capsys):
+    options = overrides(tmp_path / name, *SMALL)
+    assert main(["submit", str(ENCODER), *options, "--dry-run"]) == 64
+    told = capsys.readouterr().err
+    assert str(tmp_path / name) in told
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["exp #2", "it's", "a,b", "größer", "$HOME", "2026-11-28"])
+def test_other_names_are_quoted_in_a_job(name, tmp_path, overrides, capsys):
+    text = script_of(capsys, *overrides(tmp_path / name, *SMALL))
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    outputs = [line for line in text.splitlines() if line.startswith("#SBATCH --output=")]
+    assert [shlex.split(line[8:]) for line in outputs] == [
+        [f"--output={tmp_path / name}/logs/%j.batch.log"]
+    ]
+
+
+def test_several_partitions(tmp_path, monkeypatch):
+    """SLURM takes the first that has room: one that has what is asked for is enough."""
+    rows = "all*|3|8+|gpu:2|infinite", "short|1|8|(null)|30:00", "big|9|64|gpu:a100:8|infinite"
+    sinfo = tmp_path / "sinfo"
+    sinfo.write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
+    sinfo.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    wanted = {"nodes": 4, "time": "2:00:00"}
+    check_cluster(load_options(None, {**wanted, "partition": "short,big"}))
+    check_cluster(load_options(None, {**wanted, "partition": "big, all"}))
+    for names, words in (
+        ("short,all", "partition short has 1 nodes.*; --nodes 4: partition all has 3 nodes"),
+        ("big,bigger", "--partition bigger is unknown; this cluster has all, big, short"),
+        ("big,", "--partition big,: a name is missing"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_cluster(load_options(None, {**wanted, "partition": names}))
 
 
 @pytest.mark.parametrize(
@@ -394,6 +502,44 @@ def test_what_ranks_write_is_kept(tmp_path, overrides):
     assert sorted(logs) == ["rank-0.err", "rank-0.out", "rank-1.err", "rank-1.out"]
     assert "step 12/12" in logs["rank-0.err"]
     assert logs["rank-0.err"] in done.stderr
+
+
+@pytest.mark.parametrize("num_ranks", [None, 2])
+def test_what_is_said_of_a_run(num_ranks, tmp_path, overrides):
+    """A line at the first step, where it is stopped, however often, and at its end; what is shown
+    is not always a row of metrics."""
+    options = overrides(tmp_path, *SMALL, "train.log_every=1000", "train.steps=1000000")
+    argv = command(*([] if num_ranks else ["train"]), ENCODER, *options, ranks=num_ranks)
+    told = []
+    with subprocess.Popen(
+        argv, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stderr
+        for line in process.stderr:
+            told.append(line)
+            # The second one comes while they end.
+            if line.startswith(("step 1/1000000  loss ", "saved at step ")):
+                os.killpg(process.pid, signal.SIGINT)
+    assert process.returncode == EXIT_RESTART, told
+    step = newest_step(tmp_path)
+    expected = f"saved at step {step} of 1000000; the same command goes on from there\n"
+    assert [line for line in told if "saved at" in line] == [expected]
+    assert read_rows(tmp_path) == []
+
+
+def test_what_is_said_at_the_end(tmp_path, overrides):
+    run_dir = tmp_path / "my run"
+    options = overrides(run_dir, *SMALL, "train.log_every=5")
+    done = run(command("train", ENCODER, *options))
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    steps = [line.split()[1] for line in lines if line.startswith("step ")]
+    assert steps == ["1/12", "5/12", "10/12", "12/12"]
+    assert [row["step"] for row in read_rows(run_dir)] == [5, 10, 12]
+    commands = f"dist-contrastive eval '{run_dir}' or dist-contrastive export '{run_dir}'"
+    assert lines[-1] == f"done: 12 steps; next: {commands}"
+    again = run(command("train", ENCODER, *options, "data.test=null"))
+    assert f"already; next: dist-contrastive export '{run_dir}'" in again.stderr
 
 
 def test_restarts(tmp_path, overrides):

@@ -1,8 +1,12 @@
 """Process of a run: alone, or one of the ranks that torchrun or SLURM started."""
 
 import datetime
+import logging
 import os
 import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -14,17 +18,19 @@ from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
 from pydantic import PositiveFloat
 from torch import nn
 
-from dist_contrastive import ranks
+from dist_contrastive import collectives, ranks
 from dist_contrastive.backend.engine import Engine, recompute_blocks
 from dist_contrastive.backend.replicated import Replicated
 from dist_contrastive.backend.zero import Zero, forget_switches, zero_accelerator
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import ConfigError, LostRankError
 from dist_contrastive.malloc import keep_freed_memory
 from dist_contrastive.settings import Settings
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Beyond the watchdog's limit, so that the rank that hangs reports before those that wait for it.
 _GRACE_S = 60.0
+_SILENT_S = 10.0  # ranks of one machine have found each other by then
+_log = logging.getLogger(__name__)
 
 
 class Backend:
@@ -113,21 +119,64 @@ def _accelerator(settings: Backend.Config) -> Accelerator:
     _check_accelerate_launch(settings, has_ranks)
     if has_ranks and torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ:
         os.environ["LOCAL_RANK"] = "0"  # SLURM shows a task nothing but its own GPU
+    timeout_s = settings.timeout_s + _GRACE_S
     process_group = InitProcessGroupKwargs(
-        backend="gloo" if cpu else "nccl",
-        timeout=datetime.timedelta(seconds=settings.timeout_s + _GRACE_S),
+        backend="gloo" if cpu else "nccl", timeout=datetime.timedelta(seconds=timeout_s)
     )
-    if not settings.zero_stage:
-        # Given a backend, Accelerate expects a process group even where there is one process.
-        handlers: list[KwargsHandler] = [process_group] if has_ranks else []
-        return Accelerator(cpu=cpu, kwargs_handlers=handlers)
-    if not has_ranks:
+    if has_ranks:
+        with _waiting_for_ranks(timeout_s):
+            if settings.zero_stage:
+                return zero_accelerator(settings.zero_stage, settings.precision, process_group, cpu)
+            return Accelerator(cpu=cpu, kwargs_handlers=[process_group])
+    if settings.zero_stage:
         raise ConfigError(
             f"backend.zero_stage={settings.zero_stage} shares a model among ranks, and this is one "
             f"process alone; start it with python -m launch.local CONFIG --ranks N, or set "
             f"backend.zero_stage=0"
         )
-    return zero_accelerator(settings.zero_stage, settings.precision, process_group, cpu)
+    if not dist.is_initialized() and (left := ranks.forget()):
+        _log.warning(
+            "%s, but nothing says that this process is one of several ranks: it trains alone; "
+            "start with torchrun or srun for ranks that train together",
+            left,
+        )
+    # Given a backend, Accelerate expects a process group even where there is one process.
+    return Accelerator(cpu=cpu)
+
+
+@contextmanager
+def _waiting_for_ranks(timeout_s: float) -> Iterator[None]:
+    """Context in which this rank meets the others: it says for whom it waits, and gives up.
+
+    Raises:
+        ConfigError: the variables of this rank cannot be meant.
+        LostRankError: the others never came.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    ranks.check()
+    rank, size, host, port = (
+        os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    )
+    text = "rank %s of %s waits for the others at %s:%s, for %g s at most; to train alone, unset RANK"
+    arguments = text, rank, size, host, port, timeout_s
+    timer = threading.Timer(_SILENT_S, _log.warning, arguments)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except RuntimeError as error:
+        if not (collectives.is_lost_rank(error) or isinstance(error, dist.DistStoreError)):
+            raise
+        AcceleratorState._reset_state(reset_partial_state=True)
+        reason = str(error).splitlines()[0].split(" Traceback")[0]
+        raise LostRankError(
+            f"rank {rank} of {size} did not meet the others at {host}:{port} within {timeout_s:g} "
+            f"s ({reason}); start all ranks again, or unset RANK to train alone"
+        ) from error
+    finally:
+        timer.cancel()
 
 
 def _check_accelerate_launch(settings: Backend.Config, has_ranks: bool) -> None:

@@ -101,6 +101,16 @@ def examples(*lines: str) -> str:
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 
+def _as_setting(error: TyperException) -> str:
+    """How a flag that is none is written as a setting, where the command takes settings."""
+    flag, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if not flag or not context or "overrides" not in {p.name for p in context.command.params}:
+        return ""
+    from dist_contrastive.config.reference import key_of
+
+    return f"; a setting is written {key_of(flag)}=VALUE, without dashes"
+
+
 def run(app: typer.Typer, name: str, argv: list[str] | None) -> int:
     """Run one command of an app; returns the exit code."""
     main: Callable[..., Any] = typer.main.get_command(app).main
@@ -110,8 +120,8 @@ def run(app: typer.Typer, name: str, argv: list[str] | None) -> int:
         except TyperException as error:  # wrong flags
             context = getattr(error, "ctx", None)
             command = context.command_path if context else name
-            message = " ".join(error.format_message().split())
-            _log.error("%s: %s (see %s --help)", command, message.rstrip("."), command)
+            message = " ".join(error.format_message().split()).rstrip(".") + _as_setting(error)
+            _log.error("%s: %s (see %s --help)", command, message, command)
             outcome.code = error.exit_code
         if outcome.code == _INTERRUPTED:
             _log.error("%s: interrupted", name)

@@ -64,10 +64,10 @@ def reporting_errors() -> Iterator[Outcome]:
 
 
 def run_rank(main: Callable[[], int]) -> NoReturn:
-    """Run as one of several ranks, and leave with its exit code at once when done.
+    """Run as one of several ranks, or as their launcher, and leave with the exit code at once.
 
     Threads of gloo drop their last tensors late; when Python is being finalised under them they
-    abort the process (exit code 134), although everything was done and saved.
+    abort the process (exit code 134), although everything was done and saved; so does a signal.
     """
     try:
         code = main()

@@ -32,16 +32,17 @@ def resolve(
     Raises:
         ConfigError: as `load`.
     """
-    where = ""
+    where, written = "", list[_Written]()
     if isinstance(config, RunConfig):
         tree = config.model_dump(mode="json")
     elif isinstance(config, Mapping):
         tree = deepcopy(dict(config))
     else:
-        tree, where = _read_yaml(Path(config)), f"{config}: "
+        tree, node = _read_yaml(Path(config))
+        where, written = f"{config}: ", [((), node)]
     for override in overrides:
-        _apply(tree, override)
-    return RunConfig.checked(tree, where)
+        written.append(_apply(tree, override))
+    return RunConfig.checked(tree, where, lambda names: _text(written, names))
 
 
 def save(config: RunConfig, folder: Path) -> None:
@@ -57,7 +58,7 @@ def load_run(folder: Path | str) -> RunConfig:
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{folder} is no run directory: it has no config.yaml; train one first")
-    tree = map_paths(_read_yaml(path), _moved(Path(folder)))
+    tree = map_paths(_read_yaml(path)[0], _moved(Path(folder)))
     tree["run_dir"] = str(folder)
     return RunConfig.checked(tree, f"{path}: ")
 
@@ -99,20 +100,45 @@ def _exists(path: str) -> bool:
     return os.path.exists(path if head == path else os.path.dirname(head) or ".")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """YAML in which a date is text, as names of folders are, and 1e-3 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = "tag:yaml.org,2002:float"
+_Loader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+_Written = tuple[tuple[str, ...], yaml.Node | str]
+"""Names of a key, and the YAML of its value; or its value as it was given."""
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node]:
+    """Settings of a file, and how they were written."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree, node = _parse(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read the config {path}: {reason}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or node is None:
         raise ConfigError(f"{path} holds no settings; see configs/ for examples")
-    return tree
+    return tree, node
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _parse(text: str) -> tuple[Any, yaml.Node | None]:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else loader.construct_document(node), node
+    finally:
+        loader.dispose()
+
+
+def _apply(tree: dict[str, Any], override: str) -> _Written:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} is not key=value, as in optim.lr=0.001")
@@ -123,7 +149,44 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(
                 f"override {override!r}: {parent} is a value, not a group of settings"
             )
+    tree[last] = _value(override, value.strip())
+    return (*parents, last), "" if tree[last] is None else value.strip()
+
+
+def _value(override: str, text: str) -> Any:
+    """Value of an override: a number, a word, a text as it stands, or a list or group in YAML.
+
+    Only in quotes and brackets a character means something: # begins no comment.
+    """
     try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+        value, node = _parse(text)
+    except (yaml.YAMLError, ValueError):
+        if text[0] in "[{\"'":
+            raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+        return text
+    if isinstance(node, yaml.ScalarNode) and node.style not in ("'", '"'):
+        loader = _Loader("")
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+        return loader.construct_object(yaml.ScalarNode(tag, text))
+    return value
+
+
+def _text(written: list[_Written], names: Sequence[str]) -> str | None:
+    """A scalar as it was written, but null; the last override of a key counts."""
+    for key, value in reversed(written):
+        if key == tuple(names[: len(key)]):
+            if isinstance(value, str) and len(key) == len(names):
+                return value or None
+            node = _parse(value)[1] if isinstance(value, str) else value
+            return _scalar_text(node, names[len(key) :])
+    return None
+
+
+def _scalar_text(node: yaml.Node | None, names: Sequence[str]) -> str | None:
+    for name in names:
+        if isinstance(node, yaml.MappingNode):
+            node = next((value for key, value in reversed(node.value) if key.value == name), None)
+        elif isinstance(node, yaml.SequenceNode):
+            node = node.value[int(name)]
+    is_text = isinstance(node, yaml.ScalarNode) and not node.tag.endswith(":null")
+    return node.value if node is not None and is_text else None

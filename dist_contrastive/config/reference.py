@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import annotated_types
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from dist_contrastive.config.run import RunConfig
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.settings import IMPORT_PATH, Choice, Settings, settings_in
+from dist_contrastive.sentences import limits, meant
+from dist_contrastive.settings import IMPORT_PATH, Choice, Settings, keys_of, settings_in
 
 _UNITS = {"_s": "seconds", "_mb": "MiB", "_bytes": "bytes", "steps": "steps", "_every": "steps"}
 _NAMES = {type(None): "null", Any: "any", dict: "group"}
@@ -71,6 +71,13 @@ def reference(section: str | None = None) -> list[Row]:
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_sections(rows))}"
         raise ConfigError(f"there is no setting or section {section!r}; {hint}")
     return chosen
+
+
+def key_of(word: str) -> str:
+    """The key that a word means, as ``optim.lr`` for lr, --lr or learning_rate; or ``KEY``."""
+    keys = list(dict.fromkeys(keys_of(RunConfig)))
+    word = word.lstrip("-").partition("=")[0]
+    return word if word in keys else meant(word, [], keys) or "KEY"
 
 
 def _names(row: Row) -> list[str]:
@@ -124,7 +131,7 @@ def _rows(cls: type[Settings], prefix: str, when: str) -> Iterator[Row]:
             when,
             _type_text(annotation),
             _default_text(field),
-            ", ".join(dict.fromkeys(_limits(annotation))),
+            ", ".join(dict.fromkeys(limits(annotation))),
             next((unit for end, unit in _UNITS.items() if name.endswith(end)), ""),
             help_of(cls, name),
         )
@@ -193,32 +200,6 @@ def _type_text(annotation: Any) -> str:
         return "group"
     name = _NAMES.get(origin or annotation)
     return name or str(getattr(annotation, "__name__", annotation))
-
-
-def _limits(annotation: Any) -> Iterator[str]:
-    """Limits of the value, and of those inside it."""
-    if get_origin(annotation) is Annotated:
-        for constraint in get_args(annotation)[1:]:
-            yield from _limit(constraint)
-    for argument in get_args(annotation):
-        yield from _limits(argument)
-
-
-def _limit(constraint: Any) -> Iterator[str]:
-    match constraint:
-        case annotated_types.Ge():
-            yield f"{constraint.ge} or more"
-        case annotated_types.Gt():
-            yield f"more than {constraint.gt}"
-        case annotated_types.Le():
-            yield f"{constraint.le} or less"
-        case annotated_types.Lt():
-            yield f"less than {constraint.lt}"
-        case annotated_types.MinLen():
-            yield f"{constraint.min_length} or more of them"
-        case FieldInfo():
-            for inner in constraint.metadata:
-                yield from _limit(inner)
 
 
 def _one_line(text: str) -> str:

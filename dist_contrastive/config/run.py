@@ -90,6 +90,20 @@ class RunConfig(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     """What `eval` measures beside the measures of the task."""
 
+    @field_validator("run_dir", mode="before")
+    @classmethod
+    def _is_name(cls, run_dir: Any) -> Any:
+        if isinstance(run_dir, str) and not (run_dir.strip() and run_dir.isprintable()):
+            raise ValueError("is no name of a folder; give it one")
+        if any(len(part.encode()) > 255 for part in str(run_dir).split("/")):
+            raise ValueError("has a name of more than 255 bytes; give it a shorter one")
+        return run_dir
+
+    @field_validator("run_dir")
+    @classmethod
+    def _of_home(cls, run_dir: Path) -> Path:
+        return run_dir.expanduser() if run_dir.parts[:1] == ("~",) else run_dir
+
     @field_validator("seed")
     @classmethod
     def _seed_fits(cls, seed: int) -> int:

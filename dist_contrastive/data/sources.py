@@ -62,6 +62,6 @@ def join_sources(sources: Sequence[Source]) -> Source:
 
 
 def _kind(value: object) -> str:
-    if isinstance(value, str):
-        return "<location>"
-    return "<source>" if isinstance(value, dict | Source.Config) else "<list>"
+    if isinstance(value, dict | Source.Config):
+        return "<source>"
+    return "<list>" if isinstance(value, list | tuple) else "<location>"

@@ -5,7 +5,7 @@ step.py    time and memory of a step, geometry of its embeddings
 """
 
 from dist_contrastive.metrics.log import JsonLines, Ledger, MetricsLog, forget_steps, read_rows
-from dist_contrastive.metrics.step import Clock, duplicates, geometry
+from dist_contrastive.metrics.step import Clock, duplicates, geometry, peak_memory_mb
 
 __all__ = [
     "Clock",
@@ -15,5 +15,6 @@ __all__ = [
     "duplicates",
     "forget_steps",
     "geometry",
+    "peak_memory_mb",
     "read_rows",
 ]

@@ -121,7 +121,7 @@ class Display(Protocol):
 
 def display(num_steps: int, done: int) -> Display:
     """A progress bar on a terminal, lines elsewhere."""
-    return _Bar(num_steps, done) if sys.stderr.isatty() else _Lines(num_steps)
+    return _Bar(num_steps, done) if sys.stderr.isatty() else _Lines(num_steps, done)
 
 
 def _text(row: dict[str, Any]) -> str:
@@ -145,10 +145,10 @@ class _Bar:
 
 
 class _Lines:
-    """Lines for each tenth of the steps, and for each minute."""
+    """Lines for the first step, the next row, each tenth of the steps, and for each minute."""
 
-    def __init__(self, num_steps: int) -> None:
-        self._num_steps = num_steps
+    def __init__(self, num_steps: int, done: int) -> None:
+        self._num_steps, self._first = num_steps, done + 1
         self._every = max(1, num_steps // 10)
         self._next, self._last_s = 0, time.monotonic()
 
@@ -156,7 +156,9 @@ class _Lines:
         is_due = row["step"] >= self._next or time.monotonic() - self._last_s >= _LINE_S
         if is_due or row["step"] == self._num_steps:
             _log.info("step %d/%d  %s", row["step"], self._num_steps, _text(row))
-            self._next, self._last_s = row["step"] + self._every, time.monotonic()
+            self._last_s = time.monotonic()
+            if row["step"] != self._first:
+                self._next = row["step"] + self._every
 
     def close(self) -> None:
         pass
@@ -198,4 +200,8 @@ class MetricsLog:
         self._lines.write(row)
         numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
         self._tracker(numbers, row["step"])
-        self._display.show(row)
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Show one row on a terminal or in the log."""
+        if self._enabled:
+            self._display.show(row)

@@ -69,17 +69,18 @@ class Clock:
         row |= {f"{part}_s": self._spent_s[part] / measured for part in PARTS}
         row["reduce_s"] = (reduce_s - self._reduce_s) / steps
         row["data_wait"] = row["data_s"] / row["step_s"]
-        row["memory_peak_mb"] = round(self._peak_mb(), 1)
+        row["memory_peak_mb"] = round(peak_memory_mb(self._device), 1)
         self._start, self._consumed, self._reduce_s = now, consumed, reduce_s
         self._steps = self._measured = 0
         self._spent_s.clear()
         return row
 
-    def _peak_mb(self) -> float:
-        """Peak memory so far: of the GPU, or of the process."""
-        if self._is_gpu:
-            return torch.cuda.max_memory_allocated(self._device) / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory so far in MiB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.training import TrainingData
 from dist_contrastive.errors import ConfigError, NonFiniteError, UnreadableSample, UserError
+from dist_contrastive.metrics import peak_memory_mb
 from dist_contrastive.ranks import RankError, run_ranks
 from dist_contrastive.tasks import Task
 from dist_contrastive.trainer.run import Run, open_run, open_training_data
@@ -29,6 +30,8 @@ from dist_contrastive.trainer.step import backward
 _TIMEOUT_S = 600.0
 _ROWS = 4  # of each rank, or a few more
 _PARAMETERS = 16
+_TOO_FEW = "too few samples, or too many that cannot be read"
+_LONG_S = 2.0  # of a step, from which longer ones are estimated
 _LONGEST_S = 60.0  # that one process may take
 _TOLERANCE = {"fp32": 1e-2, "bf16": 0.2, "fp16": 0.2}  # what goes wrong is wrong by a factor
 
@@ -61,13 +64,11 @@ def self_check(run: Run) -> str:
         return "not looked at: backend.compile would compile for it"
     if run.backend.world_size == 1 and micro is None and not settings.zero_stage:
         return "that of one process"
-    with collectives.raised_together():
-        samples = _few_samples(run)
-    if not all(collectives.gather_objects(samples is not None)) or samples is None:
-        return "not looked at: too few samples, or too many that cannot be read"
-    count, rank = len(samples.images) // run.backend.world_size, run.backend.rank
-    rows = torch.arange(rank * count, (rank + 1) * count, device=run.backend.device)
-    local = samples.rows(rows)
+    samples = _few_samples(run, _ROWS)
+    if samples is None:
+        return f"not looked at: {_TOO_FEW}"
+    local = _rows_of_rank(run, samples)
+    count = len(local.images)
     parameters = _some_parameters(run.task)
     progress = run.progress.step / run.config.train.steps
     half = None if micro is None else min(micro, math.ceil(count / 2))
@@ -91,10 +92,22 @@ def self_check(run: Run) -> str:
     return f"{len(parameters)} parameters have that of one process to {worst:.0e}"
 
 
-def _few_samples(run: Run) -> Samples | None:
-    """The first readable ones, the same on every rank, as many as make equal ranks and groups."""
+def _few_samples(run: Run, rows: int) -> Samples | None:
+    """The first readable ones, the same on every rank, as many as make equal ranks and groups.
+
+    Args:
+        rows: for each rank, or a few more. None if there are too few on some rank.
+
+    Collectives: two gathers of objects.
+    """
+    with collectives.raised_together():
+        samples = _first_readable(run, rows)
+    return samples if all(collectives.gather_objects(samples is not None)) else None
+
+
+def _first_readable(run: Run, rows: int) -> Samples | None:
     data, step = run.data, math.lcm(run.backend.world_size, run.task.rows_multiple)
-    wanted = step * math.ceil(_ROWS * run.backend.world_size / step)
+    wanted = step * math.ceil(rows * run.backend.world_size / step)
     readable: list[int] = []
     for number in range(min(wanted + run.config.data.max_skipped, len(data.index))):
         try:
@@ -108,6 +121,11 @@ def _few_samples(run: Run) -> Samples | None:
                 samples = replace(samples, labels=data.labels[samples.index])
             return samples.to(run.backend.device)
     return None
+
+
+def _rows_of_rank(run: Run, samples: Samples) -> Samples:
+    count, rank = len(samples.images) // run.backend.world_size, run.backend.rank
+    return samples.rows(torch.arange(rank * count, (rank + 1) * count, device=run.backend.device))
 
 
 def _some_parameters(task: Task) -> dict[str, nn.Parameter]:
@@ -215,7 +233,8 @@ def examine(
     )
     try:
         count = world_size if processes is None else _divisor(world_size, processes)
-        yield from run_ranks(_check_rank, count, on_cpu, change, timeout_s=_TIMEOUT_S)[0]
+        arguments = on_cpu, change, world_size
+        yield from run_ranks(_check_rank, count, *arguments, timeout_s=_TIMEOUT_S)[0]
     except RankError as error:
         yield Finding("start", False, str(error))
 
@@ -231,7 +250,7 @@ def _ranks_text(config: RunConfig, world_size: int) -> str:
     return f"{world_size} x {rows} rows, {parts}"
 
 
-def _check_rank(config: RunConfig, change: bool) -> list[Finding]:
+def _check_rank(config: RunConfig, change: bool, world_size: int) -> list[Finding]:
     findings: list[Finding] = []
     part = "start"
     try:
@@ -243,9 +262,56 @@ def _check_rank(config: RunConfig, change: bool) -> list[Finding]:
         findings.append(_check_disk(run, weights))
         part = "gradient"
         findings.append(Finding(part, True, self_check(run)))
+        part = "speed"
+        findings.append(Finding(part, True, _speed_text(run, world_size)))
     except (UserError, NonFiniteError) as error:
         findings.append(Finding(part, False, str(error)))
     return findings
+
+
+def _speed_text(run: Run, world_size: int) -> str:
+    """Time and memory of a step on CPUs of this machine, measured on more and more rows."""
+    batch, steps = run.config.data.global_batch_size, run.config.train.steps
+    rows, wanted, took_s, peaks = 0, batch // world_size, 0.0, [(0, 0.0)]
+    while rows < wanted and took_s < _LONG_S:
+        samples = _few_samples(run, min(wanted, 2 * rows or _ROWS))
+        if samples is None or len(samples.images) // run.backend.world_size <= rows:
+            break
+        local = _rows_of_rank(run, samples)
+        rows = len(local.images)
+        measured = [_step(run, local) for _ in range(2)]  # the first one is slower
+        took_s = max(collectives.gather_objects(min(measured)))
+        peaks.append((rows, max(collectives.gather_objects(peak_memory_mb(run.backend.device)))))
+    if not rows:
+        return f"not measured: {_TOO_FEW}"
+    (rows_before, mb_before), (_, mb) = peaks[-2:]
+    if rows_before and rows < wanted:
+        mb += (mb - mb_before) * (wanted - rows) / (rows - rows_before)
+    step_s = took_s * max(1.0, wanted / rows)
+    measured_on = "" if rows >= wanted else f" (from {rows} rows of {wanted})"
+    return (
+        f"about {step_s:.2g} s a step on CPUs of this machine, {_duration(steps * step_s)} for "
+        f"{steps}; {_size(mb * 2**20)} a rank{measured_on}"
+    )
+
+
+def _step(run: Run, local: Samples) -> float:
+    """Seconds of a step that changes no weights."""
+    begin, train = time.perf_counter(), run.config.train
+    progress = run.progress.step / train.steps
+    context = run.task.begin_step(
+        local, progress=progress, micro_batch_size=train.micro_batch_size
+    )
+    backward(run, local, context)
+    run.engine.step(0.0)
+    return time.perf_counter() - begin
+
+
+def _duration(seconds: float) -> str:
+    for name, length_s in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:.0f} {name}"
+    return f"{seconds:.0f} s"
 
 
 def _state_text(run: Run) -> str:

@@ -1,5 +1,7 @@
 """Training loop: data, step, log, save."""
 
+import shlex
+
 from dist_contrastive import checkpoint, collectives
 from dist_contrastive.backend import Backend
 from dist_contrastive.changes import changes_text
@@ -9,6 +11,7 @@ from dist_contrastive.data.training import DeviceBatch
 from dist_contrastive.errors import EXIT_RESTART, UserError
 from dist_contrastive.optim import learning_rate
 from dist_contrastive.signals import stop_flag
+from dist_contrastive.tasks import Drift
 from dist_contrastive.trainer.checks import self_check
 from dist_contrastive.trainer.recording import Recorder
 from dist_contrastive.trainer.run import OwnModules, Run, open_run
@@ -40,7 +43,7 @@ def run_loop(
     steps, first = config.train.steps, run.progress.step
     stop_at = steps if stop_after is None else min(steps, first + stop_after)
     if first >= steps:
-        run.info(f"{config.run_dir} is trained to step {first} already")
+        run.info(f"{config.run_dir} is trained to step {first} already{_next_commands(run)}")
         return EXIT_DONE
     if first:
         run.info(f"going on from step {first} of {steps}")
@@ -69,19 +72,36 @@ def run_loop(
 
             step = run.progress.step + 1
             is_logged = step % config.train.log_every == 0 or step == steps
+            is_shown = is_logged or step == first + 1  # so that a wait has an end
             recorder.begin_step(batch.keys)
-            row = train_step(run, batch.samples, batch.consumed, is_logged)
+            row = train_step(run, batch.samples, batch.consumed, is_shown)
 
             if row:
                 rates = run.clock.rates(run.progress.consumed, run.engine.reduce_s)
                 row = {**row, **rates, **saver.timing(), "skipped": len(skipped)}
+                recorder.show(row)
+                skipped.report()
+            if row and is_logged:
                 recorder.write(row)
                 saver.observe(row)
 
             if step % config.train.save_every == 0 and step < steps:
                 saver.save()
         saver.save_last()
-    return EXIT_DONE if run.progress.step >= steps else EXIT_REQUEUE
+    skipped.report()
+    if run.progress.step < steps:
+        run.info(f"saved at step {run.progress.step} of {steps}; the same command goes on from there")
+        return EXIT_REQUEUE
+    run.info(f"done: {steps} steps{_next_commands(run)}")
+    return EXIT_DONE
+
+
+def _next_commands(run: Run) -> str:
+    """What may be done with a trained run."""
+    commands = ["eval"] if run.config.data.test is not None else []
+    commands += ["sample" if isinstance(run.task, Drift) else "export"]
+    lines = [f"dist-contrastive {x} {shlex.quote(str(run.config.run_dir))}" for x in commands]
+    return f"; next: {' or '.join(lines)}"
 
 
 def _next_batch(
@@ -119,6 +139,7 @@ def _next_batch(
         try:
             skipped.add(run.progress.step, local_skipped)
         except UserError:
+            skipped.report()
             saver.save_last()
             raise
     return batch.ready() if batch and verdict < _STOP else None

@@ -113,6 +113,10 @@ class Recorder:
         self._profiler.begin_step(self._run.progress.step + 1)
         self._ledger.write(self._run.progress.step, keys)
 
+    def show(self, row: dict[str, Any]) -> None:
+        """Show a row of metrics as progress."""
+        self._metrics.show(row)
+
     def write(self, row: dict[str, Any]) -> None:
         """Record a row of metrics."""
         self._metrics.write(row)

@@ -186,7 +186,7 @@ class SkippedLog:
 
     def __init__(self, path: Path, max_skipped: int, is_main: bool, before: list[Skipped]) -> None:
         self._path, self._max_skipped, self._is_main = path, max_skipped, is_main
-        self._known = before
+        self._known, self._untold = before, list[Skipped]()
 
     @classmethod
     def open(cls, run_dir: Path, max_skipped: int, is_main: bool) -> Self:
@@ -223,9 +223,18 @@ class SkippedLog:
                 rows = [{"step": step, **skipped._asdict()} for skipped in gathered]
                 with self._path.open("a") as file:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
-                for skipped in new.values():
-                    _log.warning("skipped a sample: %s", skipped.reason)
+                self._untold += new.values()
         check_skipped(self._known, self._max_skipped)
+
+    def report(self) -> None:
+        """Log one line about the samples that were skipped since the last one, on the first
+        rank."""
+        if len(self._untold) == 1:
+            _log.warning("skipped a sample: %s", self._untold[0].reason)
+        elif self._untold:
+            first, count = self._untold[0].reason, len(self._untold)
+            _log.warning("skipped %d samples, listed in %s: %s; ...", count, self._path, first)
+        self._untold.clear()
 
 
 def _read_skipped(path: Path) -> list[Skipped]:

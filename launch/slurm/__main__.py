@@ -127,6 +127,7 @@ def _submit_runs(
     from launch.slurm import checks, submission
     from launch.slurm.cluster import require_slurm
 
+    checks.check_folder(root.absolute())
     if cluster == "slurm" and not dry_run:
         require_slurm()
         checks.check_cluster(options)

@@ -9,24 +9,40 @@ from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.trainer.checks import Finding, examine
 from launch.progress import read_progress
-from launch.slurm.cluster import JobRecord, job_state, partitions, records
+from launch.slurm.cluster import JobRecord, Partition, job_state, partitions, records
 from launch.slurm.options import Options, minutes
 
+_MARKS = {
+    "%": "SLURM replaces it in names of files, as %j by the number of the job",
+    "\\": "SLURM leaves it out of names of files",
+    ":": "the copied code would not be found, since Python's path is separated by it",
+}
 _PROCESSES = 2  # for the doctor: a login node is no place for many
 
 
 def check_cluster(options: Options) -> None:
-    """Raise ConfigError for what the cluster does not have, and would let wait for ever."""
+    """Raise ConfigError for what the cluster does not have, and would let wait for ever; one of
+    several partitions that has it is enough."""
     known = partitions()
-    name = options.partition or ""
-    if name not in known:
-        names = ", ".join(sorted(n for n in known if n))
-        raise ConfigError(
-            f"--partition {name} is unknown; this cluster has {names}"
-            if name
-            else f"this cluster has no default partition; give --partition, one of {names}"
-        )
-    where, has = f"partition {name}" if name else "the default partition", known[name]
+    wanted = [name.strip() for name in (options.partition or "").split(",")]
+    for name in wanted:
+        if not name and len(wanted) > 1:
+            raise ConfigError(f"--partition {options.partition}: a name is missing; write one,other")
+        if name not in known:
+            names = ", ".join(sorted(n for n in known if n))
+            raise ConfigError(
+                f"--partition {name} is unknown; this cluster has {names}"
+                if name
+                else f"this cluster has no default partition; give --partition, one of {names}"
+            )
+    problems = [_lack(options, name, known[name]) for name in wanted]
+    if all(problems):
+        raise ConfigError("; ".join(filter(None, problems)))
+
+
+def _lack(options: Options, name: str, has: Partition) -> str | None:
+    """What a partition does not have, as a sentence."""
+    where = f"partition {name}" if name else "the default partition"
     largest, cpus = f"the largest node of {where}", options.tasks * (options.cpus_per_task or 1)
     for flag, value, most, owner, what in (
         ("--nodes", options.nodes, has.nodes, where, "nodes"),
@@ -34,12 +50,22 @@ def check_cluster(options: Options) -> None:
         ("ranks of a node x --cpus-per-task =", cpus, has.cpus, largest, "CPUs"),
     ):
         if value > most:
-            raise ConfigError(f"{flag} {value}: {owner} has {most} {what}; ask for {most} or fewer")
+            return f"{flag} {value}: {owner} has {most} {what}; ask for {most} or fewer"
     if has.limit[:1].isdecimal() and options.time_min > minutes(has.limit):  # else it is infinite
-        raise ConfigError(
+        return (
             f"--time {options.time}: {where} allows {has.limit}; ask for that or less, a run that "
             f"needs longer is requeued"
         )
+    return None
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder whose name means something else in a job."""
+    for mark, meaning in _MARKS.items():
+        if mark in str(folder):
+            raise ConfigError(
+                f"run_dir={folder} holds a {mark}, and {meaning}; choose a run_dir without it"
+            )
 
 
 def check_lead(lead_s: int, options: Options) -> None:

@@ -30,6 +30,7 @@ from launch.slurm.options import Options
 
 _WAIT_S = 60  # for the other ranks when one has ended
 _LEAD_S, _WORST = 60, 3  # SLURM's own resolution; factor on the times of a checkpoint and a step
+_LONGEST_NAME = 255
 _OPENING, _CLOSING, _QUOTES = "[{(", "]})", "'\""
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
@@ -59,7 +60,11 @@ class Submission:
 
 def expand(overrides: list[str]) -> list[tuple[str, list[str]]]:
     """Runs of a sweep, every combination of `key=a,b` overrides: each one's name (empty where there
-    is only one) and its overrides; of a key that is there twice the last one counts.
+    is only one) and its overrides; of a key that is there twice the last one counts. A comma in
+    run_dir belongs to the name.
+
+    Raises:
+        ConfigError: two runs have one name, or a name is too long for a folder.
 
     >>> [name for name, _ in expand(["optim.lr=0.1,0.2", "seed=1", "train.steps=5,9"])]
     ['lr=0.1,steps=5', 'lr=0.1,steps=9', 'lr=0.2,steps=5', 'lr=0.2,steps=9']
@@ -68,7 +73,8 @@ def expand(overrides: list[str]) -> list[tuple[str, list[str]]]:
     for override in overrides:
         key, equals, value = override.partition("=")
         choices.pop(key, None)
-        choices[key] = [(key, f"{key}{equals}{one}", one) for one in _values(value)]
+        values = [value] if key == "run_dir" else _values(value)
+        choices[key] = [(key, f"{key}{equals}{one}", one) for one in values]
     swept = [key for key, values in choices.items() if len(values) > 1]
     short = {key: _short_name(key, swept) for key in swept}
     runs = []
@@ -76,7 +82,20 @@ def expand(overrides: list[str]) -> list[tuple[str, list[str]]]:
         parts = [f"{short[key]}={value}" for key, _, value in combination if key in short]
         name = ",".join(parts).replace("/", "_").replace(" ", "")
         runs.append((name, [override for _, override, _ in combination]))
+    _check_names([name for name, _ in runs])
     return runs
+
+
+def _check_names(names: list[str]) -> None:
+    """Each run of a sweep has a folder of its own."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"two runs of the sweep would be {twice}; give every value once")
+    longest = max(names, key=len)
+    if len(longest.encode()) > _LONGEST_NAME:
+        raise ConfigError(
+            f"the sweep would name a folder {longest[:60]}... of {len(longest.encode())} bytes, "
+            f"above {_LONGEST_NAME}; give long values by several submissions"
+        )
 
 
 def _values(value: str) -> list[str]:
