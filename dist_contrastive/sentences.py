@@ -102,7 +102,9 @@ def problem(detail: ErrorDetails, annotation: Any) -> str:
     lengths = tuple in map(get_origin, _members(annotation)) and kind in ("missing", "too_long")
     if kind in _CONTAINERS or lengths:
         if annotation is None:
-            return "should be a list" if word in ("list", "tuple") else "should be a group of settings"
+            return (
+                "should be a list" if word in ("list", "tuple") else "should be a group of settings"
+            )
         example = _example(annotation, value) if isinstance(value, int | float | str) else ""
         return f"should be {wanted(annotation)}" + (f", as {example}" if example else "")
     context = detail.get("ctx", {})
@@ -199,7 +201,7 @@ def nearest(name: str, known: list[str], elsewhere: Iterable[str] = ()) -> str:
 
 
 def meant(name: str, known: list[str], elsewhere: list[str]) -> str | None:
-    """The name, or the key elsewhere, that an unknown name is likely for; arguments as `nearest`."""
+    """The name here, or the key elsewhere, that an unknown name is likely meant for."""
     word = name.strip("-").lower().replace("-", "_").replace(" ", "_")
     ours = [*ALSO_CALLED.get(word, ()), word]
     here = [hint for hint in ours if hint.split()[0] in known]

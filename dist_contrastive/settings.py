@@ -91,9 +91,7 @@ class Settings(BaseModel):
         return cls.checked(values, where)
 
     @classmethod
-    def __get_pydantic_core_schema__(
-        cls, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema: CoreSchema = _numbers_only(handler(source))
         return schema
 
@@ -326,7 +324,9 @@ def _sentence(detail: ErrorDetails, root: type[Settings]) -> str:
     path, context = ".".join(names), detail.get("ctx", {})
     if kind == "extra_forbidden":
         known = list(dict.fromkeys(name for cls in classes for name in cls.model_fields))
-        return f"{path} is not a known setting{nearest(names[-1], known, set(keys_of(root)) - {path})}"
+        return (
+            f"{path} is not a known setting{nearest(names[-1], known, set(keys_of(root)) - {path})}"
+        )
     if kind == "union_tag_invalid":
         known = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
         tag = shown(context["tag"])

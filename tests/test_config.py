@@ -193,7 +193,7 @@ def test_numbers_as_they_are_written():
     config = configs.load(ENCODER, options)
     assert (config.train.steps, config.seed) == (1000, 12)
     assert (config.optim.lr, config.optim.eps) == (3e-4, 1.5e-8)
-    with pytest.raises(ConfigError, match="optim.lr=0.1 # fast: should be a number"):
+    with pytest.raises(ConfigError, match=r"optim\.lr=0\.1 # fast: should be a number"):
         configs.load(ENCODER, ["optim.lr=0.1 # fast"])
 
 
@@ -248,7 +248,10 @@ def _keys(tree, prefix=()):
         ("task.encoder.widths=64", "should be a list of whole numbers, as [64]"),
         ("task.encoder.widths=[]", "should have 1 or more of them"),
         ("train.trackers=tensorboard", "should be a list of any of tensorboard, "),
-        ("train.keep_best=loss", "should be a group of settings (metric, mode) or null, as {metric"),
+        (
+            "train.keep_best=loss",
+            "should be a group of settings (metric, mode) or null, as {metric",
+        ),
         ("train.profile_steps=[3]", "should be a list of 2 whole numbers or null"),
         ("train.profile_steps=[1, 2, 3]", "should be a list of 2 whole numbers or null"),
         ("task.loss=ntxent", "should be a group of settings, as task.loss={name: ntxent}"),

@@ -120,7 +120,9 @@ def test_speed_and_memory_of_a_task(name, tmp_path, overrides, capsys):
     options = overrides(tmp_path, *more, data_name=data_of(path))
     assert main(["doctor", str(path), *options, "--ranks", "2"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    found = re.search(r"about (\S+) s a step .*, (\d+) (s|min|h|days) for 7200; (\S+) ([MG])iB", line)
+    found = re.search(
+        r"about (\S+) s a step .*, (\d+) (s|min|h|days) for 7200; (\S+) ([MG])iB", line
+    )
     assert found, line
     assert float(found[1]) > 0
     assert float(found[4]) * {"M": 1, "G": 1024}[found[5]] > 100

@@ -242,9 +242,7 @@ def test_training_lists_what_it_skips(tmp_path, overrides, damaged_digits):
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
     assert sum(told(two.stderr)) == 8  # each once
     assert read_rows(tmp_path / "run")[-1]["skipped"] == 8
-    one = run(
-        command("train", config, *overrides(tmp_path / "one", *epochs, "data.max_skipped=8"))
-    )
+    one = run(command("train", config, *overrides(tmp_path / "one", *epochs, "data.max_skipped=8")))
     assert one.returncode == 0, one.stderr
     assert sum(told(one.stderr)) == 8
     assert len(told(one.stderr)) <= 2  # one line for each row that is shown

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import InitProcessGroupKwargs
 from pydantic import PositiveFloat
 from torch import nn
 
@@ -159,7 +159,9 @@ def _waiting_for_ranks(timeout_s: float) -> Iterator[None]:
     rank, size, host, port = (
         os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     )
-    text = "rank %s of %s waits for the others at %s:%s, for %g s at most; to train alone, unset RANK"
+    text = (
+        "rank %s of %s waits for the others at %s:%s, for %g s at most; to train alone, unset RANK"
+    )
     arguments = text, rank, size, host, port, timeout_s
     timer = threading.Timer(_SILENT_S, _log.warning, arguments)
     timer.daemon = True

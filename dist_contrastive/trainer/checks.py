@@ -299,9 +299,7 @@ def _step(run: Run, local: Samples) -> float:
     """Seconds of a step that changes no weights."""
     begin, train = time.perf_counter(), run.config.train
     progress = run.progress.step / train.steps
-    context = run.task.begin_step(
-        local, progress=progress, micro_batch_size=train.micro_batch_size
-    )
+    context = run.task.begin_step(local, progress=progress, micro_batch_size=train.micro_batch_size)
     backward(run, local, context)
     run.engine.step(0.0)
     return time.perf_counter() - begin

@@ -90,7 +90,9 @@ def run_loop(
         saver.save_last()
     skipped.report()
     if run.progress.step < steps:
-        run.info(f"saved at step {run.progress.step} of {steps}; the same command goes on from there")
+        run.info(
+            f"saved at step {run.progress.step} of {steps}; the same command goes on from there"
+        )
         return EXIT_REQUEUE
     run.info(f"done: {steps} steps{_next_commands(run)}")
     return EXIT_DONE

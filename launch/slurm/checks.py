@@ -27,7 +27,9 @@ def check_cluster(options: Options) -> None:
     wanted = [name.strip() for name in (options.partition or "").split(",")]
     for name in wanted:
         if not name and len(wanted) > 1:
-            raise ConfigError(f"--partition {options.partition}: a name is missing; write one,other")
+            raise ConfigError(
+                f"--partition {options.partition}: a name is missing; write one,other"
+            )
         if name not in known:
             names = ", ".join(sorted(n for n in known if n))
             raise ConfigError(
