@@ -45,14 +45,7 @@ def run_loop(
     if first >= steps:
         run.info(f"{config.run_dir} is trained to step {first} already{_next_commands(run)}")
         return EXIT_DONE
-    if first:
-        run.info(f"going on from step {first} of {steps}")
-    if run.changes:
-        lr = learning_rate(first, steps, config.optim, config.data.global_batch_size)
-        run.info(
-            f"changed from step {first} on: {changes_text(run.changes)}; the learning rate goes on "
-            f"at {lr:.3g}"
-        )
+    _tell_start(run)
     skipped = SkippedLog.open(config.run_dir, config.data.max_skipped, backend.is_main)
     with (
         locked(config.run_dir, backend.is_main, checkpoints_before),
@@ -89,10 +82,28 @@ def run_loop(
                 saver.save()
         saver.save_last()
     skipped.report()
-    if run.progress.step < steps:
-        run.info(
-            f"saved at step {run.progress.step} of {steps}; the same command goes on from there"
+    return _end(run)
+
+
+def _tell_start(run: Run) -> None:
+    config, first = run.config, run.progress.step
+    if first:
+        run.info(f"going on from step {first} of {config.train.steps}")
+    if run.changes:
+        lr = learning_rate(
+            first, config.train.steps, config.optim, config.data.global_batch_size
         )
+        run.info(
+            f"changed from step {first} on: {changes_text(run.changes)}; the learning rate goes on "
+            f"at {lr:.3g}"
+        )
+
+
+def _end(run: Run) -> int:
+    """Exit code of a run, which is told of with what to do next."""
+    step, steps = run.progress.step, run.config.train.steps
+    if step < steps:
+        run.info(f"saved at step {step} of {steps}; the same command goes on from there")
         return EXIT_REQUEUE
     run.info(f"done: {steps} steps{_next_commands(run)}")
     return EXIT_DONE
