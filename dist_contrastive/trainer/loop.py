@@ -90,9 +90,7 @@ def _tell_start(run: Run) -> None:
     if first:
         run.info(f"going on from step {first} of {config.train.steps}")
     if run.changes:
-        lr = learning_rate(
-            first, config.train.steps, config.optim, config.data.global_batch_size
-        )
+        lr = learning_rate(first, config.train.steps, config.optim, config.data.global_batch_size)
         run.info(
             f"changed from step {first} on: {changes_text(run.changes)}; the learning rate goes on "
             f"at {lr:.3g}"
