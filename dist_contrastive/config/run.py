@@ -92,7 +92,7 @@ class RunConfig(Settings):
 
     @field_validator("run_dir", mode="before")
     @classmethod
-    def _is_name(cls, run_dir: Any) -> Any:
+    def _folder_name(cls, run_dir: Any) -> Any:
         if isinstance(run_dir, str) and not (run_dir.strip() and run_dir.isprintable()):
             raise ValueError("is no name of a folder; give it one")
         if any(len(part.encode()) > 255 for part in str(run_dir).split("/")):
@@ -101,7 +101,7 @@ class RunConfig(Settings):
 
     @field_validator("run_dir")
     @classmethod
-    def _of_home(cls, run_dir: Path) -> Path:
+    def _home_expanded(cls, run_dir: Path) -> Path:
         return run_dir.expanduser() if run_dir.parts[:1] == ("~",) else run_dir
 
     @field_validator("seed")
