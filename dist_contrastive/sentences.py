@@ -99,8 +99,8 @@ def problem(detail: ErrorDetails, annotation: Any) -> str:
     if word in _WORDS and ending in ("type", "parsing", "parsing_size", "from_float"):
         limit = " and ".join(dict.fromkeys(limits(annotation)))
         return f"should be {_WORDS[word][0]}" + (f"; set {limit}" if limit else "")
-    lengths = tuple in map(get_origin, _members(annotation)) and kind in ("missing", "too_long")
-    if kind in _CONTAINERS or lengths:
+    is_tuple = any(get_origin(member) is tuple for member in _members(annotation))
+    if kind in _CONTAINERS or (is_tuple and kind in ("missing", "too_long")):
         if annotation is None:
             return (
                 "should be a list" if word in ("list", "tuple") else "should be a group of settings"
