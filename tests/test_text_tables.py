@@ -374,7 +374,11 @@ def test_paths_in_parquet_and_arrow(root):
     assert len(packed.left_out) == 2
     assert samples_of(root / "out")[0]["json"] == {"image": "a.png", "n": 1}
     packed = pack_dataset(root / "t.parquet", root / "dataset", SKIP, image="image")
-    assert texts_of(root / "dataset") == ["001", None]
+    assert (texts_of(root / "dataset"), len(packed.left_out)) == (["001"], 2)
+    pack_dataset(root / "t.parquet", root / "labels", SKIP, image="image", label="n")
+    assert texts_of(root / "labels") == ["001", None]
+    pack_dataset(root / "t.parquet", root / "texts", IN_ORDER)
+    assert texts_of(root / "texts") == ["001", None, "z"]
 
 
 def test_files_of_text_in_a_folder_are_read_alike(root, monkeypatch):

@@ -56,7 +56,8 @@ def pack_dataset(
         json  "index": the row; "label": the label, null where it is missing; "class": its name, if
               classes have names; and all other columns
 
-    and further images as COLUMN.jpg, .... Of images, texts and arrays, null is left out.
+    and further images as COLUMN.jpg, .... Of these, texts and arrays, null is left out; a row without
+    a text or a label is no sample if those that cannot be read are to be left out.
 
     Args:
         source: a folder written by `save_to_disk`; a file .parquet, .json, .jsonl, .csv, .tsv or
@@ -86,8 +87,9 @@ def pack_dataset(
     paths = [name for name in columns.details if name.lower() in IMAGE_NAMES]
     if columns.image is None and image is None and paths:
         _logger.warning("column %r stays a text; --image %s packs the images there", *paths[:1] * 2)
+    is_text_needed = options.skip_unreadable and columns.label is None
     return pack_rows(
-        *(table, columns, folder, options, field), is_text_needed=False, is_numbered=True
+        *(table, columns, folder, options, field), is_text_needed=is_text_needed, is_numbered=True
     )
 
 
