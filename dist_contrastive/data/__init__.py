@@ -17,6 +17,7 @@ from dist_contrastive.data.source import Source
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.shard_stream import ShardStream
 from dist_contrastive.errors import retired
+from dist_contrastive.pack_options import TextFormat
 
 __all__ = [
     "Balance",
@@ -28,6 +29,7 @@ __all__ = [
     "ShardIndex",
     "ShardStream",
     "Source",
+    "TextFormat",
     "index_folder",
     "load_index",
     "merge_shards",
