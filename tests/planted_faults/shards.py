@@ -2,6 +2,7 @@
 
 SHARDS, PACKING = "dist_contrastive/data/shards", "dist_contrastive/data/packing"
 P, R, S, V = (f"tests/test_{name}.py" for name in ("packing", "remote", "shards", "verify"))
+T = "tests/test_text_tables.py"
 
 FAULTS = [
     (
@@ -133,9 +134,23 @@ FAULTS = [
     (
         "a missing label becomes the first class",
         f"{PACKING}/columns.py",
-        "-1 if value is None else value",
-        "0 if value is None else value",
+        "-1 if number is None else number",
+        "0 if number is None else number",
         (f"{P}::test_dataset_with_things_missing",),
+    ),
+    (
+        "a blank is a text",
+        f"{PACKING}/columns.py",
+        "return not value.strip()",
+        "return False",
+        (f"{T}::test_missing_values_are_left_out_and_counted",),
+    ),
+    (
+        "quotation marks between tabs enclose cells",
+        f"{PACKING}/tables.py",
+        'is_unclear or form.quotes == "none"',
+        'form.quotes == "none"',
+        (f"{T}::test_quotation_marks_between_tabs_are_text",),
     ),
     (
         "channels go to the middle",

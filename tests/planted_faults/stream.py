@@ -124,6 +124,13 @@ FAULTS = [
         ("tests/test_views.py::test_flip_and_plain_resize",),
     ),
     (
+        "a sample has the same caption in every epoch",
+        DATA + "places.py",
+        "{seed} {sample['__epoch__']}",
+        "{seed} 0",
+        ("tests/test_text_tables.py::test_one_of_several_captions_is_drawn_by_key_epoch_and_seed",),
+    ),
+    (
         "a view is the same in every epoch",
         DATA + "views.py",
         "VIEW_STREAM, epoch, index, view)",
