@@ -56,8 +56,8 @@ def pack_dataset(
         json  "index": the row; "label": the label, null where it is missing; "class": its name, if
               classes have names; and all other columns
 
-    and further images as COLUMN.jpg, .... Of these, texts and arrays, null is left out; a row without
-    a text or a label is no sample if those that cannot be read are to be left out.
+    and further images as COLUMN.jpg, .... Of these, texts and arrays, null is left out; a row
+    without a text and a label is no sample if those that cannot be read are to be left out.
 
     Args:
         source: a folder written by `save_to_disk`; a file .parquet, .json, .jsonl, .csv, .tsv or
