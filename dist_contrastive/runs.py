@@ -6,6 +6,7 @@ training data in the place of generated samples.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dist_contrastive import checkpoint, metrics, report, tables
 from dist_contrastive import config as configs
 from dist_contrastive.checkpoint import WEIGHTS, Checkpoint
 from dist_contrastive.config import KeepBestSettings, RunConfig
+from dist_contrastive.data.labels import refuse_other_classes, with_class_names
 from dist_contrastive.data.sources import join_sources
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.encoders import measure_encoder
@@ -124,8 +126,12 @@ def read_splits(config: RunConfig) -> Splits:
     """
     if config.data.test is None:
         raise ConfigError("eval needs data.test, a folder of held-out shards; set it for the run")
-    indexes = [join_sources(parts) for parts in (config.data.open_train(), config.data.open_test())]
-    return Splits(*(config.fields.read(index, range(len(index))) for index in indexes))
+    train, test = config.data.open_train(), config.data.open_test()
+    refuse_other_classes(config.data.label, [*train, *test])
+    indexes = join_sources(train), join_sources(test)
+    fields = with_class_names(config.fields, indexes[0])
+    samples = (fields.read(index, range(len(index))) for index in indexes)
+    return Splits(*samples, fields.class_names(indexes[0]))
 
 
 def _evaluate(run: Path) -> list[Measurement]:
@@ -198,7 +204,9 @@ def write_samples(
             f"{MOST_SAMPLES}, guidance finite; guidance of 1 is none"
         )
     config = configs.load_run(run)
-    example = config.fields.read(config.data.open_train()[0], [0])
+    index = join_sources(config.data.open_train())
+    fields = with_class_names(config.fields, index)
+    example, names = fields.read(index, [0]), fields.class_names(index)
     task = config.build_task(example).eval()
     if not isinstance(task, Drift):
         raise ConfigError(
@@ -210,14 +218,16 @@ def write_samples(
     samples = task.generate(labels, count, seed, guidance)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return _write_files(samples, labels, out, str(run))
+        return _write_files(samples, labels, names, out, str(run))
     except OSError as error:
         raise ConfigError(
             f"samples cannot be written to {out} ({error.strerror}); choose another folder"
         ) from error
 
 
-def _write_files(samples: Tensor, labels: Tensor | None, out: Path, title: str) -> Path:
+def _write_files(
+    samples: Tensor, labels: Tensor | None, names: Mapping[int, str], out: Path, title: str
+) -> Path:
     """Path of the grid, or of the array if there is none."""
     grid = out / "grid.png"
     if not report.are_images(samples):
@@ -230,7 +240,9 @@ def _write_files(samples: Tensor, labels: Tensor | None, out: Path, title: str) 
         name = f"sample-{number:05d}" + ("" if labels is None else f"-class-{labels[number]}")
         _as_picture(image).save(out / f"{name}.png")
     rows = torch.zeros(len(samples), dtype=torch.int64) if labels is None else labels
-    report.sample_grid(samples, rows, path=grid, per_class=PER_CLASS_IN_GRID, title=title)
+    report.sample_grid(
+        samples, rows, path=grid, per_class=PER_CLASS_IN_GRID, title=title, names=names
+    )
     return grid
 
 

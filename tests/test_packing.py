@@ -243,10 +243,10 @@ def test_folders_without_images(tmp_path, png, files, field, error, words):
 
 @pytest.fixture
 def damaged(tmp_path, png) -> Path:
-    """Eleven images: two do not open, one has a byte changed, one has lost its end, one has 16 bits
+    """Eleven images: two do not open, one has a byte changed, one has lost its end, one has 32 bits
     a channel."""
     wide = io.BytesIO()
-    Image.new("I;16", (4, 4)).save(wide, format="PNG")
+    Image.new("F", (4, 4)).save(wide, format="TIFF")
     files = {f"{n}.png": png[n] for n in range(6)}
     large = io.BytesIO()
     Image.fromarray(digit_pixels(0)).resize((99, 99)).save(large, format="JPEG")
@@ -272,7 +272,7 @@ def test_unreadable_images_are_named_and_counted(damaged, tmp_path, capsys):
         "f.png",
         "g.png",
     ]
-    assert "16 has more than 8 bits a channel; store it as npy" in said.err
+    assert "mode F has more than 16 bits a channel; store it as npy" in said.err
     samples = [s["__key__"] for s in map(dict, read_back_keys(tmp_path / "shards"))]
     assert samples == ["0", "1", "2", "3", "4", "5", "e"]
     decoding = options(verify="decode", skip_unreadable=True, overwrite=True)

@@ -22,7 +22,6 @@ from PIL import Image
 from dist_contrastive.data import ShardIndex, index_folder, load_index, pack_digits
 from dist_contrastive.data.collate import collate
 from dist_contrastive.data.packing.demos import slant
-from dist_contrastive.data.shards.encoding import decode_field
 from dist_contrastive.data.shards.index import save_index
 from dist_contrastive.data.shards.tars import scan_samples, write_samples
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
@@ -285,11 +284,6 @@ def test_arrays_of_objects_and_disguised_postscript_are_refused(tmp_path: Path):
         with refused(DataError, f"{name!r} of sample 'k'", "s.tar", reason):
             build_index(tmp_path).read(0)
     assert not (tmp_path / "executed").exists()
-
-
-def test_sixteen_bit_images_are_refused_with_the_fix():
-    with refused(ValueError, "more than 8 bits", "npy"):
-        decode_field("png", image_bytes("I;16", "PNG"))
 
 
 def test_writing_what_cannot_be_written(tmp_path: Path):

@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import io
 import logging
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -114,6 +116,9 @@ def _as_setting(error: TyperException) -> str:
 def run(app: typer.Typer, name: str, argv: list[str] | None) -> int:
     """Run one command of an app; returns the exit code."""
     main: Callable[..., Any] = typer.main.get_command(app).main
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with reporting_errors() as outcome:
         try:
             outcome.code = main(args=argv, prog_name=name, standalone_mode=False) or 0

@@ -163,16 +163,21 @@ def _pack_images(
     folder: _Folder,
     options: PackOptions,
     field: _Field = None,
+    classes_of: Annotated[
+        str | None,
+        typer.Option(metavar="SHARDS", help="Packed shards whose numbers of classes to keep."),
+    ] = None,
 ) -> None:
     """A folder of images; its sub-folders are classes.
 
     Packs the images of a folder and of those in it. Their bytes are copied. If every image lies in
     a folder directly in SOURCE, these folders are classes, and samples get the fields cls and
-    json.label.
+    json.label. A text beside an image, as 1.txt beside 1.jpg, becomes the field txt.
     """
-    from dist_contrastive.data.packing.images import pack_images
+    from dist_contrastive.data.packing.images import class_names, pack_images
 
-    packed = pack_images(source, folder, options, field)
+    classes = None if classes_of is None else class_names(classes_of)
+    packed = pack_images(source, folder, options, field, classes)
     if "cls" not in packed.index.fields and any(path.is_dir() for path in source.iterdir()):
         print("no classes: they are taken from folders if every image lies in one, one level deep")
     _report(folder, packed, has_field=True)
@@ -316,18 +321,28 @@ def merge(
 
 
 def _report(folder: Path, packed: "Packed", has_field: bool) -> None:
-    """Print what was written, and log what was left out."""
+    """Print what was written, and what was not; log why samples were left out."""
+    from dist_contrastive.data.classes import named_classes
     from dist_contrastive.data.packing.images import IMAGE_FIELDS
+    from dist_contrastive.data.shards.locations import counted
 
-    index = packed.index
+    index, counts = packed.index, packed.field_counts()
     for reason in packed.left_out:
         _log.warning("left out: %s", reason)
     left_out = f", {len(packed.left_out)} left out" if packed.left_out else ""
-    counts = dict(zip(index.fields, index.field_counts().sum(axis=0).tolist(), strict=True))
     fields = ", ".join(f"{n} ({c})" if c < len(index) else n for n, c in counts.items())
     print(f"{folder}: {len(index)} samples in {len(index.shards)} shards{left_out}")
     print(f"fields: {fields}")
+    if not_packed := +packed.not_packed:
+        print(f"left out: {counted(not_packed)}")
+    if index.classes:
+        print(f"classes: {named_classes(index.classes)}")
+    for trait, count in packed.traits.items():
+        print(f"{count} images {trait}")
     images = [name for name in IMAGE_FIELDS if name in counts]
     if len(images) > 1 and has_field:
         most = max(images, key=lambda name: counts[name])
-        print(f"a config names one image field: --field {most} gives all images that one")
+        print(
+            f"several image fields: data.image=[{', '.join(images)}] reads all, or "
+            f"--field {most} gives all images that one"
+        )

@@ -69,6 +69,8 @@ def _index(
     """Write the index that the stream reads by."""
     from dist_contrastive.data import index_folder
     from dist_contrastive.data.progress import progress_bar
+    from dist_contrastive.data.shards.locations import counted, other_files
+    from dist_contrastive.data.shards.tars import LINKS, REMEDY_OF_LINKS
 
     read = 0
 
@@ -80,6 +82,10 @@ def _index(
     index = index_folder(location, out, full=full, progress=progress)
     shards = len(index.shard_samples)
     print(f"{location}: {len(index)} samples in {shards} shards, of which {read} were read")
+    if left_out := index.left_out + other_files(location):
+        print(f"left out: {counted(left_out)}")
+    if left_out[LINKS]:
+        print(f"links are not read: {REMEDY_OF_LINKS}")
 
 
 @app.command(

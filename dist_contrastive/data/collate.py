@@ -4,6 +4,7 @@
 how many workers built it.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -102,7 +103,8 @@ def _join_columns(columns: list[Any]) -> Any:
     if all(isinstance(column, Tensor) for column in columns) and (
         len({column.shape[1:] for column in columns}) == 1
     ):
-        return torch.cat(columns)
+        with contextlib.suppress(RuntimeError):  # as in `_column`
+            return torch.cat(columns)
     return [row for column in columns for row in _rows(column)]
 
 

@@ -1,15 +1,25 @@
 """Settings of the data of a run: where samples come from, and how they become batches."""
 
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from PIL import ImageColor
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt, model_validator
 
 from dist_contrastive.data.fields import Fields, FieldsConfig
+from dist_contrastive.data.shards.encoding import WHITE
 from dist_contrastive.data.shards.storage import BlockCache
 from dist_contrastive.data.source import Source
 from dist_contrastive.data.sources import AnySources, configs_of, open_source
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.shard_stream import ShardStream
+
+
+def _colour(name: str) -> str:
+    try:
+        ImageColor.getrgb(name)
+    except ValueError:
+        raise ValueError("no such colour; give one as white, black or '#8899aa'") from None
+    return name
 
 
 class DataConfig(FieldsConfig, ShardStream.Config):
@@ -25,6 +35,8 @@ class DataConfig(FieldsConfig, ShardStream.Config):
     as unlabelled. null keeps all."""
     balance: Balance.Config | None = None
     """Classes and samples of each in a batch; null takes samples as they come."""
+    background: Annotated[str, AfterValidator(_colour)] = WHITE
+    """Colour behind images of shards that are transparent in places: a name, or '#rrggbb'."""
     max_skipped: NonNegativeInt = 10
     """Different samples that may be unreadable or lack a field; each is replaced by another one and
     listed in skipped.jsonl. One more stops the run."""
@@ -44,11 +56,12 @@ class DataConfig(FieldsConfig, ShardStream.Config):
 
     def open_train(self) -> list[Source]:
         """Each source of `train`. Raises: as `open_source`."""
-        return [open_source(source, self.cache) for source in self.sources]
+        return [open_source(source, self.cache, self.background) for source in self.sources]
 
     def open_test(self) -> list[Source]:
         """Each source of `test`; none without. Raises: as `open_source`."""
-        return [open_source(source, self.cache) for source in configs_of(self.test or ())]
+        sources = configs_of(self.test or ())
+        return [open_source(source, self.cache, self.background) for source in sources]
 
     def fields(self, labels_required: bool = False, seed: int = 0) -> Fields:
         """Where a sample holds what a task takes; the seed draws among several texts."""

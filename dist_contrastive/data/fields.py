@@ -2,19 +2,20 @@
 
 import math
 import reprlib
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import PositiveInt
+from pydantic import AfterValidator, BeforeValidator, PositiveInt
 from torch import Tensor
-from torch.nn.functional import interpolate
 
+from dist_contrastive.data.classes import MISSING_CLASS, as_class, as_number, is_missing
 from dist_contrastive.data.collate import Batch, collate
+from dist_contrastive.data.pixels import are_arrays, as_float, fit_image, is_image
 from dist_contrastive.data.places import (
     ABSENT,
     drawn_text,
@@ -22,12 +23,21 @@ from dist_contrastive.data.places import (
     place_in_json,
     place_of_label,
 )
-from dist_contrastive.data.source import Source
+from dist_contrastive.data.shards.encoding import is_image_field
+from dist_contrastive.data.source import Source, alternatives
 from dist_contrastive.errors import DataError, UnreadableSample
 from dist_contrastive.settings import Settings
 
-MISSING_CLASS = -1
-_MAX_ASPECT = 8  # a strip that is longer is cut before it is scaled, not after: memory
+FieldName = Annotated[
+    str, BeforeValidator(lambda name: ";".join(name) if isinstance(name, list | tuple) else name)
+]
+"""Name of a field; a list of names is the first of them that a sample has."""
+
+
+def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
+    if not ends[0] < ends[1]:
+        raise ValueError("the first is not below the second; give [BLACK, WHITE], as [0, 4095]")
+    return ends
 
 
 @dataclass(frozen=True)
@@ -78,20 +88,28 @@ class Samples:
 class FieldsConfig(Settings):
     """Which fields of a sample hold what."""
 
-    image: str = "png"
-    """Field of a sample that holds the image, or, for generators of points, an array of numbers."""
+    image: FieldName = "png"
+    """Field of a sample that holds the image, or, for generators of points, an array of numbers; of
+    a list, as [jpg, png, webp], the first that the sample has."""
     label: str | None = None
     """Field that holds a label, as `cls` or `json.label`; null without labels."""
     num_classes: PositiveInt | None = None
     """Labels are classes 0 ... num_classes - 1; null where they are continuous."""
-    pair: str | None = None
-    """Field that holds a second modality of the same sample, as `txt` or `npy`; or the name of a
-    text inside of a JSON field, as `json.caption`. Of a list of texts one is drawn each epoch."""
+    pair: FieldName | None = None
+    """Field that holds a second modality of the same sample, as `txt` or `npy`; or a list, as of
+    image; or the name of a text inside of a JSON field, as `json.caption`. Of a list of texts one
+    is drawn each epoch."""
     image_size: PositiveInt | None = None
     """Pixels: images are scaled so that their shorter side has as many, and cut to the square in
     the middle; null for images of one size."""
     image_channels: Literal[1, 3] | None = None
     """1 makes all images gray, 3 makes gray ones RGB; null for images that are alike."""
+    image_range: Annotated[tuple[float, float], AfterValidator(_ascending)] | None = None
+    """Values that become 0 and 1, as [0, 4095], of gray images of 16 bits and of arrays named by
+    image; null: [0, 65535] of images, and arrays stay as they are."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes 0, 1, ..., for labels that are texts; null: those that are stored with
+    data.train, or else all that it has, sorted."""
 
 
 class Fields(FieldsConfig):
@@ -126,7 +144,7 @@ class Fields(FieldsConfig):
             DataError: no sample has it, or more than `max_missing` have not.
         """
         for name in sorted(self.names):
-            if name not in index.fields:
+            if not index.has_field(name):
                 raise DataError(_no_field(name, index.fields))
             lacking = index.lacking(name)
             if len(lacking) > max_missing:
@@ -141,7 +159,7 @@ class Fields(FieldsConfig):
         changed: dict[str, Any] = {
             name: fit_image(sample[name], self.image_size, self.image_channels)
             for name in (self.image, self.pair)
-            if name is not None and _is_image(sample.get(name))
+            if name is not None and is_image(sample.get(name))
         }
         if self.pair is not None and place_in_json(self.pair)[0].endswith("json"):
             changed[self.pair] = drawn_text(sample, self.pair, self.seed)
@@ -153,7 +171,7 @@ class Fields(FieldsConfig):
         Raises:
             DataError: a field is missing or is not what it should be, naming the field.
         """
-        images = _images(batch, self.image)
+        images = self._images(batch)
         labels = None if self.label is None else self._batch_labels(batch, self.label)
         pair = None if self.pair is None else _pair(batch, self.pair)
         return Samples(images, labels, batch["__epoch__"], batch["__index__"], pair)
@@ -174,44 +192,73 @@ class Fields(FieldsConfig):
     ) -> Tensor:
         """The labels alone of these samples, in their order: ``read(index, numbers).labels``.
 
-        Of each sample only the field that holds the label is read.
-
         Args:
-            unreadable_is_missing: a label that cannot be read counts as missing, even where labels
-                are required: a stream that reads the field will not give that sample.
+            unreadable_is_missing: as of `stored_labels`.
 
         Raises:
             DataError: as `samples`; or no field is named that holds labels.
         """
+        return self._label_tensor(
+            self._label(*one) for one in self.stored_labels(index, numbers, unreadable_is_missing)
+        )
+
+    def stored_labels(
+        self, index: Source, numbers: Iterable[int], unreadable_is_missing: bool = False
+    ) -> Iterator[tuple[str | None, Any]]:
+        """Key and label of each of these samples as it is stored; missing ones are None.
+
+        Of each sample only the field that holds the label is read.
+
+        Args:
+            unreadable_is_missing: a label that cannot be read counts as missing, with the key None,
+                even where labels are required: a stream that reads the field will not give that
+                sample.
+        """
         if self.label is None:
             raise DataError("data.label is null; set it to the field that holds the labels")
-        name, labels = place_of_label(self.label)[0], list[float | None]()
-        if name not in index.fields:
+        name = place_of_label(self.label)[0]
+        if not index.has_field(name):
             raise DataError(_no_field(name, index.fields))
         for number in numbers:
             try:
                 sample = index.read(number, only={name})
-                labels.append(self._label(sample["__key__"], sample[name], self.label))
+                yield sample["__key__"], self._stored_label(sample["__key__"], sample[name])
             except UnreadableSample:
                 if not unreadable_is_missing:
                     raise
-                labels.append(None)
-        return self._label_tensor(labels)
+                yield None, None
+
+    def class_names(self, index: Source) -> Mapping[int, str]:
+        """Names of the classes by number, as far as they are known."""
+        return index.classes if self.classes is None else dict(enumerate(self.classes))
+
+    def _images(self, batch: Batch) -> Tensor:
+        column = _field(batch, self.image)
+        if isinstance(column, list) and _are_alike(column):  # some have 8 bits, some 16
+            return torch.cat([as_float(image[None], self.image_range) for image in column])
+        if not are_arrays(column):
+            raise DataError(
+                f"field {self.image!r} does not hold images of one size: set data.image_size and "
+                f"data.image_channels, pack them with equal height, width and channels, or name "
+                f"another field as data.image"
+            )
+        return _numbers(batch, self.image, column, self.image_range)
 
     def _batch_labels(self, batch: Batch, path: str) -> Tensor:
         column = _field(batch, place_of_label(path)[0])
         values = column.tolist() if isinstance(column, Tensor) and column.dim() == 1 else column
         rows = zip(batch["__key__"], values, strict=True)
-        return self._label_tensor([self._label(key, value, path) for key, value in rows])
+        return self._label_tensor(self._label(key, self._stored_label(key, x)) for key, x in rows)
 
-    def _label_tensor(self, labels: list[float | None]) -> Tensor:
+    def _label_tensor(self, labels: Iterable[float | None]) -> Tensor:
         classes = self.num_classes is not None
         missing = MISSING_CLASS if classes else math.nan
         numbers = [missing if label is None else label for label in labels]
         return torch.tensor(numbers, dtype=torch.int64 if classes else torch.float64)
 
-    def _label(self, key: str, value: Any, path: str) -> float | None:
-        """The label of one sample from the content of its field; None where it is missing."""
+    def _stored_label(self, key: str, value: Any) -> Any:
+        """Label of one sample in the content of its field; None where it is missing."""
+        path = str(self.label)
         name, inner = place_of_label(path)
         if inner:
             value = inside(value, inner)
@@ -222,58 +269,39 @@ class Fields(FieldsConfig):
                 )
         if isinstance(value, Tensor | np.ndarray):
             value = value.tolist()
-        if _is_missing(value, self.num_classes):
-            if self.labels_required:
-                raise DataError(
-                    f"sample {key} has no label ({path!r} holds {value}), but here every sample "
-                    f"needs one; label it, or leave it out and pack again"
-                )
+        if not is_missing(value, self.num_classes):
+            return value
+        if self.labels_required:
+            raise DataError(
+                f"sample {key} has no label ({path!r} holds {value}), but here every sample "
+                f"needs one; label it, or leave it out and pack again"
+            )
+        return None
+
+    def _label(self, key: str | None, value: Any) -> float | None:
+        """Number of a label as it is stored."""
+        if value is None:
             return None
+        path = str(self.label)
         if self.num_classes is None:
-            return _number(key, value, path)
-        return _class(key, value, path, self.num_classes)
+            return as_number(key, value, path)
+        if isinstance(value, str) and self.classes is not None:
+            if value not in self._numbers_of_classes:
+                raise DataError(
+                    f"sample {key} has label {reprlib.repr(value)} in {path!r}, which is none of "
+                    f"the {len(self.classes)} classes {reprlib.repr(list(self.classes))}; set "
+                    f"data.classes to all, or leave it out"
+                )
+            value = self._numbers_of_classes[value]
+        return as_class(key, value, path, self.num_classes)
+
+    @cached_property
+    def _numbers_of_classes(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.classes or ())}
 
 
-def _is_missing(value: Any, num_classes: int | None) -> bool:
-    is_nan = isinstance(value, float) and math.isnan(value)
-    return value is None or is_nan or (num_classes is not None and value == MISSING_CLASS)
-
-
-def _class(key: str, value: Any, path: str, num_classes: int) -> int:
-    # A column of whole numbers and NaN holds the whole ones as 1.0 too.
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not whole:
-        raise DataError(
-            f"sample {key} has label {reprlib.repr(value)} in {path!r}; classes are whole numbers "
-            f"0..{num_classes - 1}: pack such labels, or name another field"
-        )
-    if not 0 <= value < num_classes:
-        raise DataError(
-            f"sample {key} has label {int(value)}, outside 0..{num_classes - 1}; "
-            f"set data.num_classes to the number of classes"
-        )
-    return int(value)
-
-
-def _number(key: str, value: Any, path: str) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or abs(value) > sys.float_info.max:
-        raise DataError(
-            f"sample {key} has label {reprlib.repr(value)} in {path!r}; continuous labels are "
-            f"finite numbers: pack such labels, name another field, or set data.num_classes"
-        )
-    return float(value)
-
-
-def _images(batch: Batch, name: str) -> Tensor:
-    column = _field(batch, name)
-    if not _are_images(column) and not _are_arrays(column):
-        raise DataError(
-            f"field {name!r} does not hold images of one size: set data.image_size and "
-            f"data.image_channels, pack them with equal height, width and channels, or name "
-            f"another field as data.image"
-        )
-    return _numbers(batch, name, column)
+def _are_alike(column: list[Any]) -> bool:
+    return all(map(is_image, column)) and len({image.shape for image in column}) == 1
 
 
 def _pair(batch: Batch, name: str) -> Tensor | tuple[str, ...]:
@@ -290,11 +318,11 @@ def _pair(batch: Batch, name: str) -> Tensor | tuple[str, ...]:
     return tuple(column)
 
 
-def _numbers(batch: Batch, name: str, column: Tensor) -> Tensor:
-    """In float32: images in [0, 1], arrays as they are."""
-    if _are_images(column):
-        return column.float() / 255
-    numbers = column.float()
+def _numbers(
+    batch: Batch, name: str, column: Tensor, ends: tuple[float, float] | None = None
+) -> Tensor:
+    """As `as_float`; NaN and infinity are refused."""
+    numbers = as_float(column, ends)
     bad = (~numbers.isfinite()).nonzero()
     if len(bad):
         raise DataError(
@@ -307,14 +335,6 @@ def _numbers(batch: Batch, name: str, column: Tensor) -> Tensor:
 def _kind(value: Any) -> str:
     shape = getattr(value, "shape", None)
     return type(value).__name__ if shape is None else f"an array of shape {list(shape)}"
-
-
-def _are_images(column: Any) -> TypeGuard[Tensor]:
-    return isinstance(column, Tensor) and column.dim() == 4 and column.dtype == torch.uint8
-
-
-def _are_arrays(column: Any) -> TypeGuard[Tensor]:
-    return isinstance(column, Tensor) and column.dim() > 1 and column.is_floating_point()
 
 
 def _field(batch: Batch, name: str) -> Any:
@@ -330,8 +350,19 @@ def _no_field(name: str, known: Iterable[str]) -> str:
     )
 
 
+def _image_fields(index: Source) -> str:
+    """Fields of images of which every sample has one, joined; none if there are no such."""
+    joined = ";".join(name for name in index.fields if is_image_field(name))
+    return joined if joined and not len(index.lacking(joined)) else ""
+
+
 def _lacking_in(index: Source, name: str, lacking: NDArray[np.int64]) -> str:
     """Where samples lack a field: a whole shard, or some samples of one."""
+    if all(map(is_image_field, alternatives(name))) and (others := _image_fields(index)):
+        return (
+            f"{len(lacking)} of {len(index)} samples have no field {name!r}, but another one of an "
+            f"image; name all: data.image=[{others.replace(';', ', ')}]"
+        )
     counts = np.bincount(np.searchsorted(index.shard_starts, lacking, side="right") - 1)
     shard = int(counts.argmax())
     start, stop = index.shard_starts[shard : shard + 2].tolist()
@@ -352,42 +383,3 @@ def _lacking_in(index: Source, name: str, lacking: NDArray[np.int64]) -> str:
         f"{index.shards[shard]} ({counts[shard]} there); pack them with one, leave them out, or "
         f"let them be replaced: data.max_skipped={len(lacking)}"
     )
-
-
-def _is_image(value: Any) -> TypeGuard[Tensor]:
-    """Whether a value is a decoded image: uint8 [C, H, W]."""
-    return isinstance(value, Tensor) and value.dim() == 3 and value.dtype == torch.uint8
-
-
-def fit_image(image: Tensor, size: int | None, channels: int | None) -> Tensor:
-    """An image [C, H, W], uint8, as [channels, size, size].
-
-    Args:
-        size: the shorter side is scaled to it (bilinear, antialiased), and the longer side is cut
-            in the middle; None leaves height and width.
-        channels: 1: gray by the weights of ITU-R 601, as Pillow's mode L; 3: gray repeated; None
-            leaves them.
-    """
-    if size is not None and image.shape[1:] != (size, size):
-        image = _square(image, size)
-    if channels == 3 and len(image) == 1:
-        return image.expand(3, -1, -1).contiguous()
-    if channels == 1 and len(image) == 3:
-        weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
-        return (image * weights).sum(0, keepdim=True).round().to(torch.uint8)
-    return image
-
-
-def _square(image: Tensor, size: int) -> Tensor:
-    short = min(image.shape[1:])
-    image = _middle(image, *(min(side, _MAX_ASPECT * short) for side in image.shape[1:]))
-    height, width = image.shape[1:]
-    scale = size / min(height, width)
-    shape = [max(size, round(side * scale)) for side in (height, width)]
-    scaled = interpolate(image[None], shape, mode="bilinear", antialias=True)[0]
-    return _middle(scaled, size, size).contiguous()
-
-
-def _middle(image: Tensor, height: int, width: int) -> Tensor:
-    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-    return image[:, top : top + height, left : left + width]

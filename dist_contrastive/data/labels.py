@@ -1,4 +1,8 @@
-"""Label table of a whole data set: read by all ranks together, thinned out, checked."""
+"""Label table of a whole data set: read by all ranks together, thinned out, checked; and the names
+of its classes."""
+
+from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -6,10 +10,12 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Group
 from dist_contrastive.data import keyed_random
-from dist_contrastive.data.fields import MISSING_CLASS, Fields
+from dist_contrastive.data.classes import MISSING_CLASS, named_classes
+from dist_contrastive.data.fields import Fields
 from dist_contrastive.data.source import Source
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import ConfigError, DataError
 
+_PROBED = 1000  # samples among which one with a label is looked for
 _KEEP_STREAM = 0x6B656570  # "keep": keeps these keys apart from other uses of the same seed
 
 
@@ -34,6 +40,68 @@ def read_label_table(index: Source, fields: Fields, group: Group = None) -> Tens
         local = fields.labels(index, range(start, stop), unreadable_is_missing=True)
     parts = collectives.gather_objects(local, group)
     return torch.cat(parts)
+
+
+def with_class_names(fields: Fields, index: Source, group: Group = None) -> Fields:
+    """Fields that know the numbers of labels that are texts: by the names stored with the data set,
+    or else by all that it holds, sorted.
+
+    Raises:
+        DataError: some labels are texts, others are not; more names than `num_classes`.
+
+    Collectives: as `read_label_table`, if texts have to be collected.
+    """
+    if fields.num_classes is None or fields.label is None or fields.classes is not None:
+        return fields
+    with collectives.raised_together(group):
+        probed = islice(fields.stored_labels(index, range(len(index)), True), _PROBED)
+        first = next((value for _, value in probed if value is not None), None)
+    if not isinstance(first, str):
+        return fields
+    if fields.label == "json.class" and list(index.classes) == list(range(len(index.classes))):
+        names = list(index.classes.values())
+    else:
+        names = _all_texts(fields, index, group)
+    if len(names) > fields.num_classes:
+        shown = named_classes(dict(enumerate(names)))
+        raise DataError(
+            f"data.num_classes={fields.num_classes}, but {fields.label!r} holds {len(names)} "
+            f"classes: {shown}; set data.num_classes={len(names)}"
+        )
+    return fields.model_copy(update={"classes": tuple(names)})
+
+
+def _all_texts(fields: Fields, index: Source, group: Group) -> list[str]:
+    """Different labels of a data set, sorted; each rank reads an equal part."""
+    ranks, rank = collectives.world_size(group), collectives.rank(group)
+    start, stop = (len(index) * part // ranks for part in (rank, rank + 1))
+    texts: set[str] = set()
+    with collectives.raised_together(group):
+        for key, value in fields.stored_labels(index, range(start, stop), True):
+            if value is not None and not isinstance(value, str):
+                raise DataError(
+                    f"sample {key} has the label {value!r} in {fields.label!r}, and others have "
+                    f"texts; pack all as texts or all as whole numbers"
+                )
+            texts |= {value} - {None}
+    return sorted(set().union(*collectives.gather_objects(texts, group)))
+
+
+def refuse_other_classes(label: str | None, sources: Sequence[Source]) -> None:
+    """Refuse data sets in which one number stands for different classes.
+
+    Raises:
+        DataError: their names differ, and labels are the numbers.
+    """
+    first: dict[int, tuple[str, str]] = {}
+    for source in sources if label in ("cls", "json.label") else ():
+        for number, name in source.classes.items():
+            known, shard = first.setdefault(number, (name, source.shards[0]))
+            if known != name:
+                raise DataError(
+                    f"class {number} is {known!r} in {shard}, but {name!r} in {source.shards[0]}; "
+                    f"pack one of them again with --classes-of the other, or train on json.class"
+                )
 
 
 def keep_per_class(labels: Tensor, per_class: int, seed: int) -> Tensor:

@@ -3,16 +3,23 @@
 import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
+from dist_contrastive.data.classes import join_classes
 from dist_contrastive.errors import UnreadableSample
 from dist_contrastive.settings import ComponentSettings
+
+
+def alternatives(name: str) -> list[str]:
+    """Fields that a name stands for: ``jpg;png`` is the first of the two that a sample has."""
+    return name.split(";")
 
 
 class Source(ABC):
@@ -28,6 +35,7 @@ class Source(ABC):
         shards: names of the S consecutive parts of the data set, for messages.
         shard_samples: [S] samples of each part. An epoch permutes the parts, and then samples
             inside of windows: what is near in the data set is read at about the same time.
+        classes: names of classes by number; empty where they have none.
     """
 
     class Config(ComponentSettings):
@@ -41,15 +49,18 @@ class Source(ABC):
     fields: tuple[str, ...]
     shards: tuple[str, ...]
     shard_samples: Any
+    classes: Mapping[int, str] = MappingProxyType({})
 
     @abstractmethod
     def read(self, sample_number: int, only: Collection[str] | None = None) -> dict[str, Any]:
         """Decoded sample: `__key__`, a name that stays the same, and its fields.
 
-        Images are uint8 tensors [C, H, W]; arrays, numbers, texts and dicts are what they are.
+        Images are uint8 tensors [C, H, W], or uint16; arrays, numbers, texts and dicts are what
+        they are.
 
         Args:
-            only: the fields to read; None reads all.
+            only: the fields to read; None reads all. A name may be of `alternatives`: what is read
+                has that whole name.
 
         Raises:
             UnreadableSample: the stream may replace a bounded number of them.
@@ -68,6 +79,10 @@ class Source(ABC):
             return self.read(sample_number)["__key__"]
         except UnreadableSample:
             return None
+
+    def has_field(self, name: str) -> bool:
+        """Whether samples have a field, or one of several alternatives."""
+        return any(one in self.fields for one in alternatives(name))
 
     def lacking(self, name: str) -> NDArray[np.int64]:
         """Numbers of the samples without a field of `fields`, where that is known."""
@@ -102,6 +117,7 @@ class JoinedSource(Source):
         self.sources = list(sources)
         self.fields = tuple(sorted({name for source in sources for name in source.fields}))
         self.shards = tuple(shard for source in sources for shard in source.shards)
+        self.classes = join_classes(pair for s in sources for pair in s.classes.items())
         self.shard_samples = np.concatenate([np.asarray(s.shard_samples) for s in sources])
         self._first = np.cumsum([0, *map(len, sources)]).tolist()
 
@@ -118,7 +134,7 @@ class JoinedSource(Source):
     def lacking(self, name: str) -> NDArray[np.int64]:
         """Numbers of the samples without a field, all of a source that does not know it."""
         parts = [
-            first + (source.lacking(name) if name in source.fields else np.arange(len(source)))
+            first + (source.lacking(name) if source.has_field(name) else np.arange(len(source)))
             for source, first in zip(self.sources, self._first, strict=False)
         ]
         return np.concatenate(parts)

@@ -1,11 +1,13 @@
 """Sources that a config names: opened, and joined to one data set."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
+from dist_contrastive.data.shards.encoding import WHITE
 from dist_contrastive.data.shards.index import ShardIndex, concatenate
 from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.shards.storage import BlockCache
@@ -34,10 +36,10 @@ def configs_of(sources: AnySources) -> tuple[Source.Config, ...]:
     return (sources,) if isinstance(sources, Source.Config) else sources
 
 
-def open_source(config: Source.Config, cache: BlockCache.Config) -> Source:
+def open_source(config: Source.Config, cache: BlockCache.Config, background: str = WHITE) -> Source:
     """Source that a config names. Raises: as `load_index`, or what an own source raises."""
     if isinstance(config, ShardIndex.Config):
-        return load_index(config.shards, cache)
+        return replace(load_index(config.shards, cache), background=background)
     return SOURCE.build(config)
 
 

@@ -13,7 +13,13 @@ from dist_contrastive import collectives
 from dist_contrastive.data.collate import Batch
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields, Samples
-from dist_contrastive.data.labels import check_labels, keep_per_class, read_label_table
+from dist_contrastive.data.labels import (
+    check_labels,
+    keep_per_class,
+    read_label_table,
+    refuse_other_classes,
+    with_class_names,
+)
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.data.source import Source
@@ -134,10 +140,12 @@ def open_data(
         sources = sources or config.open_train()
         index = join_sources(sources)
         fields.check(index, config.max_skipped)
-        if rank == 0:
-            config.open_test()  # `eval` will need it: now is the time to say that it is not there
+        if rank == 0:  # `eval` will need data.test: now is the time to say what is wrong with it
+            refuse_other_classes(config.label, [*sources, *config.open_test()])
             if isinstance(index, ShardIndex):
                 _warn_of_small_cache(config, index)
+    fields = with_class_names(fields, index)
+    with collectives.raised_together():
         example = _first_sample(fields, index, config.max_skipped)
     labels, balance, only = None, None, fields.names  # a sample whose label is damaged is skipped
     if uses_labels:

@@ -38,7 +38,8 @@ def measure_encoder(task: ImageTask, splits: Splits, run: Path) -> list[Line]:
     pixels, labels = (train.images, test.images), (labels_of(train), labels_of(test))
     features = task.represent(train.images), task.represent(test.images)
     title = "held-out samples in the representation"
-    report.embedding_map(features[1], labels[1], run / "plots" / "embedding.png", title)
+    path = run / "plots" / "embedding.png"
+    report.embedding_map(features[1], labels[1], path, title, names=splits.classes)
     if labels[0].is_floating_point():
         return _regression(features, pixels, labels) + lines
     if isinstance(task, Hybrid) and task.classifies:

@@ -165,7 +165,8 @@ def _draw(task: Drift, generated: Tensor, labels: Tensor | None, splits: Splits,
             labels = real_labels.new_zeros(len(generated))
         else:
             real_labels = labels_of(splits.test)
-        report.sample_grid(generated, labels, images, real_labels, path, title=str(run))
+        real = images, real_labels
+        report.sample_grid(generated, labels, *real, path, title=str(run), names=splits.classes)
     elif generated[0].numel() == 2:
         points, data = generated.flatten(1), images.flatten(1)
         report.point_clouds({"generated": points[: len(data)], "data": data}, path, str(run))

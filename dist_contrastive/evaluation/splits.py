@@ -1,6 +1,7 @@
 """Training and held-out samples of an evaluation."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ class Splits:
 
     train: Samples
     test: Samples
+    classes: Mapping[int, str] = field(
+        default_factory=dict
+    )  # names by number, where they are known
 
 
 def with_labels(splits: Splits) -> Splits:
@@ -25,7 +29,9 @@ def with_labels(splits: Splits) -> Splits:
     Raises:
         ConfigError: the data set has no labels, or in one of the two all are missing.
     """
-    return Splits(_labelled(splits.train, "train"), _labelled(splits.test, "test"))
+    return replace(
+        splits, train=_labelled(splits.train, "train"), test=_labelled(splits.test, "test")
+    )
 
 
 def labels_of(samples: Samples) -> Tensor:

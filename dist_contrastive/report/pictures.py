@@ -16,6 +16,7 @@ from torch import Tensor
 GREY = "#8a8f98"
 BLUE = "#2563a8"
 _DPI = 130
+_MAX_NAME = 24  # characters of a class
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -70,6 +71,7 @@ def embedding_map(
     path: str | Path,
     title: str = "",
     max_points: int = 2000,
+    names: Mapping[int, str] | None = None,
 ) -> None:
     """A 2-D t-SNE map of representations, coloured by label.
 
@@ -81,6 +83,7 @@ def embedding_map(
         path: PNG to write.
         title: above the map.
         max_points: the first so many are drawn.
+        names: of classes, by number.
     """
     points = representations[:max_points].detach().flatten(1).double().cpu().numpy()
     points /= np.linalg.norm(points, axis=1, keepdims=True) + 1e-12
@@ -93,20 +96,27 @@ def embedding_map(
         points_drawn = axes.scatter(x, y, s=16, c=classes, cmap="viridis", linewidths=0)
         figure.colorbar(points_drawn, label="label", fraction=0.04)
     else:
-        _classes(axes, place, classes)
+        _classes(axes, place, classes, names or {})
     axes.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[], aspect="equal")
     axes.set_title(title, fontsize=11)
     save(figure, path)
 
 
-def _classes(axes: Axes, place: np.ndarray, classes: np.ndarray) -> None:
-    names = np.unique(classes)
-    for i, name in enumerate(names):
-        colour = colormaps["tab10" if len(names) <= 10 else "tab20"](i % 20)
-        x, y = place[classes == name].T
-        axes.scatter(x, y, s=16, color=colour, alpha=0.85, linewidths=0, label=str(name))
-    if len(names) <= 20:
+def _classes(axes: Axes, place: np.ndarray, classes: np.ndarray, names: Mapping[int, str]) -> None:
+    numbers = np.unique(classes).tolist()
+    for i, number in enumerate(numbers):
+        colour = colormaps["tab10" if len(numbers) <= 10 else "tab20"](i % 20)
+        x, y = place[classes == number].T
+        label = _class_label(number, names)
+        axes.scatter(x, y, s=16, color=colour, alpha=0.85, linewidths=0, label=label)
+    if len(numbers) <= 20:
         axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _class_label(number: int, names: Mapping[int, str]) -> str:
+    """Number and name of a class; $ would begin mathematics, an underscore in front hide it."""
+    name = names.get(number, "")[:_MAX_NAME].replace("$", r"\$")
+    return f"{number} {name}".rstrip()
 
 
 def _tsne(points: np.ndarray) -> np.ndarray:
@@ -129,6 +139,7 @@ def sample_grid(
     path: str | Path = "samples.png",
     per_class: int = 8,
     title: str = "",
+    names: Mapping[int, str] | None = None,
 ) -> None:
     """Generated samples, a class to each row; beside real ones, if these are given.
 
@@ -138,6 +149,7 @@ def sample_grid(
         path: PNG to write.
         per_class: the first so many of each class are drawn.
         title: above the grid.
+        names: of classes, by number.
     """
     classes = generated_labels.unique().tolist()
     shape = (generated.shape[-2] + 1) * len(classes) / ((generated.shape[-1] + 1) * per_class)
@@ -155,7 +167,7 @@ def sample_grid(
         axes.set_title(name, fontsize=10)
         side = images.shape[-2] + 1
         axes.set(xticks=[], yticks=[side * (i + 0.5) - 0.5 for i in range(len(classes))])
-        axes.set_yticklabels([str(label) for label in classes])
+        axes.set_yticklabels([_class_label(label, names or {}) for label in classes])
         axes.set_ylabel("class" if column == 0 else "")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)

@@ -91,7 +91,7 @@ def _cell(index: ShardIndex, number: int) -> _Cell:
     return _Cell(
         picture or _text_box(_in_words(sample), _INK),
         _fit(sample["__key__"], 12, _BOX, keep_end=True),
-        _fit(_label(sample), 12, _BOX),
+        _fit(_label(sample, index.classes), 12, _BOX),
         _wrap(caption, 12, _BOX, _CAPTION_LINES) if picture and caption else [],
     )
 
@@ -100,17 +100,19 @@ def _text(sample: Mapping[str, Any]) -> str | None:
     return next((sample[x] for x in TEXT_FIELDS if isinstance(sample.get(x), str)), None)
 
 
-def _label(sample: Mapping[str, Any]) -> str:
+def _label(sample: Mapping[str, Any], names: Mapping[int, str]) -> str:
     values = sample.get("json")
     label = sample.get("cls", values.get("label") if isinstance(values, dict) else None)
-    return "" if label is None else f"label {label}"
+    name = names.get(label) if isinstance(label, int) else None
+    return "" if label is None else f"label {label}" + (f" {name}" if name else "")
 
 
 def _picture(sample: Mapping[str, Any]) -> Image.Image | None:
     """Picture of the first image, or else of the first array that can be drawn."""
     for value in sample.values():
         if isinstance(value, Tensor):
-            return _image_box(value.permute(1, 2, 0).numpy())
+            pixels = value.permute(1, 2, 0).numpy()
+            return _image_box(pixels if pixels.dtype == np.uint8 else _as_gray(pixels))
     for value in sample.values():
         if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
             if value.ndim == 1 and value.size > 2:

@@ -121,8 +121,9 @@ def _image_shape(images: Tensor) -> tuple[int, int, int]:
     if len(shape) != 3 or low < 0 or high > 1:
         raise ConfigError(
             f"data.image names a field of arrays (shape {list(shape)}, first values from {low:.3g} "
-            f"to {high:.3g}), but an encoder of images needs images in [0, 1]; name a field of "
-            f"8-bit images, as png, or train a generator with the task drift"
+            f"to {high:.3g}), but an encoder of images needs [C, H, W] in [0, 1]; name a field of "
+            f"images, as png, set data.image_range=[LOW, HIGH] to scale arrays of that shape, or "
+            f"train a generator with the task drift"
         )
     channels, height, width = shape
     return channels, height, width

@@ -34,14 +34,16 @@ def pack_arrays(
 
         png   row i of `image`, if that is uint8
         npy   row i of `array`; of `image`, if that has another type
-        cls   row i of `label`, if those are integers
-        json  "index": i; "label": row i of `label`, null where it is NaN
+        cls   row i of `label`, if those are integers; its number, if those are texts
+        json  "index": i; "label": row i of `label`, null where it is NaN; "class": its text
+
+    Texts are numbered in their order.
 
     Args:
         image: uint8 [n, H, W], [n, C, H, W] or [n, H, W, C] with C = 1 or 3, or any numbers
             [n, ...].
         array: any numbers [n, ...].
-        label: integers or floating numbers [n].
+        label: integers, floating numbers or texts [n].
 
     Raises:
         ConfigError: as `check_target`; neither image nor array, or both for one field.
@@ -53,6 +55,7 @@ def pack_arrays(
     arrays = {role: _load(text, role) for role, text in named.items() if text is not None}
     _check(arrays, named)
     is_png = "image" in arrays and arrays["image"].dtype == np.uint8
+    names = _class_names(arrays.get("label"))
     axis = channel_axis(arrays["image"].shape[1:], f"rows of {image}") if is_png else None
 
     def make(number: int) -> dict[str, Any]:
@@ -66,6 +69,8 @@ def pack_arrays(
             sample["npy"] = arrays["array"][number]
         if "label" in arrays:
             value = arrays["label"][number].item()
+            if isinstance(value, str):
+                details["class"], value = value, names[value]
             details["label"] = value if value == value else None
             if isinstance(value, int):
                 sample["cls"] = value
@@ -75,6 +80,12 @@ def pack_arrays(
     return pack_samples(order(count, options), make, folder, options, count)
 
 
+def _class_names(labels: NDArray[Any] | None) -> dict[str, int]:
+    """Numbers of labels that are texts."""
+    is_text = labels is not None and labels.dtype.kind == "U"
+    return {name: i for i, name in enumerate(np.unique(labels).tolist())} if is_text else {}
+
+
 def _load(text: str, role: str) -> NDArray[Any]:
     file, _, name = text.partition(".npz:")
     path = Path(f"{file}.npz" if name else text)
@@ -82,10 +93,10 @@ def _load(text: str, role: str) -> NDArray[Any]:
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return _numbers(loaded, text)
+            return _checked(loaded, text, role)
         with loaded:
             if name in loaded.files:
-                return _numbers(loaded[name], text)
+                return _checked(loaded[name], text, role)
             problem = f"it holds {', '.join(loaded.files)}; name one, as {path}:{loaded.files[0]}"
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, DataError):
@@ -97,8 +108,10 @@ def _load(text: str, role: str) -> NDArray[Any]:
     raise DataError(f"{text} of --{role} is no array: {problem}")
 
 
-def _numbers(array: NDArray[Any], text: str) -> NDArray[Any]:
-    if array.dtype.kind not in "biuf" or array.ndim < 1:
+def _checked(array: NDArray[Any], text: str, role: str) -> NDArray[Any]:
+    if role == "label" and array.dtype.kind == "S":
+        array = np.char.decode(array, "utf-8")
+    if array.dtype.kind not in ("biufU" if role == "label" else "biuf") or array.ndim < 1:
         raise DataError(
             f"{text} has the type {array.dtype} and shape {list(array.shape)}; give numbers "
             f"[n, ...]"
@@ -125,5 +138,5 @@ def _check(arrays: Mapping[str, NDArray[Any]], named: Mapping[str, str | None]) 
         if labels.ndim != 1 or labels.dtype.kind == "b":
             raise DataError(
                 f"the labels {named['label']} have the type {labels.dtype} and shape "
-                f"{list(labels.shape)}; give integers or floating numbers [n]"
+                f"{list(labels.shape)}; give integers, floating numbers or texts [n]"
             )

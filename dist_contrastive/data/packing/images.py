@@ -1,9 +1,12 @@
 """A folder of images as shards; encoded images checked and copied, arrays made fit for PNG."""
 
 import io
+import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,30 +14,30 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from dist_contrastive.data.classes import named_classes
 from dist_contrastive.data.packing.options import PackOptions, check_target, key_of_path, order
 from dist_contrastive.data.packing.writer import Packed, pack_samples
-from dist_contrastive.data.shards.encoding import decode_field
+from dist_contrastive.data.shards.encoding import (
+    IMAGE_FORMATS,
+    MULTI_PICTURE,
+    TEXT_FIELDS,
+    decode_field,
+)
+from dist_contrastive.data.shards.index import index_command
+from dist_contrastive.data.shards.indexing import load_index
+from dist_contrastive.data.shards.locations import counted, hidden_kind, kind_of_file
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
 
+_log = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif"),
     *(".tif", ".tiff", ".ppm", ".pgm"),
 )
 """Extensions of image files, in lower case."""
-
-_FIELDS = {  # by Pillow's name of the format
-    "PNG": "png",
-    "JPEG": "jpg",
-    "WEBP": "webp",
-    "BMP": "bmp",
-    "GIF": "gif",
-    "TIFF": "tif",
-    "PPM": "ppm",
-}
-IMAGE_FIELDS = tuple(_FIELDS.values())
+IMAGE_FIELDS = tuple(IMAGE_FORMATS.values())
 """Fields of images, by their formats."""
 
-_MULTI_PICTURE = "MPO"  # what Pillow calls a JPEG of a camera that holds a preview too
+_TEXTS = tuple(f".{name}" for name in TEXT_FIELDS)
 _USUAL_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
@@ -43,26 +46,30 @@ def pack_images(
     folder: Path | str,
     options: PackOptions | None = None,
     field: str | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Packed:
     """Pack the images of a folder and of those in it; their bytes are copied as they are.
 
     A sample has
 
-        jpg   or png, webp, bmp, gif, tif, ppm: the image, in the field of its true format
+        jpg   or png, webp, bmp, gif, tif, ppm, avif: the image, in the field of its true format
+        txt   the text beside it, of 1.txt, 1.text or 1.caption beside 1.jpg
         json  "path": where it lies in the source
         cls   the number of its class
         json  "label": the same; "class": its name
 
     The last two only if every image lies in a folder directly in the source: the names of these
-    folders, sorted, are then the classes 0, 1, .... Files and folders whose names begin with a dot
-    are passed over.
+    folders, sorted, are then the classes 0, 1, ..., those without images too. A file without
+    extension is taken if it is an image. `Packed.not_packed` counts all other files.
 
     Args:
         field: for all images, whatever their formats; they are decoded by their content.
+        classes: names of the classes 0, 1, ..., as those of other shards; None: see above.
 
     Raises:
         ConfigError: as `check_target`, `check_image_field`.
-        DataError: as `pack_samples`; no folder, no images, or two that would have the same key.
+        DataError: as `pack_samples`; no folder, no images, two that would have the same key, or a
+            folder that is none of the given classes.
     """
     options = options or PackOptions()
     check_target(folder, options)
@@ -70,14 +77,9 @@ def pack_images(
     source = Path(source)
     if not source.is_dir():
         raise DataError(f"the image folder {source} does not exist; give a folder of images")
-    paths = sorted(_image_paths(source))
-    if not paths:
-        raise DataError(
-            f"{source} holds 0 images; give a folder of files that end in "
-            f"{', '.join(IMAGE_EXTENSIONS)}"
-        )
-    keys = _keys(paths)
-    classes = _classes(paths)
+    found = _find(source)
+    paths, keys = found.images, _keys(found.images)
+    numbers = _class_numbers(found, classes)
 
     def make(number: int) -> dict[str, Any]:
         path = paths[number]
@@ -88,32 +90,138 @@ def pack_images(
             field or by_format: data,
             "json": details,
         }
-        if classes:
+        if path in found.texts:
+            sample["txt"] = _read_text(source, found.texts[path])
+        if numbers:
             name = path.partition("/")[0]
-            sample["cls"] = classes[name]
-            details.update({"label": classes[name], "class": name})
+            sample["cls"] = numbers[name]
+            details.update({"label": numbers[name], "class": name})
         return sample
 
-    return pack_samples(order(len(paths), options), make, folder, options, len(paths))
+    names = {number: name for name, number in numbers.items()}
+    held = {path.partition("/")[0] for path in paths}
+    if empty := {number: name for number, name in names.items() if name not in held}:
+        _log.warning("classes without images: %s", named_classes(empty))
+    packed = pack_samples(order(len(paths), options), make, folder, options, len(paths), names)
+    lost = len(found.texts) - packed.field_counts().get("txt", 0)
+    others = found.others + Counter({"texts of images that were left out": lost})
+    return replace(packed, not_packed=others)
 
 
-def _image_paths(source: Path) -> Iterator[str]:
-    """Paths of images in the source, those behind links to folders too."""
+def class_names(location: str) -> list[str]:
+    """Names of the classes 0, 1, ... of packed shards.
+
+    Raises:
+        DataError: as `load_index`; they have none, or not of every number.
+    """
+    names = load_index(location).classes
+    if not names or list(names) != list(range(len(names))):
+        raise DataError(
+            f"{location} has no names of the classes 0, 1, ...; give shards that were packed from "
+            f"folders of classes, or index them again: {index_command(location)} --full"
+        )
+    return list(names.values())
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Files of a folder; paths are seen from it."""
+
+    images: list[str]
+    texts: dict[str, str]  # by the image beside which they lie
+    folders: list[str]  # directly in it
+    others: Counter[str]  # all other files, by kind
+
+
+def _find(source: Path) -> _Found:
+    images, texts, others = list[str](), list[str](), Counter[str]()
+    for path in sorted(_files(source)):
+        extension = os.path.splitext(path)[1].lower()
+        if kind := _special_kind(source, path):
+            others[kind] += 1
+        elif extension in IMAGE_EXTENSIONS or (not extension and _is_image(source / path)):
+            images.append(path)
+        elif extension in _TEXTS:
+            texts.append(path)
+        else:
+            others[kind_of_file(path)] += 1
+    if not images:
+        others.update(map(kind_of_file, texts))
+        has = f"; it has {counted(others)}" if others else ""
+        raise DataError(
+            f"{source} holds 0 images{has}; give a folder of files that end in "
+            f"{', '.join(IMAGE_EXTENSIONS)}, or convert others to these"
+        )
+    beside = _beside(images, texts)
+    others.update(map(kind_of_file, set(texts) - set(beside.values())))
+    folders = sorted(p.name for p in source.iterdir() if p.is_dir() and not _is_hidden(p.name))
+    return _Found(images, beside, folders, others)
+
+
+def _files(source: Path) -> Iterator[str]:
+    """Paths of all files in the source, those behind links to folders too."""
     for folder, names, files in os.walk(source, onerror=_refuse_folder, followlinks=True):
-        names[:] = [name for name in names if not name.startswith(".")]
+        below = Path(folder)
         for name in names:
-            below = Path(folder) / name
-            if below.is_symlink() and below.resolve() in {x.resolve() for x in below.parents}:
-                raise DataError(f"{below} links to a folder that holds it; remove the link")
-        for name in files:
-            if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith("."):
-                yield (Path(folder) / name).relative_to(source).as_posix()
+            if _is_hidden(name):
+                files += [f"{name}/{x}" for _, _, held in os.walk(below / name) for x in held]
+            elif (below / name).is_symlink():
+                _refuse_loop(below / name)
+        names[:] = [name for name in names if not _is_hidden(name)]
+        yield from ((below / name).relative_to(source).as_posix() for name in files)
+
+
+def _is_hidden(name: str) -> bool:
+    return hidden_kind(name) is not None
+
+
+def _refuse_loop(link: Path) -> None:
+    if link.resolve() in {folder.resolve() for folder in link.parents}:
+        raise DataError(f"{link} links to a folder that holds it; remove the link")
 
 
 def _refuse_folder(error: OSError) -> NoReturn:
     raise DataError(
         f"the folder {error.filename} cannot be read ({error.strerror}); allow it, or move it away"
     ) from error
+
+
+def _special_kind(source: Path, path: str) -> str | None:
+    """Kind of a file that is not looked at, whatever its extension."""
+    kinds = (hidden_kind(part) for part in path.split("/"))
+    if kind := next(filter(None, kinds), None):
+        return kind
+    is_special = (source / path).exists() and not (source / path).is_file()
+    return "devices and pipes" if is_special else None
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=tuple(IMAGE_FORMATS)):
+            return True
+    except OSError:  # of which one is that no format fits
+        return False
+
+
+def _beside(images: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
+    """Text of each image that has one: 1.txt, or else 1.jpg.txt, beside 1.jpg."""
+    by_stem = {
+        os.path.splitext(text)[0]: text
+        for kind in reversed(_TEXTS)
+        for text in texts
+        if text.lower().endswith(kind)
+    }
+    pairs = ((path, by_stem.get(os.path.splitext(path)[0], by_stem.get(path))) for path in images)
+    return {path: text for path, text in pairs if text is not None}
+
+
+def _read_text(source: Path, path: str) -> str:
+    try:
+        return (source / path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UnreadableSample(f"text {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UnreadableSample(f"text {path} is no UTF-8 ({error}); convert it") from error
 
 
 def _keys(paths: list[str]) -> list[str]:
@@ -129,11 +237,21 @@ def _keys(paths: list[str]) -> list[str]:
     return list(by_key)
 
 
-def _classes(paths: list[str]) -> dict[str, int]:
+def _class_numbers(found: _Found, classes: Sequence[str] | None) -> dict[str, int]:
     """Numbers of the folders directly in the source, if they are classes."""
-    if any(path.count("/") != 1 for path in paths):
+    if any(path.count("/") != 1 for path in found.images):
+        if classes is not None:
+            raise DataError(
+                "classes are given, but not every image lies in a folder of a class; put them there"
+            )
         return {}
-    return {name: number for number, name in enumerate(sorted({p.split("/")[0] for p in paths}))}
+    names = found.folders if classes is None else classes
+    if unknown := {path.partition("/")[0] for path in found.images} - set(names):
+        raise DataError(
+            f"the folder {min(unknown)} is none of the {len(names)} classes {', '.join(names)}; "
+            f"rename it, or leave it out"
+        )
+    return {name: number for number, name in enumerate(names)}
 
 
 # ---------------------------------------------------------------------------- encoded images
@@ -173,14 +291,14 @@ def image_field(data: bytes, what: str, verify: str) -> str:
         UnreadableSample: the stream could not read it.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=tuple(_FIELDS)) as image:
+        with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
             kind, mode = image.format, image.mode
             image.verify()
-        field = "jpg" if kind == _MULTI_PICTURE else _FIELDS[str(kind)]
+        field = "jpg" if kind == MULTI_PICTURE else IMAGE_FORMATS[str(kind)]
         if verify == "decode" or mode not in _USUAL_MODES:  # of which the stream refuses some
             decode_field(field, data)
     except UnidentifiedImageError as error:
-        known = ", ".join(_FIELDS)
+        known = ", ".join(IMAGE_FORMATS)
         raise UnreadableSample(
             f"{what} ({len(data)} bytes) is none of the formats {known}"
         ) from error

@@ -2,9 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dist_contrastive.data.labels import refuse_other_classes
 from dist_contrastive.data.packing.options import PackOptions, check_target
 from dist_contrastive.data.packing.writer import Packed, pack_samples
 from dist_contrastive.data.progress import progress_bar
@@ -38,7 +40,8 @@ def merge_shards(
     Raises:
         ConfigError: as `check_target`.
         DataError: as `pack_samples`; no shards, one that is damaged or given twice, one that lies
-            in the folder to be written, or a key that is in two shards.
+            in the folder to be written, a key that is in two shards, or a number that stands for
+            two classes.
     """
     check_target(folder, options or PackOptions())
     shards = [shard for location in locations for shard in find_shards(str(location))]
@@ -46,8 +49,14 @@ def merge_shards(
     prefixes = _prefixes(shards) if prefix_keys else dict.fromkeys(shards, "")
     files = ShardFiles(BlockCache())
     total = _check_keys(shards, prefixes, files)
-    samples = _samples(shards, prefixes, files)
-    return pack_samples(samples, lambda sample: sample, folder, options, total)
+    known = {place: _indexes(place) for place in dict.fromkeys(map(folder_of, shards))}
+    parts = [part for indexes in known.values() for part in indexes.values()]
+    refuse_other_classes("cls", parts)
+    classes = {number: name for part in parts for number, name in part.classes.items()}
+    left_out = Counter[str]()
+    samples = _samples(shards, prefixes, known, files, left_out)
+    packed = pack_samples(samples, lambda sample: sample, folder, options, total, classes)
+    return replace(packed, not_packed=left_out)
 
 
 def _check_shards(shards: Sequence[str], folder: Path) -> None:
@@ -98,14 +107,15 @@ def _first_with(
 
 
 def _samples(
-    shards: Sequence[str], prefixes: dict[str, str], files: ShardFiles
+    shards: Sequence[str],
+    prefixes: dict[str, str],
+    known: dict[str, dict[str, ShardIndex]],
+    files: ShardFiles,
+    left_out: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    known: dict[str, dict[str, ShardIndex]] = {}
     for shard in shards:
-        folder = folder_of(shard)
-        if folder not in known:
-            known[folder] = _indexes(folder)
-        index = known[folder].get(shard.rpartition("/")[2]) or index_shard(shard, files)
+        index = known[folder_of(shard)].get(shard.rpartition("/")[2]) or index_shard(shard, files)
+        left_out += index.left_out
         for number in range(len(index)):
             sample = index.read_contents(number)
             yield {**sample, "__key__": prefixes[shard] + sample["__key__"]}

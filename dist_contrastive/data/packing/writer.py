@@ -5,9 +5,10 @@ makes a sample of one of them; only a few samples are held at once.
 """
 
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from dist_contrastive.data.packing.options import (
     check_target,
 )
 from dist_contrastive.data.progress import map_in_threads, progress_bar
-from dist_contrastive.data.shards.encoding import encode_field
+from dist_contrastive.data.shards.encoding import encode_field, image_traits, is_image_field
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.indexing import index_folder, load_index
 from dist_contrastive.data.shards.tars import BLOCK, ShardWriter, tar_bytes
@@ -36,10 +37,23 @@ Sample = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Index of what was written, and for each sample that was left out the reason."""
+    """Index of what was written, and what was not.
+
+    Attributes:
+        left_out: for each sample that could not be read, the reason.
+        not_packed: number of files of the source that are no part of a sample, by kind.
+        traits: number of images that decode to other pixels than are stored, by `image_traits`.
+    """
 
     index: ShardIndex
     left_out: list[str]
+    not_packed: Counter[str] = field(default_factory=Counter)
+    traits: Counter[str] = field(default_factory=Counter)
+
+    def field_counts(self) -> dict[str, int]:
+        """Number of samples that have each field."""
+        counts = self.index.field_counts().sum(axis=0).tolist()
+        return dict(zip(self.index.fields, counts, strict=True))
 
 
 def pack_samples(
@@ -48,6 +62,7 @@ def pack_samples(
     folder: Path | str,
     options: PackOptions | None = None,
     total: int | None = None,
+    classes: Mapping[int, str] | None = None,
 ) -> Packed:
     """Write FOLDER/NAME-00000.tar, ... in the order of the items, and index them.
 
@@ -58,6 +73,7 @@ def pack_samples(
         make: makes one sample, in one of several threads, and may raise UnreadableSample.
         folder: new or empty; see also `PackOptions.overwrite`.
         total: how many items there are, for the bar.
+        classes: names of classes by number, also of those that no sample is of.
 
     Raises:
         ConfigError: as `check_target`.
@@ -66,7 +82,7 @@ def pack_samples(
     """
     options = options or PackOptions()
     name = check_target(folder, options)
-    folder, left_out = Path(folder).resolve(), list[str]()
+    folder, left_out, traits = Path(folder).resolve(), list[str](), Counter[str]()
     try:
         with (
             atomic.new_folder(folder) as partial_folder,
@@ -75,19 +91,20 @@ def pack_samples(
             ) as samples,
         ):
             progress = progress_bar(samples, total, f"packing {name}")
-            readable = _readable(progress, left_out, options.skip_unreadable)
+            readable = _readable(progress, left_out, traits, options.skip_unreadable)
             if not write_shards(_unique(readable), partial_folder, name, options.bounds):
                 what = f"all {len(left_out)} samples were left out" if left_out else "no samples"
                 raise DataError(f"there is nothing to pack into {folder}: {what}; see the source")
             index_folder(
                 partial_folder,
                 progress=lambda shards, n: progress_bar(shards, n, f"indexing {name}"),
+                classes=classes or {},
             )
     except OSError as error:
         raise DataError(f"packing into {folder} failed ({error}); see to it and start again") from (
             error
         )
-    return Packed(load_index(folder), left_out)
+    return Packed(load_index(folder), left_out, traits=traits)
 
 
 def write_shards(
@@ -125,15 +142,21 @@ def encoded(sample: Sample) -> dict[str, Any]:
     return {"__key__": sample["__key__"], **fields}
 
 
-def _sample_or_error(make: Callable[[_T], Sample], item: _T) -> dict[str, Any] | UnreadableSample:
+_Made = tuple[dict[str, Any], list[str]] | UnreadableSample
+
+
+def _sample_or_error(make: Callable[[_T], Sample], item: _T) -> _Made:
+    """Sample with its fields as bytes, and the traits of its images."""
     try:
-        return encoded(make(item))
+        sample = encoded(make(item))
     except UnreadableSample as error:
         return error
+    images = [value for name, value in sample.items() if is_image_field(name)]
+    return sample, [trait for image in images for trait in image_traits(image)]
 
 
 def _readable(
-    samples: Iterable[dict[str, Any] | UnreadableSample], left_out: list[str], skip: bool
+    samples: Iterable[_Made], left_out: list[str], traits: Counter[str], skip: bool
 ) -> Iterator[dict[str, Any]]:
     """Samples that could be read; the reasons of the others go to `left_out`.
 
@@ -146,7 +169,8 @@ def _readable(
         if isinstance(sample, UnreadableSample):
             left_out.append(str(sample))
         elif skip or not left_out:
-            yield sample
+            traits.update(sample[1])
+            yield sample[0]
     if left_out and not skip:
         raise DataError(
             f"{len(left_out)} of {count} samples cannot be read, the first because {left_out[0]}; "

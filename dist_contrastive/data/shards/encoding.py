@@ -14,17 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from dist_contrastive.errors import DataError, UnreadableSample
 
 TEXT_FIELDS = ("txt", "text", "caption", "transcript")
 """Extensions of texts in UTF-8."""
-_IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
-_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+IMAGE_FORMATS = {  # Pillow's names of formats, and the field of each
+    **{"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"},
+    **{"TIFF": "tif", "PPM": "ppm", "AVIF": "avif"},
+}
+_IMAGE_EXTENSIONS = (*IMAGE_FORMATS.values(), "jpeg", "tiff", "pgm")
+MULTI_PICTURE = "MPO"  # what Pillow calls a JPEG of a camera that holds a preview too
+WHITE = "white"
 _OBJECT = re.compile(r"<_io\.BytesIO [^>]*>")  # as Pillow names what it was given
-_WIDE_MODES = ("I", "F")  # and "I;16...": more than 8 bits a channel
+_ORIENTATION = 0x0112  # tag of EXIF
 
 
 def encode_field(name: str, value: Any) -> bytes:
@@ -64,14 +69,16 @@ def _encode_png(image: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def decode_or_explain(name: str, value: bytes, key: str, shard: str) -> Any:
+def decode_or_explain(
+    name: str, value: bytes, key: str, shard: str, background: str = WHITE
+) -> Any:
     """`decode_field`, whose errors name the sample.
 
     Raises:
         UnreadableSample: bytes that the extension's decoder cannot read.
     """
     try:
-        return decode_field(name, value)
+        return decode_field(name, value, background)
     # Image libraries and parsers raise nearly anything on damaged input.
     except Exception as error:
         raise UnreadableSample(
@@ -81,29 +88,110 @@ def decode_or_explain(name: str, value: bytes, key: str, shard: str) -> Any:
         ) from error
 
 
-def decode_field(name: str, data: bytes) -> Any:
-    """Decode one field by the last part of its extension; unknown ones stay bytes."""
+def decode_field(name: str, data: bytes, background: str = WHITE) -> Any:
+    """Decode one field by the last part of its extension; unknown ones stay bytes.
+
+    Images are [C, H, W], C 1 or 3, upright: turned as their EXIF says. They are uint8, gray ones
+    of 16 bits uint16.
+
+    Args:
+        background: colour behind images that are transparent in places.
+    """
+    if is_image_field(name):
+        return _decode_image(data, background)
     decode = _DECODERS.get(_last_extension(name))
     return data if decode is None else decode(data)
+
+
+def is_image_field(name: str) -> bool:
+    """Whether a field is decoded to pixels."""
+    return _last_extension(name) in _IMAGE_EXTENSIONS
 
 
 def _last_extension(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
-def _decode_image(data: bytes) -> Tensor:
-    with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
-        if image.mode.partition(";")[0] in _WIDE_MODES:
-            raise ValueError(f"mode {image.mode} has more than 8 bits a channel; store it as npy")
-        mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-        pixels = np.array(image.convert(mode))  # a copy: torch wants writable memory
-    if pixels.ndim == 2:
-        return torch.from_numpy(pixels)[None]
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+def _decode_image(data: bytes, background: str) -> Tensor:
+    with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
+        image.load()  # what Pillow itself turns it turns here, and takes the tag away
+        pixels = _pixels(image, background)
+        orientation = _orientation(image)
+    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    if orientation >= 5:  # rows are columns
+        planes = planes.transpose(0, 2, 1)
+    if orientation in (3, 4, 7, 8):
+        planes = planes[:, ::-1]
+    if orientation in (2, 3, 6, 7):
+        planes = planes[:, :, ::-1]
+    return torch.from_numpy(np.array(planes, order="C"))  # a copy: torch wants writable memory
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the stored rows and columns lie, 1 to 8; 1, upright, where EXIF does not tell."""
+    try:
+        orientation = int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged tag raises nearly anything, and the pixels are sound
+        return 1
+    return orientation if 1 <= orientation <= 8 else 1
+
+
+def _pixels(image: Image.Image, background: str) -> np.ndarray:
+    """Pixels [H, W] or [H, W, 3] as they are stored, in front of a background."""
+    if _is_wide(image):
+        return _wide_pixels(image)
+    gray = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        if layers.getextrema()[3] != (255, 255):
+            red, green, blue = ImageColor.getrgb(background)[:3]
+            behind = Image.new("RGBA", image.size, (red, green, blue, 255))
+            image = Image.alpha_composite(behind, layers).convert("RGB")
+            gray = gray and red == green == blue
+    return np.asarray(image.convert("L" if gray else "RGB"))
+
+
+def image_traits(data: bytes) -> list[str]:
+    """Why an encoded image decodes to other pixels than are stored; nothing of one that does not
+    open."""
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
+            is_sequence = getattr(image, "is_animated", False) and image.format != MULTI_PICTURE
+            traits = {
+                "transparent in places, in front of data.background": image.has_transparency_data,
+                "turned upright as EXIF says": _orientation(image) > 1,
+                "of 16 bits, scaled by data.image_range": _is_wide(image),
+                "of several frames or pages, of which the first is read": is_sequence,
+            }
+    except Exception:  # damaged images raise nearly anything
+        return []
+    return [trait for trait, is_so in traits.items() if is_so]
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Whether Pillow holds more than 8 bits a channel."""
+    return image.mode.partition(";")[0] in ("I", "F")
+
+
+def _wide_pixels(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    if pixels.dtype.kind == "f" or pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
+        raise ValueError(f"mode {image.mode} has more than 16 bits a channel; store it as npy")
+    return pixels.astype(np.uint16)
 
 
 def _decode_array(data: bytes) -> np.ndarray:
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
+def _decode_class(data: bytes) -> int | str:
+    """Number of a class, or its name."""
+    try:
+        return int(data)
+    except ValueError:
+        if name := data.decode().strip():
+            return name
+        raise
 
 
 def _decode_text(data: bytes) -> str:
@@ -111,9 +199,8 @@ def _decode_text(data: bytes) -> str:
 
 
 _DECODERS: dict[str, Callable[[bytes], Any]] = {
-    **dict.fromkeys(_IMAGE_EXTENSIONS, _decode_image),
     "json": json.loads,
-    "cls": int,
+    "cls": _decode_class,
     **dict.fromkeys(TEXT_FIELDS, _decode_text),
     "npy": _decode_array,
 }

@@ -5,31 +5,34 @@ With it a field is read by one request for its bytes, wherever the shard is.
 
 import hashlib
 import io
+import json
 import os
-import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_contrastive import atomic
-from dist_contrastive.data.shards.encoding import decode_or_explain
+from dist_contrastive.data.classes import join_classes
+from dist_contrastive.data.shards.encoding import WHITE, decode_or_explain
 from dist_contrastive.data.shards.locations import folder_of, join
 from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.data.shards.storage import BlockCache, ShardFiles
 from dist_contrastive.data.shards.tars import member_key
-from dist_contrastive.data.source import Source
+from dist_contrastive.data.source import Source, alternatives
 from dist_contrastive.errors import DataError, UnreadableSample
 
 _VERSION = 2  # of the file
 _ATTEMPTS = 4  # to receive the right bytes from a server
 # What NumPy and `zipfile` raise for damaged files.
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
+_DAMAGE = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, BadZipFile)
 _ARRAYS = {
     "shard_bytes": np.int64,
     "shard_samples": np.int64,
@@ -59,6 +62,7 @@ class ShardIndex(Source):
         shard_bytes: int64 [S], size of each tar.
         shard_sha256: S hexadecimal checksums, as `sha256sum` prints them.
         shard_samples: int64 [S], samples of each tar.
+        shard_left_out: S counts of members of no sample, by kind; empty of an older index.
         fields: F names of fields, sorted: the extensions of all samples.
         sample_offset: int64 [n], first byte of the sample in its tar.
         member_start: uint32 [n, F], first byte of a field's headers, from that of the sample;
@@ -66,7 +70,9 @@ class ShardIndex(Source):
         member_header: uint16 [n, F], bytes of these headers.
         member_size: uint32 [n, F], bytes of the field's content.
         member_crc32: uint32 [n, F], checksum of headers and content.
+        classes: names of classes by number, from JSON with "label" and "class".
         files: reads them.
+        background: colour behind images that are transparent in places.
     """
 
     class Config(Source.Config):
@@ -87,6 +93,9 @@ class ShardIndex(Source):
     member_size: NDArray[np.uint32]
     member_crc32: NDArray[np.uint32]
     files: ShardFiles = field(default_factory=lambda: ShardFiles(BlockCache()), repr=False)
+    background: str = WHITE
+    shard_left_out: tuple[Mapping[str, int], ...] = ()
+    classes: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sample_offset)
@@ -98,14 +107,20 @@ class ShardIndex(Source):
         return hashlib.sha256(repr(contents).encode()).hexdigest()
 
     def lacking(self, name: str) -> NDArray[np.int64]:
-        """Numbers of the samples without a field."""
-        return np.flatnonzero(self.member_start[:, self.fields.index(name)] == ABSENT)
+        """Numbers of the samples without a field, or without any of several alternatives."""
+        columns = [self.fields.index(one) for one in alternatives(name) if one in self.fields]
+        return np.flatnonzero((self.member_start[:, columns] == ABSENT).all(axis=1))
 
     def field_counts(self) -> NDArray[np.int64]:
         """Number of samples of each shard that have each field, int64 [S, F]."""
         present = (self.member_start != ABSENT).astype(np.int64)
         sums = np.concatenate([np.zeros((1, len(self.fields)), np.int64), present.cumsum(axis=0)])
         return sums[self.shard_starts[1:]] - sums[self.shard_starts[:-1]]
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Members of all shards that belong to no sample, by kind."""
+        return sum(map(Counter, self.shard_left_out), Counter())
 
     def read(self, sample_number: int, only: Collection[str] | None = None) -> dict[str, Any]:
         """Decoded sample: `__key__` and its fields by extension, as `decode_field` gives them.
@@ -122,14 +137,16 @@ class ShardIndex(Source):
         contents = self.read_contents(sample_number, only)
         key = contents.pop("__key__")
         shard = self.shards[self.shard_of(sample_number)]
-        for name in only or ():
-            if name not in contents:
+        decoded: dict[str, Any] = {"__key__": key}
+        for name in contents if only is None else only:
+            field = _first_of(name, contents)
+            if field is None:
                 raise UnreadableSample(
                     f"sample {key!r} of shard {shard} has no field {name!r}; pack it with one, or "
                     f"leave it out"
                 )
-        decoded = {name: decode_or_explain(name, x, key, shard) for name, x in contents.items()}
-        return {"__key__": key, **decoded}
+            decoded[name] = decode_or_explain(field, contents[field], key, shard, self.background)
+        return decoded
 
     def read_contents(
         self, sample_number: int, only: Collection[str] | None = None
@@ -137,7 +154,8 @@ class ShardIndex(Source):
         """Sample as bytes: `__key__`, and those of the fields that it has."""
         if not 0 <= sample_number < len(self):
             raise IndexError(f"sample {sample_number} is outside 0..{len(self) - 1}")
-        columns = self._columns(sample_number, only) or self._columns(sample_number, None)[:1]
+        wanted = self._columns(sample_number, only)
+        columns = wanted or self._columns(sample_number, None)[:1]
         shard = self.shard_of(sample_number)
         start, length = self._span(sample_number, columns)
         place = self.shards[shard], int(self.shard_bytes[shard]), start, length
@@ -151,13 +169,11 @@ class ShardIndex(Source):
         key = member_key(data[: self._member_bytes(sample_number, columns[0])])
         contents: dict[str, Any] = {"__key__": key}
         first = self._start(sample_number, columns)
-        for column in columns:
-            name = self.fields[column]
-            if only is None or name in only:
-                begin = int(self.member_start[sample_number, column]) - first
-                content = begin + int(self.member_header[sample_number, column])
-                size = int(self.member_size[sample_number, column])
-                contents[name] = data[content : content + size]
+        for column in wanted:
+            begin = int(self.member_start[sample_number, column]) - first
+            content = begin + int(self.member_header[sample_number, column])
+            size = int(self.member_size[sample_number, column])
+            contents[self.fields[column]] = data[content : content + size]
         return contents
 
     def prefetch(self, sample_number: int, only: Collection[str] | None = None) -> None:
@@ -182,26 +198,26 @@ class ShardIndex(Source):
         numbers = list(shards)
         spans = [slice(*self.shard_starts[i : i + 2]) for i in numbers]
         rows = np.concatenate([np.arange(s.start, s.stop) for s in spans] or [np.arange(0)])
-        return ShardIndex(
+        return replace(
+            self,
             shards=tuple(self.shards[i] for i in numbers),
             shard_bytes=self.shard_bytes[numbers],
             shard_sha256=tuple(self.shard_sha256[i] for i in numbers),
             shard_samples=self.shard_samples[numbers],
-            fields=self.fields,
+            shard_left_out=tuple(x for i in numbers for x in self.shard_left_out[i : i + 1]),
             sample_offset=self.sample_offset[rows],
-            files=self.files,
             **{name: getattr(self, name)[rows] for name in MEMBER_TABLES},
         )
 
     def _columns(self, number: int, only: Collection[str] | None) -> list[int]:
         """Columns of the wanted fields that a sample has, in the order of the tar."""
         start = self.member_start[number].tolist()
-        wanted = [
-            column
-            for column, name in enumerate(self.fields)
-            if start[column] != ABSENT and (only is None or name in only)
-        ]
-        return sorted(wanted, key=start.__getitem__)
+        columns = [column for column in range(len(start)) if start[column] != ABSENT]
+        if only is not None:
+            present = {self.fields[column] for column in columns}
+            wanted = {_first_of(name, present) for name in only}
+            columns = [column for column in columns if self.fields[column] in wanted]
+        return sorted(columns, key=start.__getitem__)
 
     def _start(self, number: int, columns: Sequence[int]) -> int:
         return int(self.member_start[number, columns[0]])
@@ -235,6 +251,11 @@ class ShardIndex(Source):
         return None
 
 
+def _first_of(name: str, present: Collection[str]) -> str | None:
+    """Field that a name of `alternatives` stands for among those that a sample has."""
+    return next((one for one in alternatives(name) if one in present), None)
+
+
 def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
     """Index of all shards of several, in order; samples are numbered through.
 
@@ -248,12 +269,15 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
         repeated = next(shard for shard in shards if shards.count(shard) > 1)
         raise DataError(f"shard {repeated} is given twice; name every shard in one source only")
     fields = tuple(sorted({name for index in indexes for name in index.fields}))
+    left_out = tuple(x for index in indexes for x in index.shard_left_out)
     columns = ("shard_bytes", "shard_samples", "sample_offset")
-    return ShardIndex(
+    return replace(
+        indexes[0],
         shards=tuple(shards),
         shard_sha256=tuple(x for index in indexes for x in index.shard_sha256),
+        shard_left_out=left_out if len(left_out) == len(shards) else (),
         fields=fields,
-        files=indexes[0].files,
+        classes=join_classes(pair for index in indexes for pair in index.classes.items()),
         **{name: np.concatenate([getattr(index, name) for index in indexes]) for name in columns},
         **{name: _concatenated(indexes, name, fields) for name in MEMBER_TABLES},
     )
@@ -295,6 +319,8 @@ def save_index(index: ShardIndex, path: Path | str) -> Path:
                 shards=np.array(names, np.str_),
                 shard_sha256=np.array(index.shard_sha256, np.str_),
                 fields=np.array(index.fields, np.str_),
+                shard_left_out=np.array([json.dumps(x) for x in index.shard_left_out], np.str_),
+                classes=np.array(json.dumps(sorted(index.classes.items())), np.str_),
                 **{name: getattr(index, name) for name in _ARRAYS},
             )
     except OSError as error:
@@ -330,7 +356,7 @@ def parse_index(data: bytes, file: str, files: ShardFiles) -> ShardIndex:
     """
     folder = folder_of(file)
     try:
-        if not zipfile.is_zipfile(io.BytesIO(data)):
+        if not is_zipfile(io.BytesIO(data)):
             raise ValueError("it is not an npz file")
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             version = int(stored["version"])
@@ -342,6 +368,7 @@ def parse_index(data: bytes, file: str, files: ShardFiles) -> ShardIndex:
                 shard_sha256=tuple(stored["shard_sha256"].tolist()),
                 fields=tuple(stored["fields"].tolist()),
                 files=files,
+                **_notes(stored),
                 **arrays,
             )
             _check_shapes(index)
@@ -350,6 +377,15 @@ def parse_index(data: bytes, file: str, files: ShardFiles) -> ShardIndex:
         raise DataError(
             f"the index {file} cannot be read ({error}); run `{index_command(folder)}`"
         ) from error
+
+
+def _notes(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What older indexes lack: counts of members that are no samples, names of classes."""
+    if "classes" not in stored:
+        return {}
+    classes = dict(json.loads(str(stored["classes"])))
+    left_out = tuple(Counter(json.loads(x)) for x in stored["shard_left_out"].tolist())
+    return {"classes": {int(n): str(x) for n, x in classes.items()}, "shard_left_out": left_out}
 
 
 def _check_shapes(index: ShardIndex) -> None:

@@ -3,7 +3,8 @@
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dist_contrastive.data.classes import class_in_json, join_classes
 from dist_contrastive.data.progress import map_in_threads
 from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.index import (
@@ -35,6 +37,7 @@ from dist_contrastive.data.shards.tars import SampleSlice, scan_samples
 from dist_contrastive.errors import DataError, UnreadableSample
 
 _CHUNK = 1 << 20  # bytes read at once
+_MAX_JSON = 64 << 10  # bytes in which the name of a class is looked for
 _MAX_FIELDS = 64  # of a data set; more mean that keys hold dots
 
 Progress = Callable[[Iterator[Any], int], Iterator[Any]]
@@ -180,6 +183,7 @@ def index_folder(
     *,
     full: bool = False,
     progress: Progress = lambda items, _: items,
+    classes: Mapping[int, str] | None = None,
 ) -> ShardIndex:
     """Index tars and save the index; entries of tars that have not changed since are reused.
 
@@ -188,6 +192,7 @@ def index_folder(
         out: where to write; None: `index.npz` in the folder, which must then be one and local.
         full: read all tars, changed or not.
         progress: wraps the iterator over shards.
+        classes: names of classes by number, besides those that the samples tell.
 
     Raises:
         DataError: no shards or samples; a tar truncated, damaged or with a key twice; nowhere to
@@ -204,6 +209,8 @@ def index_folder(
         for part in progress(_index_all(new, files), len(new)):
             known[part.shards[0]] = part
         index = concatenate([known[shard] for shard in shards])
+        named = [*index.classes.items(), *(classes or {}).items()]
+        index = replace(index, classes=join_classes(named))
         _check_samples(index, location)
         save_index(index, target)
     return load_index(target)
@@ -219,7 +226,8 @@ def index_shard(shard: str, files: ShardFiles, *, unique_keys: bool = True) -> S
         DataError: it cannot be opened, is truncated, damaged, or holds a key twice.
     """
     with open_shard(shard, files) as (file, size):
-        samples = list(scan_samples(file, shard))
+        left_out = Counter[str]()
+        samples = list(scan_samples(file, shard, left_out))
         if unique_keys:
             _check_keys(samples, shard)
         fields = sorted({member.field for sample in samples for member in sample.members})
@@ -230,13 +238,15 @@ def index_shard(shard: str, files: ShardFiles, *, unique_keys: bool = True) -> S
                 f"field; name members KEY.EXTENSION with keys that hold no dots"
             )
         tables, digest = _member_tables(samples, fields, shard), hashlib.sha256()
-        _read_checksums(file, samples, fields, tables["member_crc32"], digest)
+        classes = _read_checksums(file, samples, fields, tables["member_crc32"], digest)
     return ShardIndex(
         shards=(shard,),
         shard_bytes=np.array([size], np.int64),
         shard_sha256=(digest.hexdigest(),),
         shard_samples=np.array([len(samples)], np.int64),
+        shard_left_out=(left_out,),
         fields=tuple(fields),
+        classes=join_classes(classes),
         sample_offset=np.array([sample.offset for sample in samples], np.int64),
         files=files,
         **tables,
@@ -263,6 +273,8 @@ def _unchanged(file: Path, files: ShardFiles) -> dict[str, ShardIndex]:
     except (OSError, DataError):
         return {}
     unchanged = {}
+    if not index.shard_left_out:  # an older one, which lacks it
+        return {}
     for number, shard in enumerate(index.shards):
         part = index.select([number])
         try:
@@ -346,23 +358,27 @@ def _member_tables(
 
 def _read_checksums(
     file: BinaryIO, samples: Sequence[SampleSlice], fields: Sequence[str], crc32: Any, digest: Any
-) -> None:
-    """Checksum of every member, and digest of the whole tar, in one pass."""
+) -> set[tuple[int, str]]:
+    """Checksum of every member, and digest of the whole tar, in one pass; numbers and names of
+    classes."""
     columns = {name: column for column, name in enumerate(fields)}
-    at = 0
+    at, classes = 0, set[tuple[int, str]]()
     file.seek(0)
     for row, sample in enumerate(samples):
         for member in sample.members:
             for chunk in _chunks(file, member.start - at):
                 digest.update(chunk)
-            value = 0
+            value, content = 0, b""
             for chunk in _chunks(file, member.header + member.size):
                 digest.update(chunk)
-                value = zlib.crc32(chunk, value)
+                value, content = zlib.crc32(chunk, value), chunk
+            if member.field == "json" and member.size <= _MAX_JSON:  # it came as one chunk
+                classes |= class_in_json(content[member.header :])
             crc32[row, columns[member.field]] = value
             at = member.start + member.header + member.size
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
+    return classes
 
 
 def _chunks(file: BinaryIO, length: int) -> Iterator[bytes]:

@@ -15,7 +15,11 @@ import numpy as np
 from torch import Tensor
 
 from dist_contrastive.data.shards import remote
-from dist_contrastive.data.shards.encoding import decode_or_explain
+from dist_contrastive.data.shards.encoding import (
+    decode_or_explain,
+    image_traits,
+    is_image_field,
+)
 from dist_contrastive.data.shards.index import ABSENT, ShardIndex
 from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.shards.locations import find_shards, folder_of
@@ -49,6 +53,7 @@ class LabelSummary:
     path: str  # "cls", or "json.label" for the value "label" in the object "json"
     read: int
     counts: Mapping[Any, int]  # of every label, most frequent first
+    classes: Mapping[int, str]  # names of classes, also of those that were not met
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,9 @@ def _field(index: ShardIndex, column: int, contents: Sequence[Mapping[str, Any]]
             except DataError:
                 failed += 1
     types = _types(values)
+    images = [content[name] for content in contents if is_image_field(name) and name in content]
+    traits = Counter(trait for image in images for trait in image_traits(image))
+    types += [f"{count} {trait}" for trait, count in traits.items()]
     if failed:
         types.append(f"{failed} of {failed + len(values)} cannot be decoded")
     mean, most = (float(sizes.mean()), int(sizes.max())) if len(sizes) else (0.0, 0)
@@ -184,7 +192,9 @@ def _labels(index: ShardIndex) -> LabelSummary | None:
             value = value["label"]
         counts[value if isinstance(value, str | int | None) else str(value)] += 1
     path = "cls" if name == "cls" else "json.label"
-    return LabelSummary(path, len(numbers), dict(counts.most_common())) if counts else None
+    if not counts:
+        return None
+    return LabelSummary(path, len(numbers), dict(counts.most_common()), index.classes)
 
 
 # ---------------------------------------------------------------------------- types of values
@@ -285,10 +295,17 @@ def _label_lines(labels: LabelSummary | None, samples: int) -> list[str]:
     head = f"{labels.path}: {len(counts):,} different in {labelled}{labels.read:,} samples{evenly}"
     if len(counts) > _MAX_CLASSES:
         return ["", f"{head}, each in {counts[-1]:,} to {counts[0]:,}"]
-    order = sorted(labels.counts, key=lambda x: (type(x).__name__, 0 if x is None else x))
-    names = ["null" if label is None else str(label)[:_MAX_LABEL] for label in order]
-    cells = [f"{name}: {labels.counts[label]:,}" for name, label in zip(names, order, strict=True)]
+    order = sorted(
+        {**dict.fromkeys(labels.classes, 0), **labels.counts},
+        key=lambda x: (type(x).__name__, 0 if x is None else x),
+    )
+    cells = [f"{_named(x, labels.classes)}: {labels.counts.get(x, 0):,}" for x in order]
     return ["", head, *(f"  {'   '.join(cells[i : i + 10])}" for i in range(0, len(cells), 10))]
+
+
+def _named(label: Any, names: Mapping[int, str]) -> str:
+    name = f" {names[label]}" if label in names else ""
+    return "null" if label is None else f"{label}{name}"[:_MAX_LABEL]
 
 
 def _size(count: int) -> str:

@@ -2,6 +2,8 @@
 
 import glob
 import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import braceexpand
@@ -12,6 +14,7 @@ from dist_contrastive.errors import DataError
 
 INDEX_NAME = "index.npz"
 _MAGIC = ("*", "?", "[")
+_COMPRESSED = ("gz", "tgz", "bz2", "tbz", "tbz2", "xz", "txz", "zst", "tzst", "lz4", "zip", "7z")
 
 
 def is_pattern(location: str) -> bool:
@@ -44,16 +47,57 @@ def find_shards(location: str) -> list[str]:
         raise DataError(f"{location} is an index; give the folder or the pattern of its shards")
     if is_url(location):
         return _checked(remote.glob(f"{location.rstrip('/')}/*.tar"), location)
-    folder = Path(location)
-    if not _is_folder(location):
-        raise DataError(f"the shard folder {folder} does not exist; give a folder that holds tars")
+    names = sorted(name for name in _names(location) if name.endswith(".tar"))
+    return _checked([str(Path(location) / name) for name in names if name[0] != "."], location)
+
+
+def other_files(location: str) -> Counter[str]:
+    """Files that lie beside shards in a folder of this machine, or match their pattern, by kind."""
+    if is_url(location) or location.endswith(".npz"):
+        return Counter()
+    if is_pattern(location):
+        names = [name for name in _matches(location) if Path(name).is_file()]
+    else:
+        names = [f"{location}/{name}" for name in _names(location) if name != INDEX_NAME]
+    others = (x for x in names if hidden_kind(x) or not (x.endswith(".tar") or Path(x).is_dir()))
+    return Counter(map(kind_of_file, others))
+
+
+def counted(kinds: Mapping[str, int]) -> str:
+    """Counts by kind in words, as "4 files .heic, 2 links"."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
+def kind_of_file(path: str) -> str:
+    """Kind of a file by its name, in the plural."""
+    if kind := hidden_kind(path):
+        return kind
+    stem, dot, extension = path.rpartition("/")[2].lower().rpartition(".")
+    if extension in _COMPRESSED and (stem.endswith(".tar") or extension.startswith("t")):
+        return f"compressed tars .{'tar.' * stem.endswith('.tar')}{extension}"
+    return f"files .{extension}" if dot else "files without extension"
+
+
+def hidden_kind(path: str) -> str | None:
+    """Kind of a file that folders do not show; None of others."""
+    name = path.rpartition("/")[2]
+    if name.startswith("._") or name == ".DS_Store" or "__MACOSX" in path.split("/"):
+        return "macOS companions"
+    return "hidden files" if name.startswith(".") else None
+
+
+def _names(folder: str) -> list[str]:
+    """Names of what a folder holds, sorted."""
+    if not _is_folder(folder):
+        _refuse_compressed(folder)
+        problem = "is a file" if os.path.isfile(folder) else "does not exist"
+        raise DataError(f"the shard folder {folder} {problem}; give a folder that holds tars")
     try:
-        names = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
+        return sorted(os.listdir(folder))
     except OSError as error:
         raise DataError(
             f"the shard folder {folder} cannot be read ({error.strerror}); allow it"
         ) from error
-    return _checked([str(folder / name) for name in names if name[0] != "."], location)
 
 
 def _is_folder(location: str) -> bool:
@@ -65,8 +109,8 @@ def _is_folder(location: str) -> bool:
         ) from error
 
 
-def _expand(pattern: str) -> list[str]:
-    """Shards of a pattern: those listed by braces must exist, * matches those that do."""
+def _matches(pattern: str) -> list[str]:
+    """Names that a pattern stands for: of braces all, of * those that are there."""
     if not is_url(pattern) and Path(pattern).is_file():
         return [pattern]
     try:
@@ -75,15 +119,21 @@ def _expand(pattern: str) -> list[str]:
         raise DataError(
             f"the pattern {pattern} cannot be read ({error}); close its braces"
         ) from error
-    shards: list[str] = []
+    found: list[str] = []
     for name in names:
         if not any(sign in name for sign in _MAGIC):
-            shards.append(name)
+            found.append(name)
         elif is_url(name):
-            shards += sorted(remote.glob(name))
+            found += sorted(remote.glob(name))
         else:
-            shards += sorted(glob.glob(name))
-    shards = [name for name in shards if name.endswith(".tar")]
+            found += sorted(glob.glob(name))
+    return found
+
+
+def _expand(pattern: str) -> list[str]:
+    """Shards of a pattern; those listed by braces must exist."""
+    names = _matches(pattern)
+    shards = [name for name in names if name.endswith(".tar")]
     missing = [name for name in shards if not is_url(name) and not Path(name).is_file()]
     if missing:
         raise DataError(
@@ -91,6 +141,8 @@ def _expand(pattern: str) -> list[str]:
             f"{len(shards)} do not); correct the pattern, or restore it"
         )
     if not shards:
+        for name in names:
+            _refuse_compressed(name)
         raise DataError(f"no shard matches {pattern}; give a pattern of files that end in .tar")
     if len(set(shards)) < len(shards):
         repeated = next(name for name in shards if shards.count(name) > 1)
@@ -98,9 +150,18 @@ def _expand(pattern: str) -> list[str]:
     return shards
 
 
+def _refuse_compressed(name: str) -> None:
+    if kind_of_file(name).startswith("compressed"):
+        raise DataError(
+            f"{name} is compressed; decompress it: samples are found by their places in the file"
+        )
+
+
 def _checked(names: list[str], folder: str) -> list[str]:
     if names:
         return names
+    for name in [] if is_url(folder) else _names(folder):
+        _refuse_compressed(f"{folder}/{name}")
     below = [] if is_url(folder) else sorted(glob.glob(f"{glob.escape(folder)}/*/*.tar"))
     fix = "pack some with `dist-contrastive shards pack`"
     if is_url(folder):

@@ -1,5 +1,6 @@
 """Verification of one shard: read whole, and compared with its index."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -13,7 +14,7 @@ from dist_contrastive.data.shards.index import ABSENT, MEMBER_TABLES, ShardIndex
 from dist_contrastive.data.shards.indexing import index_shard
 from dist_contrastive.data.shards.locations import folder_of
 from dist_contrastive.data.shards.storage import BlockCache, ShardFiles, open_shard
-from dist_contrastive.data.shards.tars import member_key, scan_samples
+from dist_contrastive.data.shards.tars import LINKS, REMEDY_OF_LINKS, member_key, scan_samples
 from dist_contrastive.errors import DataError, UnreachableError
 
 MAX_LISTED = 20  # problems of one kind that are listed one by one
@@ -27,6 +28,7 @@ class CheckedShard(NamedTuple):
     fields: tuple[str, ...]  # of its samples, sorted
     key_hashes: NDArray[np.int64]  # of every sample's key, for this process alone
     offsets: NDArray[np.int64]  # first byte of every sample
+    left_out: Counter[str]  # members that belong to no sample, by kind
 
 
 def check_shard(
@@ -52,10 +54,13 @@ def check_shard(
             *([] if indexed is None else _changes(indexed, fresh)),
             *_keys_held_twice(fresh, hashes),
             *_missing_fields(fresh),
+            *_links(fresh),
         ]
         if decode:
             problems += limited(_undecodable(fresh), f"fields of shard {shard} cannot be decoded")
-        return CheckedShard(shard, problems, fresh.fields, hashes, fresh.sample_offset)
+        return CheckedShard(
+            shard, problems, fresh.fields, hashes, fresh.sample_offset, fresh.left_out
+        )
     except UnreachableError:
         raise
     except DataError as error:
@@ -66,7 +71,8 @@ def check_shard(
         problems = [f"shard {shard} cannot be read ({error}); restore it from a sound disk"]
     finally:
         files.close()
-    return CheckedShard(shard, problems, (), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    none = np.zeros(0, np.int64)
+    return CheckedShard(shard, problems, (), none, none, Counter())
 
 
 def limited(findings: Iterator[str], what: str) -> list[str]:
@@ -193,6 +199,14 @@ def _missing_fields(part: ShardIndex) -> Iterator[str]:
                 f"{part.fields[column]!r}, the first is {key!r}; pack them with one, or leave "
                 f"them out"
             )
+
+
+def _links(part: ShardIndex) -> Iterator[str]:
+    if count := part.left_out[LINKS]:
+        yield (
+            f"shard {part.shards[0]} holds {count} links to other files, which are not read: "
+            f"{REMEDY_OF_LINKS}"
+        )
 
 
 def _undecodable(part: ShardIndex) -> Iterator[str]:

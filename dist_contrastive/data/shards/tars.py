@@ -7,6 +7,7 @@ belongs together are webdataset's, whose functions are used here and nowhere els
 import io
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,11 +16,18 @@ from webdataset import TarWriter
 from webdataset.tariterators import base_plus_ext
 
 from dist_contrastive.data.shards.encoding import encode_field
+from dist_contrastive.data.shards.locations import hidden_kind
 from dist_contrastive.errors import DataError
 
 _CHUNK = 1 << 20  # bytes read at once
 BLOCK = 512  # bytes; tar headers and data are padded to it
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
+_COMPRESSED = {
+    **{b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"},
+    **{b'\x04"': "lz4", b"PK": "zip"},
+}
+LINKS = "links"
+"""Members without content of their own, as `scan_samples` counts them."""
+REMEDY_OF_LINKS = "write the tar again with `tar --hard-dereference --dereference`"
 _META_NAME = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 
 
@@ -88,21 +96,26 @@ def tar_bytes(fields: Iterable[bytes]) -> int:
 # ---------------------------------------------------------------------------- finding
 
 
-def scan_samples(file: BinaryIO, shard: str) -> Iterator[SampleSlice]:
+def scan_samples(
+    file: BinaryIO, shard: str, left_out: Counter[str] | None = None
+) -> Iterator[SampleSlice]:
     """Samples of a tar, in its order, from its headers alone.
 
     Args:
         file: the tar, open for seeking.
         shard: its name, for messages.
+        left_out: counts the members that belong to no sample, by kind; not folders.
 
     Raises:
         DataError: not a plain tar, truncated or damaged, or a sample has a field twice.
     """
     key: str | None = None
     members: list[Member] = []
-    for name, start, header, size in _scan_members(file, shard):
+    left_out = Counter() if left_out is None else left_out
+    for name, start, header, size in _scan_members(file, shard, left_out):
         member_key, extension = base_plus_ext(name)
         if member_key is None:
+            left_out["files without extension"] += 1
             continue
         if member_key != key:
             if key is not None:
@@ -136,8 +149,10 @@ def _member_name(data: bytes) -> str:
         return member.name
 
 
-def _scan_members(file: BinaryIO, shard: str) -> Iterator[tuple[str, int, int, int]]:
-    """Name, first byte, bytes of headers and of content of every member that webdataset reads."""
+def _scan_members(
+    file: BinaryIO, shard: str, left_out: Counter[str]
+) -> Iterator[tuple[str, int, int, int]]:
+    """Name, first byte, bytes of headers and of content of every member that may be a field."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
@@ -147,7 +162,9 @@ def _scan_members(file: BinaryIO, shard: str) -> Iterator[tuple[str, int, int, i
                         f"shard {shard} holds {member.name!r} as a sparse file, whose content is "
                         f"not there in one piece; write it again without `tar --sparse`"
                     )
-                if member.isreg() and not _META_NAME.match(member.name):
+                if kind := _kind_left_out(member):
+                    left_out[kind] += 1
+                elif member.isreg():
                     # `offset` is that of the extended headers, if the member has any.
                     header = member.offset_data - member.offset
                     yield member.name, member.offset, header, member.size
@@ -164,6 +181,19 @@ def _scan_members(file: BinaryIO, shard: str) -> Iterator[tuple[str, int, int, i
             f"({error}); write or copy it again"
         ) from error
     _check_end(file, end, shard)
+
+
+def _kind_left_out(member: tarfile.TarInfo) -> str | None:
+    """Kind of a member that cannot be a field; None of others, and of folders."""
+    if member.isdir():
+        return None
+    if kind := hidden_kind(member.name):
+        return kind
+    if member.islnk() or member.issym():
+        return LINKS
+    if not member.isreg():
+        return "devices and pipes"
+    return "files of folders named __...__" if _META_NAME.match(member.name) else None
 
 
 def _check_end(file: BinaryIO, end: int, shard: str) -> None:

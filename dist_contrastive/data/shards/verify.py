@@ -16,7 +16,14 @@ from dist_contrastive.data.progress import map_in_threads
 from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.index import ShardIndex, index_command, parse_index
 from dist_contrastive.data.shards.indexing import Progress
-from dist_contrastive.data.shards.locations import INDEX_NAME, find_shards, folder_of, is_pattern
+from dist_contrastive.data.shards.locations import (
+    INDEX_NAME,
+    counted,
+    find_shards,
+    folder_of,
+    is_pattern,
+    other_files,
+)
 from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.data.shards.shard_check import (
     CheckedShard,
@@ -85,7 +92,9 @@ def verify_shards(
                 f"the {len(checked)} shards of {location} hold 0 samples; write tars whose members "
                 f"are named KEY.EXTENSION"
             )
+        left_out = sum((check.left_out for check in checked), other_files(location))
         notes = [*plan.notes, *_empty(checked), *_shared_keys(checked, files)]
+        notes += [f"{counted(left_out)} belong to no sample"] if left_out else []
     return Verification(
         tuple(problems), tuple(notes), len(checked), samples, tuple(plan.index_files)
     )

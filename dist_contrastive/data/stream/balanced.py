@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import PositiveInt
 
-from dist_contrastive.data.fields import MISSING_CLASS
+from dist_contrastive.data.classes import MISSING_CLASS
 from dist_contrastive.data.keyed_random import keyed_permutation
 from dist_contrastive.data.stream.order import Rows, check_batch, check_whole_batches
 from dist_contrastive.errors import ConfigError
