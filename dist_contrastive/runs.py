@@ -130,8 +130,8 @@ def read_splits(config: RunConfig) -> Splits:
     refuse_other_classes(config.data.label, [*train, *test])
     indexes = join_sources(train), join_sources(test)
     fields = with_class_names(config.fields, indexes[0])
-    samples = (fields.read(index, range(len(index))) for index in indexes)
-    return Splits(*samples, fields.class_names(indexes[0]))
+    samples = [fields.read(index, range(len(index))) for index in indexes]
+    return Splits(samples[0], samples[1], fields.class_names(indexes[0]))
 
 
 def _evaluate(run: Path) -> list[Measurement]:

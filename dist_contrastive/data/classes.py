@@ -26,8 +26,9 @@ def class_in_json(content: bytes) -> set[tuple[int, str]]:
     if not isinstance(values, dict):
         return set()
     number, name = values.get("label"), values.get("class")
-    is_class = type(number) is int and number >= 0 and isinstance(name, str)
-    return {(number, name)} if is_class and len(name) <= _MAX_NAME else set()
+    if type(number) is not int or not isinstance(name, str):
+        return set()
+    return {(number, name)} if number >= 0 and len(name) <= _MAX_NAME else set()
 
 
 def join_classes(named: Iterable[tuple[int, str]]) -> dict[int, str]:

@@ -358,10 +358,10 @@ def _image_fields(index: Source) -> str:
 
 def _lacking_in(index: Source, name: str, lacking: NDArray[np.int64]) -> str:
     """Where samples lack a field: a whole shard, or some samples of one."""
-    if all(map(is_image_field, alternatives(name))) and (others := _image_fields(index)):
+    if all(map(is_image_field, alternatives(name))) and (named := _image_fields(index)):
         return (
             f"{len(lacking)} of {len(index)} samples have no field {name!r}, but another one of an "
-            f"image; name all: data.image=[{others.replace(';', ', ')}]"
+            f"image; name all: data.image=[{named.replace(';', ', ')}]"
         )
     counts = np.bincount(np.searchsorted(index.shard_starts, lacking, side="right") - 1)
     shard = int(counts.argmax())

@@ -78,12 +78,13 @@ def _all_texts(fields: Fields, index: Source, group: Group) -> list[str]:
     texts: set[str] = set()
     with collectives.raised_together(group):
         for key, value in fields.stored_labels(index, range(start, stop), True):
-            if value is not None and not isinstance(value, str):
+            if isinstance(value, str):
+                texts.add(value)
+            elif value is not None:
                 raise DataError(
                     f"sample {key} has the label {value!r} in {fields.label!r}, and others have "
                     f"texts; pack all as texts or all as whole numbers"
                 )
-            texts |= {value} - {None}
     return sorted(set().union(*collectives.gather_objects(texts, group)))
 
 

@@ -82,8 +82,9 @@ def pack_arrays(
 
 def _class_names(labels: NDArray[Any] | None) -> dict[str, int]:
     """Numbers of labels that are texts."""
-    is_text = labels is not None and labels.dtype.kind == "U"
-    return {name: i for i, name in enumerate(np.unique(labels).tolist())} if is_text else {}
+    if labels is None or labels.dtype.kind != "U":
+        return {}
+    return {name: number for number, name in enumerate(np.unique(labels).tolist())}
 
 
 def _load(text: str, role: str) -> NDArray[Any]:

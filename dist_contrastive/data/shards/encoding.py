@@ -143,7 +143,7 @@ def _pixels(image: Image.Image, background: str) -> np.ndarray:
     gray = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
         layers = image.convert("RGBA")
-        if layers.getextrema()[3] != (255, 255):
+        if layers.getchannel("A").getextrema() != (255, 255):
             red, green, blue = ImageColor.getrgb(background)[:3]
             behind = Image.new("RGBA", image.size, (red, green, blue, 255))
             image = Image.alpha_composite(behind, layers).convert("RGB")

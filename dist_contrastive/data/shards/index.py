@@ -62,7 +62,7 @@ class ShardIndex(Source):
         shard_bytes: int64 [S], size of each tar.
         shard_sha256: S hexadecimal checksums, as `sha256sum` prints them.
         shard_samples: int64 [S], samples of each tar.
-        shard_left_out: S counts of members of no sample, by kind; empty of an older index.
+        shard_left_out: S counts of members of no sample, by kind; older indexes have none.
         fields: F names of fields, sorted: the extensions of all samples.
         sample_offset: int64 [n], first byte of the sample in its tar.
         member_start: uint32 [n, F], first byte of a field's headers, from that of the sample;
@@ -252,7 +252,7 @@ class ShardIndex(Source):
 
 
 def _first_of(name: str, present: Collection[str]) -> str | None:
-    """Field that a name of `alternatives` stands for among those that a sample has."""
+    """Field that a name stands for among those that a sample has."""
     return next((one for one in alternatives(name) if one in present), None)
 
 
@@ -265,12 +265,13 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
     if len(indexes) == 1:
         return indexes[0]
     shards = [shard for index in indexes for shard in index.shards]
-    if len(set(shards)) < len(shards):
-        repeated = next(shard for shard in shards if shards.count(shard) > 1)
-        raise DataError(f"shard {repeated} is given twice; name every shard in one source only")
+    if repeated := [shard for shard, count in Counter(shards).items() if count > 1]:
+        raise DataError(f"shard {repeated[0]} is given twice; name every shard in one source only")
     fields = tuple(sorted({name for index in indexes for name in index.fields}))
     left_out = tuple(x for index in indexes for x in index.shard_left_out)
-    columns = ("shard_bytes", "shard_samples", "sample_offset")
+    others = _ARRAYS.keys() - {*MEMBER_TABLES}
+    joined = {name: np.concatenate([getattr(x, name) for x in indexes]) for name in others}
+    joined |= {name: _concatenated(indexes, name, fields) for name in MEMBER_TABLES}
     return replace(
         indexes[0],
         shards=tuple(shards),
@@ -278,8 +279,7 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
         shard_left_out=left_out if len(left_out) == len(shards) else (),
         fields=fields,
         classes=join_classes(pair for index in indexes for pair in index.classes.items()),
-        **{name: np.concatenate([getattr(index, name) for index in indexes]) for name in columns},
-        **{name: _concatenated(indexes, name, fields) for name in MEMBER_TABLES},
+        **dict[str, Any](joined),
     )
 
 
