@@ -338,6 +338,8 @@ def test_labels_are_numbers_or_names(root, labels, classes, entries, pack):
         values = [sample["json"][name] for name in ("label", "class") if name in sample["json"]]
         assert values == (list(entry) if isinstance(entry, tuple) else [entry])
         assert "kind" not in sample["json"]
+    names = {entry for entry in entries if isinstance(entry, tuple) and entry[1] is not None}
+    assert set(load_index(root / "out").classes.items()) == names
 
 
 def test_numbers_are_no_texts_unless_they_are_named(root):
