@@ -13,7 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.random_states import replayed
+
 Embeddings = tuple[Tensor, ...]
+
+_LIMIT = 1e-2  # relative difference of embeddings: rounding is far below, other dropout above
 
 
 class GradCache:
@@ -23,17 +28,20 @@ class GradCache:
 
     Args:
         embed: embeddings of a part of the batch, ``[rows of the part, ...]`` each; called twice for
-            each part, it must give the same both times (random numbers included), and may have no
-            lasting effect.
+            each part, the second time with the random states of the first. It must give the same
+            both times, and may have no lasting effect.
         num_parts: 1 or more.
     """
 
     def __init__(self, embed: Callable[[int], Embeddings], num_parts: int) -> None:
-        self._embed, self.num_parts = embed, num_parts
+        if num_parts < 1:
+            raise ConfigError(f"num_parts={num_parts} leaves nothing to embed; give 1 or more")
+        self._embed, self.num_parts = replayed(embed), num_parts
         self._grads: list[tuple[Tensor, ...]] = []  # of each part's embeddings
         self._direct: list[tuple[Tensor, Tensor]] = []
+        self._off: list[Tensor] = []  # differences of the embeddings of both passes
         with torch.no_grad():
-            parts = [embed(part) for part in range(num_parts)]
+            parts = [self._embed(part) for part in range(num_parts)]
         self._sizes = [len(part[0]) for part in parts]
         self.embeddings: Embeddings = tuple(
             torch.cat(x).requires_grad_() for x in zip(*parts, strict=True)
@@ -44,17 +52,18 @@ class GradCache:
         """Take the gradients of the loss of `embeddings`, and let go of its graph.
 
         Args:
-            parameters: those that the loss may hold itself, as a temperature; others are ignored.
+            parameters: those that the loss may hold itself, as a temperature; others, and frozen
+                ones, are ignored.
         """
-        count = len(self.embeddings)
-        grads = torch.autograd.grad(loss, [*self.embeddings, *parameters], allow_unused=True)
+        count, trained = len(self.embeddings), [p for p in parameters if p.requires_grad]
+        grads = torch.autograd.grad(loss, [*self.embeddings, *trained], allow_unused=True)
         of_embeddings = [
             (torch.zeros_like(x) if grad is None else grad).split(self._sizes)
             for x, grad in zip(self.embeddings, grads[:count], strict=True)
         ]
         self._grads = list(zip(*of_embeddings, strict=True))
         self._direct = [
-            (p, grad) for p, grad in zip(parameters, grads[count:], strict=True) if grad is not None
+            (p, grad) for p, grad in zip(trained, grads[count:], strict=True) if grad is not None
         ]
 
     def replay(self, part: int) -> Tensor:
@@ -62,8 +71,27 @@ class GradCache:
 
         The last part brings that of the loss's own parameters, so that an engine which reduces over
         ranks with the last backward reduces it too.
+
+        Raises:
+            ConfigError: by the last part: a part was embedded in another way than the first time.
         """
-        pairs = list(zip(self._embed(part), self._grads[part], strict=True))
+        embeddings = self._embed(part)
+        self._compare_passes(part, embeddings)
+        pairs = list(zip(embeddings, self._grads[part], strict=True))
         if part == self.num_parts - 1:
             pairs += self._direct
-        return torch.stack([(x * grad).sum() for x, grad in pairs]).sum()
+        total = torch.stack([(x * grad).sum() for x, grad in pairs]).sum()
+        return total if total.requires_grad else total.requires_grad_()  # all of it is frozen
+
+    @torch.no_grad()
+    def _compare_passes(self, part: int, embeddings: Embeddings) -> None:
+        rows = slice(sum(self._sizes[:part]), sum(self._sizes[: part + 1]))
+        for x, y in zip(embeddings, (x[rows] for x in self.embeddings), strict=True):
+            self._off.append((x - y).norm() / y.norm().clamp(min=torch.finfo(y.dtype).tiny))
+        # Once a step, since it waits for the device.
+        if part == self.num_parts - 1 and (worst := float(torch.stack(self._off).max())) > _LIMIT:
+            raise ConfigError(
+                f"embed gave other embeddings the second time, off by {worst:.2g} of their norm "
+                f"(limit {_LIMIT:g}): its gradient would be wrong; let it depend on the part "
+                f"alone, and draw random numbers from the global generators, which are replayed"
+            )

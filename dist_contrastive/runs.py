@@ -6,8 +6,9 @@ training data in the place of generated samples.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dist_contrastive import checkpoint, metrics, report, tables
+from dist_contrastive import atomic, checkpoint, metrics, report, tables
 from dist_contrastive import config as configs
 from dist_contrastive.checkpoint import WEIGHTS, Checkpoint
 from dist_contrastive.config import KeepBestSettings, RunConfig
 from dist_contrastive.data.labels import refuse_other_classes, with_class_names
 from dist_contrastive.data.sources import join_sources
+from dist_contrastive.data.training import first_sample
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.encoders import measure_encoder
 from dist_contrastive.evaluation.generators import measure_generator
 from dist_contrastive.evaluation.measure import measure_own
-from dist_contrastive.evaluation.splits import Line, Splits, labels_of, with_labels
+from dist_contrastive.evaluation.splits import (
+    Splits,
+    Table,
+    labels_of,
+    usable_samples,
+    with_labels,
+)
 from dist_contrastive.tasks import Drift, ImageTask, Task
 
 __all__ = [
@@ -54,19 +62,48 @@ class Measurement:
     """Reference values by name."""
 
 
-def evaluate_runs(runs: list[Path]) -> list[Measurement]:
-    """Measurements of each run; writes RUN/eval.json and the pictures in RUN/plots."""
-    return [measurement for run in runs for measurement in _evaluate(run)]
+@dataclass(frozen=True)
+class LeftOut:
+    """What an evaluation could not measure, or measured without."""
+
+    run: str
+    what: str
+    reason: str
 
 
-def print_table(measurements: list[Measurement]) -> None:
-    """One table of all measurements on stdout, and the folders of the pictures."""
+def evaluate_runs(runs: list[Path]) -> Iterator[Measurement | LeftOut]:
+    """Measurements of each run; writes RUN/eval.json, measure by measure, and pictures in
+    RUN/plots. What cannot be measured is left out.
+
+    Raises:
+        UserError: a run of which nothing can be measured.
+    """
+    for run in runs:
+        yield from _evaluate(run)
+
+
+def print_table(results: Iterable[Measurement | LeftOut]) -> None:
+    """One table of all measurements on stdout, what was left out, the folders of the pictures.
+
+    What came before an error is printed too.
+    """
+    found: list[Measurement | LeftOut] = []
+    try:
+        found.extend(results)
+    finally:
+        if found:
+            _print_results(found)
+
+
+def _print_results(found: list[Measurement | LeftOut]) -> None:
     rows = []
-    for m in measurements:
+    for m in (m for m in found if isinstance(m, Measurement)):
         beside = ", ".join(f"{name} {value:.4f}" for name, value in m.beside.items())
         rows.append((m.run, m.name, f"{m.value:.4f}", beside))
     tables.print_table(("run", "measure", "value", "to compare with"), rows)
-    for run in dict.fromkeys(m.run for m in measurements):
+    for one in (m for m in found if isinstance(m, LeftOut)):
+        print(f"left out of {one.run}: {one.what}: {one.reason}")
+    for run in dict.fromkeys(m.run for m in found):
         print(f"pictures: {run}/plots")
 
 
@@ -118,53 +155,68 @@ def _best(run_dir: Path, best: KeepBestSettings | None) -> Checkpoint:
     return kept
 
 
-def read_splits(config: RunConfig) -> Splits:
-    """All samples of data.train and data.test, which must fit in memory.
+def read_splits(config: RunConfig, table: Table | None = None) -> Splits:
+    """All samples of data.train and data.test that can be used; they must fit in memory.
+
+    Args:
+        table: that tells which are left out.
 
     Raises:
-        ConfigError: there is no data.test.
+        ConfigError: there is no data.test. DataError: one of the two has no sample.
     """
     if config.data.test is None:
         raise ConfigError("eval needs data.test, a folder of held-out shards; set it for the run")
-    train, test = config.data.open_train(), config.data.open_test()
-    refuse_other_classes(config.data.label, [*train, *test])
-    indexes = join_sources(train), join_sources(test)
-    fields = with_class_names(config.fields, indexes[0])
-    samples = [fields.read(index, range(len(index))) for index in indexes]
-    return Splits(samples[0], samples[1], fields.class_names(indexes[0]))
+    opened = {"train": config.data.open_train(), "test": config.data.open_test()}
+    refuse_other_classes(config.data.label, [*opened["train"], *opened["test"]])
+    indexes = {name: join_sources(sources) for name, sources in opened.items()}
+    fields, samples = with_class_names(config.fields, indexes["train"]), []
+    for name, index in indexes.items():
+        usable, reasons = usable_samples(fields, index)
+        samples.append(usable)
+        if reasons and table is not None:
+            reason = f"{len(reasons)} of {len(index)} cannot be used; the first: {reasons[0]}"
+            table.left_out.append((f"samples of data.{name}", reason))
+    return Splits(samples[0], samples[1], fields.class_names(indexes["train"]))
 
 
-def _evaluate(run: Path) -> list[Measurement]:
+def _evaluate(run: Path) -> list[Measurement | LeftOut]:
     config = configs.load_run(run)
-    splits = read_splits(config)
+    table = Table(partial(_write_table, run))
+    splits = read_splits(config, table)
     task = config.build_task(splits.train).eval()
     if isinstance(task, Drift):
-        lines = _measure_drift(task, config, splits)
+        _measure_drift(task, config, splits, table)
     else:
         load_weights(task, run)
-        lines = measure_encoder(task, splits, run) if isinstance(task, ImageTask) else []
-    lines += measure_own(config.evaluate, task, splits)
-    if not lines:
+        if isinstance(task, ImageTask):
+            measure_encoder(task, splits, run, table)
+    measure_own(config.evaluate, task, splits, table)
+    if not table.lines:
+        why = "; ".join(f"{what}: {reason}" for what, reason in table.left_out)
         raise ConfigError(
-            f"eval has no measure of the task {config.task.name}; name some in evaluate.measures"
+            why
+            or f"eval has no measure of the task {config.task.name}; name some in evaluate.measures"
         )
     _draw_curves(run)
-    measurements = [Measurement(str(run), *line) for line in lines]
-    text = json.dumps([asdict(m) for m in measurements], indent=1) + "\n"
-    (run / "eval.json").write_text(text)
-    return measurements
+    left_out = [LeftOut(str(run), *one) for one in table.left_out]
+    return [*(Measurement(str(run), *line) for line in table.lines), *left_out]
 
 
-def _measure_drift(task: Drift, config: RunConfig, splits: Splits) -> list[Line]:
+def _write_table(run: Path, table: Table) -> None:
+    lines = [asdict(Measurement(str(run), *line)) for line in table.lines]
+    atomic.write_text(run / "eval.json", json.dumps(lines, indent=1) + "\n")
+
+
+def _measure_drift(task: Drift, config: RunConfig, splits: Splits, table: Table) -> None:
     """Lines of a generator, beside itself as initialised; loads its weights."""
     labels, count = None, len(splits.test.images) * GENERATED_PER_HELD_OUT
     if config.data.num_classes is not None:
-        splits = with_labels(splits)
+        splits = with_labels(splits, table)
         labels = labels_of(splits.test).repeat(GENERATED_PER_HELD_OUT)
         count = len(labels)
     before = task.generate(labels, count, seed=0)
     load_weights(task, config.run_dir)
-    return measure_generator(task, before, labels, splits, config.run_dir)
+    measure_generator(task, before, labels, splits, config.run_dir, table)
 
 
 def _draw_curves(run: Path) -> None:
@@ -206,7 +258,7 @@ def write_samples(
     config = configs.load_run(run)
     index = join_sources(config.data.open_train())
     fields = with_class_names(config.fields, index)
-    example, names = fields.read(index, [0]), fields.class_names(index)
+    example, names = first_sample(fields, index, len(index)), fields.class_names(index)
     task = config.build_task(example).eval()
     if not isinstance(task, Drift):
         raise ConfigError(

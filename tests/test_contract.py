@@ -89,6 +89,36 @@ def test_batches_without_a_triplet_are_counted():
         assert no_positive == (0.0, {"rows_with_positives": 0}, True)
 
 
+ONE_CLASS = {  # labels of which no two differ by more than max_delta
+    "classes": ([5, 5, 5, 5], None),
+    "class 0": ([0, 0, 0, 0], None),
+    "continuous": ([1.0, 1.25, 1.25, 1.5], 0.5),
+}
+
+
+def of_one_class() -> list[tuple[float, float, bool]]:
+    results = []
+    for labels, max_delta in ONE_CLASS.values():
+        for options in itertools.product(
+            ("gather", "ring"), ("dense", "chunked"), ("all", "hard", "semihard")
+        ):
+            keys_from, impl, mining = options
+            x = mine(torch.arange(8.0).reshape(4, 2), (1, 3)).requires_grad_()
+            loss = losses.Triplet(
+                mining=mining, max_delta=max_delta, impl=impl, keys_from=keys_from
+            )
+            value = loss(x, mine(torch.tensor(labels), (1, 3)))
+            value.backward()
+            counts = sum(x.item() for x in loss.metrics.values())
+            results.append((value.item(), counts, bool((x.grad == 0).all())))
+    return results
+
+
+def test_a_batch_of_one_class_counts_0():
+    for results in run_ranks(of_one_class, 2):
+        assert results == [(0.0, 0.0, True)] * len(ONE_CLASS) * 12
+
+
 def many_views() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(1101, 4, generator=generator, dtype=torch.float64) for _ in range(2)]

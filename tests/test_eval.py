@@ -212,6 +212,90 @@ def test_eval_of_partners(name, some_digits, overrides, tmp_path):
     assert shares[0] != shares[1]
 
 
+def spoiled(digits: Path, folder: Path, split: str, count: int, keep, nulls: bool) -> None:
+    """A split of which one image is cut short, one sample has no label field, two have a null, and
+    classes are thinned out by `keep`."""
+    index = load_index(digits / split)
+    samples = [s for s in (index.read_contents(n) for n in range(count)) if keep(s)]
+    samples[3]["png"] = samples[3]["png"][:40]
+    del samples[4]["json"]
+    if nulls:
+        samples[5]["json"] = samples[6]["json"] = b'{"label": null}'
+    (folder / split).mkdir(parents=True)
+    write_samples(folder / split / "digits.tar", samples)
+    index_folder(folder / split)
+
+
+class Rare:
+    """Keeps the first `most` samples of a class."""
+
+    def __init__(self, label: int, most: int) -> None:
+        self.label, self.most, self.kept = label, most, 0
+
+    def __call__(self, sample: dict) -> bool:
+        if json.loads(sample["json"])["label"] != self.label:
+            return True
+        self.kept += 1
+        return self.kept <= self.most
+
+
+@pytest.mark.parametrize("name", ["digits_encoder", "digits_hybrid", "digits_generator"])
+def test_eval_leaves_out_what_it_cannot_measure(name, digits, overrides, tmp_path, capsys):
+    """And names it: the rest of the table stands."""
+    for split, count in (("train", 150), ("test", 120)):
+        nulls = split == "test" or name != "digits_generator"  # which trains with labels alone
+        spoiled(digits, tmp_path / "data", split, count, Rare(9, 3), nulls)
+    more = GENERATES if name == "digits_generator" else ["data.balance=null"]
+    more = [*more, "data.max_skipped=2", "data.labels_per_class=null"]
+    data = [f"data.{split}={tmp_path}/data/{split}" for split in ("train", "test")]
+    config = load(name, overrides, tmp_path / "run", *LESSONS, *more, *data, "train.steps=2")
+    assert trainer.train(config) == trainer.EXIT_DONE
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out
+    assert told.count(" cannot be used; the first: ") == 2
+    required = name == "digits_generator"  # labels: samples without one are of no use
+    assert told.count("have no label") == (0 if required else 2)
+    for split, unusable in (("train", 2), ("test", 4 if required else 2)):
+        assert f"samples of data.{split}: {unusable} of " in told
+    names = [line["name"] for line in json.loads((tmp_path / "run" / "eval.json").read_text())]
+    if name == "digits_generator":
+        assert "of classes 9: they have fewer than 6 samples" in told
+        assert names == [
+            *names_of_distances("pixels"),
+            *names_of_distances("encoder"),
+            *(f"{judge} agrees with the class asked for" for judge in ("classifier", "kNN")),
+            *(*MANIFOLD, *COPIES),
+        ]
+    else:
+        assert "kNN accuracy, k = 5" in names
+        assert "linear probe, 3 labels a class, mean of 20 draws" in names
+
+
+def test_measures_of_too_few_samples_are_left_out(digits, overrides, tmp_path, capsys):
+    """Four labelled samples are no 5 neighbours, and one class no probe; towers are measured."""
+    for split, count in (("train", 40), ("test", 20)):
+        index = load_index(digits / split)
+        samples = [index.read(n) for n in range(count)]
+        for number, sample in enumerate(samples):
+            sample["json"] = {"label": 3 if number < 4 else None}
+        (tmp_path / split).mkdir()
+        write_samples(tmp_path / split / "digits.tar", samples)
+        index_folder(tmp_path / split)
+    data = [f"data.{split}={tmp_path}/{split}" for split in ("train", "test")]
+    runs = [tmp_path / "run", tmp_path / "never trained"]
+    small = ["data.global_batch_size=16", "train.steps=2"]
+    config = load("digits_captions", overrides, runs[0], *LESSONS, *data, *small)
+    assert trainer.train(config) == trainer.EXIT_DONE
+    capsys.readouterr()
+    assert main(["eval", *map(str, runs)]) == 64
+    told = capsys.readouterr()
+    assert "never trained" in told.err
+    assert "image finds its partner, recall at 1" in told.out
+    assert "linear probe, all labels: a probe needs labelled samples of 2 classes" in told.out
+    assert "kNN accuracy, k = 5: k is 5, but there are 4" in told.out
+
+
 # ---------------------------------------------------------------------------- generators
 
 

@@ -259,6 +259,9 @@ def test_pictures(tmp_path: Path) -> None:
     features, labels = blobs(40, 0)
     report.embedding_map(features, labels, tmp_path / "map.png", title="map")
     check_png(tmp_path / "map.png")
+    for rows in (features[:1], features[:2], features[:1].expand(9, 2)):  # collapsed: no crash
+        report.embedding_map(rows, labels[: len(rows)], tmp_path / "few.png")
+        check_png(tmp_path / "few.png")
     for channels in (1, 3):
         images = torch.rand(40, channels, 8, 8)
         path = tmp_path / f"grid{channels}.png"

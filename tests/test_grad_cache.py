@@ -1,7 +1,9 @@
 """Gradient caching against the naive step that keeps every graph: any loss, dropout on."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
 from dist_contrastive.backend import seed_everything
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.grad_cache import GradCache
 from dist_contrastive.losses import ContrastiveForce, InfoNCE, NTXent, SigLIP
 from dist_contrastive.trainer import step as trainer_step
@@ -105,6 +108,79 @@ def test_embeddings_that_the_loss_leaves_out():
     for part in range(2):
         cache.replay(part).backward()
     assert torch.equal(weight.grad, torch.full((3,), 4.0))
+
+
+class Noisy(nn.Module):
+    """A network whose randomness nobody seeds between the two passes."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls = kind, 0
+        self.layer = nn.Linear(8, 5).double()
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        x = self.layer(rows)
+        if self.kind == "dropout":
+            return nn.functional.dropout(x, 0.5), rows[:, :5]
+        if self.kind == "numpy":
+            return x * torch.from_numpy(np.random.rand(5)), rows[:, :5]
+        if self.kind == "python":
+            return x * random.random(), rows[:, :5]
+        return x * (1 + 0.1 * self.calls), rows[:, :5]  # a state of its own
+
+
+def noisy_gradient(cache_class, kind: str) -> Tensor:
+    seed_everything(5)
+    net, rows = Noisy(kind), torch.randn(ROWS, 8, dtype=torch.float64)
+    parts = rows.split(4)
+    cache = cache_class(lambda part: net(parts[part]), len(parts))
+    cache.compared(InfoNCE(0.3)(*cache.embeddings), [])
+    for part in range(cache.num_parts):
+        cache.replay(part).backward()
+    assert net.layer.weight.grad is not None
+    return net.layer.weight.grad
+
+
+@pytest.mark.parametrize("kind", ["dropout", "numpy", "python"])
+def test_random_states_are_replayed(kind):
+    """Of torch, NumPy and Python; what is drawn afterwards is what would have been."""
+    expected = noisy_gradient(NaiveCache, kind)
+    following = torch.rand(1), np.random.rand(), random.random()
+    torch.testing.assert_close(noisy_gradient(GradCache, kind), expected, rtol=1e-12, atol=0)
+    assert (torch.rand(1), np.random.rand(), random.random()) == following
+
+
+def test_another_second_pass_is_refused():
+    with pytest.raises(ConfigError, match=r"other embeddings the second time, off by .* random"):
+        noisy_gradient(GradCache, "state")
+    with pytest.raises(ConfigError, match="num_parts=0"):
+        GradCache(lambda part: (), 0)
+
+
+@pytest.mark.parametrize("frozen", ["b", "a b", "a b loss", "loss"])
+def test_frozen_parts_are_ignored(frozen):
+    """A tower, both, the temperature: parameters are given as they are, also by a generator."""
+    rows, grads = torch.randn(ROWS, 8, dtype=torch.float64), []
+    for cache_class in (NaiveCache, GradCache):
+        torch.manual_seed(3)
+        towers = Towers(LOSSES["infonce"]()).eval()
+        for name in frozen.split():
+            getattr(towers, name).requires_grad_(False)
+        parts = rows.split(5)
+        cache = cache_class(lambda part: towers(parts[part], seed=0), len(parts))  # noqa: B023
+        loss = towers.loss(*cache.embeddings)
+        if loss.requires_grad or cache_class is GradCache:
+            cache.compared(loss, towers.parameters())
+            for part in range(cache.num_parts):
+                cache.replay(part).backward()
+        grads.append({name: p.grad for name, p in towers.named_parameters()})
+    expected, found = grads
+    for name, grad in expected.items():
+        if grad is None:
+            assert found[name] is None
+        else:
+            torch.testing.assert_close(found[name], grad, rtol=1e-10, atol=1e-14)
 
 
 VIT = (

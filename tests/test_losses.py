@@ -1,5 +1,6 @@
 """Losses in one process: published values, plain torch written out, invariances, bad input."""
 
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from dist_contrastive import losses
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import PairLoss, normalised
+from dist_contrastive.losses.classification import PathCrossEntropy
+from dist_contrastive.losses.hierarchy import Hierarchy
 from dist_contrastive.pairwise import PairSum
 
 LABELS = torch.tensor([0, 1])
@@ -140,6 +143,190 @@ def test_bad_input_is_one_sentence(make, words):
         make()
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------- second derivatives, rows near zero
+
+LABELS_OF_8 = torch.arange(8) // 2
+EVERY = {  # loss of features [8, 16] and of a second view
+    "NTXent": lambda x, y, **options: losses.NTXent(0.3, **options)(x, y),
+    "InfoNCE": lambda x, y, **options: losses.InfoNCE(0.3, symmetric=True, **options)(x, y),
+    "InfoNCE with a bank": lambda x, y, **o: losses.InfoNCE(0.3, **o)(x, y, bank=y.flip(1)),
+    "DCL": lambda x, y, **options: losses.DCL(0.3, **options)(x, y),
+    "SigLIP": lambda x, y, **options: losses.SigLIP(**options)(x, y),
+    "SelfDiagonal": lambda x, y, **options: losses.SelfDiagonal(0.3, **options)(x),
+    "SupCon": lambda x, y, **options: losses.SupCon(0.3, **options)(x, LABELS_OF_8),
+    "CosineEmbedding": lambda x, y, **o: losses.CosineEmbedding(0.0, **o)(x, LABELS_OF_8),
+    "VICReg": lambda x, y, **options: losses.VICReg(**options)(x, y),
+    "BarlowTwins": lambda x, y, **options: losses.BarlowTwins(**options)(x, y),
+    "KoLeo": lambda x, y, **options: losses.KoLeo(**options)(x),
+    "force with a gradient of its scale": lambda x, y, **options: losses.ContrastiveForce(
+        (0.3,), "seed", **options
+    )(x, y),
+    "force of one preset": lambda x, y, **options: losses.ContrastiveForce((0.3,), **options)(x, y),
+}
+for _distance in ("cosine", "euclidean"):
+    for _mining in ("all", "hard", "semihard"):
+        EVERY[f"Triplet {_distance} {_mining}"] = lambda x, y, d=_distance, m=_mining, **options: (
+            losses.Triplet(0.5, d, m, **options)(x, LABELS_OF_8)
+        )
+
+
+def slope(loss, x: torch.Tensor, **graph: bool) -> torch.Tensor:
+    return torch.autograd.grad(loss(x), x, **graph)[0]
+
+
+@pytest.mark.parametrize("options", [*IMPLS, {"keys_from": "ring"}])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_second_derivative_is_right_or_refused(views, name, options):
+    """By differences of the gradient."""
+    x, y = views
+    direction = torch.randn(8, 16, dtype=torch.float64)
+
+    def loss(rows):
+        return EVERY[name](rows, y, **options)
+
+    ends = [(x + h * direction).requires_grad_() for h in (1e-5, -1e-5)]
+    expected = (slope(loss, ends[0]) - slope(loss, ends[1])) / 2e-5
+    moved, refused = x.clone().requires_grad_(), ""
+    try:
+        along = (slope(loss, moved, create_graph=True) * direction).sum()
+        found = torch.autograd.grad(along, moved)[0]
+    except NotImplementedError as error:
+        refused = str(error)
+    if refused:
+        assert "impl='dense'" in refused or "cdist" in refused  # torch's own
+        assert options != IMPLS[0] or "force" in name or "euclidean" in name
+    else:
+        assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("options", IMPLS)
+@pytest.mark.parametrize("name", EVERY)
+def test_the_gradient_of_a_row_near_zero_is_bounded(views, name, options, length):
+    x, y = (view.float() for view in views)
+    x[3] *= length
+    norms = slope(lambda rows: EVERY[name](rows, y, **options), x.requires_grad_()).norm(dim=1)
+    others = torch.cat([norms[:3], norms[4:]]).max()
+    assert norms.isfinite().all()
+    assert norms[3] <= 1e4 * others
+
+
+def test_rows_of_usual_lengths_have_the_gradient_of_the_formula(views):
+    x, y = views
+    for length in (1e-3, 1.0, 1e6):
+        short = (length * x).requires_grad_()
+        expected = slope(lambda rows: naive_infonce(rows, y, y[:0], 0.3), short)
+        found = slope(lambda rows: losses.InfoNCE(0.3)(rows, y), short)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-12, 1e-7, 1e-5])
+def test_koleo_of_equal_rows_is_bounded(views, apart):
+    x = views[0].float()
+    x[4] = x[5] + apart
+    norms = slope(losses.KoLeo(), x.requires_grad_()).norm(dim=1)
+    assert norms.isfinite().all()
+    assert norms[4:6].max() <= 1e4 * norms[:4].max()
+
+
+@pytest.mark.parametrize("options", IMPLS)
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 1e-4])
+def test_a_cross_entropy_is_never_below_zero(options, temperature):
+    """Of embeddings that are all told apart; rounding alone would decide."""
+    x = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(0))).Q * 3.7
+    for loss, inputs in (
+        (losses.SelfDiagonal, (x,)),
+        (losses.InfoNCE, (x, x * 1.1)),
+        (losses.NTXent, (x, x * 1.1)),
+        (losses.SupCon, (torch.stack([x, x * 1.1], dim=1),)),
+    ):
+        assert 0 <= loss(temperature, **options)(*inputs).item() < 1
+    same, labels = x[:1].expand(48, -1), torch.zeros(48, dtype=torch.int64)
+    assert losses.CosineEmbedding(**options)(same, labels).item() >= 0
+
+
+@pytest.mark.parametrize("options", IMPLS)
+@pytest.mark.parametrize("of_module", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_rows", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_module_and_rows_of_different_dtypes(views, of_module, of_rows, options):
+    a, b = (x.to(of_rows).requires_grad_() for x in views)
+    for make in (
+        losses.SigLIP,
+        lambda **o: losses.InfoNCE(0.1, symmetric=True, learnable=True, **o),
+        lambda **o: losses.NTXent(0.1, learnable=True, **o),
+    ):
+        loss = make(**options).to(of_module)
+        value = loss(a, b)
+        assert value.dtype == torch.promote_types(of_rows, torch.float32)
+        assert value.item() == pytest.approx(make(**options)(a, b).item(), rel=2e-2)
+        value.backward()
+        assert all(p.grad.dtype == of_module for p in loss.parameters())
+        assert a.grad.dtype == of_rows
+
+
+LABEL_LISTS = [
+    [0, 0, 1, 1, 2, 2, -1, 5],
+    (0, 0, 1, 1, 2, 2, -1, 5),
+    np.array([0, 0, 1, 1, 2, 2, -1, 5], dtype=np.int16),
+    np.array([0, 0, 1, 1, 2, 2, -1, 5], dtype=">i4"),
+    [np.int64(x) for x in (0, 0, 1, 1, 2, 2, -1, 5)],
+    [torch.tensor(x) for x in (0, 0, 1, 1, 2, 2, -1, 5)],
+]
+
+
+@pytest.mark.parametrize("labels", LABEL_LISTS)
+def test_labels_are_taken_as_lists_and_arrays(views, labels):
+    x, expected = views[0], torch.tensor(LABEL_LISTS[0])
+    for loss in (losses.SupCon(), losses.Triplet(), losses.CosineEmbedding()):
+        assert loss(x, labels) == loss(x, expected)
+        assert losses.compare_views(loss, views, labels) == losses.compare_views(
+            loss, views, expected
+        )
+    classifier = PathCrossEntropy(Hierarchy.flat(16))
+    assert classifier(x, labels) == classifier(x, expected)
+    force = losses.ContrastiveForce()
+    assert force(*views, labels, labels) == force(*views, expected, expected)
+
+
+def test_other_kinds_of_labels(views):
+    x = views[0]
+    close = [0.0, 0.1, 1.0, 1.1, math.nan, 3.0, 3.05, 9.0]
+    loss = losses.SupCon(max_delta=0.2)
+    for labels in (close, np.array(close, dtype=np.float32), np.array(close, dtype=np.float16)):
+        assert loss(x, labels).item() == pytest.approx(loss(x, torch.tensor(close)).item())
+    unsigned = LABELS_OF_8.to(torch.uint16)
+    assert losses.SupCon()(x, unsigned) == losses.SupCon()(x, LABELS_OF_8)
+    assert losses.SupCon()(x, [True, False] * 4) == losses.SupCon()(x, [1, 0] * 4)
+    for labels, words in (
+        (["cat", "dog"] * 4, "labels: texts"),
+        ([[0], [0, 1]], "labels: something that is no dense tensor"),
+        ([None] * 8, "labels: something that is no dense tensor"),
+        ([0.5] * 8, "set max_delta"),
+        ([0] * 7, "8 rows of features, 7 rows of labels"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            losses.SupCon()(x, labels)
+    with pytest.raises(ConfigError, match="features: a NumPy array, no dense tensor"):
+        losses.SupCon()(x.numpy(), LABELS_OF_8)
+
+
+def test_a_learnable_temperature_in_a_loop_of_ones_own():
+    """Embeddings that are easy to tell apart drive it to CLIP's limit, and no further."""
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    module = torch.nn.ModuleDict(
+        {"loss": losses.InfoNCE(0.07, learnable=True), "s": losses.SigLIP()}
+    )
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (module["loss"](x, x) + module["s"](x, x)).backward()
+        optimizer.step()
+        losses.clamp_scales(module)
+        assert module["loss"].scale().item() <= 100 * (1 + 1e-6)
+    assert module["loss"].scale().item() == pytest.approx(100)
+    losses.clamp_scales(losses.NTXent(0.001))  # a constant one is left alone
 
 
 def test_a_new_loss_in_ten_lines(views):

@@ -17,6 +17,7 @@ from torch import Tensor
 from dist_contrastive import config as configs
 from dist_contrastive import trainer
 from dist_contrastive.backend import trackers
+from dist_contrastive.cli import main
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.metrics import (
     Clock,
@@ -55,6 +56,11 @@ def naive(a: Tensor, b: Tensor) -> dict[str, float]:
     return {
         "positive_similarity": sum(float(a[i] @ b[i]) for i in range(n)) / n,
         "negative_similarity": sum(float(a[i] @ b[j]) for i, j in others) / len(others),
+        "recall_at_1": sum(
+            all(float(a[i] @ b[i]) > float(a[i] @ b[j]) for j in range(n) if j != i)
+            for i in range(n)
+        )
+        / n,
         "alignment": sum(float((a[i] - b[i]).square().sum()) for i in range(n)) / n,
         "uniformity": math.log(
             sum(math.exp(-2 * float((a[i] - a[j]).square().sum())) for i, j in others) / len(others)
@@ -82,6 +88,15 @@ def test_geometry_is_that_of_the_global_batch(world_size, limit):
         assert count == repeated
 
 
+def test_equal_partners_share_a_hit():
+    """Of texts that repeat, and of an encoder that maps everything to one point."""
+    x = torch.eye(8)
+    assert geometry(x, x)["recall_at_1"] == 1
+    assert geometry(x[[0, 0, 0, 1]], x[[0, 0, 0, 1]])["recall_at_1"] == pytest.approx(0.5)
+    assert geometry(x[:1].expand(8, -1), x[:1].expand(8, -1))["recall_at_1"] == pytest.approx(1 / 8)
+    assert geometry(x, x.roll(1, 0))["recall_at_1"] == 0
+
+
 def test_no_temperature_no_effective_negatives():
     a, b, _ = pairs_of(slice(None))
     assert "effective_negatives" not in geometry(a, b)
@@ -102,6 +117,32 @@ def test_every_logged_row_has_the_parts_of_the_step(tmp_path, overrides):
             assert row["alignment"] == pytest.approx(2 - 2 * row["positive_similarity"], rel=1e-3)
             assert 1 <= row["effective_negatives"] <= 15
             assert row["samples_per_s"] * row["step_s"] == pytest.approx(16)
+
+
+DOUBTS = {  # config, options, words that are said once
+    "one temperature for all": (
+        "digits_encoder",
+        ["task.loss={name: ntxent, temperature: 1.0e+9}"],
+        "the loss stays at 4.14",
+    ),
+    "by chance": ("digits_captions", ["optim.lr=1e-30"], "find their partners no oftener"),
+    "nothing": ("digits_encoder", [], None),
+    "forces": ("eight_gaussians", [], None),
+}
+
+
+@pytest.mark.parametrize("case", DOUBTS)
+def test_what_learns_nothing_is_said_once(case, tmp_path, overrides, capsys):
+    name, options, words = DOUBTS[case]
+    path = CONFIGS / f"{name}.yaml"
+    small = ["data.global_batch_size=32", "optim.warmup_steps=0", "train.steps=25"]
+    data = {"data_name": "eight_gaussians"} if name == "eight_gaussians" else {}
+    if not data:
+        small.append("task.encoder={name: residual, widths: [8, 16]}")
+    assert main(["train", str(path), *overrides(tmp_path, *small, *options, **data)]) == 0
+    told = capsys.readouterr().err
+    assert told.count("nothing is learned") == (words is not None), told
+    assert words is None or words in told
 
 
 def test_time_between_two_rows_is_split_over_their_steps():

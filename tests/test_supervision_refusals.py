@@ -11,6 +11,7 @@ from dist_contrastive.cli import main
 from dist_contrastive.config import load
 from dist_contrastive.data import index_folder, load_index
 from dist_contrastive.data.shards.tars import write_samples
+from dist_contrastive.metrics import read_rows
 
 HYBRID, MOCO, CAPTIONS, SUPCON, SLANT = (
     f"digits_{name}" for name in ("hybrid", "moco", "captions", "supcon", "slant")
@@ -109,6 +110,81 @@ def test_labels_that_teach_nothing(name, label, words, tmp_path, digits, overrid
     assert len(message.strip().splitlines()) == 1
 
 
+NO_PAIRS = {  # labels of 80 samples, loss, options, words
+    "all different": (range(80), "supcon", [], "no two of 80 labels are similar"),
+    "some missing": ([*range(60), *[None] * 20], "triplet", [], "no two of 80 labels"),
+    "beyond any margin": (range(80), "{name: cosine_embedding, margin: 1}", [], "no two of 80"),
+    "far apart": (
+        [2 * n / 7 for n in range(80)],
+        "{name: supcon, max_delta: 0.1}",
+        ["data.num_classes=null"],
+        "no two of 80 labels are similar within max_delta=0.1",
+    ),
+    "all near": (
+        [n / 1000 for n in range(80)],
+        "{name: triplet, max_delta: 0.1}",
+        ["data.num_classes=null"],
+        "all 80 labels are similar within max_delta=0.1",
+    ),
+}
+
+
+def labelled(digits: Path, folder: Path, labels) -> list[str]:
+    """Digits with these labels, and the options with which one view of them is compared."""
+    index = load_index(digits / "train")
+    folder.mkdir()
+    rows = [{**index.read(n), "json": {"label": label}} for n, label in enumerate(labels)]
+    write_samples(folder / "digits.tar", rows)
+    index_folder(folder)
+    data = [f"data.train={folder}", "data.num_classes=100", "data.labels_per_class=null"]
+    return [*data, PLAIN, "task.num_views=1", "task.encoder={name: residual, widths: [8]}"]
+
+
+@pytest.mark.parametrize("case", NO_PAIRS)
+def test_labels_without_the_pairs_that_a_loss_needs(case, tmp_path, digits, overrides, capsys):
+    labels, loss, more, words = NO_PAIRS[case]
+    loss = loss if loss.startswith("{") else f"{{name: {loss}}}"
+    options = labelled(digits, tmp_path / "data", labels)
+    arguments = [*overrides(tmp_path / "run"), *options, *more, f"task.loss={loss}"]
+    for name in ("doctor", "train"):
+        assert main([name, str(CONFIGS / f"{SUPCON}.yaml"), *arguments]) == 64
+        told = capsys.readouterr()
+        assert words in told.out + told.err
+    more_views = [*arguments, "task.num_views=2", "train.steps=1"]
+    assert main(["train", str(CONFIGS / f"{SUPCON}.yaml"), *more_views]) == (
+        64 if case == "all near" else 0
+    )
+
+
+def test_pairs_that_no_batch_has_are_told_of(tmp_path, digits, overrides, capsys):
+    """Two of 80 samples are similar; they do not meet."""
+    options = labelled(digits, tmp_path / "data", [0, *range(79)])
+    arguments = [*overrides(tmp_path / "run"), *options, "data.global_batch_size=4", "data.lanes=2"]
+    assert main(["train", str(CONFIGS / f"{SUPCON}.yaml"), *arguments, "train.steps=13"]) == 0
+    assert {row["rows_with_positives"] for row in read_rows(tmp_path / "run")} == {0}
+    assert capsys.readouterr().err.count("has a row with a positive, so nothing is learned") == 1
+
+
+def test_a_rare_class_ends_no_run(tmp_path, digits, overrides):
+    """Most batches of 16 hold one class alone; hybrid and triplet go on."""
+    labels = [int(n % 20 == 0) for n in range(80)]
+    options = labelled(digits, tmp_path / "data", labels)
+    small = ["data.global_batch_size=8", "data.num_classes=2", "train.steps=20"]
+    for number, (name, loss) in enumerate(
+        (
+            (SUPCON, ["task.loss={name: triplet, distance: cosine}"]),
+            (SUPCON, ["task.loss={name: triplet, mining: hard}"]),
+            (HYBRID, ["task.contrastive.loss={name: triplet}", "task.hierarchy=null"]),
+        )
+    ):
+        run_dir = tmp_path / f"run-{number}"
+        arguments = [*overrides(run_dir), *options, *small, *loss]
+        assert main(["train", str(CONFIGS / f"{name}.yaml"), *arguments]) == 0
+        counts = [row["valid_triplets"] for row in read_rows(run_dir)]
+        assert 0 in counts
+        assert any(counts)
+
+
 def test_a_text_that_yaml_makes_of_a_number(tmp_path, overrides):
     options = overrides(tmp_path / "run", "task.reward.weight=[[0, 1e-3]]", PLAIN)
     assert load(CONFIGS / f"{HYBRID}.yaml", options).task.reward.weight == ((0, 0.001),)
@@ -196,8 +272,6 @@ def test_a_reward_that_fails_on_one_rank_ends_both(rewards, tmp_path, overrides)
 
 def test_a_reward_of_the_users_own_is_followed(rewards, tmp_path, overrides):
     """By reward alone the classifier learns to decide for what is rewarded."""
-    from dist_contrastive.metrics import read_rows
-
     options = [
         *overrides(tmp_path / "run"),
         *rewards,

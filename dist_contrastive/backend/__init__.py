@@ -8,9 +8,10 @@ trackers.py    TensorBoard, Weights & Biases, Trackio
 """
 
 from dist_contrastive.backend.engine import Engine, Step
-from dist_contrastive.backend.process import Backend, seed_everything
+from dist_contrastive.backend.process import Backend
 from dist_contrastive.backend.trackers import TrackerName, Trackers
 from dist_contrastive.errors import retired
+from dist_contrastive.random_states import seed_everything
 
 __all__ = ["Backend", "Engine", "Step", "TrackerName", "Trackers", "seed_everything"]
 

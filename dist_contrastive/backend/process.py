@@ -3,13 +3,11 @@
 import datetime
 import logging
 import os
-import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -99,18 +97,6 @@ class Backend:
         forget_switches()
         # Accelerate keeps the settings of the first Accelerator of a process for all later ones.
         AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch.
-
-    Called with a function of seed, step, rank and micro-batch before every micro-batch, so that a
-    checkpoint needs to store no generator state, and a micro-batch that is embedded twice is
-    embedded alike.
-    """
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def _accelerator(settings: Backend.Config) -> Accelerator:

@@ -21,6 +21,7 @@ from dist_contrastive.collectives.group import (
     is_distributed,
     is_lost_rank,
     rank,
+    refuse_graph,
     world_size,
 )
 from dist_contrastive.collectives.headers import (
@@ -54,6 +55,7 @@ from dist_contrastive.collectives.schema import (
     Labels,
     Sizes,
     Weights,
+    as_labels,
     check_inputs,
 )
 
@@ -73,6 +75,7 @@ __all__ = [
     "all_reduce_max",
     "all_reduce_sum",
     "alone",
+    "as_labels",
     "check_inputs",
     "describe",
     "exchange_headers",
@@ -87,6 +90,7 @@ __all__ = [
     "raised_together",
     "rank",
     "reduce_scatter_rows",
+    "refuse_graph",
     "start_shift",
     "sum_over_ranks",
     "world_size",

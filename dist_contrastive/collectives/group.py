@@ -60,6 +60,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def refuse_graph() -> None:
+    """To be called by backward passes that have no derivative themselves.
+
+    Raises:
+        NotImplementedError: a graph of the gradient is asked for. Without one autograd would take
+            the gradient for a constant, and the second derivative would lack a part.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "a graph of the gradient is asked for (create_graph=True), which only losses of pairs "
+            "with impl='dense' in one process have; use that, or leave create_graph out"
+        )
+
+
 def is_lost_rank(error: BaseException) -> bool:
     """Whether a collective failed because another rank has ended or does not answer."""
     if isinstance(error, DistBackendError | DistNetworkError):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,8 +30,13 @@ MAX_DIMS = 6
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32]
 DTYPES += [torch.int16, torch.uint8, torch.int8, torch.bool]
 
-# Nothing given; something that cannot be sent; tensors that cannot be stacked.
-_ABSENT, _UNKNOWN, _UNLIKE = -1, -2, -3
+_ABSENT = -1  # nothing given
+_PROBLEMS = (  # what was given where it cannot be sent, as another number of dimensions
+    "tensors of different shapes or dtypes",
+    "texts, no dense tensor of a known dtype",
+    "a NumPy array, no dense tensor of a known dtype",
+    "something that is no dense tensor of a known dtype",
+)
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -158,24 +164,30 @@ def _encoded(x: Tensors | None) -> list[int]:
     if x is None or (isinstance(x, Sequence) and len(x) == 0):
         return [_ABSENT, *[0] * (2 + MAX_DIMS)]
     tensors = list(x) if isinstance(x, Sequence) else [x]
-    alike = {(y.shape, y.dtype) if _can_be_sent(y) else None for y in tensors}
-    if None in alike or len(alike) > 1:
-        return [1, _UNKNOWN if None in alike else _UNLIKE, *[0] * (1 + MAX_DIMS)]
     stacked = [len(tensors)] if isinstance(x, Sequence) else []
-    shape = [*stacked, *tensors[0].shape]
+    shape = [*stacked, *getattr(tensors[0], "shape", ())]
+    if (problem := _problem(tensors, len(shape))) is not None:
+        return [_ABSENT - 1 - problem, *[0] * (2 + MAX_DIMS)]
     flags = sum((y.requires_grad and torch.is_grad_enabled()) << i for i, y in enumerate(tensors))
     sizes = (shape + [0] * MAX_DIMS)[:MAX_DIMS]
-    return [min(len(shape), MAX_DIMS + 1), DTYPES.index(tensors[0].dtype), flags, *sizes]
+    return [len(shape), DTYPES.index(tensors[0].dtype), flags, *sizes]
+
+
+def _problem(tensors: list[Any], dims: int) -> int | None:
+    """Why these cannot be sent, as a place in `_PROBLEMS`."""
+    bad = [y for y in tensors if not _can_be_sent(y)]
+    if not bad and 1 <= dims <= MAX_DIMS:
+        return 0 if len({(y.shape, y.dtype) for y in tensors}) > 1 else None
+    kinds = [isinstance(bad[0], kind) for kind in (str, np.ndarray)] if bad else []
+    return 1 + kinds.index(True) if any(kinds) else len(_PROBLEMS) - 1
 
 
 def _decoded(code: list[int]) -> RowHeader | None:
     dims, dtype, flags, *rest = code
     if dims == _ABSENT:
         return None
-    if dtype == _UNLIKE:
-        return RowHeader((), None, 0, problem="tensors of different shapes or dtypes")
-    if dtype == _UNKNOWN or not 1 <= dims <= MAX_DIMS:
-        return RowHeader((), None, 0, problem="something that is no dense tensor of a known dtype")
+    if dims < _ABSENT:
+        return RowHeader((), None, 0, problem=_PROBLEMS[_ABSENT - 1 - dims])
     return RowHeader(tuple(rest[:dims]), DTYPES[dtype], flags, Values(*rest[MAX_DIMS:]))
 
 

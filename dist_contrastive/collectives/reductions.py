@@ -5,9 +5,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dist_contrastive.collectives.group import Group, is_distributed, world_size
+from dist_contrastive.collectives.group import Group, is_distributed, refuse_graph, world_size
 
 GradReduction = Literal["mean", "sum"]
 
@@ -51,8 +50,8 @@ class _SumOverRanks(torch.autograd.Function):
         return all_reduce_sum(x, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph()
         return all_reduce_sum(grad, ctx.group), None
 
 
@@ -89,13 +88,15 @@ class _GlobalMean(torch.autograd.Function):
         pair = local_sum.new_zeros(2, dtype=torch.float64)
         pair[0], pair[1] = local_sum, count
         total, elements = all_reduce_sum(pair, group).unbind()
+        ctx.group = group
         factor = world_size(group) if grad_reduction == "mean" else 1
         ctx.grad_sum = torch.where(elements > 0, factor / elements, 0.0).to(local_sum.dtype)
         return (total / elements.clamp(min=1)).to(local_sum.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if is_distributed(ctx.group):
+            refuse_graph()
         return grad * ctx.grad_sum, None, None, None
 
 
@@ -121,8 +122,8 @@ class _LogSumExpOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph()
         partial, total = ctx.saved_tensors
         share = torch.where(partial == -torch.inf, 0.0, (partial - total).exp())
         return all_reduce_sum(grad, ctx.group) * share, None

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dist_contrastive.collectives.group import (
     Group,
@@ -14,6 +13,7 @@ from dist_contrastive.collectives.group import (
     is_distributed,
     rank,
     reduce_scatter_single,
+    refuse_graph,
 )
 from dist_contrastive.collectives.headers import DTYPES, MAX_DIMS, describe, exchange_headers
 from dist_contrastive.errors import ConfigError
@@ -74,8 +74,8 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=True)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph()
         grad = grad.to(accumulation_dtype(grad.dtype))
         return reduce_scatter_rows(grad, ctx.sizes, ctx.group).to(ctx.dtype), None, None
 
@@ -137,8 +137,8 @@ class _ExchangeRows(torch.autograd.Function):
         return _all_to_all(x, out, into, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph()
         return _all_to_all(grad, ctx.into, ctx.out, ctx.group), None, None, None
 
 

@@ -11,13 +11,15 @@ leading dimensions, as upper case. ``n D | n V D``: one or the other.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dist_contrastive.collectives.group import Group
 from dist_contrastive.collectives.headers import (
+    DTYPES,
     Headers,
     RowHeader,
     Tensors,
@@ -122,6 +124,21 @@ class Integers(Input):
     def measure(self) -> Values:
         """Nothing."""
         return Values()
+
+
+def as_labels(labels: Any) -> Any:
+    """Labels as a tensor: arrays and lists of numbers are taken, whole ones as int64 and others as
+    fp64; what holds no numbers is returned as it is, for `check_inputs` to name."""
+    if labels is None or (isinstance(labels, Tensor) and labels.dtype in DTYPES):
+        return labels
+    try:
+        array = np.asarray(labels)
+    except (TypeError, ValueError, RuntimeError):  # rows of different lengths, other devices
+        return labels
+    whole = array.dtype.kind in "biu" or (array.size == 0 and isinstance(labels, list | tuple))
+    if not whole and array.dtype.kind != "f":
+        return labels
+    return torch.from_numpy(array.astype(np.int64 if whole else np.float64))
 
 
 class Labels(Input):

@@ -146,7 +146,7 @@ def open_data(
                 _warn_of_small_cache(config, index)
     fields = with_class_names(fields, index)
     with collectives.raised_together():
-        example = _first_sample(fields, index, config.max_skipped)
+        example = first_sample(fields, index, config.max_skipped)
     labels, balance, only = None, None, fields.names  # a sample whose label is damaged is skipped
     if uses_labels:
         labels = _training_labels(config, fields, index, seed)
@@ -182,7 +182,7 @@ def _warn_of_small_cache(config: DataConfig, index: ShardIndex) -> None:
         )
 
 
-def _first_sample(fields: Fields, index: Source, max_skipped: int) -> Samples:
+def first_sample(fields: Fields, index: Source, max_skipped: int) -> Samples:
     """The first one that can be read, after as many as may be skipped."""
     for number in range(min(max_skipped, len(index) - 1)):
         try:

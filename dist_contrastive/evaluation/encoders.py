@@ -1,5 +1,7 @@
 """Measures of an encoder, of its classifier, and of two towers, and a map of representations."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from dist_contrastive.evaluation.neighbours import (
     zero_shot_accuracy,
 )
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
-from dist_contrastive.evaluation.splits import Line, Splits, labels_of, with_labels
+from dist_contrastive.evaluation.splits import Line, Splits, Table, labels_of, with_labels
 from dist_contrastive.tasks.hybrid import Hybrid
 from dist_contrastive.tasks.images import ImageTask
 from dist_contrastive.tasks.paired import Paired
@@ -24,35 +26,43 @@ DRAWS = 20
 NEIGHBOURS = 5
 
 
-def measure_encoder(task: ImageTask, splits: Splits, run: Path) -> list[Line]:
+def measure_encoder(task: ImageTask, splits: Splits, run: Path, table: Table) -> None:
     """Classes or values of labels from the representation, retrieval, and a map of it.
 
     Args:
         run: the run directory, for pictures.
+        table: that the lines are added to.
     """
-    lines = _retrieval(task, splits) if isinstance(task, Paired) else []
-    if lines and splits.train.labels is None:
-        return lines
-    splits = with_labels(splits)
+    if isinstance(task, Paired):
+        table.measure("retrieval", partial(_retrieval, task, splits))
+        if splits.train.labels is None:
+            return
+    table.measure("what goes by labels", partial(_by_labels, task, splits, run, table))
+
+
+def _by_labels(task: ImageTask, splits: Splits, run: Path, table: Table) -> list[Line]:
+    splits = with_labels(splits, table)
     train, test = splits.train, splits.test
     pixels, labels = (train.images, test.images), (labels_of(train), labels_of(test))
     features = task.represent(train.images), task.represent(test.images)
+    if labels[0].is_floating_point():
+        _regression(features, pixels, labels, table)
+    else:
+        _classification(features, pixels, labels, table)
+    if isinstance(task, Hybrid) and task.classifies:
+        table.measure("classifier accuracy", partial(_classifier_by_level, task, test))
+    if isinstance(task, Paired) and isinstance(train.pair, tuple):
+        table.measure("class by its texts", partial(_zero_shot, task, splits))
     title = "held-out samples in the representation"
     path = run / "plots" / "embedding.png"
     report.embedding_map(features[1], labels[1], path, title, names=splits.classes)
-    if labels[0].is_floating_point():
-        return _regression(features, pixels, labels) + lines
-    if isinstance(task, Hybrid) and task.classifies:
-        lines += _classifier_by_level(task, test)
-    if isinstance(task, Paired) and isinstance(train.pair, tuple):
-        lines += _zero_shot(task, splits)
-    return _classification(features, pixels, labels) + lines
+    return []  # each measure has added its own
 
 
 Pair = tuple[Tensor, Tensor]  # of training and of held-out samples
 
 
-def _classification(features: Pair, pixels: Pair, labels: Pair) -> list[Line]:
+def _classification(features: Pair, pixels: Pair, labels: Pair, table: Table) -> None:
     few = min(PER_CLASS, int(labels[0].unique(return_counts=True)[1].min()))
 
     def knn(x: Pair) -> float:
@@ -64,24 +74,32 @@ def _classification(features: Pair, pixels: Pair, labels: Pair) -> list[Line]:
     def few_labels(x: Pair) -> float:
         return few_label_probe(x[0], labels[0], x[1], labels[1], few, DRAWS).mean
 
-    return [
-        (f"kNN accuracy, k = {NEIGHBOURS}", knn(features), {"raw pixels": knn(pixels)}),
-        ("linear probe, all labels", linear(features), {"raw pixels": linear(pixels)}),
-        (
-            f"linear probe, {few} labels a class, mean of {DRAWS} draws",
-            few_labels(features),
-            {"raw pixels": few_labels(pixels)},
-        ),
-    ]
+    for name, measure in (
+        (f"kNN accuracy, k = {NEIGHBOURS}", knn),
+        ("linear probe, all labels", linear),
+        (f"linear probe, {few} labels a class, mean of {DRAWS} draws", few_labels),
+    ):
+        table.measure(name, partial(_beside_pixels, name, measure, features, pixels))
 
 
-def _regression(features: Pair, pixels: Pair, labels: Pair) -> list[Line]:
-    def knn(x: Pair) -> float:
-        return knn_regression_error(x[0], labels[0], x[1], labels[1], NEIGHBOURS)
+def _beside_pixels(
+    name: str, measure: Callable[[Pair], float], features: Pair, pixels: Pair
+) -> list[Line]:
+    return [(name, measure(features), {"raw pixels": measure(pixels)})]
 
-    constant = (labels[1] - labels[0].median()).abs().mean().item()
-    beside = {"raw pixels": knn(pixels), "one value for all": constant}
-    return [(f"mean absolute error of kNN, k = {NEIGHBOURS}", knn(features), beside)]
+
+def _regression(features: Pair, pixels: Pair, labels: Pair, table: Table) -> None:
+    name = f"mean absolute error of kNN, k = {NEIGHBOURS}"
+
+    def lines() -> list[Line]:
+        def knn(x: Pair) -> float:
+            return knn_regression_error(x[0], labels[0], x[1], labels[1], NEIGHBOURS)
+
+        constant = (labels[1] - labels[0].median()).abs().mean().item()
+        beside = {"raw pixels": knn(pixels), "one value for all": constant}
+        return [(name, knn(features), beside)]
+
+    table.measure(name, lines)
 
 
 def _classifier_by_level(task: Hybrid, test: Samples) -> list[Line]:

@@ -18,20 +18,21 @@ from dist_contrastive.evaluation.distances import (
 )
 from dist_contrastive.evaluation.manifold import density_coverage, memorisation, precision_recall
 from dist_contrastive.evaluation.probe import Classifier, class_agreement
-from dist_contrastive.evaluation.splits import Line, Splits, labels_of
+from dist_contrastive.evaluation.splits import Line, Splits, Table, labels_of
 from dist_contrastive.losses import ContrastiveForce
 from dist_contrastive.models import representations_of
 from dist_contrastive.tasks.drift import Drift
 
 CLASSIFIER_SAMPLES = 6000  # its time grows with their square
+CLASS_SAMPLES = 6  # one and its 5 neighbours, of which a measure by classes needs as many
 FIELD_POINTS, FIELD_SIDE = 256, 21  # of each kind, and arrows in a row, of the picture of the force
 
 Space = Callable[[Tensor], Tensor]
 
 
 def measure_generator(
-    task: Drift, before: Tensor, labels: Tensor | None, splits: Splits, run: Path
-) -> list[Line]:
+    task: Drift, before: Tensor, labels: Tensor | None, splits: Splits, run: Path, table: Table
+) -> None:
     """Distances to held-out data, class agreement, precision, copies; pictures of samples.
 
     Args:
@@ -39,27 +40,48 @@ def measure_generator(
         labels: classes to generate [n], at least as many as held-out samples; None for a
             generator without classes.
         run: the run directory, for pictures.
+        table: that the lines are added to.
     """
     train, test = splits.train, splits.test
     generated = task.generate(labels, len(before), seed=0)
-    _draw(task, generated, labels, splits, run)
-    lines = _distances("pixels", _pixels, generated, before, train, test)
+    spaces: dict[str, Space] = {"pixels": _pixels}
     for name, encoder in task.encoder_spaces().items():
-        space = partial(representations_of, encoder)
-        lines += _distances(name, space, generated, before, train, test)
+        spaces[name] = partial(representations_of, encoder)
+    for name, space in spaces.items():
+        _distances(name, [space(x) for x in (generated, before, train.images, test.images)], table)
     if labels is not None:
-        lines += _class_agreement(generated, labels, train, test)
-    lines += _manifold(generated, labels, train, test)
-    return lines + _copies(generated, train, test)
+        _class_agreement(generated, labels, train, test, table)
+    manifold = partial(_manifold, generated, labels, train, test, table)
+    table.measure("precision, recall, density and coverage", manifold)
+    table.measure("copies", partial(_copies, generated, train, test))
+    _draw(task, generated, labels, splits, run)
 
 
-def _distances(
-    name: str, space: Space, samples: Tensor, before: Tensor, train: Samples, test: Samples
+def _distances(name: str, sets: list[Tensor], table: Table) -> None:
+    """Distances in one space, of generated and untrained samples and training data to held-out
+    data; Fréchet and sliced Wasserstein distances need sets of one size."""
+    generated, _, data, real = sets
+    few = min(len(real), len(data), len(generated))
+    table.measure(f"energy distance, {name}", partial(_energy, name, *sets))
+
+    def line(title: str, measure: Callable[[Tensor, Tensor], float]) -> list[Line]:
+        beside = {"train data": measure(data[:few], real[:few])}
+        return [(title, measure(generated[:few], real[:few]), beside)]
+
+    def mmd_line() -> list[Line]:
+        return line(f"MMD^2, {name}", partial(mmd, bandwidth=_bandwidth(real)))
+
+    table.measure(f"MMD^2, {name}", mmd_line)
+    for title, measure in (
+        (f"sliced Wasserstein, {name}", sliced_wasserstein),
+        (f"Fréchet distance, {name}", frechet_distance),
+    ):
+        table.measure(title, partial(line, title, measure))
+
+
+def _energy(
+    name: str, generated: Tensor, untrained: Tensor, data: Tensor, real: Tensor
 ) -> list[Line]:
-    """Distances in one space; Fréchet and sliced Wasserstein distances need sets of one size."""
-    generated, untrained, data, real = (
-        space(x) for x in (samples, before, train.images, test.images)
-    )
     energy = energy_distance(generated, real)
     references = {
         "train data": energy_distance(data, real),
@@ -68,19 +90,10 @@ def _distances(
     progress = (references["untrained"] - energy) / (
         references["untrained"] - references["train data"]
     )
-    few = min(len(real), len(data), len(generated))
-    lines: list[Line] = [
+    return [
         (f"energy distance, {name}", energy, references),
         (f"part of the way to train data, {name}", progress, {}),
     ]
-    for title, measure in (
-        ("MMD^2", partial(mmd, bandwidth=_bandwidth(real))),
-        ("sliced Wasserstein", sliced_wasserstein),
-        ("Fréchet distance", frechet_distance),
-    ):
-        beside = {"train data": measure(data[:few], real[:few])}
-        lines.append((f"{title}, {name}", measure(generated[:few], real[:few]), beside))
-    return lines
 
 
 def _bandwidth(real: Tensor) -> float | None:
@@ -94,29 +107,34 @@ def _pixels(images: Tensor) -> Tensor:
 
 
 def _class_agreement(
-    generated: Tensor, labels: Tensor, train: Samples, test: Samples
-) -> list[Line]:
+    generated: Tensor, labels: Tensor, train: Samples, test: Samples, table: Table
+) -> None:
     """Agreement of generated samples with the classes asked for."""
     few = slice(0, CLASSIFIER_SAMPLES)
-    classifier = Classifier(train.images[few], labels_of(train)[few])
 
-    def neighbours(x: Tensor, y: Tensor) -> float:
-        return class_agreement(train.images, labels_of(train), x, y)
+    def classifier() -> Callable[[Tensor, Tensor], float]:
+        return Classifier(train.images[few], labels_of(train)[few]).accuracy
 
-    return [
-        (
-            f"{name} agrees with the class asked for",
-            agree(generated, labels),
-            {"held-out data": agree(test.images, labels_of(test))},
-        )
-        for name, agree in (("classifier", classifier.accuracy), ("kNN", neighbours))
-    ]
+    def neighbours() -> Callable[[Tensor, Tensor], float]:
+        return partial(class_agreement, train.images, labels_of(train))
+
+    def line(name: str, fitted: Callable[[], Callable[[Tensor, Tensor], float]]) -> list[Line]:
+        agree = fitted()
+        beside = {"held-out data": agree(test.images, labels_of(test))}
+        return [(name, agree(generated, labels), beside)]
+
+    for name, fitted in (("classifier", classifier), ("kNN", neighbours)):
+        title = f"{name} agrees with the class asked for"
+        table.measure(title, partial(line, title, fitted))
 
 
 def _manifold(
-    generated: Tensor, labels: Tensor | None, train: Samples, test: Samples
+    generated: Tensor, labels: Tensor | None, train: Samples, test: Samples, table: Table
 ) -> list[Line]:
     """Precision, recall, density and coverage, which compare sets of one size, class by class."""
+    if labels is not None:  # those of the held-out samples, again and again
+        kept = _common_rows(train, test, table)
+        test, generated, labels = test.rows(kept), generated[kept], labels[kept]
     few, same = slice(0, len(test.images)), torch.arange(min(len(test.images), len(train.images)))
     real_labels, train_labels = None, None
     if labels is not None:
@@ -137,6 +155,19 @@ def _manifold(
             ("coverage", density),
         )
     ]
+
+
+def _common_rows(train: Samples, test: Samples, table: Table) -> Tensor:
+    """Numbers of the held-out samples whose class has enough samples for all neighbours."""
+    classes = 1 + int(torch.cat([labels_of(train), labels_of(test)]).max())
+    counts = [labels_of(x).bincount(minlength=classes) for x in (train, test)]
+    common = torch.minimum(*counts)[labels_of(test)] >= CLASS_SAMPLES
+    rare = labels_of(test)[~common].unique().tolist()
+    if rare:
+        what = "precision, recall, density and coverage of classes " + ", ".join(map(str, rare))
+        reason = f"they have fewer than {CLASS_SAMPLES} samples in data.train or data.test"
+        table.left_out.append((what, reason))
+    return common.nonzero().flatten()
 
 
 def _copies(generated: Tensor, train: Samples, test: Samples) -> list[Line]:

@@ -1,10 +1,11 @@
 """Measures of the user's own, which `eval` adds to its table."""
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Annotated
 
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.evaluation.splits import Line, Splits
+from dist_contrastive.evaluation.splits import Line, Splits, Table
 from dist_contrastive.settings import Choice, ComponentSettings, Settings
 from dist_contrastive.tasks.base import Task
 
@@ -43,22 +44,21 @@ class EvaluateSettings(Settings):
     """Measures of your own, by import path, each with its settings."""
 
 
-def measure_own(settings: EvaluateSettings, task: Task, splits: Splits) -> list[Line]:
-    """Lines of the configured measures, in their order.
-
-    Raises:
-        ConfigError: a measure returns something else than lines.
-    """
-    lines: list[Line] = []
+def measure_own(settings: EvaluateSettings, task: Task, splits: Splits, table: Table) -> None:
+    """Add the lines of the configured measures to the table, in their order."""
     for config in settings.measures:
-        returned = _MEASURE.build(config).lines(task, splits)
-        try:
-            for name, value, beside in returned:
-                references = {str(key): float(x) for key, x in beside.items()}
-                lines.append((str(name), float(value), references))
-        except (TypeError, ValueError, AttributeError):
-            raise ConfigError(
-                f"the measure {config.name} returned {returned!r}; return a list of "
-                f"(name, value, reference values by name)"
-            ) from None
-    return lines
+        table.measure(config.name, partial(_own_lines, config, task, splits))
+
+
+def _own_lines(config: Measure.Config, task: Task, splits: Splits) -> list[Line]:
+    returned = _MEASURE.build(config).lines(task, splits)
+    try:
+        return [
+            (str(name), float(value), {str(key): float(x) for key, x in beside.items()})
+            for name, value, beside in returned
+        ]
+    except (TypeError, ValueError, AttributeError):
+        raise ConfigError(
+            f"the measure {config.name} returned {returned!r}; return a list of "
+            f"(name, value, reference values by name)"
+        ) from None

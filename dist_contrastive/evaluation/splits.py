@@ -1,12 +1,20 @@
-"""Training and held-out samples of an evaluation."""
+"""Training and held-out samples of an evaluation, and the table of its measures."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from dist_contrastive.data.fields import Samples
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.data.collate import collate
+from dist_contrastive.data.fields import Fields, Samples
+from dist_contrastive.data.source import Source
+from dist_contrastive.errors import (
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    UnreachableError,
+    UserError,
+)
 
 Line = tuple[str, float, dict[str, float]]
 """Name of a measure, its value, and reference values by name, as the same measure of raw pixels."""
@@ -23,15 +31,62 @@ class Splits:
     )  # names by number, where they are known
 
 
-def with_labels(splits: Splits) -> Splits:
-    """Labelled samples of both splits.
+@dataclass
+class Table:
+    """Lines of an evaluation as they come; what cannot be measured is left out and named."""
+
+    changed: Callable[["Table"], None] = lambda _: None
+    """Called after each measure, as to write what there is."""
+    lines: list[Line] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    """What, and why."""
+
+    def measure(self, what: str, lines: Callable[[], list[Line]]) -> None:
+        """Add the lines, or leave `what` out where they cannot be computed."""
+        try:
+            self.lines += lines()
+        except (UserError, NonFiniteError) as error:
+            self.left_out.append((what, str(error)))
+        self.changed(self)
+
+
+def usable_samples(fields: Fields, index: Source) -> tuple[Samples, list[str]]:
+    """All samples of a data set that can be used, and why each of the others cannot.
+
+    Raises:
+        DataError: no sample has one of the fields, or none can be used.
+    """
+    fields.check(index, len(index) - 1)
+    rows, reasons = [], []
+    for number in range(len(index)):
+        try:
+            sample = {"__epoch__": 0, "__index__": number, **index.read(number, fields.names)}
+            row = fields.prepare(sample)
+            fields.samples(collate([row]))
+        except UnreachableError:
+            raise
+        except DataError as error:
+            reasons.append(str(error))
+        else:
+            rows.append(row)
+    if not rows:
+        raise DataError(f"none of {len(index)} samples can be used; the first: {reasons[0]}")
+    return fields.samples(collate(rows)), reasons
+
+
+def with_labels(splits: Splits, table: Table) -> Splits:
+    """Labelled samples of both splits; the table tells how many are left out.
 
     Raises:
         ConfigError: the data set has no labels, or in one of the two all are missing.
     """
-    return replace(
-        splits, train=_labelled(splits.train, "train"), test=_labelled(splits.test, "test")
-    )
+    train, test = _labelled(splits.train, "train"), _labelled(splits.test, "test")
+    for name, all_of, kept in (("train", splits.train, train), ("test", splits.test, test)):
+        missing = len(all_of.images) - len(kept.images)
+        if missing:
+            reason = f"{missing} of {len(all_of.images)} have no label, by which is measured"
+            table.left_out.append((f"samples of data.{name}", reason))
+    return replace(splits, train=train, test=test)
 
 
 def labels_of(samples: Samples) -> Tensor:

@@ -17,6 +17,7 @@ from dist_contrastive.losses.force import ContrastiveForce, contrastive_force
 from dist_contrastive.losses.infonce import InfoNCE
 from dist_contrastive.losses.koleo import KoLeo
 from dist_contrastive.losses.ntxent import NTXent
+from dist_contrastive.losses.scale import clamp_scales
 from dist_contrastive.losses.self_diagonal import SelfDiagonal
 from dist_contrastive.losses.siglip import SigLIP
 from dist_contrastive.losses.supcon import LabelledLoss, SupCon
@@ -44,6 +45,7 @@ __all__ = [
     "VICReg",
     "ViewLoss",
     "build_loss",
+    "clamp_scales",
     "compare_views",
     "contrastive_force",
 ]

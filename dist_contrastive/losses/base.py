@@ -1,7 +1,6 @@
 """What all losses over the global batch share: options, the engine, the mean over ranks."""
 
 import inspect
-import math
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -11,14 +10,12 @@ from torch import Tensor, nn
 from dist_contrastive import collectives, pairwise
 from dist_contrastive.collectives import Embeddings, GradReduction, Group, Sizes
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.losses.scale import LARGEST_SCALE, SMALLEST_SCALE, Scale, check_start
 from dist_contrastive.pairwise import Impl, KeysFrom, Pairs, Reduction
+from dist_contrastive.pairwise.distances import unit_rows
 from dist_contrastive.settings import ComponentSettings, settings_from, signature_of
 
 Takes = Literal["views", "features", "labels", "points"]
-
-# What a learnable scale is kept within: CLIP's upper limit (arXiv 2103.00020, section 2.5), and a
-# temperature of 1.
-SMALLEST_SCALE, LARGEST_SCALE = 1.0, 100.0
 
 
 class PairLoss(nn.Module):
@@ -168,7 +165,7 @@ class TemperatureLoss(PairLoss):
         temperature: PositiveFloat
         """Divides the similarities."""
         learnable: bool = False
-        """Whether the temperature is a parameter, kept as log(1 / temperature)."""
+        """Whether the temperature is a parameter, log(1 / temperature); see clamp_scales."""
 
         def check_run(self) -> None:
             """A learnable temperature must start where the clamp leaves it."""
@@ -183,15 +180,6 @@ class TemperatureLoss(PairLoss):
         self.scale = Scale(self.settings.temperature, self.settings.learnable)
 
 
-def check_start(name: str, value: float, lowest: float, highest: float) -> None:
-    """Refuse a learnable number that the first clamp would move. Raises: ValueError."""
-    if not lowest <= value <= highest:
-        raise ValueError(
-            f"{name}={value:g} is learnable, hence kept from {lowest:g} to {highest:g}; "
-            f"start it there, or set learnable to false"
-        )
-
-
 def in_full_precision(*inputs: Tensor) -> list[Tensor]:
     """The inputs in one dtype: fp64 if any is, otherwise fp32."""
     dtype = torch.float32
@@ -202,38 +190,9 @@ def in_full_precision(*inputs: Tensor) -> list[Tensor]:
 
 def normalised(*inputs: Tensor) -> list[Tensor]:
     """Rows of unit length, `in_full_precision`."""
-    return [nn.functional.normalize(x, dim=-1) for x in in_full_precision(*inputs)]
+    return [unit_rows(x) for x in in_full_precision(*inputs)]
 
 
-class Scale(nn.Module):
-    """1 / temperature, constant or learnable as its logarithm (CLIP's parametrisation)."""
-
-    def __init__(self, temperature: float, learnable: bool) -> None:
-        super().__init__()
-        log_scale = -math.log(temperature)
-        # A vector of one number: DeepSpeed cannot share a parameter without dimensions.
-        self.log_scale = nn.Parameter(torch.tensor([log_scale])) if learnable else log_scale
-
-    def forward(self) -> Tensor:
-        """Scalar, differentiable; a constant keeps its fp64 digits whatever the module's dtype."""
-        if isinstance(self.log_scale, Tensor):
-            dtype = collectives.accumulation_dtype(self.log_scale.dtype)
-            return self.log_scale.to(dtype).exp().squeeze()
-        return torch.tensor(self.log_scale, dtype=torch.float64).exp()
-
-    @torch.no_grad()
-    def clamp_(self) -> None:
-        """Bring a learnable scale back to 1 ... 100, in place; a constant one is left alone.
-
-        To be called after the optimiser's step, as CLIP does. A clamp in `forward` would not do:
-        beyond the limit its gradient is 0, and the scale would never come back.
-        """
-        if isinstance(self.log_scale, Tensor):
-            self.log_scale.clamp_(math.log(SMALLEST_SCALE), math.log(LARGEST_SCALE))
-
-
-def clamp_scales(module: nn.Module) -> None:
-    """`Scale.clamp_` of every scale inside a module. Collectives: none."""
-    for part in module.modules():
-        if isinstance(part, Scale):
-            part.clamp_()
+def not_below_zero(terms: Tensor) -> Tensor:
+    """Terms that only rounding brings below 0, at 0 there; gradients are left as they are."""
+    return terms - terms.detach().clamp(max=0)

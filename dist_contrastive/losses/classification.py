@@ -65,11 +65,13 @@ class PathCrossEntropy(nn.Module):
             ConfigError, NonFiniteError: logits that are not finite, labels that are neither a class
                 nor -1; on all ranks. How many logits a row has is left to the hierarchy.
         """
+        labels = collectives.as_labels(labels)
         inputs = {
             "logits": Embeddings(logits, "n K"),
             "labels": ClassLabels(labels, "n", num_classes=self.hierarchy.num_classes),
         }
         collectives.check_inputs(inputs, self.group)
+        labels = labels.to(logits.device)
         has_label = labels >= 0
         log_p = self.hierarchy.level_log_probabilities(logits[has_label])
         on_path = log_p.gather(1, self.hierarchy.ancestors(labels[has_label]))

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_contrastive.collectives import Sizes
-from dist_contrastive.losses.base import normalised
+from dist_contrastive.losses.base import normalised, not_below_zero
 from dist_contrastive.losses.supcon import LabelledLoss
 from dist_contrastive.pairwise import PairSum, Tile
 
@@ -34,6 +34,10 @@ class CosineEmbedding(LabelledLoss):
         margin: float = Field(default=0.5, ge=-1, le=1)
         """Cosine similarity up to which dissimilar pairs cost nothing."""
 
+        def learns(self, similar: bool, dissimilar: bool) -> bool:
+            """Pairs of either kind, but no cosine is beyond a margin of 1."""
+            return similar or (dissimilar and self.margin < 1)
+
     settings: Config
 
     def forward(
@@ -50,7 +54,7 @@ class CosineEmbedding(LabelledLoss):
         (z,) = normalised(features)
         pairs = self.pairs(z, z, sizes, tags, self.settings.max_delta or 0.0)
         (row_sum,), _ = self.reduce(_Embedding(self.settings.margin), pairs)
-        return self.mean(row_sum.sum(), len(z) * (pairs.num_keys - 1))
+        return self.mean(not_below_zero(row_sum).sum(), len(z) * (pairs.num_keys - 1))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class DCL(NTXent):
     Collectives are those of `NTXent`.
     """
 
+    is_cross_entropy = False
+
     class Config(NTXent.Config):
         """Decoupled contrastive loss."""
 

@@ -8,7 +8,12 @@ from torch import Tensor
 
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Embeddings, Sizes
-from dist_contrastive.losses.base import TemperatureLoss, in_full_precision, normalised
+from dist_contrastive.losses.base import (
+    TemperatureLoss,
+    in_full_precision,
+    normalised,
+    not_below_zero,
+)
 from dist_contrastive.pairwise import LogSumExp, Pairs, choose, reduce
 
 
@@ -81,7 +86,7 @@ class InfoNCE(TemperatureLoss):
         positive = (scaled * k[: len(q)]).sum(-1)
         if self.settings.symmetric:
             row_lse = (row_lse + key_lse[0][: len(q)]) / 2
-        return self.mean((row_lse - positive).sum(), len(q))
+        return self.mean(not_below_zero(row_lse - positive).sum(), len(q))
 
     def _with_bank(self, row_lse: Tensor, scaled: Tensor, bank: Tensor) -> Tensor:
         """The log-sum-exp of each row, over the bank as well: [b]."""

@@ -10,6 +10,7 @@ from dist_contrastive import collectives
 from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.base import PairLoss, normalised
 from dist_contrastive.pairwise import DISTANCES, extremes, fetch
+from dist_contrastive.pairwise.distances import bounded
 
 
 class KoLeo(PairLoss):
@@ -45,7 +46,7 @@ class KoLeo(PairLoss):
         pairs = self.pairs(z, z, sizes, tags=number)  # similar to itself alone
         with torch.autocast(z.device.type, enabled=False):
             _, nearest = extremes(pairs, DISTANCES["euclidean"], self.chunk_size)
-        d = torch.nn.functional.pairwise_distance(
-            z, fetch(pairs, nearest.number), eps=self.settings.eps
-        )
+        neighbours = fetch(pairs, nearest.number)
+        d = torch.nn.functional.pairwise_distance(z, neighbours, eps=self.settings.eps)
+        d = bounded(d, d)  # of equal rows there is no way apart
         return self.mean(-(d + self.settings.eps).log().sum(), len(z))

@@ -1,13 +1,13 @@
 """NT-Xent over the global batch (SimCLR, Chen et al., arXiv 2002.05709, equation 1)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
 from dist_contrastive.collectives import Sizes
-from dist_contrastive.losses.base import TemperatureLoss, normalised
+from dist_contrastive.losses.base import TemperatureLoss, normalised, not_below_zero
 from dist_contrastive.pairwise import LogSumExp
 
 
@@ -24,6 +24,8 @@ class NTXent(TemperatureLoss):
     """
 
     takes = "views"
+    is_cross_entropy: ClassVar[bool] = True
+    """Whether the positive is in the denominator: then no term is below 0."""
 
     class Config(TemperatureLoss.Config):
         """SimCLR's loss."""
@@ -39,7 +41,8 @@ class NTXent(TemperatureLoss):
         z = torch.cat(normalised(view_a, view_b))
         scaled = z * self.scale()
         positive = (scaled * z.roll(len(view_a), 0)).sum(-1)
-        return self.mean((self.log_denominator(scaled, z, sizes) - positive).sum(), len(z))
+        terms = self.log_denominator(scaled, z, sizes) - positive
+        return self.mean((not_below_zero(terms) if self.is_cross_entropy else terms).sum(), len(z))
 
     def log_denominator(self, scaled: Tensor, z: Tensor, sizes: Sizes) -> Tensor:
         """Log-sum-exp over all views but the row itself: [2 * b]."""

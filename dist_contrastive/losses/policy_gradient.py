@@ -85,12 +85,14 @@ class PolicyGradient(nn.Module):
         Raises:
             ConfigError, NonFiniteError: inputs or rewards that cannot be used; on all ranks.
         """
+        labels = collectives.as_labels(labels)
         inputs = {
             "logits": Embeddings(logits, "n K"),
             "labels": ClassLabels(labels, "n", num_classes=self.hierarchy.num_classes),
             "uniform": Embeddings(uniform, "n S"),
         }
         collectives.check_inputs(inputs, self.group)
+        labels = labels.to(logits.device)
         has_label = labels >= 0
         log_p = self.hierarchy.log_probabilities(logits[has_label])
         with torch.no_grad(), collectives.raised_together(self.group):

@@ -6,7 +6,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from dist_contrastive.collectives import Sizes
-from dist_contrastive.losses.base import TemperatureLoss, normalised
+from dist_contrastive.losses.base import TemperatureLoss, normalised, not_below_zero
 from dist_contrastive.pairwise import LogSumExp
 
 
@@ -41,4 +41,4 @@ class SelfDiagonal(TemperatureLoss):
         (z,) = normalised(features)
         scaled = z * self.scale()
         (row_lse,), _ = self.reduce(LogSumExp(), self.pairs(scaled, z, sizes))
-        return self.mean((row_lse - (scaled * z).sum(-1)).sum(), len(z))
+        return self.mean(not_below_zero(row_lse - (scaled * z).sum(-1)).sum(), len(z))

@@ -8,14 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from dist_contrastive.collectives import Sizes
-from dist_contrastive.losses.base import (
-    LARGEST_SCALE,
-    SMALLEST_SCALE,
-    PairLoss,
-    Scale,
-    check_start,
-    normalised,
-)
+from dist_contrastive.losses.base import PairLoss, normalised
+from dist_contrastive.losses.scale import LARGEST_SCALE, SMALLEST_SCALE, Scale, check_start
 from dist_contrastive.pairwise import PairSum, Tile
 
 
@@ -63,7 +57,7 @@ class SigLIP(PairLoss):
         x, y = normalised(a, b)
         # The bias as one more dimension, so that its gradient is that of any other.
         one = x.new_ones(len(x), 1)
-        rows = torch.cat([x * self.scale(), one * self.bias], dim=1)
+        rows = torch.cat([x * self.scale(), one * torch.as_tensor(self.bias).to(x)], dim=1)
         keys = torch.cat([y, one], dim=1)
         (negatives,), _ = self.reduce(_Negatives(), self.pairs(rows, keys, sizes))
         positive = -logsigmoid((rows * keys).sum(-1))

@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Embeddings, Labels, Sizes
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import PairLoss, TemperatureLoss, normalised
+from dist_contrastive.losses.base import PairLoss, TemperatureLoss, normalised, not_below_zero
 from dist_contrastive.pairwise import LogSumExpAndPositives
 
 
@@ -32,6 +32,33 @@ class LabelledLoss(PairLoss):
         max_delta: NonNegativeFloat | None = None
         """Largest difference of similar continuous labels; null for integer labels."""
 
+        def learns(self, similar: bool, dissimilar: bool) -> bool:
+            """Whether there is something to learn where some rows are similar, some dissimilar."""
+            return True
+
+        def check_labels(self, labels: Tensor, num_views: int) -> None:
+            """Refuse labels of a whole data set [N] that leave nothing to learn.
+
+            Raises:
+                ConfigError: no two samples are similar, or none dissimilar, where the loss needs
+                    such pairs.
+            """
+            similar, dissimilar = kinds_of_pairs(labels, self.max_delta)
+            if self.learns(similar or num_views > 1, dissimilar):
+                return
+            alike = "" if self.max_delta is None else f" within max_delta={self.max_delta:g}"
+            if similar:
+                raise ConfigError(
+                    f"all {len(labels)} labels are similar{alike}, so the loss {self.name} has "
+                    f"nothing to tell apart; set data.label to a field with more values, or "
+                    f"another loss"
+                )
+            raise ConfigError(
+                f"no two of {len(labels)} labels are similar{alike}, so no row has a positive and "
+                f"the loss {self.name} has nothing to learn from; set task.num_views to 2 or "
+                f"more, or give labels that samples share"
+            )
+
     settings: Config
 
     def points(
@@ -42,6 +69,7 @@ class LabelledLoss(PairLoss):
         Args:
             samples: b of every rank, of inputs that have been checked; None checks them here.
         """
+        labels = collectives.as_labels(labels)
         if samples is None:
             inputs = {
                 "features": Embeddings(features, "n D | n V D"),
@@ -85,6 +113,10 @@ class SupCon(TemperatureLoss, LabelledLoss):
         name: Literal["supcon"] = "supcon"
         temperature: PositiveFloat = 0.1
 
+        def learns(self, similar: bool, dissimilar: bool) -> bool:
+            """Rows without a positive do not count."""
+            return similar
+
     settings: Config
 
     def forward(
@@ -103,7 +135,7 @@ class SupCon(TemperatureLoss, LabelledLoss):
         reduction = LogSumExpAndPositives(leave_out="own")
         (row_lse, positive_sum, num_positives), _ = self.reduce(reduction, pairs)
         has_positive = num_positives > 0
-        loss = row_lse - positive_sum / num_positives.clamp(min=1)
+        loss = not_below_zero(row_lse - positive_sum / num_positives.clamp(min=1))
         self.report_counts(rows_with_positives=has_positive.sum())
         return self.mean(loss[has_positive].sum(), has_positive.sum())
 
@@ -130,6 +162,20 @@ def label_tags(
     labels = labels.double()
     labels = torch.where(labels.isfinite(), labels, torch.nan)
     return torch.stack([labels, number.double()], dim=1)
+
+
+def kinds_of_pairs(labels: Tensor, max_delta: float | None) -> tuple[bool, bool]:
+    """Whether some two of the labels [N] are similar, and whether some are not.
+
+    Missing ones, -1 or NaN, are similar to no other.
+    """
+    if max_delta is None:
+        present, counts = labels[labels >= 0].unique(return_counts=True)
+        return bool((counts > 1).any()), len(present) > 1 or bool((labels < 0).any())
+    present = labels[labels.isfinite()].double().sort().values
+    similar = bool((present.diff() <= max_delta).any())
+    apart = len(present) > 1 and bool(present[-1] - present[0] > max_delta)
+    return similar, apart or len(present) < len(labels)
 
 
 def _check_max_delta(labels: Tensor, max_delta: float | None) -> None:

@@ -7,9 +7,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from dist_contrastive import collectives
 from dist_contrastive.collectives import Sizes
-from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import in_full_precision
 from dist_contrastive.losses.supcon import LabelledLoss
 from dist_contrastive.pairwise import (
@@ -40,13 +38,14 @@ class Triplet(LabelledLoss):
                       positive, or if there is none its farthest negative.
 
     Triplets that keep the margin count as 0 in the mean; anchors without a positive or without a
-    negative do not count. A batch without a triplet gives 0 and no gradient; ``metrics`` has the
-    numbers of ``valid_triplets`` and of ``active_triplets``, which break the margin.
+    negative do not count. A batch without a triplet, as one of a single class, gives 0 and no
+    gradient; ``metrics`` has the numbers of ``valid_triplets`` and of ``active_triplets``, which
+    break the margin.
 
     ``chunk_size`` is the rows and keys of a tile (``hard``), or the rows whose distances to all
     keys are kept at a time.
 
-    Collectives: two all-reduces of two numbers, and with ``dense`` those of one gather of the keys;
+    Collectives: an all-reduce of two numbers, and with ``dense`` those of one gather of the keys;
     otherwise ``hard`` those of one round over the keys and of the fetch of two keys a row, and the
     others those of `pairwise.triplet_sums`.
     """
@@ -62,6 +61,10 @@ class Triplet(LabelledLoss):
         mining: MiningName = "all"
         """Triplets that count: all, of each anchor the hard one, or of each anchor and positive the
         semihard one."""
+
+        def learns(self, similar: bool, dissimilar: bool) -> bool:
+            """A triplet has one of each."""
+            return similar and dissimilar
 
     settings: Config
 
@@ -81,7 +84,6 @@ class Triplet(LabelledLoss):
             sizes: b of every rank, of inputs that have been checked.
         """
         features, tags, sizes = self.points(features, labels, sizes)
-        self._check_classes(tags)
         with torch.autocast(features.device.type, enabled=False):
             x = self.mining.distance.prepare(*in_full_precision(features))
             pairs = self.pairs(x, x, sizes, tags, self.settings.max_delta or 0.0)
@@ -108,20 +110,3 @@ class Triplet(LabelledLoss):
         positive, negative = (distance.rowwise(pairs.rows, of_kind) for of_kind in keys)
         loss = torch.relu(positive - negative + margin)[is_valid]
         return loss.sum(), (loss > 0).sum(), is_valid.sum()
-
-    @torch.no_grad()
-    def _check_classes(self, tags: Tensor) -> None:
-        """Refuse a global batch of one class."""
-        if tags.dim() == 1:
-            least, delta = float(torch.iinfo(torch.int64).min), 0.0
-            ends = tags, -tags
-        else:  # a missing label is far from all others
-            least, delta = -torch.inf, self.settings.max_delta or 0.0
-            ends = tags[:, 0].nan_to_num(torch.inf), -tags[:, 0].nan_to_num(-torch.inf)
-        local = [x.max() if len(x) else x.new_tensor(least) for x in ends]
-        highest, minus_lowest = collectives.all_reduce_max(torch.stack(local), self.group).tolist()
-        if not highest + minus_lowest > delta:
-            raise ConfigError(
-                f"labels of the global batch are all alike (from {-minus_lowest:g} to {highest:g}, "
-                f"max_delta={self.settings.max_delta}); mining triplets needs at least two classes"
-            )

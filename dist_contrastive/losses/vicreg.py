@@ -69,6 +69,12 @@ class VICReg(StatisticsLoss):
         eps: PositiveFloat = 1e-4
         """Is added to variances."""
 
+        def check_run(self) -> None:
+            """Some weight is not 0."""
+            super().check_run()
+            if not (self.invariance_weight or self.variance_weight or self.covariance_weight):
+                raise ValueError("all weights are 0, which leaves nothing to learn; give one")
+
     settings: Config
 
     def compare(self, views: Tensor, num_rows: int) -> Tensor:

@@ -45,6 +45,7 @@ def compare_views(
             f"{type(loss).__name__} compares points of two kinds, not views of the same samples; "
             f"use a loss of views, of features or of labels"
         )
+    labels = collectives.as_labels(labels)
     sizes = _check_views(loss, views, labels)
     # A loss of the user's own may check its inputs once more.
     known = {"sizes": sizes} if "sizes" in inspect.signature(loss.forward).parameters else {}

@@ -5,9 +5,16 @@ step.py    time and memory of a step, geometry of its embeddings
 """
 
 from dist_contrastive.metrics.log import JsonLines, Ledger, MetricsLog, forget_steps, read_rows
-from dist_contrastive.metrics.step import Clock, duplicates, geometry, peak_memory_mb
+from dist_contrastive.metrics.step import (
+    GEOMETRY_ROWS,
+    Clock,
+    duplicates,
+    geometry,
+    peak_memory_mb,
+)
 
 __all__ = [
+    "GEOMETRY_ROWS",
     "Clock",
     "JsonLines",
     "Ledger",

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dist_contrastive import collectives
 
+GEOMETRY_ROWS = 1024  # of the global batch; more cost memory and make the means no better
+_TIE = 1e-6  # cosines in fp32 that differ by no more are equal
 PARTS = ("data", "embed", "compare", "replay", "optimizer")
 
 
@@ -85,7 +87,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 @torch.no_grad()
 def geometry(
-    a: Tensor, b: Tensor, temperature: float | None = None, max_rows: int = 1024
+    a: Tensor, b: Tensor, temperature: float | None = None, max_rows: int = GEOMETRY_ROWS
 ) -> dict[str, float]:
     """Alignment, uniformity and similarities of paired embeddings, the same on every rank.
 
@@ -95,6 +97,8 @@ def geometry(
 
         positive_similarity   mean <a_i, b_i>
         negative_similarity   mean <a_i, b_j>
+        recall_at_1           share of the i with <a_i, b_i> above all <a_i, b_j>, of which equal
+                              ones, as of equal texts, share a hit  (chance: 1 / n)
         alignment             mean |a_i - b_i|^2                      (0: all pairs agree)
         uniformity            log mean exp(-2 |a_i - a_j|^2)          (lower: more evenly spread)
         effective_negatives   mean over i of exp(entropy of softmax_j(<a_i, b_j> / temperature)):
@@ -103,7 +107,6 @@ def geometry(
     Args:
         a, b: two embeddings of this rank's samples, [b, D] each.
         temperature: of the loss; without one there are no effective negatives.
-        max_rows: more of them cost memory and make the means no better.
 
     References:
         Wang and Isola 2020, arXiv 2005.10242 (alignment, uniformity).
@@ -119,10 +122,13 @@ def geometry(
     a, b = rows.unbind(1)
     others = ~torch.eye(len(a), dtype=torch.bool, device=a.device)
     scores = a @ b.T
+    ahead = (scores - scores.diagonal()[:, None]).masked_fill(~others, -torch.inf)
+    shared = 1 / (1 + (ahead > -_TIE).sum(1))  # by those that are as similar
     distances = (2 - 2 * (a @ a.T)).clamp(min=0)
     numbers = {
         "positive_similarity": scores.diagonal().mean().item(),
         "negative_similarity": scores[others].mean().item(),
+        "recall_at_1": shared.masked_fill((ahead > _TIE).any(1), 0.0).mean().item(),
         "alignment": (a - b).square().sum(-1).mean().item(),
         "uniformity": (-2 * distances[others]).exp().mean().log().item(),
     }

@@ -5,7 +5,7 @@
     reductions.py  statistics of a tile: log-sum-exp, sums over pairs; their derivatives
     dense.py       the specification: plain torch on whole matrices
     chunked.py     the same maths tile by tile, recomputed in backward: memory linear in the batch
-    distances.py   Euclidean and cosine distance
+    distances.py   Euclidean and cosine distance, rows of unit length
     triplets.py    which triplets of a row count, for every way of mining
     panels.py      losses that need all distances of a row at once
     nearest.py     the nearest and the farthest key of each row, tile by tile

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dist_contrastive import collectives
 from dist_contrastive.pairwise.keys import SUM, Block, KeySource, open_keys, recall, remember
 from dist_contrastive.pairwise.pairs import Pairs, Tile, chunks
 from dist_contrastive.pairwise.reductions import Reduction, Statistics
@@ -41,8 +41,8 @@ class _Reduce(torch.autograd.Function):
         return tuple(x.to(rows.dtype) for x in (*of_rows, *of_keys))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        collectives.refuse_graph()
         with torch.autocast(grads[0].device.type, enabled=False):
             return *_gradients(ctx, grads), None, None, None
 

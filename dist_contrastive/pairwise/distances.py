@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # |x|^2 + |y|^2 - 2xy keeps about eps * (|x|^2 + |y|^2) of absolute error. Below this share of
 # (|x|^2 + |y|^2) the squared distance is computed again from the difference.
@@ -19,8 +19,25 @@ _MANY = 64
 _FEW_DIMENSIONS = 4
 # The same for gradients, whose exact kernel is slower; and close pairs that are added at a time.
 _MANY_GRADIENTS, _PAIRS = 8, 4096
+# Lengths below which a direction is noise, and its gradient, which grows as 1 / length, as well.
+_SHORT, _NO_LENGTH = 1e-3, 1e-12
 
 DistanceName = Literal["euclidean", "squared_euclidean", "cosine"]
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows [..., D] of unit length, 0 where all is 0; their gradient is `bounded`."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return bounded(x / length.clamp(min=_NO_LENGTH), length)
+
+
+def bounded(x: Tensor, length: Tensor) -> Tensor:
+    """x, a function of lengths whose gradient grows as 1 / length: below 1e-3 it is made to shrink
+    with the length instead, so that a row near 0, or near another one, moves no others."""
+    if x.requires_grad:
+        share = (length.detach() / _SHORT).clamp(max=1).square()
+        x.register_hook(lambda grad: grad * share)
+    return x
 
 
 class Distance(ABC):
@@ -84,7 +101,7 @@ class Cosine(Distance):
     """``1 - cosine similarity``; points are prepared by giving them unit length."""
 
     def prepare(self, points: Tensor) -> Tensor:
-        return nn.functional.normalize(points, dim=-1)
+        return unit_rows(points)
 
     def tile(self, x: Tensor, y: Tensor) -> Tensor:
         return 1 - x @ y.T

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dist_contrastive import collectives
 from dist_contrastive.pairwise.distances import Distance
 from dist_contrastive.pairwise.keys import SUM, KeySource, gathered, open_keys, recall, remember
 from dist_contrastive.pairwise.pairs import Pairs
@@ -84,8 +84,8 @@ class _TripletSums(torch.autograd.Function):
         return total.to(rows.dtype), active, valid
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        collectives.refuse_graph()
         (pairs, source, _), distance = recall(ctx), ctx.mining.distance
         grad_rows, grad_keys = torch.zeros_like(pairs.rows), torch.zeros_like(pairs.keys)
         with torch.autocast(grad.device.type, enabled=False):

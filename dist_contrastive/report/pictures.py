@@ -120,6 +120,9 @@ def _class_label(number: int, names: Mapping[int, str]) -> str:
 
 
 def _tsne(points: np.ndarray) -> np.ndarray:
+    # Of one point, or of points that are all equal, there is no map; sklearn crashes.
+    if len(points) < 2 or np.ptp(points, axis=0).max() < 1e-12:
+        return np.zeros((len(points), 2))
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, max(1.0, (len(points) - 1) / 3))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import PairLoss, Scale, clamp_scales
+from dist_contrastive.losses.base import PairLoss
+from dist_contrastive.losses.scale import Scale, clamp_scales
 from dist_contrastive.models import MomentumCopy
 from dist_contrastive.settings import Choice, ComponentSettings, Settings
 
@@ -87,9 +88,15 @@ class Task(nn.Module, ABC):
                     "the task needs labels; set data.label to the field that holds them"
                 )
 
+        def check_labels(self, labels: Tensor) -> None:
+            """Raise ConfigError where the labels of the whole data set, [N], leave nothing to
+            learn; called if labels take part in training."""
+
     state_of_run: ClassVar[tuple[str, ...]] = ()
     """Buffers, and modules of buffers, that hold what a run has met and are no weights: a run that
     starts from the weights of another one has its own."""
+    loss_tells: ClassVar[bool] = True
+    """Whether a loss that stays the same means that nothing is learned."""
     rows_multiple = 1
     """The rows of a global batch are a multiple of it."""
 

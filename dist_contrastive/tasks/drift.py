@@ -142,6 +142,8 @@ class Drift(Task):
     state_of_run = ("bank", "steps_done")
     steps_done: Tensor
 
+    loss_tells = False  # forces are normalised
+
     def __init__(
         self,
         config: Config,

@@ -18,6 +18,7 @@ from dist_contrastive.losses.classification import PathCrossEntropy
 from dist_contrastive.losses.hierarchy import Hierarchy
 from dist_contrastive.losses.policy_gradient import PolicyGradient
 from dist_contrastive.losses.rewards import load_reward
+from dist_contrastive.losses.supcon import LabelledLoss
 from dist_contrastive.schedule import Points, Schedule, value_at
 from dist_contrastive.settings import Settings
 from dist_contrastive.tasks.base import (
@@ -106,6 +107,12 @@ class Hybrid(ImageTask):
                     "task supervised, reward and contrastive are all absent or have weight 0; give "
                     "one of them a weight"
                 )
+
+        def check_labels(self, labels: Tensor) -> None:
+            """Pairs of the kinds that the contrastive loss needs."""
+            loss = self.contrastive and self.contrastive.loss
+            if isinstance(loss, LabelledLoss.Config):
+                loss.check_labels(labels, self.num_views)
 
     state_of_run = ("reward",)
 

@@ -46,6 +46,10 @@ class Labelled(ContrastiveTask):
                     "similar; set one of them to 2 or more"
                 )
 
+        def check_labels(self, labels: Tensor) -> None:
+            """Pairs of the kinds that the loss needs."""
+            self.loss.check_labels(labels, self.num_views)
+
     config: Config
 
     def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:

@@ -1,5 +1,7 @@
 """Records of the steps of a run: metrics, the ledger, a profile."""
 
+from collections import deque
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from dist_contrastive import collectives
 from dist_contrastive.backend import Trackers
 from dist_contrastive.changes import record_changes
-from dist_contrastive.metrics import Ledger, MetricsLog, forget_steps
+from dist_contrastive.metrics import GEOMETRY_ROWS, Ledger, MetricsLog, forget_steps
 from dist_contrastive.trainer.run import Run
 from dist_contrastive.trainer.run_dir import count_attempt, describe, writable
 
@@ -58,6 +60,61 @@ class Profiler:
             finished.export_chrome_trace(str(self._path))
 
 
+_COUNTS = {"rows_with_positives": "row with a positive", "valid_triplets": "triplet"}
+
+
+class Doubts:
+    """Signs in the rows of metrics that a run learns nothing; each is told once."""
+
+    _ROWS, _PATIENCE = 10, 0.1  # rows that must agree; part of a run before recall must be there
+
+    def __init__(self, run: Run) -> None:
+        self._warn, self._loss_tells = run.warning, run.task.loss_tells
+        self._steps, data = run.config.train.steps, run.config.data
+        # By labels the partners are all samples of a class, none of them before the others.
+        self._partners = not run.config.task.uses_labels
+        self._chance = 1 / min(data.global_batch_size, GEOMETRY_ROWS)
+        self._rows: deque[dict[str, Any]] = deque(maxlen=self._ROWS)
+        self._warned: set[str] = set()
+
+    def observe(self, row: dict[str, Any]) -> None:
+        """The newest row; the last one of a run decides also where there are few."""
+        self._rows.append(row)
+        is_last = row["step"] >= self._steps
+        if len(self._rows) == self._ROWS or (is_last and len(self._rows) > 1):
+            for what, sentence in self._signs(row["step"] / self._steps):
+                if what not in self._warned:
+                    self._warned.add(what)
+                    self._warn(sentence)
+
+    def _signs(self, progress: float) -> Iterator[tuple[str, str]]:
+        """What each is about, and the sentence."""
+        for name, what in _COUNTS.items():
+            if all(row.get(name) == 0 for row in self._rows):
+                yield (
+                    name,
+                    f"no batch whose metrics were logged has a {what}, so nothing is learned; set "
+                    f"data.balance or a larger data.global_batch_size, or give more views",
+                )
+                return
+        values = [row["loss"] for row in self._rows]
+        if self._loss_tells and max(values) - min(values) <= 1e-6 * max(map(abs, values)):
+            yield (
+                "loss",
+                f"the loss stays at {values[-1]:g}, so nothing is learned; look at optim.lr, at "
+                f"what the loss compares, and at grad_norm in metrics.jsonl",
+            )
+            return
+        found = sum(row.get("recall_at_1", 1.0) for row in self._rows) / len(self._rows)
+        if self._partners and progress >= self._PATIENCE and found <= 1.5 * self._chance < 0.1:
+            yield (
+                "recall_at_1",
+                f"samples find their partners no oftener than by chance (recall_at_1 is "
+                f"{found:.2g}), so nothing is learned yet; look at optim.lr, at the "
+                f"temperature, and whether pairs belong together",
+            )
+
+
 class Recorder:
     """Metrics, ledger and profile of a run that trains. Made by `open`; a context manager."""
 
@@ -65,6 +122,7 @@ class Recorder:
         self, run: Run, metrics: MetricsLog, ledger: Ledger, profiler: Profiler, files: ExitStack
     ) -> None:
         self._run, self._files = run, files
+        self._doubts = Doubts(run)
         self._metrics, self._ledger, self._profiler = metrics, ledger, profiler
 
     @classmethod
@@ -118,5 +176,6 @@ class Recorder:
         self._metrics.show(row)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Record a row of metrics."""
+        """Record a row of metrics, and what there is to say of it."""
         self._metrics.write(row)
+        self._doubts.observe(row)

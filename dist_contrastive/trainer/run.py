@@ -145,8 +145,12 @@ def open_training_data(
     world_size: int = 1,
     sources: list[Source] | None = None,
 ) -> TrainingData:
-    """The data of a run's config, as its task needs it."""
-    return open_data(
+    """The data of a run's config, as its task needs it.
+
+    Raises:
+        ConfigError, DataError: on all ranks: it cannot be used, or leaves nothing to learn.
+    """
+    data = open_data(
         config.data,
         seed=config.seed,
         uses_labels=config.task.uses_labels,
@@ -156,6 +160,9 @@ def open_training_data(
         world_size=world_size,
         sources=sources,
     )
+    if data.labels is not None:
+        config.task.check_labels(data.labels)  # the same on all ranks
+    return data
 
 
 def _find_checkpoint(config: RunConfig, modules: OwnModules, is_main: bool) -> Checkpoint | None:

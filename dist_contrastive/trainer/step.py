@@ -11,7 +11,7 @@ from dist_contrastive import collectives, optim
 from dist_contrastive.backend import seed_everything
 from dist_contrastive.checkpoint import Progress
 from dist_contrastive.data.fields import Samples
-from dist_contrastive.errors import NonFiniteError
+from dist_contrastive.errors import ConfigError, NonFiniteError
 from dist_contrastive.grad_cache import GradCache
 from dist_contrastive.metrics import duplicates, geometry
 from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
@@ -137,6 +137,8 @@ def _compare(
         if not term.isfinite():
             raise NonFiniteError(f"{name} of finite embeddings is {term.item()}")
     loss = torch.stack(list(terms.values())).sum()
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise ConfigError("the loss depends on nothing that is trained; let it, or freeze less")
     if not context.is_logged:
         return loss, {}
     row = {"loss": loss.item()}

@@ -59,7 +59,7 @@ FAULTS = [
     ),
     (
         "a learnable scale stays beyond its limit",
-        f"{LOSSES}/base.py",
+        f"{LOSSES}/scale.py",
         "self.log_scale.clamp_(math.log(SMALLEST_SCALE), math.log(LARGEST_SCALE))",
         "self.log_scale.clamp_(math.log(SMALLEST_SCALE))",
         ("tests/test_objectives.py::test_a_learnable_scale_is_brought_back",),

@@ -1,7 +1,7 @@
 """Inputs of the contrastive force: points of three kinds, checked on all ranks together."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ def force_inputs(group: Group, are_compared: bool, kinds: Kinds) -> ForceInputs:
     Collectives: one all-gather of a few numbers; with labels one of these.
     """
     kinds = {name: kinds[name] for name in KINDS if name in kinds}
+    kinds = {n: replace(x, labels=collectives.as_labels(x.labels)) for n, x in kinds.items()}
     counts = _checked_counts(group, kinds, are_compared)
     rows = _rows(kinds)
     sizes = tuple(map(sum, counts)) if are_compared else (len(rows),)
@@ -147,7 +148,7 @@ def _tags(kinds: Kinds, sizes: tuple[int, ...] | None, group: Group) -> tuple[Te
     columns = []
     for name, kind in kinds.items():
         number = torch.full(kind.points.shape[-2:-1], KINDS[name], device=kind.points.device)
-        label = torch.zeros_like(number) if kind.labels is None else kind.labels
+        label = torch.zeros_like(number) if kind.labels is None else kind.labels.to(number)
         columns.append(torch.stack([number, label]))
     tags = torch.cat(columns, dim=1).T.contiguous()
     if kinds["negative"].labels is None:

@@ -221,6 +221,8 @@ class ContrastiveForce(PairLoss):
         scaled = inputs.rows[: len(labels)] / unit.T[labels, :, None]
         # n - sg(n + F), bracketed so that a small F does not vanish beside n.
         error = ((scaled - scaled.detach()) - force).square()
+        if error.requires_grad:  # the gradient is the force, held constant: it has no derivative
+            error.register_hook(lambda _: collectives.refuse_graph())
         return self.mean(error.sum(), error.numel())
 
     def _points(self, inputs: ForceInputs) -> Points:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Group
@@ -221,7 +220,7 @@ class AttachGradient(torch.autograd.Function):
         return scale.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        collectives.refuse_graph()
         grad_rows, labels = ctx.saved_tensors
         return ctx.pool(grad).T[labels, :, None] * grad_rows, None, None, None, None
