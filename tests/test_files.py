@@ -110,6 +110,7 @@ def test_links_are_counted_and_no_such_shard_is_sound(tmp_path, capsys):
     assert "left out: 4 links" in said
     assert "--hard-dereference" in said
     assert load_index(tmp_path / "data").left_out == {"links": 4}
+    assert "left out by the index: 4 links" in inspect_shards(tmp_path / "data").text()
     found = verify_shards(tmp_path / "data", decode=True)
     assert ["4 links" in problem for problem in found.problems] == [True]
     assert main(["shards", "verify", str(tmp_path / "data")]) == 64

@@ -2,7 +2,7 @@
 
 SHARDS, PACKING = "dist_contrastive/data/shards", "dist_contrastive/data/packing"
 P, R, S, V = (f"tests/test_{name}.py" for name in ("packing", "remote", "shards", "verify"))
-T = "tests/test_text_tables.py"
+F, T = "tests/test_files.py", "tests/test_text_tables.py"
 
 FAULTS = [
     (
@@ -127,9 +127,44 @@ FAULTS = [
     (
         "classes are numbered from one",
         f"{PACKING}/images.py",
-        'enumerate(sorted({p.split("/")[0] for p in paths}))',
-        'enumerate(sorted({p.split("/")[0] for p in paths}), 1)',
+        "for number, name in enumerate(names)}",
+        "for number, name in enumerate(names, 1)}",
         (f"{P}::test_images_in_folders_of_classes",),
+    ),
+    (
+        "folders without images are no classes",
+        f"{PACKING}/images.py",
+        "names = found.folders if classes is None",
+        "names = sorted({x.split('/')[0] for x in found.images}) if classes is None",
+        (f"{F}::test_folders_of_photos",),
+    ),
+    (
+        "texts beside no image are not counted",
+        f"{PACKING}/images.py",
+        "    others.update(map(kind_of_file, set(texts) - set(beside.values())))\n",
+        "",
+        (f"{F}::test_every_file_of_a_folder_is_accounted_for",),
+    ),
+    (
+        "links in tars are passed over without a word",
+        f"{SHARDS}/tars.py",
+        "        return LINKS\n",
+        "        return None\n",
+        (f"{F}::test_every_member_of_tars_is_accounted_for",),
+    ),
+    (
+        "images lie on their side",
+        f"{SHARDS}/encoding.py",
+        "if orientation >= 5:",
+        "if orientation > 5:",
+        (f"{F}::test_images_are_turned_upright_as_exif_says",),
+    ),
+    (
+        "what is hidden behind transparency shows",
+        f"{SHARDS}/encoding.py",
+        "if image.has_transparency_data:",
+        "if False:",
+        (f"{F}::test_what_is_transparent_shows_the_background",),
     ),
     (
         "a missing label becomes the first class",

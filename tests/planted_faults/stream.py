@@ -111,7 +111,7 @@ FAULTS = [
     ),
     (
         "-1 is no missing class",
-        DATA + "fields.py",
+        DATA + "classes.py",
         "(num_classes is not None and value == MISSING_CLASS)",
         "False",
         ("tests/test_labels.py::test_labels_and_missing_ones",),

@@ -191,7 +191,7 @@ def _special_kind(source: Path, path: str) -> str | None:
     kinds = (hidden_kind(part) for part in path.split("/"))
     if kind := next(filter(None, kinds), None):
         return kind
-    is_special = (source / path).exists() and not (source / path).is_file()
+    is_special = not (source / path).is_file() and (source / path).exists()
     return "devices and pipes" if is_special else None
 
 

@@ -22,7 +22,7 @@ from dist_contrastive.data.shards.encoding import (
 )
 from dist_contrastive.data.shards.index import ABSENT, ShardIndex
 from dist_contrastive.data.shards.indexing import load_index
-from dist_contrastive.data.shards.locations import find_shards, folder_of
+from dist_contrastive.data.shards.locations import counted, find_shards, folder_of
 from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.errors import DataError, UnreachableError
 from dist_contrastive.tables import format_table
@@ -69,6 +69,7 @@ class Inspection:
     unreadable: int  # of these: samples that could not be read
     labels: LabelSummary | None
     first_keys: tuple[str, ...]
+    left_out: Mapping[str, int]  # members of the tars that belong to no sample, by kind
 
     def text(self) -> str:
         """Summary of several lines."""
@@ -90,6 +91,8 @@ class Inspection:
                 ],
             ),
         ]
+        if self.left_out:
+            lines.append(f"left out by the index: {counted(self.left_out)}")
         if self.unreadable:
             lines.append(
                 f"{self.unreadable} of these samples cannot be read: see `dist-contrastive shards "
@@ -129,6 +132,7 @@ def inspect_shards(shards: ShardIndex | Path | str) -> Inspection:
         unreadable=len(numbers) - len(contents),
         labels=_labels(index),
         first_keys=tuple(key for key in keys if key is not None),
+        left_out=index.left_out,
     )
 
 
