@@ -477,6 +477,14 @@ def test_a_list_of_fields_reads_what_a_sample_has(mixed):
     assert not stream.take_skipped()
 
 
+@pytest.mark.parametrize("value", ["jpg,png", "jpg|png", "", [], ["jpg", 3], ["jpg", ""], ["a,b"]])
+def test_names_of_fields_that_are_none(value):
+    with refused(ConfigError, "image=", "no names of fields", "[jpg, png, webp]"):
+        DataConfig.checked({"train": "x", "global_batch_size": 2, "image": value})
+    with refused(ConfigError, "classes=", "twice"):
+        DataConfig.checked({"train": "x", "global_batch_size": 2, "classes": ["a", "b", "a"]})
+
+
 def test_training_on_several_image_fields(mixed, overrides, tmp_path, capsys):
     options = overrides(tmp_path / "run", f"data.train={mixed}", "data.test=null", "train.steps=2")
     options += ["data.global_batch_size=8", "data.lanes=2", "data.label=cls", "data.num_classes=2"]

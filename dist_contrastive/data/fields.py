@@ -28,10 +28,23 @@ from dist_contrastive.data.source import Source, alternatives
 from dist_contrastive.errors import DataError, UnreadableSample
 from dist_contrastive.settings import Settings
 
-FieldName = Annotated[
-    str, BeforeValidator(lambda name: ";".join(name) if isinstance(name, list | tuple) else name)
-]
+
+def _joined(name: Any) -> Any:
+    names = name if isinstance(name, list | tuple) else [name]
+    is_text = all(isinstance(one, str) and one and not set(one) & set(",|") for one in names)
+    if isinstance(name, list | tuple | str) and not (names and is_text):
+        raise ValueError("no names of fields; give one, or a list of some, as [jpg, png, webp]")
+    return ";".join(names) if isinstance(name, list | tuple) else name
+
+
+FieldName = Annotated[str, BeforeValidator(_joined)]
 """Name of a field; a list of names is the first of them that a sample has."""
+
+
+def _different(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("a name is there twice; give every class a name of its own")
+    return names
 
 
 def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
@@ -107,7 +120,7 @@ class FieldsConfig(Settings):
     image_range: Annotated[tuple[float, float], AfterValidator(_ascending)] | None = None
     """Values that become 0 and 1, as [0, 4095], of gray images of 16 bits and of arrays named by
     image; null: [0, 65535] of images, and arrays stay as they are."""
-    classes: tuple[str, ...] | None = None
+    classes: Annotated[tuple[str, ...], AfterValidator(_different)] | None = None
     """Names of the classes 0, 1, ..., for labels that are texts; null: those that are stored with
     data.train, or else all that it has, sorted."""
 
