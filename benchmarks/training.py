@@ -22,6 +22,7 @@ import argparse
 import itertools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -166,8 +167,8 @@ def overhead(args: argparse.Namespace) -> None:
 
 def freed(args: argparse.Namespace) -> None:
     """The fourth table."""
-    print("\n| network | freed blocks | s a step | of it system | peak MiB |")
-    print("| --- | --- | --- | --- | --- |")
+    print("\n| network | freed blocks | s a step | in the kernel | pages mapped | peak MiB |")
+    print("| --- | --- | --- | --- | --- | --- |")
     env = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
     for network in ("vit", "residual"):
         turns = [
@@ -176,14 +177,15 @@ def freed(args: argparse.Namespace) -> None:
         ]
         for number, how in enumerate(("kept", "given back")):
             medians = [statistics.median(x) for x in zip(*(t[number] for t in turns), strict=True)]
-            print(f"| {network} | {how} | {medians[0]:.3f} | {medians[1]:.3f} | {medians[2]:.0f} |")
+            cells = " | ".join(f"{x:.3f}" if x < 100 else f"{x:.0f}" for x in medians)
+            print(f"| {network} | {how} | {cells} |")
         ratios = [[a / max(b, 1e-9) for a, b in zip(*turn, strict=True)] for turn in turns]
-        seconds, _, peak = (statistics.median(x) for x in zip(*ratios, strict=True))
-        print(f"| {network} | ratio | {seconds:.3f} | | {peak:.3f} |", flush=True)
+        cells = " | ".join(f"{statistics.median(x):.3f}" for x in zip(*ratios, strict=True))
+        print(f"| {network} | ratio | {cells} |", flush=True)
 
 
 def cost_of_steps(network: str, freed_blocks: str) -> list[float]:
-    """Seconds of a step, those in the kernel, peak of the memory of the process in MiB."""
+    """Of a step: seconds, those in the kernel, pages mapped; peak MiB of the process."""
     from dist_contrastive.backend import process
 
     if freed_blocks == "given back":
@@ -193,11 +195,12 @@ def cost_of_steps(network: str, freed_blocks: str) -> list[float]:
     batches = run.data.batches(run.backend.device)
     for _ in range(COLD):
         step(run, Batch(next(batches).samples))
-    begin, system = time.perf_counter(), os.times().system
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     for _ in range(LOGGED):
         step(run, Batch(next(batches).samples))
-    seconds, system = time.perf_counter() - begin, os.times().system - system
-    return [seconds / LOGGED, system / LOGGED, own_memory_kib("VmHWM") / 1024]
+    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
+    spent = [seconds, after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt]
+    return [*(x / LOGGED for x in spent), own_memory_kib("VmHWM") / 1024]
 
 
 def bare_step(run: Any, samples: Any) -> None:

@@ -130,6 +130,11 @@ def run_weights(run_dir: Path) -> dict[str, Tensor]:
     return load_file(exported) if exported.exists() else run_newest(run_dir).weights()
 
 
+def newest_step(root: Path) -> int:
+    """Step of the newest checkpoint by its name, damaged or not; 0 without one."""
+    return max(map(_step, folders(root)), default=0)
+
+
 def weights_at(path: Path) -> dict[str, Tensor]:
     """Weights by name, on the CPU, of a run's newest checkpoint, an export, a checkpoint, a file of
     safetensors or a folder of some.
@@ -137,20 +142,25 @@ def weights_at(path: Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: there are none, or they cannot be read.
     """
-    if (path / "checkpoints").is_dir():
-        return run_newest(path).weights()
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    try:
+        if (path / STATE).is_file():
+            return _read(path).weights()
+        if any((path / name).exists() for name in (WEIGHTS, "checkpoints")):
+            return run_weights(path)
+        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        found = [item for file in files for item in load_file(file).items()]
+    except (OSError, SafetensorError, _DamagedError) as error:
+        raise ConfigError(
+            f"{path} holds no weights that can be read ({error}); give whole safetensors"
+        ) from error
     if not files:
         there = "holds no safetensors and no checkpoints" if path.is_dir() else "is not there"
         raise ConfigError(
             f"{path} {there}; give a run directory, an export, or a folder or file of safetensors"
         )
-    try:
-        return {name: value for file in files for name, value in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{path} holds no weights that can be read ({error}); give whole safetensors"
-        ) from error
+    if len(dict(found)) < len(found):
+        raise ConfigError(f"several files in {path} have weights of the same names; give one file")
+    return dict(found)
 
 
 def folders(root: Path) -> list[Path]:

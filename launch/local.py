@@ -94,19 +94,19 @@ def _local(
             f"HOST:PORT on each; one machine needs neither"
         )
     overrides = overrides or []
-    run_dir = _checked_run_dir(config, overrides, ranks * machines)
+    run_dir = _checked_run_dir(config, overrides, ranks * machines, change)
     name = time.strftime("local-%Y%m%d-%H%M%S")
     local_run = LocalRun(config, overrides, ranks, machines, rdzv, run_dir, name, change)
     return _run(local_run, restarts, Rendezvous(rdzv))
 
 
-def _checked_run_dir(config: str, overrides: list[str], world_size: int) -> Path:
+def _checked_run_dir(config: str, overrides: list[str], world_size: int, change: bool) -> Path:
     """The run directory of a config that can be started."""
     from dist_contrastive import trainer
     from dist_contrastive.config import load
 
     loaded = load(config, overrides)
-    trainer.check(loaded, world_size)
+    trainer.check(loaded, world_size, change)
     return loaded.run_dir
 
 

@@ -279,11 +279,14 @@ def test_a_change_counts_as_progress(options, tmp_path):
 
 
 def test_environment_has_the_command_and_the_commit(options, tmp_path):
-    done = run(command("train", ENCODER, *options))
+    secret = "train.tracker_project='https://alice:w0rd@host.org/a.tar?s1gn=k3y'"
+    done = run(command("train", ENCODER, *options, secret))
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert told["command"].split()[1:4] == ["-m", "dist_contrastive", "train"]
     assert f"run_dir={tmp_path / 'run'}" in told["command"]
+    assert "https://host.org/a.tar" in told["command"]
+    assert not any(word in told["command"] for word in ("alice", "w0rd", "s1gn", "k3y"))
     root = Path(dist_contrastive.__file__).parents[1]
     head = subprocess.run(
         ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True
@@ -416,6 +419,8 @@ def test_weights_of_a_part(trained, options, tmp_path):
         ({}, ["holds no safetensors"]),
         ({"model.safetensors": b"version https://git-lfs"}, ["no weights that can be read"]),
         ({"pytorch_model.bin": b"PK"}, ["holds no safetensors"]),
+        ({f"{x}.safetensors": {"a": torch.ones(2)} for x in "ab"}, ["same names"]),
+        ({"state.json": b"{}"}, ["no weights that can be read"]),
         ({"model.safetensors": {"a": torch.ones(2)}}, ["a: not of this task"]),
         ({"checkpoints": None}, ["has no checkpoint yet"]),
         ({"model.safetensors": "nan"}, ["holds NaN"]),

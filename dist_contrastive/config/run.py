@@ -69,7 +69,7 @@ class RunConfig(Settings):
 
     run_dir: Path
     """Folder for everything that the run writes."""
-    init_from: str | None = None
+    init_from: Path | None = None
     """Weights to start from: a run directory (its newest checkpoint), an export, a checkpoint, or
     another folder or file of safetensors. null: those of the seed."""
     init_strict: bool = True

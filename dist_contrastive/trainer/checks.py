@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dist_contrastive import collectives
 from dist_contrastive.backend import Backend
 from dist_contrastive.changes import changes_text
-from dist_contrastive.checkpoint import flush, write_weights
+from dist_contrastive.checkpoint import flush, newest_step, write_weights
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.training import TrainingData
@@ -24,7 +24,7 @@ from dist_contrastive.errors import ConfigError, NonFiniteError, UnreadableSampl
 from dist_contrastive.metrics import peak_memory_mb
 from dist_contrastive.ranks import RankError, run_ranks
 from dist_contrastive.tasks import Task
-from dist_contrastive.trainer.run import Run, open_run, open_training_data
+from dist_contrastive.trainer.run import Run, check_changes, open_run, open_training_data
 from dist_contrastive.trainer.step import backward
 
 _TIMEOUT_S = 600.0
@@ -36,12 +36,17 @@ _LONGEST_S = 60.0  # that one process may take
 _TOLERANCE = {"fp32": 1e-2, "bf16": 0.2, "fp16": 0.2}  # what goes wrong is wrong by a factor
 
 
-def check(config: RunConfig, world_size: int) -> TrainingData:
+def check(config: RunConfig, world_size: int, change: bool = False) -> TrainingData:
     """The data of a config, as that many ranks would open it.
+
+    Args:
+        change: the run may go on with other settings, as `train` has it.
 
     Raises:
         ConfigError, DataError: training could not start.
     """
+    if step := newest_step(config.run_dir / "checkpoints"):
+        check_changes(config, step, change)
     return open_training_data(config, world_size=world_size)
 
 
@@ -218,10 +223,10 @@ def examine(
 
     Args:
         processes: the most of them; a run of more ranks is checked on that many.
-        change: the run may go on with other settings, as `train` has it.
+        change: as of `check`.
     """
     try:
-        data = check(config, world_size)
+        data = check(config, world_size, change)
     except UserError as error:
         yield Finding("data", False, str(error))
         return

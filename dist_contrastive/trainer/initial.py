@@ -19,7 +19,7 @@ _Reasons = dict[str, str | None]  # why each weight is not taken; None: it is
 _Copies = dict[str, tuple[MomentumCopy, nn.Module]]
 
 
-def load_initial(task: Task, source: str, strict: bool, is_main: bool) -> None:
+def load_initial(task: Task, source: Path, strict: bool, is_main: bool) -> None:
     """Put the weights at `source` into the task, and log a table of what was taken and what not.
 
     Where none of their names is the task's, they are those of one of its parts, as of the encoder.
@@ -32,7 +32,7 @@ def load_initial(task: Task, source: str, strict: bool, is_main: bool) -> None:
         ConfigError: there are none; they are not finite; none fits, or with `strict` not all.
     """
     expected = {n: x for n, x in task.state_dict().items() if not _is_in(n, task.state_of_run)}
-    given = _by_name_in_task(checkpoint.weights_at(Path(source)), expected)
+    given = _by_name_in_task(checkpoint.weights_at(source), expected)
     given = {n: x for n, x in given.items() if not _is_in(n, task.state_of_run)}
     reasons: _Reasons = {name: _reason(name, given, expected) for name in {**expected, **given}}
     renewed = {} if strict else _renewed(task.momentum_copies(), reasons)
@@ -105,7 +105,7 @@ def _missing(reasons: _Reasons) -> str:
     return "; ".join(texts)
 
 
-def _check(source: str, reasons: _Reasons, fitting: Mapping[str, Tensor], strict: bool) -> None:
+def _check(source: Path, reasons: _Reasons, fitting: Mapping[str, Tensor], strict: bool) -> None:
     for name, value in fitting.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ConfigError(

@@ -107,7 +107,7 @@ def open_run(
     modules = modules or OwnModules()
     with collectives.raised_together():
         resumed = _find_checkpoint(config, modules, backend.is_main)
-        changes = _check_changes(config, resumed, change) if resumed else {}
+        changes = check_changes(config, resumed.progress.step, change) if resumed else {}
     positions = collectives.gather_objects(None if resumed is None else resumed.progress)
     if any(position != positions[0] for position in positions):
         raise ConfigError(
@@ -175,19 +175,19 @@ def _find_checkpoint(config: RunConfig, modules: OwnModules, is_main: bool) -> C
     return resumed
 
 
-def _check_changes(config: RunConfig, resumed: Checkpoint, change: bool) -> Settings:
+def check_changes(config: RunConfig, step: int, change: bool) -> Settings:
     """Settings that differ from those of the run directory, which may.
 
     A run that has done all its steps may have more without being told so.
 
+    Args:
+        step: to which it is trained.
+        change: it is told so.
+
     Raises:
         ConfigError: one cannot change, the run was not told that it changes, or no step is left.
     """
-    before, step, steps = (
-        configs.load_run(config.run_dir),
-        resumed.progress.step,
-        config.train.steps,
-    )
+    before, steps = configs.load_run(config.run_dir), config.train.steps
     changes = configs.changed(before, config)
     fixed = {key: pair for key, pair in changes.items() if key not in configs.CHANGEABLE}
     holds = f"{config.run_dir} holds a run with other settings ({changes_text(fixed or changes)})"

@@ -131,7 +131,7 @@ def _submit_runs(
     if cluster == "slurm" and not dry_run:
         require_slurm()
         checks.check_cluster(options)
-    checks.check_runs(runs, options.world_size)
+    checks.check_runs(runs, options.world_size, change)
     save_s, step_s = checks.measured_s(runs[0].run_dir) or (0.0, 0.0)
     if not (no_doctor or dry_run):
         for finding in checks.examined(runs[0], options.world_size, change):

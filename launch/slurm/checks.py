@@ -79,11 +79,11 @@ def check_lead(lead_s: int, options: Options) -> None:
         )
 
 
-def check_runs(runs: list[RunConfig], world_size: int) -> None:
+def check_runs(runs: list[RunConfig], world_size: int, change: bool) -> None:
     """Raise ConfigError for a config that cannot start on so many ranks, or whose run directory has
     a job already."""
     for config in runs:
-        trainer.check(config, world_size)
+        trainer.check(config, world_size, change)
         for record in records(config.run_dir)[-1:]:
             state = job_state(record)
             if not state.has_ended:
