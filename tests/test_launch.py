@@ -750,14 +750,14 @@ def test_a_job_that_changes_its_run(tmp_path, overrides, capsys):
     assert main(["resume", str(run_dir), "--no-doctor", "train.steps=60", "optim.lr=0.01"]) == 64
     assert "--change" in capsys.readouterr().err
     changed = ["train.steps=60", "optim.lr=0.01", "--change"]
-    assert main(["resume", str(run_dir), "--no-doctor", *changed]) == 0
+    resume_here(run_dir, *changed)
     await_step(run_dir, 8)
     for process in ranks_of(last_record(run_dir)):
         process.send_signal(signal.SIGUSR2)
     await_step(run_dir, 60)
     await_end(run_dir)
     assert trainer.train(ENCODER, overrides=[*options, "train.steps=61", "optim.lr=0.01"]) == 0
-    assert main(["resume", str(run_dir), "--no-doctor", "train.steps=62"]) == 0
+    resume_here(run_dir, "train.steps=62")
     await_step(run_dir, 62)
     await_end(run_dir)
     capsys.readouterr()
@@ -767,6 +767,11 @@ def test_a_job_that_changes_its_run(tmp_path, overrides, capsys):
     assert "changed  from step 60 on: train.steps: 60 -> 61" in told
     assert "changed  from step 61 on: train.steps: 61 -> 62" in told
     assert [row["step"] for row in read_rows(run_dir)] == list(range(1, 63))
+
+
+def resume_here(run_dir: Path, *more: str) -> None:
+    done = run([sys.executable, "-m", "launch.slurm", "resume", str(run_dir), "--no-doctor", *more])
+    assert done.returncode == 0, done.stderr
 
 
 def await_end(run_dir: Path) -> None:
