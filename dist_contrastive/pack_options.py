@@ -1,6 +1,6 @@
 """Options of packing, apart from what packs: the command states their defaults without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from dist_contrastive.errors import ConfigError
@@ -96,3 +96,8 @@ class TextFormat:
                     f"encoding={self.encoding!r} is not known ({error}); give one of Python's, as "
                     f"utf-8, utf-16, cp1252, latin-1, gb18030"
                 ) from error
+
+    def flags(self) -> str:
+        """Those of the command that differ from their defaults."""
+        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return ", ".join(f"--{field.name}" for field in changed)

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import logging
+import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -337,6 +338,8 @@ def test_labels_are_numbers_or_names(root, labels, classes, entries, pack):
         values = [sample["json"][name] for name in ("label", "class") if name in sample["json"]]
         assert values == (list(entry) if isinstance(entry, tuple) else [entry])
         assert "kind" not in sample["json"]
+    names = {entry for entry in entries if isinstance(entry, tuple) and entry[1] is not None}
+    assert set(load_index(root / "out").classes.items()) == names
 
 
 def test_numbers_are_no_texts_unless_they_are_named(root):
@@ -420,6 +423,41 @@ def test_flags_of_the_command(root, monkeypatch, command, text):
     words = ["pairs", "u.tsv", "v", "--separator", "\\t", "--columns", "text,image"]
     assert main(["shards", "pack", *words]) == 0
     assert len(load_index(root / "v")) == 2
+
+
+def test_flags_that_say_nothing_of_a_table_are_refused(root):
+    import datasets
+
+    write(root / "t.jsonl", '{"image": "a.png", "text": "x"}')
+    datasets.Dataset.from_dict({"image": ["a.png"], "text": ["x"]}).to_parquet(root / "t.parquet")
+    form = TextFormat(separator=";", null=("NA",))
+    with refused(ConfigError, "t.jsonl", "--separator, --null", "all but --encoding"):
+        pack_pairs(root / "t.jsonl", root / "no", form=form)
+    for pack in (pack_pairs, pack_dataset):
+        with refused(ConfigError, "t.parquet", "leave out --separator, --null"):
+            pack(root / "t.parquet", root / "no", form=form)
+
+
+def test_what_is_no_file_is_no_table(root):
+    os.mkfifo(root / "pipe.csv")
+    for pack in (pack_pairs, pack_dataset):
+        with refused(DataError, "pipe.csv is no file"):
+            pack(root / "pipe.csv", root / "no")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the library
+def test_a_table_beside_images_that_the_library_reads_is_named(root, monkeypatch, caplog):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+    (root / "images").mkdir()
+    for name in "ab":
+        (root / f"{name}.png").rename(root / "images" / f"{name}.png")
+    table = write(root / "images" / "metadata.csv", "file_name,text,id\na.png,x,001\nb.png,y,002\n")
+    pack_dataset(root / "images", root / "out", IN_ORDER)
+    assert f"pack pairs {table} --image file_name" in caplog.text
+    pack_pairs(table, root / "pairs", IN_ORDER, image="file_name")
+    assert [details["id"] for details in details_of(root / "pairs")] == ["001", "002"]
 
 
 # ---------------------------------------------------------------------------- any table at all

@@ -15,7 +15,7 @@ from dist_contrastive.data.packing.options import PackOptions, check_target
 from dist_contrastive.data.packing.rows import pack_rows
 from dist_contrastive.data.packing.tables import TABLE_KINDS, Kind, Table, TextTable
 from dist_contrastive.data.packing.writer import Packed
-from dist_contrastive.errors import DataError
+from dist_contrastive.errors import ConfigError, DataError
 from dist_contrastive.pack_options import TextFormat
 
 _logger = logging.getLogger(__name__)
@@ -225,6 +225,8 @@ def open_table(
         loaded = _load(source, split, config, form)
     if isinstance(loaded, Table):
         return loaded
+    if form != TextFormat():
+        raise ConfigError(f"{source} is no table of text: leave out {form.flags()}")
     return DatasetTable(loaded, path.parent if path.is_file() else Path())
 
 
@@ -243,8 +245,15 @@ def _load(source: str, split: str | None, config: str | None, form: TextFormat) 
             loaded = datasets.load_dataset(_reader(path), data_files=source, split=split)
         else:
             builder = datasets.load_dataset_builder(source, config)
-            if _reader_of(builder, source) in _TEXT_READERS:
+            reader = _reader_of(builder, source)
+            if reader in _TEXT_READERS:
                 return _text_table(builder, source, split, form)
+            if reader == "imagefolder" and (tables := sorted(path.rglob("metadata.csv"))):
+                _logger.warning(
+                    "values of %s are guessed, 001 is 1 and NA missing: `pack pairs %s --image "
+                    "file_name` keeps them as they are",
+                    *(tables[0], tables[0]),
+                )
             loaded = datasets.load_dataset(source, config, split=split)
     except DataError:
         raise

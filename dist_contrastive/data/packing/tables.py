@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from dist_contrastive.errors import DataError, UnreadableSample
+from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
 from dist_contrastive.pack_options import TextFormat
 
 _logger = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ class TextTable(Table):
         files: their paths, and the names that they go by.
 
     Raises:
+        ConfigError: a format that JSON has not.
         DataError: a file that cannot be read, is of another kind, or in which it is not clear where
             rows end; no rows.
     """
@@ -151,6 +152,8 @@ class TextTable(Table):
     def _read_file(
         self, path: Path, name: Path, form: TextFormat, found: dict[str, set[Kind]]
     ) -> None:
+        if path.exists() and not path.is_file():  # of a pipe the end may never come
+            raise DataError(f"the table {name} is no file; give {', '.join(TABLE_KINDS)}")
         try:
             encoding = _encoding(path, form.encoding)
             with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
@@ -230,6 +233,13 @@ def _table(file: TextIO, path: Path, form: TextFormat) -> tuple[str, Sequence[st
             return "line", *_cells(file, path, form, ",")
         case ".tsv":
             return "line", *_cells(file, path, form, "\t")
+        case ".json" | ".jsonl" | ".ndjson" if form != TextFormat(
+            encoding=form.encoding, null=form.null
+        ):
+            raise ConfigError(
+                f"{path} is JSON, without separators or a header; of {form.flags()} leave out all "
+                f"but --encoding and --null"
+            )
         case ".json" if file.read(64).lstrip().startswith("["):
             file.seek(0)
             return "entry", (), _entries(file, path)
