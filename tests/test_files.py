@@ -30,6 +30,7 @@ from dist_contrastive.data import (
     merge_shards,
     pack_arrays,
     pack_images,
+    pack_pairs,
 )
 from dist_contrastive.data.classes import join_classes
 from dist_contrastive.data.config import DataConfig
@@ -296,6 +297,12 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path):
     source = write_tree(tmp_path / "photos", {"a/1.heic": b"?", "a/2.heic": b"?", "a/x.txt": b"?"})
     with refused(DataError, "0 images", "2 files .heic", "1 files .txt", "convert"):
         pack_images(source, tmp_path / "data")
+
+
+def test_a_folder_that_is_given_for_a_table_is_sent_to_the_right_command(tmp_path):
+    source = write_tree(tmp_path / "photos", {"1.jpg": encoded(noise(), "JPEG"), "1.txt": b"one"})
+    with refused(DataError, "is a folder", "shards pack images"):
+        pack_pairs(source, tmp_path / "data")
 
 
 def test_texts_that_are_no_utf8_are_unreadable_samples(tmp_path):

@@ -59,7 +59,11 @@ def pack_pairs(
     check_target(folder, options)
     check_image_field(field)
     if Path(table).suffix.lower() not in TABLE_FILES:
-        raise DataError(f"the table {table} is of no known kind; give {', '.join(TABLE_FILES)}")
+        kind = "a folder" if Path(table).is_dir() else "of no known kind"
+        raise DataError(
+            f"the table {table} is {kind}; give {', '.join(TABLE_FILES)}; images with texts beside "
+            f"them, as 1.jpg and 1.txt, are packed by `dist-contrastive shards pack images`"
+        )
     rows = open_table(str(table), form=form or TextFormat())
     image = image or _by_name(rows, table, IMAGE_NAMES, "image")
     if text is None and (label is None or any(x.lower() in TEXT_NAMES for x in rows.kinds)):
