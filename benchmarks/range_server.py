@@ -12,12 +12,14 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-Fault = str | None  # "reset", "truncate", "503", "404", "slow", "hang", "flip", "whole"
+Fault = str | None  # "reset", "truncate", "503", "404", "slow", "hang", "flip", "whole", ENDLESS
+ENDLESS = ("endless", "trickle", "headers", "inflating")
 
 
 class RangeServer(ThreadingHTTPServer):
@@ -28,7 +30,9 @@ class RangeServer(ThreadingHTTPServer):
             "reset" closes the connection in the middle of the body, "truncate" ends the body early
             with a proper end of the connection, "503" and "404" answer so, "slow" waits three
             seconds first, "hang" until the server is closed, "flip" changes a byte, "whole" ignores
-            the range, None serves.
+            the range, None serves. Of those that end only with the connection, "endless" sends
+            zeros at once, "trickle" some bytes a second, "headers" as slow headers, "inflating"
+            zeros that are compressed.
     """
 
     daemon_threads = True
@@ -91,6 +95,8 @@ class _Handler(SimpleHTTPRequestHandler):
         if fault == "hang":
             self.server.is_hanging.set()
             self.server.wait_for_close()
+        if fault in ENDLESS and with_body:
+            return self._send_for_ever(fault)
         file = self.server.folder / self.path.lstrip("/")
         if fault in ("503", "404"):
             return self._refuse(int(fault))
@@ -140,6 +146,23 @@ class _Handler(SimpleHTTPRequestHandler):
             self.connection.sendfile(source, start, stop - start)
         with self.server.lock:
             self.server.bytes_sent += stop - start
+
+    def _send_for_ever(self, fault: Fault) -> None:
+        self.close_connection = True
+        if fault != "headers":
+            self.send_response(200)
+            if fault == "inflating":
+                self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+        packer = zlib.compressobj(wbits=31)
+        while True:  # until the client closes the connection
+            if fault in ("endless", "inflating"):
+                zeros = bytes(1 << 20)
+                self.wfile.write(zeros if fault == "endless" else packer.compress(zeros))
+            else:
+                self.wfile.write(b"X")
+                time.sleep(0.05)
+            self.wfile.flush()
 
     def _list(self, folder: Path, with_body: bool) -> None:
         names = sorted(path.name for path in folder.iterdir())

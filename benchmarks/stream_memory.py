@@ -15,7 +15,8 @@ import psutil
 from memory import own_memory_kib
 from stream_runs import LANES, MIXED
 
-from dist_contrastive.data.shards.index import ShardIndex, save_index
+from dist_contrastive.data.shards.index import ShardIndex
+from dist_contrastive.data.shards.index_file import save_index
 from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.shards.locations import INDEX_NAME
 from dist_contrastive.data.stream.shard_stream import ShardStream

@@ -6,15 +6,21 @@
 
 A folder named step-* is complete. A crash leaves one with another name, which the next save
 removes: at any instant the last complete checkpoint is there and usable.
+
+Damage is what a checksum shows, or a file that is not there. What cannot be read for another
+reason may be sound: it ends the run, and stays. Damaged ones are set aside, never removed.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +29,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_contrastive.errors import ConfigError, DataError
+from dist_contrastive.errors import ConfigError, DataError, StorageError, UserError
+from dist_contrastive.records import check_sums
+from dist_contrastive.sentences import shown
 
 FORMAT = 1
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.pt", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_UNFINISHED, _REMOVED = ".writing-", ".removing-"
+_UNFINISHED, _REMOVED, _SET_ASIDE = ".writing-", ".removing-", "set-aside-"
+_MOST = 2**53  # steps or samples
+_MISSING = (FileNotFoundError, NotADirectoryError)
 Mode = Literal["min", "max"]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,12 +61,14 @@ class Checkpoint:
     score: float | None = None  # the metric of `train.keep_best`, if it was measured
 
     def weights(self) -> dict[str, Tensor]:
-        """Weights by name, on the CPU."""
-        return load_file(self.folder / WEIGHTS)
+        """Weights by name, on the CPU. Raises: DataError, StorageError."""
+        return _read_weights(self.folder / WEIGHTS)
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Optimizer state, on the CPU."""
-        return torch.load(self.folder / TRAINING, weights_only=True, map_location="cpu")
+        """Optimizer state, on the CPU. Raises: DataError, StorageError."""
+        path = self.folder / TRAINING
+        with _readable(path):
+            return torch.load(path, weights_only=True, map_location="cpu")
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,39 @@ class _DamagedError(Exception):
     """A folder that does not hold a checkpoint as it was written."""
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Context of reading a file that need not be damaged where it cannot be read.
+
+    Raises:
+        DataError: it may not be read, or holds what this version cannot read.
+        StorageError: the disk or the machine fails for now.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except OSError as error:
+        kind: type[UserError] = StorageError
+        if isinstance(error, (*_MISSING, PermissionError, IsADirectoryError)):
+            kind = DataError
+        raise kind(
+            f"{path} cannot be read ({error.strerror or error}), and may be sound all the same: "
+            f"nothing is deleted; see to that, then start again"
+        ) from error
+    except Exception as error:  # those of safetensors, pickle, zipfile
+        reason = f"{type(error).__name__}: {error}".split(". ")[0]
+        raise DataError(
+            f"{path} holds no weights or state that can be read ({shown(reason)}); give "
+            f"whole ones, or another checkpoint"
+        ) from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    with _readable(path):
+        return load_file(path)
+
+
 # ------------------------------------------------------------------ reading
 
 
@@ -81,7 +127,8 @@ def newest(root: Path, warn: Callable[[str], None] = lambda _: None) -> Checkpoi
         warn: receives a sentence for each newer one that is damaged.
 
     Raises:
-        DataError: there are checkpoints, but every one is damaged.
+        DataError: every one is damaged; or one may not be read, or is of a newer version.
+        StorageError: one cannot be read for now.
     """
     problems = []
     for folder in reversed(folders(root)):
@@ -96,14 +143,14 @@ def newest(root: Path, warn: Callable[[str], None] = lambda _: None) -> Checkpoi
     if problems:
         raise DataError(
             f"every checkpoint in {root} is damaged ({'; '.join(problems)}); "
-            f"delete the folder to train from the start"
+            f"move the folder away to train from the start"
         )
     return None
 
 
 def best(root: Path, mode: Mode, verify: bool = True) -> Checkpoint | None:
     """Undamaged checkpoint with the lowest or highest score, the earlier of equal ones; None if
-    none has a score."""
+    none has a score. Raises: as `newest`."""
     scored = []
     for folder in folders(root):
         try:
@@ -125,9 +172,16 @@ def run_newest(run_dir: Path) -> Checkpoint:
 
 
 def run_weights(run_dir: Path) -> dict[str, Tensor]:
-    """Weights of a run's newest checkpoint, or those exported."""
+    """Weights of a run's newest checkpoint, or those exported.
+
+    Raises: ConfigError, without any; DataError, where an export was changed; and as `newest`.
+    """
     exported = run_dir / WEIGHTS
-    return load_file(exported) if exported.exists() else run_newest(run_dir).weights()
+    if not exported.exists():
+        return run_newest(run_dir).weights()
+    with _readable(run_dir):
+        check_sums(run_dir)
+    return _read_weights(exported)
 
 
 def newest_step(root: Path) -> int:
@@ -139,20 +193,17 @@ def weights_at(path: Path) -> dict[str, Tensor]:
     """Weights by name, on the CPU, of a run's newest checkpoint, an export, a checkpoint, a file of
     safetensors or a folder of some.
 
-    Raises:
-        ConfigError: there are none, or they cannot be read.
+    Raises: as `run_weights`.
     """
-    try:
-        if (path / STATE).is_file():
+    if (path / STATE).is_file():
+        try:
             return _read(path).weights()
-        if any((path / name).exists() for name in (WEIGHTS, "checkpoints")):
-            return run_weights(path)
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        found = [item for file in files for item in load_file(file).items()]
-    except (OSError, SafetensorError, _DamagedError) as error:
-        raise ConfigError(
-            f"{path} holds no weights that can be read ({error}); give whole safetensors"
-        ) from error
+        except _DamagedError as error:
+            raise DataError(f"{path} is damaged ({error}); give another checkpoint") from error
+    if any((path / name).exists() for name in (WEIGHTS, "checkpoints")):
+        return run_weights(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    found = [item for file in files for item in _read_weights(file).items()]
     if not files:
         there = "holds no safetensors and no checkpoints" if path.is_dir() else "is not there"
         raise ConfigError(
@@ -164,8 +215,13 @@ def weights_at(path: Path) -> dict[str, Tensor]:
 
 
 def folders(root: Path) -> list[Path]:
-    """Folders of all checkpoints, in the order of their steps."""
-    return sorted((p for p in root.glob("step-*") if _NAME.fullmatch(p.name)), key=_step)
+    """Folders of all checkpoints, in the order of their steps. Raises: DataError, StorageError."""
+    with _readable(root):
+        try:
+            names = os.listdir(root)  # a glob would find none where it may not look
+        except _MISSING:
+            return []
+    return sorted((root / name for name in names if _NAME.fullmatch(name)), key=_step)
 
 
 def _step(folder: Path) -> int:
@@ -173,20 +229,48 @@ def _step(folder: Path) -> int:
 
 
 def _read(folder: Path, verify: bool = True) -> Checkpoint:
-    """Checkpoint in a folder. Raises: _DamagedError."""
+    """Checkpoint in a folder.
+
+    Raises:
+        _DamagedError: it is damaged. DataError, StorageError: it cannot be read.
+    """
+    state = _read_state(folder / STATE)
     try:
-        state = json.loads((folder / STATE).read_text())
-        if state.get("format", 1) > FORMAT:
-            raise _DamagedError(
-                f"its format {state['format']} is newer than this version's {FORMAT}"
-            )
-        for name, expected in state["crc32"].items():
-            if verify and _checksum(folder / name) != expected:
-                raise _DamagedError(f"{name} is not as it was written")
-        progress = Progress(state["step"], state["consumed"], state["bad_steps"])
-        return Checkpoint(folder, progress, state.get("score"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _DamagedError(f"{type(error).__name__}: {error}") from error
+        progress = Progress(*(int(state[name]) for name in ("step", "consumed", "bad_steps")))
+        checksums = {str(Path(name).name): int(value) for name, value in state["crc32"].items()}
+        score = None if state.get("score") is None else float(state["score"])
+        if progress.step != _step(folder) or not all(0 <= n < _MOST for n in astuple(progress)):
+            raise ValueError(f"it tells of {progress}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise _DamagedError(f"{STATE} lacks what it was written with: {error}") from error
+    for name, expected in checksums.items() if verify else ():
+        with _readable(folder / name):
+            try:
+                is_same = _checksum(folder / name) == expected
+            except _MISSING:
+                is_same = False
+        if not is_same:
+            raise _DamagedError(f"{name} is not as it was written")
+    return Checkpoint(folder, progress, score)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    with _readable(path):
+        try:
+            text = path.read_bytes()
+        except _MISSING:
+            text = b""
+    try:
+        state = json.loads(text)
+        version = int(state.get("format", 1))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _DamagedError(f"{path.name} is not as it was written: {error}") from error
+    if version > FORMAT:
+        raise DataError(
+            f"{path.parent} is a checkpoint of a newer version: its format {version} is newer than "
+            f"this version's {FORMAT}; go on with that version"
+        )
+    return state
 
 
 def _checksum(path: Path) -> int:
@@ -223,7 +307,7 @@ def save(
     """
     final = root / f"step-{progress.step:08d}"
     for leftover in [*root.glob(f"{_UNFINISHED}*"), *root.glob(f"{_REMOVED}*")]:
-        shutil.rmtree(leftover)  # of a crash
+        shutil.rmtree(leftover, ignore_errors=True)  # of a crash
     unfinished = root / f"{_UNFINISHED}{final.name}"
     try:
         unfinished.mkdir(parents=True)
@@ -239,10 +323,15 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk this makes room
         raise
     if final.exists():  # it was damaged, or the run would not have come to this step again
-        _remove(final)
+        _set_aside(final)
     unfinished.rename(final)
     flush(root)
-    for folder in _expired(root, final, keep):
+    present = folders(root)
+    current = present.index(final)
+    for folder in present[current + 1 :]:
+        if _is_damaged(folder):
+            _set_aside(folder)
+    for folder in _expired(root, present[: current + 1], keep):
         _remove(folder)
     return final
 
@@ -273,16 +362,27 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def _expired(root: Path, current: Path, keep: Keep) -> list[Path]:
-    """Folders beyond the retention, and those later than the current one: they were damaged."""
-    present = folders(root)
-    valid = present[: present.index(current) + 1]
-    kept = set(valid[-keep.last :])
+def _expired(root: Path, present: list[Path], keep: Keep) -> list[Path]:
+    """Folders beyond the retention, none where it cannot be known which is the best."""
+    kept = set(present[-keep.last :])
     if keep.every is not None:
-        kept |= {folder for folder in valid if _step(folder) % keep.every == 0}
-    if keep.best is not None and (best_one := best(root, keep.best, verify=False)):
-        kept.add(best_one.folder)
+        kept |= {folder for folder in present if _step(folder) % keep.every == 0}
+    try:
+        if keep.best is not None and (best_one := best(root, keep.best, verify=False)):
+            kept.add(best_one.folder)
+    except UserError:
+        return []
     return [folder for folder in present if folder not in kept]
+
+
+def _is_damaged(folder: Path) -> bool:
+    try:
+        _read(folder)
+    except _DamagedError:
+        return True
+    except UserError:
+        pass
+    return False
 
 
 def _save_state(state: dict[str, Any], file: Any) -> None:
@@ -299,4 +399,13 @@ def _remove(folder: Path) -> None:
     """Renamed first: a crash in the middle leaves nothing that looks like a checkpoint."""
     removed = folder.with_name(f"{_REMOVED}{folder.name}")
     folder.rename(removed)
-    shutil.rmtree(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> None:
+    """Give a folder a name that no checkpoint has; it is for people to look at and to delete."""
+    name = f"{_SET_ASIDE}{folder.name}"
+    places = (folder.with_name(f"{name}-{n}" if n > 1 else name) for n in count(1))
+    place = next(place for place in places if not place.exists())
+    folder.rename(place)
+    _log.warning("%s is now %s; delete it when you have looked at it", folder.name, place)

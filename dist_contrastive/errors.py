@@ -1,7 +1,8 @@
 """Errors that end a run with an exit code of their own."""
 
+import re
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_RESTART = 75
 """Ended early: another start goes on from the last checkpoint."""
@@ -9,10 +10,43 @@ FINAL_EXIT_CODES = (0, 2, 64, 70, 93)
 """Done, wrong flags, config or data, not finite, no progress: another start would end alike."""
 
 
+# A user and password, and the query of a URL, which may be a signature.
+_LOGIN = re.compile(r"(://)[^\s/@'\"]+@")
+_QUERY = re.compile(r"(\bhttps?://[^\s?'\"<>]*)\?[^\s'\"<>]*?(?=[;,.:)]*(?:[\s'\"<>]|$))")
+_HIDDEN = "***"
+
+
+def redacted(value: Any) -> Any:
+    """A text, or the texts in settings, without the passwords and signatures of URLs."""
+    if isinstance(value, dict):
+        return {name: redacted(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [redacted(part) for part in value]
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    return _QUERY.sub(rf"\1?{_HIDDEN}", _LOGIN.sub(rf"\1{_HIDDEN}@", value))
+
+
+def is_redacted(location: str) -> bool:
+    """Whether a URL has lost its password or signature."""
+    return f"://{_HIDDEN}@" in location or location.endswith(f"?{_HIDDEN}")
+
+
+def _printable(text: str) -> str:
+    """Text on one line, without what a terminal would take for a command."""
+    if text.isprintable():
+        return text
+    return "".join(x if x.isprintable() else " " if x.isspace() else repr(x)[1:-1] for x in text)
+
+
 class UserError(ValueError):
-    """Something the user can mend: one sentence with the value, the limit and the fix."""
+    """Something the user can mend: one sentence with the value, the limit and the fix, in which
+    there are no passwords or signatures, whatever it quotes."""
 
     exit_code = 64
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_printable(redacted(str(message))))
 
 
 class ConfigError(UserError):
@@ -40,7 +74,7 @@ class LostWorkerError(UserError):
 
 
 class StorageError(UserError):
-    """A checkpoint that had to be written could not be; the one before is whole. Start again."""
+    """A checkpoint that had to be written or read could not be; none is lost. Start again."""
 
     exit_code = EXIT_RESTART
 

@@ -7,6 +7,7 @@ from dist_contrastive.errors import ConfigError
 
 PATTERN_SIGNS = "/{}*?[]"
 """Signs that would not be taken literally in the name of a shard."""
+_MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ class PackOptions:
     """Replace shards of this name that the folder holds, and their index."""
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers={self.workers} is below 1; set 1 or more threads")
+        if self.workers is not None and not 1 <= self.workers <= _MOST_WORKERS:
+            raise ConfigError(
+                f"workers={self.workers} is below 1 or above {_MOST_WORKERS}; set a thread or two "
+                f"for each CPU"
+            )
         if self.seed is not None and self.seed < 0:
             raise ConfigError(f"seed={self.seed} is below 0; set 0 or more")
         if self.name is not None and (not self.name or set(self.name) & set(PATTERN_SIGNS)):

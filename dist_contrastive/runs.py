@@ -34,6 +34,7 @@ from dist_contrastive.evaluation.splits import (
     usable_samples,
     with_labels,
 )
+from dist_contrastive.records import write_sums
 from dist_contrastive.tasks import Drift, ImageTask, Task
 
 __all__ = [
@@ -71,15 +72,18 @@ class LeftOut:
     reason: str
 
 
-def evaluate_runs(runs: list[Path]) -> Iterator[Measurement | LeftOut]:
+def evaluate_runs(runs: list[Path], is_trusted: bool = False) -> Iterator[Measurement | LeftOut]:
     """Measurements of each run; writes RUN/eval.json, measure by measure, and pictures in
     RUN/plots. What cannot be measured is left out.
+
+    Args:
+        is_trusted: the code that their configs name may run, wherever these come from.
 
     Raises:
         UserError: a run of which nothing can be measured.
     """
     for run in runs:
-        yield from _evaluate(run)
+        yield from _evaluate(run, is_trusted)
 
 
 def print_table(results: Iterable[Measurement | LeftOut]) -> None:
@@ -123,16 +127,18 @@ def load_weights(task: Task, run_dir: Path) -> None:
         ) from error
 
 
-def export(run_dir: Path, folder: Path, which: str) -> Checkpoint:
-    """Write the weights of a checkpoint and the config: what `eval`, `sample` and features need.
+def export(run_dir: Path, folder: Path, which: str, is_trusted: bool = False) -> Checkpoint:
+    """Write the weights of a checkpoint and the config: what `eval`, `sample` and features need;
+    and their checksums.
 
     Args:
         which: "newest", or "best" by `train.keep_best`.
+        is_trusted: as of `evaluate_runs`.
 
     Raises:
         ConfigError: there is no such checkpoint, or the folder cannot be written.
     """
-    config = configs.load_run(run_dir)
+    config = configs.load_run(run_dir, is_trusted=is_trusted)
     if which == "newest":
         exported = checkpoint.run_newest(run_dir)
     else:
@@ -141,6 +147,7 @@ def export(run_dir: Path, folder: Path, which: str) -> Checkpoint:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_weights(folder / WEIGHTS, exported.weights())
         configs.save(configs.absolute(config), folder)
+        write_sums(folder, [WEIGHTS, "config.yaml"])
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error}); choose another --out") from error
     return exported
@@ -179,8 +186,8 @@ def read_splits(config: RunConfig, table: Table | None = None) -> Splits:
     return Splits(samples[0], samples[1], fields.class_names(indexes["train"]))
 
 
-def _evaluate(run: Path) -> list[Measurement | LeftOut]:
-    config = configs.load_run(run)
+def _evaluate(run: Path, is_trusted: bool) -> list[Measurement | LeftOut]:
+    config = configs.load_run(run, is_trusted=is_trusted)
     table = Table(partial(_write_table, run))
     splits = read_splits(config, table)
     task = config.build_task(splits.train).eval()
@@ -233,6 +240,7 @@ def write_samples(
     classes: list[int] | None = None,
     guidance: float = 1.0,
     seed: int = 0,
+    is_trusted: bool = False,
 ) -> Path:
     """Samples of a run's newest checkpoint: OUT/sample-00000.png ... and OUT/grid.png, or of arrays
     OUT/samples.npy, and OUT/grid.png if they are points of the plane.
@@ -242,6 +250,7 @@ def write_samples(
         classes: None: all that there are.
         guidance: strength, 1 or more; above 1 only of runs that trained with guidance.
         seed: the same gives the same samples.
+        is_trusted: as of `evaluate_runs`.
 
     Returns:
         The path of the grid, or of the array if there is none.
@@ -255,7 +264,7 @@ def write_samples(
             f"count={count} and guidance={guidance:g} must both be 1 or more, count up to "
             f"{MOST_SAMPLES}, guidance finite; guidance of 1 is none"
         )
-    config = configs.load_run(run)
+    config = configs.load_run(run, is_trusted=is_trusted)
     index = join_sources(config.data.open_train())
     fields = with_class_names(config.fields, index)
     example, names = first_sample(fields, index, len(index)), fields.class_names(index)

@@ -204,7 +204,7 @@ def meant(name: str, known: list[str], elsewhere: list[str]) -> str | None:
     """The name here, or the key elsewhere, that an unknown name is likely meant for."""
     word = name.strip("-").lower().replace("-", "_").replace(" ", "_")
     ours = [*ALSO_CALLED.get(word, ()), word]
-    here = [hint for hint in ours if hint.split()[0] in known]
+    here = [hint for hint in ours if hint.partition(" ")[0] in known]
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
     there = [key for hint in ours for key in elsewhere if key.rpartition(".")[2] == hint]
     # A word that is known, and means nothing here, is not guessed at.

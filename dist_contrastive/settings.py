@@ -14,21 +14,36 @@ Where a config chooses one of several components by its ``name``, the type of th
 """
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.imports import import_class
 from dist_contrastive.sentences import nearest, problem, shown
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 IMPORT_PATH = "MODULE:CLASS"
+Size = Annotated[int, Field(ge=1, le=65_536)]
+"""Of a dimension of a network, or another number of which larger ones cannot be meant."""
+Count = Annotated[int, Field(ge=1, le=1024)]
+"""Of layers, views and the like."""
+ImageSize = Annotated[int, Field(ge=1, le=16_384)]
+"""Side of an image in pixels."""
+_MOST = 2**53
 _INSIDE = (  # keys of a pydantic schema that hold other schemas
     *("choices", "definitions", "fields", "items_schema", "keys_schema", "lax_schema"),
     *("python_schema", "schema", "steps", "values_schema"),
@@ -64,6 +79,15 @@ class Settings(BaseModel):
     """Group of settings: immutable, and strict about unknown names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _whole_numbers_fit(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, int) and abs(one) > _MOST:
+                    raise ValueError(f"{name}={shown(one)} is beyond 2**53; set a smaller one")
+        return self
 
     @classmethod
     def checked(
@@ -184,40 +208,6 @@ def _with_any_name(config: type[Settings]) -> type[Settings]:
     if name_of(config) is None:
         return config
     return create_model(config.__name__, __base__=config, name=(str, ...))
-
-
-def import_class(path: str, kind: str, base: type) -> Any:
-    """Class at an import path ``package.module:Class``.
-
-    Raises:
-        ConfigError: there is no such module or name, or it is no subclass of base.
-    """
-    found = import_object(path, kind)
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(
-            f"{path} is no {kind}: it must be a class that inherits "
-            f"{base.__module__}.{base.__qualname__}"
-        )
-    return found
-
-
-def import_object(path: str, kind: str) -> Any:
-    """Object at an import path ``package.module:name``. Raises: ConfigError."""
-    module, _, name = path.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except ImportError as error:
-        raise ConfigError(
-            f"the {kind} {path} cannot be imported ({error}); write package.module:NAME of a "
-            f"module that lies in the current folder or is installed"
-        ) from error
-    except (AttributeError, ValueError):
-        raise ConfigError(
-            f"the {kind} {path} is not there: {module} has no {name!r}; write package.module:NAME"
-        ) from None
-    return found
 
 
 def settings_from(

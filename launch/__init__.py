@@ -6,3 +6,5 @@ slurm/          jobs of a SLURM cluster
 progress.py     progress of a run, from its directory
 logs.py         output of ranks, followed
 """
+
+import dist_contrastive  # noqa: F401  # keeps the current folder out of sys.path

@@ -18,7 +18,15 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from dist_contrastive.cli.app import ConfigFile, MayChange, Overrides, examples, new_app, run
+from dist_contrastive.cli.app import (
+    MOST_RANKS,
+    ConfigFile,
+    MayChange,
+    Overrides,
+    examples,
+    new_app,
+    run,
+)
 from dist_contrastive.cli.exit_codes import run_rank
 from dist_contrastive.errors import EXIT_RESTART, FINAL_EXIT_CODES, ConfigError
 from dist_contrastive.signals import STOP_SIGNALS
@@ -73,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
 def _local(
     config: ConfigFile,
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    ranks: Annotated[
+        int, typer.Option(min=1, max=MOST_RANKS, help="Processes on this machine.")
+    ] = 1,
     restarts: Annotated[
         int,
         typer.Option(

@@ -1,13 +1,17 @@
 """Progress of a run, from its directory alone; quick, since nothing here imports torch."""
 
-import json
+import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.records import rows_in
+from dist_contrastive.yaml_files import read_yaml
 
 _TAIL = 1 << 16  # bytes, of many rows of metrics
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,21 @@ class RunProgress:
 
 def read_progress(run_dir: Path) -> RunProgress:
     """Progress of a run, be it running, ended or not begun."""
+    return RunProgress(_steps(run_dir), newest_step(run_dir), _last_row(run_dir))
+
+
+def _steps(run_dir: Path) -> int | None:
     config = run_dir / "config.yaml"
-    steps = yaml.safe_load(config.read_text())["train"]["steps"] if config.exists() else None
-    return RunProgress(steps, newest_step(run_dir), _last_row(run_dir / "metrics.jsonl"))
+    if not config.exists():
+        return None
+    try:
+        steps = read_yaml(config).value["train"]["steps"]
+    except (ConfigError, KeyError, TypeError):
+        steps = None
+    if isinstance(steps, int):
+        return steps
+    _log.warning("%s tells no train.steps: it is damaged, or of another version", config)
+    return None
 
 
 def newest_step(run_dir: Path) -> int:
@@ -47,12 +63,20 @@ def newest_step(run_dir: Path) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def _last_row(path: Path) -> dict[str, Any]:
-    if not path.exists():
+def _last_row(run_dir: Path) -> dict[str, Any]:
+    """Numbers of the last row of metrics.jsonl that can be read."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL))
+            rows = rows_in(file.read())
+    except OSError:
         return {}
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _TAIL))
-        lines = file.read().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    return json.loads(whole[-1]) if whole else {}
+    last = rows[-1] if rows else {}
+    return {name: value for name, value in last.items() if _is_number(name, value)}
+
+
+def _is_number(name: str, value: Any) -> bool:
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return isinstance(value, float) and (math.isfinite(value) or not name.startswith("step"))

@@ -39,6 +39,12 @@ def _deterministic():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_state(tmp_path_factory):
+    """What is trusted by these tests is not by who runs them."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def data_set(tmp_path_factory) -> Callable[[str], Path]:
     """The folder of a packed data set, which is made when it is first asked for."""

@@ -39,7 +39,7 @@ from dist_contrastive.data.packing.images import class_names
 from dist_contrastive.data.packing.options import PackOptions
 from dist_contrastive.data.pixels import as_float, fit_image
 from dist_contrastive.data.shards.encoding import decode_field, image_traits
-from dist_contrastive.data.shards.index import save_index
+from dist_contrastive.data.shards.index_file import save_index
 from dist_contrastive.data.shards.inspect import inspect_shards
 from dist_contrastive.data.shards.locations import find_shards, other_files
 from dist_contrastive.data.shards.tars import write_samples

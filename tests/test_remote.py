@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import multiprocessing
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,13 +22,13 @@ from dist_contrastive.cli import main
 from dist_contrastive.data import BlockCache, ShardStream, index_folder, load_index
 from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.tars import write_samples
-from dist_contrastive.errors import DataError, UnreachableError, UnreadableSample
+from dist_contrastive.errors import DataError, UnreachableError, UnreadableSample, UserError
 from dist_contrastive.metrics import read_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import block_cache
-from range_server import RangeServer
+from range_server import ENDLESS, RangeServer
 
 BLOCK = 1 << 20
 ORDER = {"global_batch_size": 24, "lanes": 12, "seed": 3, "shuffle_window": 8, "epochs": 1}
@@ -127,6 +128,22 @@ def test_a_dead_server_stops_with_one_sentence(folder: Path, cache, num_workers:
         with refused(UnreachableError, ".tar", "6 attempts", "start again"):
             read(index, num_workers)
     assert UnreachableError.exit_code == 75
+
+
+@pytest.mark.parametrize("where", ["index.npz", ".tar", "/"])
+@pytest.mark.parametrize("fault", ENDLESS)
+def test_servers_that_never_end_do_not_fill_the_memory(fault, where, folder, cache, monkeypatch):
+    """Of an index, a shard or a list of shards; as fast as the wire, or some bytes a second."""
+    monkeypatch.setattr(remote, "retries", remote.Retries(2, 0.01, 0.01, timeout_s=1.0))
+    out, before = cache.folder.with_name("index.npz"), resource.getrusage(resource.RUSAGE_SELF)
+
+    def fails(path: str, _: int) -> str | None:
+        return fault if path.endswith(where) else None
+
+    with RangeServer(folder, fault=fails) as server, refused(UserError, server.url):
+        index_folder(server.url, out) if where == "/" else read(load_index(server.url, cache))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before.ru_maxrss
+    assert grown < 400 * 1024  # KiB
 
 
 def test_a_server_without_ranges_stops_with_one_sentence(folder: Path, cache):

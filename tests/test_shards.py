@@ -22,7 +22,7 @@ from PIL import Image
 from dist_contrastive.data import ShardIndex, index_folder, load_index, pack_digits
 from dist_contrastive.data.collate import collate
 from dist_contrastive.data.packing.demos import slant
-from dist_contrastive.data.shards.index import save_index
+from dist_contrastive.data.shards.index_file import save_index
 from dist_contrastive.data.shards.tars import scan_samples, write_samples
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
 

@@ -19,7 +19,7 @@ from dist_contrastive import report
 from dist_contrastive.cli import main
 from dist_contrastive.data import index_folder, load_index
 from dist_contrastive.data.shards import indexing, remote
-from dist_contrastive.data.shards.index import save_index
+from dist_contrastive.data.shards.index_file import save_index
 from dist_contrastive.data.shards.inspect import inspect_shards, spread
 from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.data.shards.verify import verify_shards

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
-from pydantic import PositiveFloat
+from pydantic import Field
 from torch import nn
 
 from dist_contrastive import collectives, ranks
@@ -53,7 +53,7 @@ class Backend:
         activation_checkpointing: bool = False
         """Compute the insides of blocks of networks again in the backward pass instead of keeping
         them: less memory for a third more time."""
-        timeout_s: PositiveFloat = 1800.0
+        timeout_s: float = Field(default=1800.0, gt=0, le=31_536_000)
         """Longest time in seconds that a rank may be silent, or wait for another one, before the
         run is ended."""
 

@@ -1,6 +1,5 @@
 """The command ``dist-contrastive``."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,6 +8,7 @@ import typer
 from dist_contrastive import __version__
 from dist_contrastive.cli import shards
 from dist_contrastive.cli.app import (
+    MOST_RANKS,
     ConfigFile,
     MayChange,
     Overrides,
@@ -31,13 +31,12 @@ app = new_app(
 )
 app.add_typer(shards.app, name="shards")
 
+_Trust = Annotated[bool, typer.Option("--trust", help="Run the code that the config of RUN names.")]
 _Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    if "" not in sys.path:  # a module of the user's may lie in the current folder
-        sys.path.insert(0, "")
     return run(app, "dist-contrastive", argv)
 
 
@@ -87,8 +86,8 @@ def _doctor(
     from dist_contrastive.config import load
     from dist_contrastive.trainer.checks import Finding, examine
 
-    if ranks < 1:
-        raise ConfigError(f"--ranks {ranks} is below 1; use 1 or more")
+    if not 1 <= ranks <= MOST_RANKS:
+        raise ConfigError(f"--ranks {ranks} is not 1 to {MOST_RANKS}; give the ranks of the run")
     loaded = load(config, overrides or [])
     summary = f"{config}: task {loaded.task.name}, {loaded.train.steps} steps"
     print(Finding("config", True, summary))
@@ -102,11 +101,12 @@ def _doctor(
 @app.command("eval", epilog=examples("dist-contrastive eval runs/digits_encoder runs/other"))
 def _evaluate(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")],
+    trust: _Trust = False,
 ) -> None:
     """Measure trained runs, print one table."""
     from dist_contrastive.runs import evaluate_runs, print_table
 
-    print_table(evaluate_runs(runs))
+    print_table(evaluate_runs(runs, trust))
 
 
 @app.command(
@@ -121,12 +121,13 @@ def _export(
     checkpoint: Annotated[
         Literal["newest", "best"], typer.Option(help="The one to take.")
     ] = "newest",
+    trust: _Trust = False,
 ) -> None:
     """Write the weights and config of a trained run."""
     from dist_contrastive.runs import export
 
     out = out or run / "export"
-    exported = export(run, out, checkpoint)
+    exported = export(run, out, checkpoint, trust)
     print(f"weights after step {exported.progress.step} and config in {out}")
 
 
@@ -150,12 +151,13 @@ def _sample(
     ] = None,
     guidance: Annotated[float, typer.Option(metavar="S", help="Strength, 1 (none) or more.")] = 1.0,
     seed: Annotated[int, typer.Option(metavar="S", help="Of the noise.")] = 0,
+    trust: _Trust = False,
 ) -> None:
     """Write samples of a trained generator."""
     from dist_contrastive.runs import write_samples
 
     out = out or run / "samples"
-    grid = write_samples(run, out, count, classes, guidance, seed)
+    grid = write_samples(run, out, count, classes, guidance, seed, trust)
     print(f"{count} samples in {out}, all in {grid}")
 
 

@@ -12,10 +12,12 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
+import dist_contrastive
 from dist_contrastive.cli.exit_codes import reporting_errors
 
 _log = logging.getLogger(__name__)
 _INTERRUPTED = 130
+MOST_RANKS = 1024  # processes of one machine
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -115,6 +117,7 @@ def _as_setting(error: TyperException) -> str:
 
 def run(app: typer.Typer, name: str, argv: list[str] | None) -> int:
     """Run one command of an app; returns the exit code."""
+    dist_contrastive.without_current_folder()
     main: Callable[..., Any] = typer.main.get_command(app).main
     for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
         if isinstance(stream, io.TextIOWrapper):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
-from dist_contrastive.errors import NonFiniteError, UserError
+from dist_contrastive.errors import NonFiniteError, UserError, redacted
 
 _LOGGERS = ("dist_contrastive", "launch")
 
@@ -26,7 +26,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
+            print(redacted(self.format(record)), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 

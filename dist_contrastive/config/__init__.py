@@ -7,7 +7,16 @@
 Precedence: defaults < YAML file < ``key=value`` overrides. Unknown names are refused.
 """
 
-from dist_contrastive.config.files import absolute, load, load_run, place, resolve, save
+from dist_contrastive.config.files import (
+    absolute,
+    load,
+    load_recorded,
+    load_run,
+    place,
+    public,
+    resolve,
+    save,
+)
 from dist_contrastive.config.run import (
     CHANGEABLE,
     KeepBestSettings,
@@ -27,8 +36,10 @@ __all__ = [
     "changed",
     "differences",
     "load",
+    "load_recorded",
     "load_run",
     "place",
+    "public",
     "resolve",
     "save",
 ]

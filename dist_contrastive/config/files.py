@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ import yaml
 
 from dist_contrastive.atomic import write_text
 from dist_contrastive.config.run import RunConfig, map_paths
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import ConfigError, redacted
+from dist_contrastive.imports import keep_trust, look_in, names_in, read_recorded
+from dist_contrastive.sentences import shown
+from dist_contrastive.yaml_files import PlainLoader, parse_yaml, read_yaml
 
 
 def load(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -38,7 +41,7 @@ def resolve(
     elif isinstance(config, Mapping):
         tree = deepcopy(dict(config))
     else:
-        tree, node = _read_yaml(Path(config))
+        tree, node = _read_given(Path(config))
         where, written = f"{config}: ", [((), node)]
     for override in overrides:
         written.append(_apply(tree, override))
@@ -46,21 +49,86 @@ def resolve(
 
 
 def save(config: RunConfig, folder: Path) -> None:
-    """Write the resolved config, defaults included, as folder/config.yaml."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """Write the resolved config, defaults included, as folder/config.yaml; without the passwords
+    and signatures of URLs."""
+    tree = public(config)
+    text = yaml.safe_dump(tree, sort_keys=False)
     write_text(folder / "config.yaml", text)
+    if names_in(tree):
+        keep_trust(folder / "config.yaml", text)
 
 
-def load_run(folder: Path | str) -> RunConfig:
+def public(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain values, without the passwords and signatures of URLs."""
+    tree: dict[str, Any] = redacted(config.model_dump(mode="json"))
+    return tree
+
+
+def load_run(
+    folder: Path | str, granted: Collection[str] = (), is_trusted: bool = False
+) -> RunConfig:
     """The resolved config of a run directory, which may have been moved: its run_dir is where the
     folder is now, and its paths lead to what lies beside the folder as it did, or else to where
-    they led when it was written."""
-    path = Path(folder) / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is no run directory: it has no config.yaml; train one first")
-    tree = map_paths(_read_yaml(path)[0], _moved(Path(folder)))
+    they led when it was written.
+
+    The other arguments and errors are those of `imports.read_recorded`.
+    """
+    folder = Path(folder)
+    tree, _ = read_recorded(folder, granted, is_trusted)
+    tree = map_paths(tree, _moved(folder))
     tree["run_dir"] = str(folder)
-    return RunConfig.checked(tree, f"{path}: ")
+    return RunConfig.checked(tree, f"{folder / 'config.yaml'}: ")
+
+
+def load_recorded(config: RunConfig, warn: Callable[[str], None]) -> RunConfig:
+    """The config in the run directory of a config that goes on with it. A crash or another version
+    may have left only some settings that can be read; the others are taken as they are now.
+
+    Args:
+        warn: receives a sentence where some are.
+
+    Raises:
+        ConfigError: they are no config together.
+    """
+    now = config.model_dump(mode="json")
+    try:
+        return load_run(config.run_dir, granted=names_in(now))
+    except ConfigError as error:
+        problem = error
+    path = config.run_dir / "config.yaml"
+    try:
+        known = _overlaid(now, read_yaml(path).value)
+    except ConfigError:
+        known = now
+    try:
+        before = RunConfig.checked(known)
+    except ConfigError:
+        raise problem from None
+    warn(
+        f"{path} is damaged, or was written by another version ({problem}); only those of its "
+        f"settings that can be read and are known are compared"
+    )
+    return before
+
+
+def _overlaid(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The settings of now, with earlier values where there are some."""
+    both = {name: (value, before.get(name, value)) for name, value in now.items()}
+    return {
+        name: _overlaid(new, old) if isinstance(new, dict) and isinstance(old, dict) else old
+        for name, (new, old) in both.items()
+    }
+
+
+def _read_given(path: Path) -> tuple[dict[str, Any], yaml.Node]:
+    """Settings in a file that the user gives, whose wish it is what they import; and how they were
+    written."""
+    beside = ("checkpoints", "environment.json", "model.safetensors")
+    if path.name == "config.yaml" and any((path.parent / name).exists() for name in beside):
+        return read_recorded(path.parent)
+    read = read_yaml(path)
+    look_in(path.parent, Path.cwd())
+    return read.value, read.node
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -100,54 +168,20 @@ def _exists(path: str) -> bool:
     return os.path.exists(path if head == path else os.path.dirname(head) or ".")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a date is text, as names of folders are, and 1e-3 is a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_FLOAT = "tag:yaml.org,2002:float"
-_Loader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
-
 _Written = tuple[tuple[str, ...], yaml.Node | str]
 """Names of a key, and the YAML of its value; or its value as it was given."""
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node]:
-    """Settings of a file, and how they were written."""
-    try:
-        tree, node = _parse(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the config {path}: {reason}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or node is None:
-        raise ConfigError(f"{path} holds no settings; see configs/ for examples")
-    return tree, node
-
-
-def _parse(text: str) -> tuple[Any, yaml.Node | None]:
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        return None if node is None else loader.construct_document(node), node
-    finally:
-        loader.dispose()
 
 
 def _apply(tree: dict[str, Any], override: str) -> _Written:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} is not key=value, as in optim.lr=0.001")
+        raise ConfigError(f"override '{shown(override)}' is not key=value, as in optim.lr=0.001")
     *parents, last = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise ConfigError(
-                f"override {override!r}: {parent} is a value, not a group of settings"
+                f"override '{shown(override)}': {parent} is a value, not a group of settings"
             )
     tree[last] = _value(override, value.strip())
     return (*parents, last), "" if tree[last] is None else value.strip()
@@ -159,15 +193,20 @@ def _value(override: str, text: str) -> Any:
     Only in quotes and brackets a character means something: # begins no comment.
     """
     try:
-        value, node = _parse(text)
-    except (yaml.YAMLError, ValueError):
+        value, node = parse_yaml(text)
+    except ValueError:
         if text[0] in "[{\"'":
-            raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+            raise ConfigError(
+                f"override '{shown(override)}': the value is not YAML; quote it"
+            ) from None
         return text
     if isinstance(node, yaml.ScalarNode) and node.style not in ("'", '"'):
-        loader = _Loader("")
+        loader = PlainLoader("")
         tag = loader.resolve(yaml.ScalarNode, text, (True, False))
-        return loader.construct_object(yaml.ScalarNode(tag, text))
+        try:
+            return loader.construct_object(yaml.ScalarNode(tag, text))
+        except yaml.YAMLError:
+            return text
     return value
 
 
@@ -177,7 +216,7 @@ def _text(written: list[_Written], names: Sequence[str]) -> str | None:
         if key == tuple(names[: len(key)]):
             if isinstance(value, str) and len(key) == len(names):
                 return value or None
-            node = _parse(value)[1] if isinstance(value, str) else value
+            node = parse_yaml(value)[1] if isinstance(value, str) else value
             return _scalar_text(node, names[len(key) :])
     return None
 

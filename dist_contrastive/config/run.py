@@ -11,8 +11,10 @@ from torch import nn
 from dist_contrastive.backend import Backend, TrackerName
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields, Samples
+from dist_contrastive.errors import redacted
 from dist_contrastive.evaluation.measure import EvaluateSettings
 from dist_contrastive.losses import PairLoss
+from dist_contrastive.models.allocation import BoundedAllocation
 from dist_contrastive.optim import LAYERWISE, OptimConfig
 from dist_contrastive.settings import Settings
 from dist_contrastive.tasks import AnyTask, DataInfo, Task, build_task
@@ -153,7 +155,8 @@ class RunConfig(Settings):
             encoder, loss: as in `tasks.build_task`.
         """
         data = DataInfo(example, self.data.num_classes, self.seed)
-        return build_task(self.task, data, encoder, loss)
+        with BoundedAllocation():
+            return build_task(self.task, data, encoder, loss)
 
 
 # Settings that a resumed run may change: they do not touch what is computed. Where samples come
@@ -216,10 +219,9 @@ _DATA_PATHS = ("train", "test", "shards")
 
 def changed(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Old and new value of the settings that differ, but for those that may without a word."""
-    before, after = (_flat(config.model_dump(mode="json")) for config in (old, new))
-    there, here = (
-        _flat(map_paths(config.model_dump(mode="json"), os.path.abspath)) for config in (old, new)
-    )
+    trees = [redacted(config.model_dump(mode="json")) for config in (old, new)]  # as it is kept
+    before, after = map(_flat, trees)
+    there, here = (_flat(map_paths(tree, os.path.abspath)) for tree in trees)
     free = tuple(f"{name}." for name in MAY_CHANGE)
     return {
         key: (before.get(key), after.get(key))

@@ -69,8 +69,15 @@ def _column(values: list[Any], is_shared: bool) -> Any:
         return tensors
     try:
         return _stack(tensors, is_shared)
-    except RuntimeError:  # torch has no type for 16 unsigned bits beside signed ones, say
-        return tensors
+    except RuntimeError as error:
+        if is_shared and is_shared_memory_full(error):
+            raise
+        return tensors  # torch has no type for 16 unsigned bits beside signed ones, say
+
+
+def is_shared_memory_full(error: Exception) -> bool:
+    """Whether torch found no room in /dev/shm."""
+    return any(words in str(error) for words in ("shared memory", "(shm)", "No space left"))
 
 
 def _stack(rows: list[Tensor], is_shared: bool) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BeforeValidator, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
 from dist_contrastive.data.classes import MISSING_CLASS, as_class, as_number, is_missing
@@ -26,7 +26,7 @@ from dist_contrastive.data.places import (
 from dist_contrastive.data.shards.encoding import is_image_field
 from dist_contrastive.data.source import Source, alternatives
 from dist_contrastive.errors import DataError, UnreadableSample
-from dist_contrastive.settings import Settings
+from dist_contrastive.settings import ImageSize, Settings
 
 
 def _joined(name: Any) -> Any:
@@ -106,13 +106,13 @@ class FieldsConfig(Settings):
     a list, as [jpg, png, webp], the first that the sample has."""
     label: str | None = None
     """Field that holds a label, as `cls` or `json.label`; null without labels."""
-    num_classes: PositiveInt | None = None
+    num_classes: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Labels are classes 0 ... num_classes - 1; null where they are continuous."""
     pair: FieldName | None = None
     """Field that holds a second modality of the same sample, as `txt` or `npy`; or a list, as of
     image; or the name of a text inside of a JSON field, as `json.caption`. Of a list of texts one
     is drawn each epoch."""
-    image_size: PositiveInt | None = None
+    image_size: ImageSize | None = None
     """Pixels: images are scaled so that their shorter side has as many, and cut to the square in
     the middle; null for images of one size."""
     image_channels: Literal[1, 3] | None = None

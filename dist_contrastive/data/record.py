@@ -4,15 +4,18 @@ A resumed run must read the same samples in the same order, wherever they lie no
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from dist_contrastive.atomic import write_text
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.source import Source
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import ConfigError, redacted
+from dist_contrastive.records import read_json
 
 _NAME = "data.json"
+_log = logging.getLogger(__name__)
 
 
 def write_record(run_dir: Path, config: DataConfig, sources: list[Source]) -> None:
@@ -30,24 +33,21 @@ def check_record(run_dir: Path, config: DataConfig, sources: list[Source]) -> No
     path = run_dir / _NAME
     if not path.exists():
         return
-    try:
-        before, now = json.loads(path.read_text()), _record(config, sources)
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}); delete it if the run goes on with the data that it was "
-            f"trained on"
-        ) from error
+    before, now = read_json(path), _record(config, sources)
+    if not isinstance(before, list) or not all(isinstance(old, dict) for old in before):
+        _log.warning("%s is damaged: whether the data are those of the run is not known", path)
+        return
     if len(before) != len(now):
         raise ConfigError(_changed(run_dir, f"{len(before)} sources, now {len(now)}"))
     for old, new in zip(before, now, strict=True):
-        if (old["fingerprint"], old["weight"]) != (new["fingerprint"], new["weight"]):
-            raise ConfigError(_changed(run_dir, f"{_text(old)}, now {_text(new)}"))
+        if any(old.get(name, new[name]) != new[name] for name in ("fingerprint", "weight")):
+            raise ConfigError(_changed(run_dir, f"{_text({**new, **old})}, now {_text(new)}"))
 
 
 def _record(config: DataConfig, sources: list[Source]) -> list[dict[str, Any]]:
     return [
         {
-            "shards": getattr(settings, "shards", settings.name),
+            "shards": redacted(getattr(settings, "shards", settings.name)),
             "num_shards": len(source.shards),
             "samples": len(source),
             "weight": settings.weight,
@@ -61,7 +61,7 @@ def _text(source: dict[str, Any]) -> str:
     weight = f" with weight {source['weight']}" if source["weight"] else ""
     return (
         f"{source['samples']} samples in {source['num_shards']} shards of {source['shards']}"
-        f"{weight} (checksum {source['fingerprint'][:8]})"
+        f"{weight} (checksum {str(source['fingerprint'])[:8]})"
     )
 
 

@@ -12,7 +12,7 @@ from dist_contrastive.data.shards.index import ShardIndex, concatenate
 from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.shards.storage import BlockCache
 from dist_contrastive.data.source import JoinedSource, Source
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import ConfigError, is_redacted
 from dist_contrastive.settings import Choice
 
 SOURCE = Choice("data source", Source, {"shards": ShardIndex}, default="shards")
@@ -39,6 +39,11 @@ def configs_of(sources: AnySources) -> tuple[Source.Config, ...]:
 def open_source(config: Source.Config, cache: BlockCache.Config, background: str = WHITE) -> Source:
     """Source that a config names. Raises: as `load_index`, or what an own source raises."""
     if isinstance(config, ShardIndex.Config):
+        if is_redacted(config.shards):
+            raise ConfigError(
+                f"{config.shards} is in a run directory, which keeps no passwords or signatures; "
+                f"write the whole URL in its place"
+            )
         return replace(load_index(config.shards, cache), background=background)
     return SOURCE.build(config)
 

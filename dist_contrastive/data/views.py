@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
 from dist_contrastive.data import keyed_random
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.settings import Choice, ComponentSettings
+from dist_contrastive.settings import Choice, ComponentSettings, ImageSize
 
 VIEW_STREAM = 0x76696577  # "view": keeps these keys apart from other uses of the same seed
 
@@ -30,7 +30,7 @@ class Views(ABC):
     class Config(ComponentSettings):
         """Settings that all augmentations share."""
 
-        size: PositiveInt | None = None
+        size: ImageSize | None = None
         """Height and width of the view in pixels; None keeps the image's. The image is resampled
         bilinearly, so that one much larger than `size` should be shrunk before it is packed."""
 

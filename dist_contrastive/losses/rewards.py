@@ -1,12 +1,12 @@
 """What a decision is worth: rewards for `PolicyGradient`, and how they are found and called."""
 
-import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.imports import import_module
 from dist_contrastive.losses.hierarchy import Hierarchy
 
 Reward = Callable[[Tensor, Tensor, Hierarchy], Tensor]
@@ -33,7 +33,7 @@ def load_reward(path: str) -> Reward:
     if not all(part.isidentifier() for part in [*module_name.split("."), name]):
         raise ConfigError(f"reward {path!r} is not of the form package.module:function; {form}")
     try:
-        module = importlib.import_module(module_name)
+        module = import_module(module_name)
     except Exception as error:  # whatever the module's own code raises
         raise ConfigError(
             f"reward {path!r} cannot be imported ({_one_line(error)}); {form}, from a module that "

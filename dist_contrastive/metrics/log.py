@@ -6,6 +6,7 @@ on a terminal or in the log, and `MetricsLog` is all of them for the rank that w
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dist_contrastive.atomic import write_text
+from dist_contrastive.records import keep_lines, open_own, read_lines
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("ab", buffering=0)
+        self._file = open_own(path, "ab")
         self._lost = 0
 
     def write(self, row: dict[str, Any]) -> None:
@@ -82,27 +83,23 @@ class Ledger:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl, without an unfinished last line."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Rows of a run's metrics.jsonl, as far as they can be read."""
+    return read_lines(folder / "metrics.jsonl")
 
 
 def forget_steps(folder: Path, done: int) -> None:
     """Remove lines about steps after the first `done`, which are done again, perhaps by another
     number of ranks. Called by one rank before any opens these files."""
     for path in [*folder.glob("ledger/rank-*.jsonl"), *folder.glob("skipped.jsonl")]:
-        _keep_lines(path, lambda row: row["step"] < done)  # they count from 0
+        keep_lines(path, lambda row: _step(row) < done)  # they count from 0
     for path in folder.glob("metrics.jsonl"):
-        _keep_lines(path, lambda row: row["step"] <= done)
+        keep_lines(path, lambda row: _step(row) <= done)
 
 
-def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Remove the other lines, and an unfinished last one."""
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in lines if keep(json.loads(line))]
-    if kept != lines:
-        write_text(path, "".join(kept))
+def _step(row: dict[str, Any]) -> float:
+    """Step of a row; one that tells none is as if it were of a later step."""
+    step = row.get("step")
+    return step if isinstance(step, int | float) else math.inf
 
 
 _LINE_S = 60.0

@@ -3,13 +3,14 @@
 from typing import Literal, Self
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.models.generators import ConditionalGenerator
 from dist_contrastive.models.layers import Modulation
+from dist_contrastive.settings import Count, Size
 
 
 class DiTGenerator(ConditionalGenerator):
@@ -31,17 +32,17 @@ class DiTGenerator(ConditionalGenerator):
         """A small diffusion transformer (DiT), used in one step."""
 
         name: Literal["dit"] = "dit"
-        noise_channels: PositiveInt = 1
+        noise_channels: Size = 1
         """Channels of the noise image, which has the images' height and width."""
-        patch: PositiveInt = 2
+        patch: Size = 2
         """Height and width of the patch that a token stands for; it divides those of the images."""
-        width: PositiveInt = 128
+        width: Size = 128
         """Dimension of the tokens, and of the embedding of class and guidance."""
-        layers: PositiveInt = 4
+        layers: Count = 4
         """Transformer layers."""
-        heads: PositiveInt = 4
+        heads: Count = 4
         """Attention heads; they divide the width."""
-        registers: NonNegativeInt = 4
+        registers: int = Field(default=4, ge=0, le=1024)
         """Learned tokens beside the patches, room for what concerns the whole image."""
 
         @model_validator(mode="after")

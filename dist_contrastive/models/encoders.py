@@ -12,13 +12,13 @@ from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.models.layers import GROUPS, ResidualBlock, check_widths
-from dist_contrastive.settings import ComponentSettings, Settings
+from dist_contrastive.settings import ComponentSettings, Count, Settings, Size
 
 PADDING = 0
 BEGIN = 257  # after the bytes, which are 1 ... 256
@@ -56,10 +56,10 @@ class ResidualEncoder(Encoder):
         """A small residual convolutional network."""
 
         name: Literal["residual"] = "residual"
-        widths: tuple[PositiveInt, ...] = Field(default=(16, 32, 64), min_length=1)
+        widths: tuple[Size, ...] = Field(default=(16, 32, 64), min_length=1)
         """Channels of each stage, the last of them D; each stage after the first halves height and
         width."""
-        blocks: PositiveInt = 1
+        blocks: Count = 1
         """Residual blocks in each stage."""
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
@@ -109,13 +109,13 @@ class TextEncoder(Encoder):
         """A small transformer over UTF-8 bytes."""
 
         name: Literal["text"] = "text"
-        width: PositiveInt = 64
+        width: Size = 64
         """Dimension of the hidden states, and D of the representation."""
-        layers: PositiveInt = 2
+        layers: Count = 2
         """Transformer layers."""
-        heads: PositiveInt = 4
+        heads: Count = 4
         """Attention heads; they divide the width."""
-        max_bytes: PositiveInt = 64
+        max_bytes: Size = 64
         """Bytes of a text that are read; every text costs as much as one of this length."""
 
         @model_validator(mode="after")
@@ -195,11 +195,11 @@ class VectorEncoder(Encoder):
         """An MLP with SiLU."""
 
         name: Literal["vector"] = "vector"
-        hidden: PositiveInt = 64
+        hidden: Size = 64
         """Dimension of the hidden layers."""
-        out: PositiveInt = 64
+        out: Size = 64
         """Dimension of the representation, D."""
-        layers: PositiveInt = 2
+        layers: Count = 2
         """Linear layers; 1 is a plain linear map."""
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
@@ -227,11 +227,11 @@ class ProjectionHead(nn.Module):
     class Config(Settings):
         """The MLP between the representation and the space in which the loss compares."""
 
-        hidden: PositiveInt = 256
+        hidden: Size = 256
         """Dimension of the hidden layers."""
-        out: PositiveInt = 64
+        out: Size = 64
         """Dimension of the compared embedding."""
-        layers: PositiveInt = 2
+        layers: Count = 2
         """Linear layers; 1 is a plain linear map."""
 
     def __init__(self, config: Config, dim: int) -> None:

@@ -6,13 +6,13 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.models.layers import GROUPS, AdaptiveGroupNorm, ResidualBlock, check_widths
-from dist_contrastive.settings import ComponentSettings
+from dist_contrastive.settings import ComponentSettings, Count, Size
 
 
 class ConditionalGenerator(nn.Module, ABC):
@@ -93,15 +93,15 @@ class ConvGenerator(ConditionalGenerator):
         """A small residual convolutional generator."""
 
         name: Literal["conv"] = "conv"
-        noise_dim: PositiveInt = 16
+        noise_dim: Size = 16
         """Numbers of Gaussian noise behind a sample."""
-        class_dim: PositiveInt = 32
+        class_dim: Size = 32
         """Dimension of the embedding of class and guidance; unused without both."""
-        width: PositiveInt = 16
+        width: Size = 16
         """Channels at full resolution; each halving of the resolution doubles them."""
-        doublings: NonNegativeInt = 2
+        doublings: int = Field(default=2, ge=0, le=16)
         """How often the map grows: an H x W image starts as H/2^doublings x W/2^doublings."""
-        blocks: PositiveInt = 1
+        blocks: Count = 1
         """Residual blocks at each resolution."""
 
     only_images = True
@@ -161,13 +161,13 @@ class UNetGenerator(ConditionalGenerator):
         """A small convolutional U-Net."""
 
         name: Literal["unet"] = "unet"
-        noise_channels: PositiveInt = 1
+        noise_channels: Size = 1
         """Channels of the noise image, which has the images' height and width."""
-        widths: tuple[PositiveInt, ...] = Field(default=(32, 64, 128), min_length=1)
+        widths: tuple[Size, ...] = Field(default=(32, 64, 128), min_length=1)
         """Channels of each level; each level after the first halves height and width."""
-        blocks: PositiveInt = 1
+        blocks: Count = 1
         """Residual blocks in each level, on the way down and on the way up."""
-        condition_dim: PositiveInt = 64
+        condition_dim: Size = 64
         """Dimension of the embedding of class and guidance."""
 
     only_images = True
@@ -229,13 +229,13 @@ class MlpGenerator(ConditionalGenerator):
         """An MLP with SiLU."""
 
         name: Literal["mlp"] = "mlp"
-        noise_dim: PositiveInt = 32
+        noise_dim: Size = 32
         """Numbers of Gaussian noise behind a sample."""
-        class_dim: PositiveInt = 32
+        class_dim: Size = 32
         """Dimension of the embedding of class and guidance; unused without both."""
-        hidden: PositiveInt = 256
+        hidden: Size = 256
         """Dimension of the hidden layers."""
-        layers: PositiveInt = 4
+        layers: Count = 4
         """Linear layers; 1 is a plain linear map."""
 
     def __init__(

@@ -58,6 +58,12 @@ class TransformersEncoder(Encoder):
                     f"is {self.model_type!r} and pretrained is {self.pretrained!r}: set exactly "
                     f"one."
                 )
+            for name in ("trust_remote_code", "auto_map"):
+                if name in self.config:
+                    raise ValueError(
+                        f"config.{name} would run code that came with a checkpoint; leave it out, "
+                        f"and name a model of your own by its import path instead"
+                    )
             return self
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
@@ -168,7 +174,7 @@ def _load(
     try:
         if config.pretrained is not None:
             model = AutoModel.from_pretrained(
-                config.pretrained, use_safetensors=True, **config.config
+                config.pretrained, use_safetensors=True, trust_remote_code=False, **config.config
             )
         else:
             assert config.model_type is not None  # the settings have exactly one source

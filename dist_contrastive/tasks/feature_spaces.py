@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from dist_contrastive import checkpoint, collectives
 from dist_contrastive.data.views import AnyViews
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.imports import read_recorded
 from dist_contrastive.models import AnyEncoder, Encoder, FeatureMaps, build_encoder
 from dist_contrastive.settings import Choice, ComponentSettings
 from dist_contrastive.tasks.images import seen_shape
@@ -148,9 +148,9 @@ def load_encoder(run_dir: Path, image_shape: tuple[int, int, int]) -> Encoder:
             not fit such images.
     """
     path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml; train one first")
-    task = yaml.safe_load(path.read_text())["task"]
+    task = read_recorded(run_dir)[0].get("task")
+    if not isinstance(task, dict) or "name" not in task:
+        raise ConfigError(f"{path} has no task; give the directory of a run that was trained")
     if "encoder" not in task:
         raise ConfigError(
             f"{run_dir} is a run of task {task['name']!r}, which trains no encoder; features need "

@@ -6,7 +6,7 @@ total = w0 * supervised + w1 * reward + w2 * contrastive
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt, field_validator
+from pydantic import field_validator
 from torch import Tensor, nn
 
 from dist_contrastive.data import keyed_random
@@ -20,7 +20,7 @@ from dist_contrastive.losses.policy_gradient import PolicyGradient
 from dist_contrastive.losses.rewards import load_reward
 from dist_contrastive.losses.supcon import LabelledLoss
 from dist_contrastive.schedule import Points, Schedule, value_at
-from dist_contrastive.settings import Settings
+from dist_contrastive.settings import Count, Settings
 from dist_contrastive.tasks.base import (
     DataInfo,
     Embeddings,
@@ -55,7 +55,7 @@ class RewardConfig(PolicyGradient.Config):
     """Weight of the term, constant or by the progress of the run; 0: none."""
     function: str = "dist_contrastive.losses.rewards:depth_credit"
     """MODULE:NAME of (decisions, labels, hierarchy) -> rewards."""
-    draws: PositiveInt = 1
+    draws: Count = 1
     """Decisions sampled for each view of a sample."""
 
 
@@ -80,7 +80,7 @@ class Hybrid(ImageTask):
         uses_labels: ClassVar[bool] = True
 
         name: Literal["hybrid"] = "hybrid"
-        num_views: PositiveInt = 2
+        num_views: Count = 2
         """Views of each sample; all are classified and compared."""
         hierarchy: Any = None
         """Groups of classes, as {round: [0, 6, 8, 9], straight: [1, 4, 7]}, nested to any depth;

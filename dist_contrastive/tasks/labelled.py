@@ -2,12 +2,12 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import PositiveInt
 from torch import Tensor
 
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.losses import LabelLoss, compare_views
+from dist_contrastive.settings import Count
 from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
 from dist_contrastive.tasks.images import ContrastiveTask
 
@@ -25,7 +25,7 @@ class Labelled(ContrastiveTask):
         uses_labels: ClassVar[bool] = True
 
         name: Literal["labelled"] = "labelled"
-        num_views: PositiveInt = 2
+        num_views: Count = 2
         """Views of each sample; they are similar to each other whether it has a label or not."""
         loss: LabelLoss
         """Loss of embeddings and labels."""

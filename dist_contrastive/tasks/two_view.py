@@ -3,14 +3,13 @@
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.views import VIEWS, AnyViews, Views
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses import PairLoss, ViewLoss, compare_views
-from dist_contrastive.settings import Settings
+from dist_contrastive.settings import Count, Settings
 from dist_contrastive.tasks.base import DataInfo, Embeddings, StepContext, Terms
 from dist_contrastive.tasks.images import ContrastiveTask, seen_shape
 
@@ -20,7 +19,7 @@ GLOBAL_VIEWS = 2
 class CropsConfig(Settings):
     """Multi-crop: further, usually smaller, views that are compared with the two global ones."""
 
-    count: PositiveInt
+    count: Count
     """Crops of each sample."""
     views: AnyViews
     """Random changes of an image, drawn anew for each crop."""

@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dist_contrastive import collectives
+from dist_contrastive import config as configs
 from dist_contrastive.backend import Trackers
 from dist_contrastive.changes import record_changes
 from dist_contrastive.metrics import GEOMETRY_ROWS, Ledger, MetricsLog, forget_steps
@@ -150,7 +151,7 @@ class Recorder:
                     run_dir,
                     train.tracker_project,
                     first,
-                    config.model_dump(mode="json"),
+                    configs.public(config),
                 )
             )
             metrics = files.enter_context(

@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,7 +17,7 @@ from dist_contrastive.config import RunConfig
 from dist_contrastive.data.record import check_record
 from dist_contrastive.data.source import Source
 from dist_contrastive.data.training import TrainingData, open_data
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import ConfigError, DataError
 from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.metrics import Clock
 from dist_contrastive.models import check_row_independent
@@ -107,7 +107,9 @@ def open_run(
     modules = modules or OwnModules()
     with collectives.raised_together():
         resumed = _find_checkpoint(config, modules, backend.is_main)
-        changes = check_changes(config, resumed.progress.step, change) if resumed else {}
+        warn = _log.warning if backend.is_main else lambda _: None
+        step = resumed.progress.step if resumed else 0
+        changes = check_changes(config, step, change, warn) if resumed else {}
     positions = collectives.gather_objects(None if resumed is None else resumed.progress)
     if any(position != positions[0] for position in positions):
         raise ConfigError(
@@ -133,7 +135,15 @@ def open_run(
             load_initial(task, config.init_from, config.init_strict, backend.is_main)
     engine = backend.engine(task, optimizer, config.optim.clip_norm)
     if resumed:
-        engine.load_optimizer_state(resumed.optimizer_state())
+        with collectives.raised_together():
+            state = resumed.optimizer_state()
+        try:
+            engine.load_optimizer_state(state)
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise DataError(
+                f"{resumed.folder} holds the state of another optimizer ({type(error).__name__}: "
+                f"{error}); go on from another checkpoint"
+            ) from error
     clock = Clock(progress.consumed, backend.device)
     return Run(config, backend, task, engine, data, progress, progress, clock, unchanged, changes)
 
@@ -175,7 +185,9 @@ def _find_checkpoint(config: RunConfig, modules: OwnModules, is_main: bool) -> C
     return resumed
 
 
-def check_changes(config: RunConfig, step: int, change: bool) -> Settings:
+def check_changes(
+    config: RunConfig, step: int, change: bool, warn: Callable[[str], None] = lambda _: None
+) -> Settings:
     """Settings that differ from those of the run directory, which may.
 
     A run that has done all its steps may have more without being told so.
@@ -187,7 +199,7 @@ def check_changes(config: RunConfig, step: int, change: bool) -> Settings:
     Raises:
         ConfigError: one cannot change, the run was not told that it changes, or no step is left.
     """
-    before, steps = configs.load_run(config.run_dir), config.train.steps
+    before, steps = configs.load_recorded(config, warn), config.train.steps
     changes = configs.changed(before, config)
     fixed = {key: pair for key, pair in changes.items() if key not in configs.CHANGEABLE}
     holds = f"{config.run_dir} holds a run with other settings ({changes_text(fixed or changes)})"

@@ -37,7 +37,14 @@ from dist_contrastive.config import RunConfig
 from dist_contrastive.data.record import write_record
 from dist_contrastive.data.source import Source
 from dist_contrastive.data.stream.reader import Skipped, check_skipped
-from dist_contrastive.errors import ChangedError, ConfigError, LockedError, NoProgressError
+from dist_contrastive.errors import (
+    ChangedError,
+    ConfigError,
+    LockedError,
+    NoProgressError,
+    redacted,
+)
+from dist_contrastive.records import append_lines, open_own, read_json, read_lines
 
 COMMIT = "dist_contrastive.commit"
 _MODULES, _ATTEMPTS, _LOCK = "modules.json", "attempts.json", "lock"
@@ -47,6 +54,7 @@ _PATIENCE_S = 5.0  # for a run that was told to end and saves
 _OWN_PATIENCE_S = 60.0  # for the ranks that this very job had before it was requeued
 _SHARED_S = 10.0  # that a file system of a network may take to show what another node has written
 _POLL_S = 0.1
+_MOST_OWNER = 1000  # bytes
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _log = logging.getLogger(__name__)
 
@@ -133,8 +141,10 @@ def check_modules(run_dir: Path, modules: Mapping[str, str]) -> None:
         ConfigError: `train` was given others, or none.
     """
     path = run_dir / _MODULES
-    before = json.loads(path.read_text()) if path.exists() else {}
-    if before != modules:
+    before = read_json(path) if path.exists() else {}
+    if not isinstance(before, dict):
+        _log.warning("%s is damaged: whether the modules are the same is not known", path)
+    elif before != modules:
         was, now = (_modules_text(names) for names in (before, modules))
         raise ConfigError(
             f"{run_dir} was trained with {was}, now {now}; give dist_contrastive.train() the "
@@ -164,8 +174,10 @@ def count_attempt(config: RunConfig, step: int, is_changed: bool = False) -> Non
         NoProgressError: it has been there too often.
     """
     path, limit = config.run_dir / _ATTEMPTS, config.train.max_stalled_starts
-    before = json.loads(path.read_text()) if path.exists() else {}
-    starts = before.get("starts", 0) if before.get("step") == step and not is_changed else 0
+    before = read_json(path)
+    is_same = isinstance(before, dict) and before.get("step") == step and not is_changed
+    starts = before.get("starts") if is_same else 0
+    starts = starts if isinstance(starts, int) else 0
     if starts >= limit:
         raise NoProgressError(
             f"{config.run_dir} was started {starts} times from step {step} and never came to "
@@ -220,9 +232,8 @@ class SkippedLog:
         self._known += gathered
         with collectives.raised_together():
             if self._is_main:
-                rows = [{"step": step, **skipped._asdict()} for skipped in gathered]
-                with self._path.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
+                rows = [{"step": step, **redacted(skipped._asdict())} for skipped in gathered]
+                append_lines(self._path, rows)
                 self._untold += new.values()
         check_skipped(self._known, self._max_skipped)
 
@@ -238,10 +249,9 @@ class SkippedLog:
 
 
 def _read_skipped(path: Path) -> list[Skipped]:
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [Skipped(**{name: row[name] for name in Skipped._fields}) for row in rows]
+    rows = [[row.get(name) for name in Skipped._fields] for row in read_lines(path)]
+    found = [Skipped._make(row) for row in rows]
+    return [skipped for skipped in found if isinstance(skipped.sample, int)]
 
 
 # ------------------------------------------------------------------ one run at a time
@@ -268,8 +278,7 @@ def locked(run_dir: Path, is_main: bool, checkpoints_before: list[Path]) -> Iter
                 run_dir.mkdir(parents=True, exist_ok=True)
                 file = held.enter_context(_acquire(run_dir, checkpoints_before))
                 file.truncate(0)
-                file.write(token)
-                file.flush()
+                file.write(token.encode())
                 os.fsync(file.fileno())
         host, token = collectives.gather_objects((platform.node(), token))[0]
         with collectives.raised_together():
@@ -278,11 +287,13 @@ def locked(run_dir: Path, is_main: bool, checkpoints_before: list[Path]) -> Iter
         yield
 
 
-def _acquire(run_dir: Path, checkpoints_before: list[Path]) -> IO[str]:
+def _acquire(run_dir: Path, checkpoints_before: list[Path]) -> IO[bytes]:
     # Not flock: data workers would inherit that, and hold it after a rank that was killed. This
     # kind is lost when the process closes any handle of the file, so that nothing else may open it.
-    file = (run_dir / _LOCK).open("a+")
+    file = open_own(run_dir / _LOCK, "r+b")
     try:
+        if os.fstat(file.fileno()).st_nlink > 1:  # its other name's content would be lost
+            raise ConfigError(f"{run_dir / _LOCK} is a link to another file; delete it")
         _await_lock(file, run_dir)
         if checkpoint.folders(run_dir / "checkpoints") != checkpoints_before:
             raise ChangedError(
@@ -295,11 +306,11 @@ def _acquire(run_dir: Path, checkpoints_before: list[Path]) -> IO[str]:
     return file
 
 
-def _await_lock(file: IO[str], run_dir: Path) -> None:
+def _await_lock(file: IO[bytes], run_dir: Path) -> None:
     waited_s = 0.0
     while not _try_lock(file, run_dir):
         file.seek(0)
-        owner = file.read()
+        owner = file.read(_MOST_OWNER).decode(errors="replace")
         is_same_job = owner.split(" of process ")[0] == _slurm_job() != ""
         if waited_s >= (_OWN_PATIENCE_S if is_same_job else _PATIENCE_S):
             raise LockedError(
@@ -310,7 +321,7 @@ def _await_lock(file: IO[str], run_dir: Path) -> None:
         waited_s += _POLL_S
 
 
-def _try_lock(file: IO[str], run_dir: Path) -> bool:
+def _try_lock(file: IO[bytes], run_dir: Path) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

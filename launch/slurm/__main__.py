@@ -93,14 +93,18 @@ def _resume(
     profile: _Profile = None,
     no_doctor: _NoDoctor = False,
     change: MayChange = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run the code and shell lines that the run names.")
+    ] = False,
 ) -> None:
     """Submit a run again, from where it is."""
     from dist_contrastive.config import resolve
     from launch.slurm.checks import current_config
-    from launch.slurm.cluster import last_record
+    from launch.slurm.cluster import last_record, require_trusted_record
 
     record, run_dir = last_record(run), run.absolute()
     before = {k: v for k, v in record.options.items() if profile is None}
+    require_trusted_record(run, record, before, trust)
     job_options = load_options(profile, {**before, "signal_lead_s": None, **options})
     try:
         os.chdir(record.cwd)  # for paths in the config
@@ -109,7 +113,7 @@ def _resume(
             f"{run} was submitted in {record.cwd}, which is not there any more; make it, or submit "
             f"anew with run_dir={run}"
         ) from error
-    current, is_pending = current_config(run_dir, record)
+    current, is_pending = current_config(run_dir, record, trust)
     runs = [resolve(current, overrides or []).model_copy(update={"run_dir": run_dir})]
     change = change or is_pending
     _submit_runs(runs, job_options, run_dir, record.cluster, False, no_doctor, change)

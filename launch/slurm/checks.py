@@ -115,19 +115,24 @@ def examined(config: RunConfig, world_size: int, change: bool) -> Iterator[Findi
         yield finding
 
 
-def current_config(run_dir: Path, record: JobRecord) -> tuple[RunConfig, bool]:
+def current_config(run_dir: Path, record: JobRecord, is_trusted: bool) -> tuple[RunConfig, bool]:
     """Config with which a run goes on, and whether changes of it are still to come.
 
     It is that of the run directory, if the run has begun since the last submission and some of its
     settings have changed, or else what was submitted.
+
+    Args:
+        is_trusted: the code that they name may run.
     """
     ours, theirs = run_dir / "config.yaml", Path(record.config)
     has_begun = ours.is_file() and (
         not theirs.is_file() or ours.stat().st_mtime > theirs.stat().st_mtime
     )
     if not has_begun:
-        return configs.load(theirs), record.change
-    current = configs.load_run(run_dir)
-    if theirs.is_file() and not configs.changed(submitted := configs.load(theirs), current):
-        return submitted, False
+        return configs.load_run(theirs.parent, is_trusted=is_trusted), record.change
+    current = configs.load_run(run_dir, is_trusted=is_trusted)
+    if theirs.is_file():
+        submitted = configs.load_run(theirs.parent, is_trusted=is_trusted)
+        if not configs.changed(submitted, current):
+            return submitted, False
     return current, False

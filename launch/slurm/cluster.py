@@ -4,19 +4,26 @@
 """
 
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.imports import keep_trust, require_trust
+from dist_contrastive.records import append_lines, read_lines
+from launch.slurm.options import shell_in
 
+_log = logging.getLogger(__name__)
 _JOBS = "jobs.jsonl"
+_JOB = re.compile(r"\d+(_\d+)?")
 _ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("PREEMPTED", "REVOKED", "TIMEOUT", "UNKNOWN"),
@@ -63,15 +70,45 @@ class JobRecord:
 def add_record(run_dir: Path, record: JobRecord) -> None:
     """Append a submission to those of a run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / _JOBS).open("a") as file:
-        file.write(json.dumps(asdict(record)) + "\n")
+    append_lines(run_dir / _JOBS, [asdict(record)])
+    keep_trust(run_dir / _JOBS, json.dumps(asdict(record)))
+
+
+def require_trusted_record(
+    run_dir: Path, record: JobRecord, options: dict[str, Any], is_trusted: bool
+) -> None:
+    """Refuse shell lines in the options of a record that this user has not submitted.
+
+    Raises:
+        ConfigError: there are some, and the user does not say that they may run.
+    """
+    require_trust(run_dir / _JOBS, json.dumps(asdict(record)), shell_in(options), is_trusted)
 
 
 def records(run_dir: Path) -> list[JobRecord]:
-    """All submissions of a run, the last one last."""
-    path = run_dir / _JOBS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [JobRecord(**json.loads(line)) for line in lines]
+    """All submissions of a run, the last one last, as far as they can be read."""
+    try:
+        rows = read_lines(run_dir / _JOBS)
+    except OSError as error:
+        _log.warning("%s cannot be read (%s)", run_dir / _JOBS, error.strerror)
+        return []
+    known = {field.name for field in fields(JobRecord)}
+    return [
+        JobRecord(**{name: row[name] for name in known})
+        for row in rows
+        if known <= row.keys() and _is_sound(row)
+    ]
+
+
+def _is_sound(row: dict[str, Any]) -> bool:
+    """Whether values are what a submission writes: the job's number is given to commands."""
+    texts = (row[field.name] for field in fields(JobRecord) if field.type is str)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(row["options"], dict)
+        and _JOB.fullmatch(row["job"]) is not None
+        and row["cluster"] in ("slurm", "local")
+    )
 
 
 def last_record(run_dir: Path) -> JobRecord:

@@ -34,7 +34,7 @@ _Cell = Callable[[RunProgress], str]
 def status(run_dir: Path) -> str:
     """State of one run, of its job and of its training, line by line."""
     jobs, progress = records(run_dir), read_progress(run_dir)
-    if not jobs and progress.steps is None:
+    if not jobs and not (run_dir / "config.yaml").exists():
         raise ConfigError(f"{run_dir} holds no run and had no job; give a run directory")
     lines = [("run", str(run_dir))]
     if jobs:
@@ -61,7 +61,8 @@ def _job_lines(record: JobRecord, progress: RunProgress) -> list[tuple[str, str]
     starts = Path(record.folder) / f"{record.job}.starts"
     log = record.log_files(0)[0]
     if starts.exists():
-        lines.append(("starts", f"{starts.read_text().split()[1]} from the same checkpoint"))
+        count = starts.read_text(errors="replace").rpartition(" ")[2].strip()
+        lines.append(("starts", f"{count or '?'} from the same checkpoint"))
     elif state.state in ("FAILED", "CANCELLED") and not log.exists():
         lines.append(("note", f"it wrote no {log}: can nodes write there?"))
     return lines

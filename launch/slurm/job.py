@@ -48,7 +48,9 @@ class Job:
         with reporting_errors() as outcome:
             from dist_contrastive import trainer
             from dist_contrastive.config import load
+            from dist_contrastive.imports import look_in
 
+            look_in(self._config.parents[2] / "modules")
             try:
                 os.chdir(self._cwd)  # for paths in the config
             except OSError as error:

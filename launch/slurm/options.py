@@ -19,9 +19,12 @@ from pydantic import (
 )
 
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.sentences import shown
 from dist_contrastive.settings import Settings
 
+_SECRET = re.compile("(?i)password|passwd|secret|token|api_?key|credential")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_SHELL = ("address", "container", "env", "python", "sbatch", "setup", "srun")
 _PROFILE_ONLY = ("exclusive", "address", "container", "setup", "env", "srun", "sbatch")
 
 
@@ -75,6 +78,17 @@ class Options(Settings):
     sbatch: dict[str, str] = Field(default_factory=dict)
     """More options of sbatch, by name without dashes: `reservation: big`; `true` for those without
     a value."""
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        for name in env:
+            if _SECRET.search(name):
+                raise ValueError(
+                    f"holds {name}, which would be written into the run directory; export it where "
+                    f"you submit instead: sbatch hands the environment on"
+                )
+        return env
 
     @field_validator("time")
     @classmethod
@@ -152,6 +166,16 @@ def load_options(profile: Path | None, flags: dict[str, Any]) -> Options:
         if not isinstance(tree, dict):
             raise ConfigError(f"{profile} holds no settings; see configs/slurm/profile.yaml")
     return Options.checked({**tree, **flags}, f"{profile or 'flags'}: ")
+
+
+def shell_in(options: dict[str, Any]) -> list[str]:
+    """Options, as a record has them, that are run by a shell and are not the default, as text."""
+    default = Options().model_dump(mode="json")
+    return [
+        f"{name}: {shown(options[name])}"
+        for name in _SHELL
+        if name in options and options[name] != default[name]
+    ]
 
 
 def minutes(time: str) -> int:

@@ -23,6 +23,7 @@ from dist_contrastive import config as configs
 from dist_contrastive.atomic import write_text
 from dist_contrastive.config import RunConfig
 from dist_contrastive.errors import FINAL_EXIT_CODES, ConfigError
+from dist_contrastive.imports import looked_in, names_in
 from dist_contrastive.trainer.run_dir import COMMIT, code_commit, writable
 from launch.slurm.cluster import JobRecord, add_record
 from launch.slurm.job import Job
@@ -165,10 +166,11 @@ def submit(submission: Submission) -> list[str]:
 
 def _prepare(submission: Submission, folder: Path) -> list[Job]:
     submission.logs.mkdir(parents=True, exist_ok=True)
-    _copy_code(folder / "code", submission.cwd)
+    _copy_code(folder, submission.runs)
     port = _free_port() if submission.cluster == "local" else 0
     jobs = []
     for config in submission.runs:
+        _check_secrets(config)
         config_dir = folder / "configs" / config.run_dir.name
         config_dir.mkdir(parents=True)
         configs.save(config, config_dir)
@@ -180,18 +182,33 @@ def _prepare(submission: Submission, folder: Path) -> list[Job]:
     return jobs
 
 
-def _copy_code(folder: Path, cwd: Path) -> None:
-    """Copy our packages, and the modules and packages that Python would import from the current
-    folder: a job that waits in the queue runs the code that was submitted."""
-    folder.mkdir(parents=True)
-    ours = [Path(str(p.__file__)).parent for p in (dist_contrastive, launch)]
-    names = {path.name for path in ours}
-    theirs = [p.parent for p in cwd.glob("*/__init__.py") if p.parent.name not in names]
-    for package in [*ours, *theirs]:
-        shutil.copytree(package, folder / package.name, ignore=_NOT_COPIED)
-    write_text(folder / COMMIT, f"{code_commit() or ''}\n")
-    for module in cwd.glob("*.py"):
-        shutil.copy2(module, folder / module.name)
+def _check_secrets(config: RunConfig) -> None:
+    if configs.public(config) != config.model_dump(mode="json"):
+        raise ConfigError(
+            "data.train or data.test holds a password or a signature, and a job reads its config "
+            "from the run directory, where none are written; copy the data to a disk, or use a "
+            "protocol that takes credentials from the environment, as s3"
+        )
+
+
+def _copy_code(folder: Path, runs: list[RunConfig]) -> None:
+    """Copy our packages to folder/code, and if configs name modules of the user's, all that lie
+    where these are imported from to folder/modules: a job that waits in the queue runs the code
+    that was submitted."""
+    ours = [Path(str(package.__file__)).parent for package in (dist_contrastive, launch)]
+    copies = [(path, folder / "code") for path in ours]
+    if any(names_in(config.model_dump(mode="json")) for config in runs):
+        # Backwards: of two modules of one name the first folder's is copied last.
+        for place in reversed(looked_in()):
+            found = [path.parent for path in place.glob("*/__init__.py")]
+            copies += [(path, folder / "modules") for path in [*found, *place.glob("*.py")]]
+    for path, target in copies:
+        target.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, ignore=_NOT_COPIED, dirs_exist_ok=True)
+        else:
+            shutil.copy2(path, target / path.name)
+    write_text(folder / "code" / COMMIT, f"{code_commit() or ''}\n")
 
 
 def _slurm_executor(submission: Submission, folder: Path) -> "_SlurmExecutor":

@@ -234,6 +234,7 @@ def _load(source: str, split: str | None, config: str | None, form: TextFormat) 
     """The `datasets.Dataset` of one split, or the `TextTable`."""
     import datasets
 
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions below 4 would ask
     path = Path(source)
     if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix in _FILES):
         raise DataError(f"{source} does not exist; give a folder, a file, or a name of the hub")

@@ -8,6 +8,7 @@ they decode alike, which a test holds them to.
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,8 @@ MULTI_PICTURE = "MPO"  # what Pillow calls a JPEG of a camera that holds a previ
 WHITE = "white"
 _OBJECT = re.compile(r"<_io\.BytesIO [^>]*>")  # as Pillow names what it was given
 _ORIENTATION = 0x0112  # tag of EXIF
+_MOST_REASON = 200  # characters
+_MOST_PIXELS = 1 << 26  # a gigabyte in float32
 
 
 def encode_field(name: str, value: Any) -> bytes:
@@ -81,10 +84,10 @@ def decode_or_explain(
         return decode_field(name, value, background)
     # Image libraries and parsers raise nearly anything on damaged input.
     except Exception as error:
+        reason = _OBJECT.sub("it", str(error))[:_MOST_REASON]
         raise UnreadableSample(
             f"field {name!r} of sample {key!r} in shard {shard} cannot be decoded "
-            f"({type(error).__name__}: {_OBJECT.sub('it', str(error))}); repair or leave out the "
-            f"sample and pack again"
+            f"({type(error).__name__}: {reason}); repair or leave out the sample and pack again"
         ) from error
 
 
@@ -114,6 +117,8 @@ def _last_extension(name: str) -> str:
 
 def _decode_image(data: bytes, background: str) -> Tensor:
     with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
+        if image.width * image.height > _MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {_MOST_PIXELS}")
         image.load()  # what Pillow itself turns it turns here, and takes the tag away
         pixels = _pixels(image, background)
         orientation = _orientation(image)
@@ -181,7 +186,29 @@ def _wide_pixels(image: Image.Image) -> np.ndarray:
 
 
 def _decode_array(data: bytes) -> np.ndarray:
-    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    return stored_array(data).copy()
+
+
+def stored_array(data: bytes) -> np.ndarray:
+    """Array in the bytes of an npy file, without a copy of them.
+
+    Raises:
+        ValueError: it holds objects, or another number of bytes than its header tells of.
+    """
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_2_0
+    if version == (1, 0):
+        read = np.lib.format.read_array_header_1_0
+    shape, is_fortran, dtype = read(stream)
+    begin = stream.tell()
+    size, held = math.prod(shape) * dtype.itemsize, len(data) - begin
+    if dtype.hasobject or size != held or min(shape, default=0) < 0:
+        raise ValueError(f"it holds {held} bytes, and {dtype} {list(shape)} takes {size}")
+    if not size:
+        return np.zeros(shape, dtype)
+    values = np.frombuffer(data, dtype, offset=begin)
+    return values.reshape(shape, order="F" if is_fortran else "C")
 
 
 def _decode_class(data: bytes) -> int | str:

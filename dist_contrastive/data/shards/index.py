@@ -1,39 +1,29 @@
-"""Index of shards: place and checksum of every field of every sample, and its file, `index.npz`.
+"""Index of shards: place and checksum of every field of every sample.
 
 With it a field is read by one request for its bytes, wherever the shard is.
 """
 
 import hashlib
-import io
-import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_contrastive import atomic
 from dist_contrastive.data.classes import join_classes
 from dist_contrastive.data.shards.encoding import WHITE, decode_or_explain
-from dist_contrastive.data.shards.locations import folder_of, join
 from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.data.shards.storage import BlockCache, ShardFiles
 from dist_contrastive.data.shards.tars import member_key
 from dist_contrastive.data.source import Source, alternatives
 from dist_contrastive.errors import DataError, UnreadableSample
 
-_VERSION = 2  # of the file
 _ATTEMPTS = 4  # to receive the right bytes from a server
-# What NumPy and `zipfile` raise for damaged files.
-_DAMAGE = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, BadZipFile)
-_ARRAYS = {
+ARRAYS = {
     "shard_bytes": np.int64,
     "shard_samples": np.int64,
     "sample_offset": np.int64,
@@ -42,7 +32,7 @@ _ARRAYS = {
     "member_size": np.uint32,
     "member_crc32": np.uint32,
 }
-MEMBER_TABLES = tuple(name for name in _ARRAYS if name.startswith("member"))
+MEMBER_TABLES = tuple(name for name in ARRAYS if name.startswith("member"))
 ABSENT = np.iinfo(np.uint32).max  # `member_start` of a field that a sample lacks
 
 
@@ -269,7 +259,7 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
         raise DataError(f"shard {repeated[0]} is given twice; name every shard in one source only")
     fields = tuple(sorted({name for index in indexes for name in index.fields}))
     left_out = tuple(x for index in indexes for x in index.shard_left_out)
-    others = _ARRAYS.keys() - {*MEMBER_TABLES}
+    others = ARRAYS.keys() - {*MEMBER_TABLES}
     joined = {name: np.concatenate([getattr(x, name) for x in indexes]) for name in others}
     joined |= {name: _concatenated(indexes, name, fields) for name in MEMBER_TABLES}
     return replace(
@@ -289,112 +279,9 @@ def _concatenated(
     """Member tables with one column for each field of any index."""
     absent = ABSENT if name == "member_start" else 0
     shape = sum(len(index) for index in indexes), len(fields)
-    table, row = np.full(shape, absent, _ARRAYS[name]), 0
+    table, row = np.full(shape, absent, ARRAYS[name]), 0
     for index in indexes:
         columns = [fields.index(x) for x in index.fields]
         table[row : row + len(index), columns] = getattr(index, name)
         row += len(index)
     return table
-
-
-# ---------------------------------------------------------------------------- the file
-
-
-def save_index(index: ShardIndex, path: Path | str) -> Path:
-    """Write an index atomically, and return its path.
-
-    Shards of the folder that it is written to are named without it, so that both can move.
-
-    Raises:
-        DataError: there it cannot be written, or could not be found by its name.
-    """
-    path = Path(path)
-    check_target(path)
-    names = [_stored_name(str(path.parent), shard) for shard in index.shards]
-    try:
-        with atomic.open_file(path) as file:
-            np.savez(
-                file,
-                version=np.int64(_VERSION),
-                shards=np.array(names, np.str_),
-                shard_sha256=np.array(index.shard_sha256, np.str_),
-                fields=np.array(index.fields, np.str_),
-                shard_left_out=np.array([json.dumps(x) for x in index.shard_left_out], np.str_),
-                classes=np.array(json.dumps(sorted(index.classes.items())), np.str_),
-                **{name: getattr(index, name) for name in _ARRAYS},
-            )
-    except OSError as error:
-        raise DataError(
-            f"the index {path} cannot be written ({error.strerror}); give another place: --out "
-            f"FILE.npz"
-        ) from error
-    return path
-
-
-def check_target(path: Path) -> None:
-    """Refuse a path at which no index file can be written. Raises: DataError."""
-    if path.suffix != ".npz" or path.is_dir():
-        raise DataError(f"{path} is no name of an index; give a file that ends in .npz")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise DataError(
-            f"the index {path} cannot be written ({path.parent} is no folder that may be written "
-            f"to); give another place: --out FILE.npz"
-        )
-
-
-def _stored_name(folder: str, shard: str) -> str:
-    if is_url(shard):
-        return shard
-    return Path(shard).name if folder_of(shard) == folder else str(Path(shard).resolve())
-
-
-def parse_index(data: bytes, file: str, files: ShardFiles) -> ShardIndex:
-    """Index from the bytes of an index file.
-
-    Raises:
-        DataError: they hold none, or one of another version.
-    """
-    folder = folder_of(file)
-    try:
-        if not is_zipfile(io.BytesIO(data)):
-            raise ValueError("it is not an npz file")
-        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-            version = int(stored["version"])
-            if version != _VERSION:
-                raise ValueError(f"it has format {version}, this version reads {_VERSION}")
-            arrays: dict[str, Any] = {name: stored[name].astype(t) for name, t in _ARRAYS.items()}
-            index = ShardIndex(
-                shards=tuple(join(folder, name) for name in stored["shards"].tolist()),
-                shard_sha256=tuple(stored["shard_sha256"].tolist()),
-                fields=tuple(stored["fields"].tolist()),
-                files=files,
-                **_notes(stored),
-                **arrays,
-            )
-            _check_shapes(index)
-            return index
-    except _DAMAGE as error:
-        raise DataError(
-            f"the index {file} cannot be read ({error}); run `{index_command(folder)}`"
-        ) from error
-
-
-def _notes(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """What older indexes lack: counts of members that are no samples, names of classes."""
-    if "classes" not in stored:
-        return {}
-    classes = dict(json.loads(str(stored["classes"])))
-    left_out = tuple(Counter(json.loads(x)) for x in stored["shard_left_out"].tolist())
-    return {"classes": {int(n): str(x) for n, x in classes.items()}, "shard_left_out": left_out}
-
-
-def _check_shapes(index: ShardIndex) -> None:
-    shards, samples = len(index.shards), len(index)
-    tables = [getattr(index, name).shape for name in _ARRAYS if name.startswith("member")]
-    of_shards = (index.shard_bytes, index.shard_samples, index.shard_sha256)
-    if (
-        any(shape != (samples, len(index.fields)) for shape in tables)
-        or any(len(column) != shards for column in of_shards)
-        or index.shard_samples.sum() != samples
-    ):
-        raise ValueError("its parts do not fit each other")

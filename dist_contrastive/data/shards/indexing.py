@@ -19,12 +19,10 @@ from dist_contrastive.data.shards.index import (
     ABSENT,
     MEMBER_TABLES,
     ShardIndex,
-    check_target,
     concatenate,
     index_command,
-    parse_index,
-    save_index,
 )
+from dist_contrastive.data.shards.index_file import check_target, parse_index, save_index
 from dist_contrastive.data.shards.locations import (
     INDEX_NAME,
     find_shards,

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,10 @@ import braceexpand
 from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.errors import DataError
+from dist_contrastive.sentences import shown
 
 INDEX_NAME = "index.npz"
+_MOST_SHARDS = 1_000_000  # of a pattern
 _MAGIC = ("*", "?", "[")
 _COMPRESSED = ("gz", "tgz", "bz2", "tbz", "tbz2", "xz", "txz", "zst", "tzst", "lz4", "zip", "7z")
 
@@ -113,12 +116,7 @@ def _matches(pattern: str) -> list[str]:
     """Names that a pattern stands for: of braces all, of * those that are there."""
     if not is_url(pattern) and Path(pattern).is_file():
         return [pattern]
-    try:
-        names = list(braceexpand.braceexpand(pattern))
-    except ValueError as error:
-        raise DataError(
-            f"the pattern {pattern} cannot be read ({error}); close its braces"
-        ) from error
+    names = expand_braces(pattern)
     found: list[str] = []
     for name in names:
         if not any(sign in name for sign in _MAGIC):
@@ -155,6 +153,35 @@ def _refuse_compressed(name: str) -> None:
         raise DataError(
             f"{name} is compressed; decompress it: samples are found by their places in the file"
         )
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Names that braces in a pattern stand for. Raises: DataError."""
+    try:
+        if _most_names(pattern) > _MOST_SHARDS:  # they would all be listed before they are counted
+            raise ValueError(f"it names more than {_MOST_SHARDS} shards")
+        return list(braceexpand.braceexpand(pattern))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"the pattern {shown(pattern)} cannot be read ({error}); close its braces, and name "
+            f"the shards that there are"
+        ) from error
+
+
+def _most_names(pattern: str) -> int:
+    """Number of names of a pattern, or more where braces are inside of others."""
+    count, inside = 1, list[int]()
+    for sign in pattern:
+        if sign == "{":
+            inside.append(1)
+        elif inside and sign == ",":
+            inside[-1] += 1
+        elif inside and sign == "}":
+            count *= inside.pop()
+    for ends in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):
+        first, last = map(int, ends)
+        count *= abs(last - first) + 1
+    return count
 
 
 def _checked(names: list[str], folder: str) -> list[str]:

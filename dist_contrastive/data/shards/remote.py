@@ -1,15 +1,19 @@
 """Remote files through fsspec, with retries."""
 
+import asyncio
+import functools
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import fsspec
+import psutil
 
-from dist_contrastive.errors import DataError, UnreachableError, UnreadableSample
+from dist_contrastive.errors import DataError, UnreachableError, UnreadableSample, redacted
 
 _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
@@ -18,6 +22,10 @@ _logger = logging.getLogger(__name__)
 # one), timeout, too early, too many requests.
 _TRANSIENT = (400, 408, 425, 429)
 _MAX_REASON = 300  # characters
+_CHUNK = 1 << 16  # bytes
+_SLOWEST = 1 << 14  # bytes a second
+_MOST_UNTOLD = 1 << 26  # bytes of a content whose length no server has told
+_RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 _LOGGED = (4, 7)  # attempts whose failure is logged, lest waiting looks like hanging
 
 
@@ -120,7 +128,8 @@ def _retry(request: Callable[[], _T], url: str, attempts: int | None = None) -> 
                 ) from error
             if attempt in _LOGGED:
                 _logger.warning(
-                    "waiting for %s (attempt %d of %d failed: %s)", url, attempt, attempts, reason
+                    "waiting for %s (attempt %d of %d failed: %s)",
+                    *(redacted(url), attempt, attempts, redacted(reason)),
                 )
         time.sleep(wait_s * random.uniform(0.5, 1))
         wait_s = min(2 * wait_s, retries.longest_wait_s)
@@ -171,4 +180,54 @@ def _options(protocol: str) -> dict[str, Any]:
         total=None, sock_connect=retries.timeout_s, sock_read=retries.timeout_s
     )
     # Shards must arrive as they lie: a server that compresses on the way changes the length.
-    return {"client_kwargs": {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}}
+    headers = {"Accept-Encoding": "identity"}
+    response = _bounded_response()
+    return {"client_kwargs": {"timeout": timeout, "headers": headers, "response_class": response}}
+
+
+@functools.cache
+def _bounded_response() -> Any:
+    import aiohttp
+
+    class Bounded(aiohttp.ClientResponse):
+        """Response whose headers and content come in time, and fit into memory: a server may send
+        a byte a second, or for ever."""
+
+        async def start(self, connection: Any) -> Any:
+            async with asyncio.timeout(retries.timeout_s):
+                return await super().start(connection)
+
+        async def read(self) -> bytes:
+            if self._body is None:
+                content, most, begin = bytearray(), self._most_bytes(), time.monotonic()
+                async for chunk in self.content.iter_chunked(_CHUNK):
+                    content += chunk
+                    spent_s = time.monotonic() - begin
+                    if len(content) > most:
+                        self._refuse(most)
+                    if spent_s > retries.timeout_s and len(content) < _SLOWEST * spent_s:
+                        self.close()
+                        raise TimeoutError(f"{len(content)} bytes came in {spent_s:.0f} s")
+                self._body = bytes(content)
+            return self._body
+
+        def _most_bytes(self) -> int:
+            asked = _RANGE.fullmatch(self.request_info.headers.get("Range", ""))
+            if asked:
+                return int(asked[2]) - int(asked[1]) + 1
+            length, free = self.content_length, psutil.virtual_memory().available
+            if length is None or "Content-Encoding" in self.headers:
+                return min(_MOST_UNTOLD, free)
+            if length > free // 2:
+                self._refuse(free // 2)
+            return length
+
+        def _refuse(self, most: int) -> NoReturn:
+            self.close()
+            sent = self.content_length or "more"
+            raise DataError(
+                f"the server of {self.url} sent {sent} bytes where {most} were asked for or fit: "
+                f"use one that answers range requests and tells sizes, or copy the shards to a disk"
+            )
+
+    return Bounded

@@ -22,7 +22,7 @@ from pydantic import Field, PositiveInt
 from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.errors import DataError, UnreadableSample
-from dist_contrastive.settings import Settings
+from dist_contrastive.settings import Count, Settings
 
 _logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class BlockCache:
         """Folder on a local disk, which processes and runs may share."""
         limit_mb: PositiveInt = 16_384
         """Most MiB that it may hold."""
-        block_mb: PositiveInt = 4
+        block_mb: Count = 4
         """MiB of one request."""
 
     def __init__(self, config: Config | None = None) -> None:

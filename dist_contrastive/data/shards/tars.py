@@ -17,10 +17,17 @@ from webdataset.tariterators import base_plus_ext
 
 from dist_contrastive.data.shards.encoding import encode_field
 from dist_contrastive.data.shards.locations import hidden_kind
-from dist_contrastive.errors import DataError
+from dist_contrastive.errors import DataError, UnreadableSample
 
 _CHUNK = 1 << 20  # bytes read at once
 BLOCK = 512  # bytes; tar headers and data are padded to it
+_MOST_HEADER = 1 << 20  # bytes
+_MOST_BYTES = 1 << 60  # of a member
+# What `tarfile` raises for damaged headers.
+_DAMAGE = (
+    *(tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError),
+    *(AttributeError, RecursionError),
+)
 _COMPRESSED = {
     **{b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"},
     **{b'\x04"': "lz4", b"PK": "zip"},
@@ -71,8 +78,10 @@ class ShardWriter:
 
     def close(self) -> None:
         """End the tar."""
-        self._tar.close()
-        self._file.close()
+        try:
+            self._tar.close()
+        finally:
+            self._file.close()
 
 
 def write_samples(path: Path, samples: Iterable[Mapping[str, Any]]) -> int:
@@ -133,8 +142,12 @@ def scan_samples(
 
 
 def member_key(data: bytes) -> str:
-    """Key of the sample to which a member belongs, from its headers."""
-    return base_plus_ext(_member_name(data))[0]
+    """Key of the sample to which a member belongs, from its headers. Raises: UnreadableSample."""
+    name = _member_name(data)
+    key = base_plus_ext(name)[0]
+    if key is None:
+        raise UnreadableSample(f"the member {name!r} has no extension, so that it has no key")
+    return key
 
 
 def _member_name(data: bytes) -> str:
@@ -143,10 +156,15 @@ def _member_name(data: bytes) -> str:
     if is_plain:
         return data[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
     padding = bytes(-len(data) % BLOCK + 2 * BLOCK)
-    with tarfile.TarFile(fileobj=io.BytesIO(data + padding)) as archive:
-        member = archive.next()
-        assert member is not None
-        return member.name
+    try:
+        file: Any = _Headers(io.BytesIO(data + padding))
+        with tarfile.TarFile(fileobj=file) as archive:
+            member = archive.next()
+    except _DAMAGE as error:
+        raise UnreadableSample(f"the headers of a member are damaged ({error})") from error
+    if member is None:
+        raise UnreadableSample("a member has no headers")
+    return member.name
 
 
 def _scan_members(
@@ -154,9 +172,11 @@ def _scan_members(
 ) -> Iterator[tuple[str, int, int, int]]:
     """Name, first byte, bytes of headers and of content of every member that may be a field."""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:  # type: ignore[call-overload]
             while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # it would keep all
+                archive.members = []  # it would keep all
+                if not 0 <= member.size < _MOST_BYTES:
+                    raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes")
                 if member.issparse():
                     raise DataError(
                         f"shard {shard} holds {member.name!r} as a sparse file, whose content is "
@@ -169,7 +189,9 @@ def _scan_members(
                     header = member.offset_data - member.offset
                     yield member.name, member.offset, header, member.size
             end = archive.offset
-    except tarfile.TarError as error:
+    except DataError:
+        raise
+    except _DAMAGE as error:
         file.seek(0)
         if kind := _COMPRESSED.get(file.read(2)):
             raise DataError(
@@ -194,6 +216,19 @@ def _kind_left_out(member: tarfile.TarInfo) -> str | None:
     if not member.isreg():
         return "devices and pipes"
     return "files of folders named __...__" if _META_NAME.match(member.name) else None
+
+
+class _Headers:
+    """A tar as `tarfile` reads it, for its headers alone: one that tells of a size that headers
+    never have is not read into memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MOST_HEADER:
+            raise tarfile.ReadError(f"headers of {size} bytes")
+        return self._file.read(size)
 
 
 def _check_end(file: BinaryIO, end: int, shard: str) -> None:

@@ -9,16 +9,17 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import braceexpand
 import numpy as np
 
 from dist_contrastive.data.progress import map_in_threads
 from dist_contrastive.data.shards import remote
-from dist_contrastive.data.shards.index import ShardIndex, index_command, parse_index
+from dist_contrastive.data.shards.index import ShardIndex, index_command
+from dist_contrastive.data.shards.index_file import parse_index
 from dist_contrastive.data.shards.indexing import Progress
 from dist_contrastive.data.shards.locations import (
     INDEX_NAME,
     counted,
+    expand_braces,
     find_shards,
     folder_of,
     is_pattern,
@@ -144,8 +145,8 @@ def _plan(location: str, files: ShardFiles) -> _Plan:
 def _named(pattern: str) -> list[str]:
     """Shards that a pattern names, also if some of them are not there."""
     if not is_url(pattern) and not any(sign in pattern for sign in "*?["):
-        with suppress(ValueError):  # braces that are not closed: `find_shards` refuses them
-            names = [x for x in braceexpand.braceexpand(pattern) if x.endswith(".tar")]
+        with suppress(DataError):  # braces that are not closed: `find_shards` refuses them
+            names = [x for x in expand_braces(pattern) if x.endswith(".tar")]
             if 0 < sum(Path(name).is_file() for name in names) < len(names):
                 return list(dict.fromkeys(names))
     return find_shards(pattern)

@@ -21,7 +21,7 @@ from dist_contrastive.data.stream.reader import Reader, Skipped, Transform, chec
 from dist_contrastive.data.stream.weighted import WeightedOrder
 from dist_contrastive.data.stream.workers import StartMethod, read_by_workers
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.settings import Settings
+from dist_contrastive.settings import Count, Settings, Size
 
 _T = TypeVar("_T")
 _POLL_S = 0.1  # between two calls of `stop` while an item is awaited
@@ -68,19 +68,19 @@ class ShardStream:
     class Config(Settings):
         """Order of the samples, and the processes that read them."""
 
-        global_batch_size: int = Field(ge=2)
+        global_batch_size: int = Field(ge=2, lt=2**31)
         """Samples of one step over all ranks, a multiple of `lanes`: it defines the run, the number
         of ranks does not."""
-        lanes: PositiveInt = 8
+        lanes: Size = 8
         """Parts in which an epoch is read; the number of ranks must divide it."""
         shuffle_window: PositiveInt = 4096
         """Samples of a lane that are shuffled among each other; 1 shuffles none."""
         tail: Tail = "carry"
         """What becomes of an epoch's rest that fills no batch: it begins the next epoch's first
         batch, or with `drop` is left out."""
-        num_workers: NonNegativeInt = 0
+        num_workers: int = Field(default=0, ge=0, le=1024)
         """Processes per rank that read ahead; 0 reads in the training process."""
-        prefetch_factor: PositiveInt = 2
+        prefetch_factor: Count = 2
         """Batches by which they may be ahead, which bounds their memory."""
         worker_start: StartMethod = "fork"
         """How they are started; spawn and forkserver take seconds longer, and share no memory."""

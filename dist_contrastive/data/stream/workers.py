@@ -9,6 +9,7 @@ import contextlib
 import os
 import pickle
 import random
+import shutil
 import signal
 import tempfile
 import threading
@@ -28,13 +29,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, multiprocessing
 
-from dist_contrastive.data.collate import Batch, join_batches
+from dist_contrastive.data.collate import Batch, is_shared_memory_full, join_batches
 from dist_contrastive.data.stream.reader import Part, Reader
 from dist_contrastive.errors import DataError, LostWorkerError
 from dist_contrastive.malloc import keep_freed_memory
 from dist_contrastive.signals import STOP_SIGNALS
 
 BEGIN_S = {"fork": 20.0, "spawn": 300.0, "forkserver": 300.0}  # the latter import torch first
+_SHARED = "/dev/shm"
 _STARTS = 3
 _SMALL = 1 << 16  # bytes
 _LEAVE_S = 1.0  # to finish a part after the end was requested
@@ -166,9 +168,23 @@ def _receive(worker: _Worker) -> Any:
     except OSError as error:
         reason = f"{error}; "
     worker.process.join(_LEAVE_S)
+    if worker.process.exitcode == -signal.SIGBUS:
+        raise _shared_memory_full()
     raise LostWorkerError(
         f"a process that reads ahead was lost ({reason}exit code {worker.process.exitcode}); if it "
         f"was killed for memory, lower data.num_workers or data.prefetch_factor; start again"
+    )
+
+
+def _shared_memory_full() -> LostWorkerError:
+    free = ""
+    with contextlib.suppress(OSError):
+        usage = shutil.disk_usage(_SHARED)
+        free = f" ({usage.free >> 20} of {usage.total >> 20} MiB are free)"
+    return LostWorkerError(
+        f"{_SHARED} is full{free}, where processes that read ahead hand over what they have read; "
+        f"make it larger (docker run --shm-size=8g), or set data.num_workers=0 or a lower "
+        f"data.prefetch_factor; start again"
     )
 
 
@@ -223,7 +239,8 @@ def _messages(reader: Reader, number: int, num_workers: int) -> Iterator[bytes]:
     except DataError as error:
         yield _pickled(_Failure(error))
     except Exception as error:
-        yield _pickled(_Failure(_portable(error)))
+        is_full = isinstance(error, RuntimeError | OSError) and is_shared_memory_full(error)
+        yield _pickled(_Failure(_shared_memory_full() if is_full else _portable(error)))
     while True:
         yield _pickled(None)
 
