@@ -195,15 +195,15 @@ def weights_at(path: Path) -> dict[str, Tensor]:
 
     Raises: as `run_weights`.
     """
-    if (path / STATE).is_file():
-        try:
+    try:
+        if (path / STATE).is_file():
             return _read(path).weights()
-        except _DamagedError as error:
-            raise DataError(f"{path} is damaged ({error}); give another checkpoint") from error
-    if any((path / name).exists() for name in (WEIGHTS, "checkpoints")):
-        return run_weights(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    found = [item for file in files for item in _read_weights(file).items()]
+        if any((path / name).exists() for name in (WEIGHTS, "checkpoints")):
+            return run_weights(path)
+        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        found = [item for file in files for item in _read_weights(file).items()]
+    except (DataError, _DamagedError) as error:
+        raise ConfigError(f"{path} holds no weights that can be read: {error}") from error
     if not files:
         there = "holds no safetensors and no checkpoints" if path.is_dir() else "is not there"
         raise ConfigError(
@@ -239,7 +239,8 @@ def _read(folder: Path, verify: bool = True) -> Checkpoint:
         progress = Progress(*(int(state[name]) for name in ("step", "consumed", "bad_steps")))
         checksums = {str(Path(name).name): int(value) for name, value in state["crc32"].items()}
         score = None if state.get("score") is None else float(state["score"])
-        if progress.step != _step(folder) or not all(0 <= n < _MOST for n in astuple(progress)):
+        is_moved = _NAME.fullmatch(folder.name) and progress.step != _step(folder)
+        if is_moved or not all(0 <= n < _MOST for n in astuple(progress)):
             raise ValueError(f"it tells of {progress}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _DamagedError(f"{STATE} lacks what it was written with: {error}") from error

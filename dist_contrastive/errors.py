@@ -12,7 +12,7 @@ FINAL_EXIT_CODES = (0, 2, 64, 70, 93)
 
 # A user and password, and the query of a URL, which may be a signature.
 _LOGIN = re.compile(r"(://)[^\s/@'\"]+@")
-_QUERY = re.compile(r"(\bhttps?://[^\s?'\"<>]*)\?[^\s'\"<>]*?(?=[;,.:)]*(?:[\s'\"<>]|$))")
+_QUERY = re.compile(r"(://[^\s?'\"<>]*)\?(?=[^\s'\"<>]*=)[^\s'\"<>]*?(?=[;,.:)]*(?:[\s'\"<>]|$))")
 _HIDDEN = "***"
 
 

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -49,7 +48,6 @@ from dist_contrastive.records import append_lines, open_own, read_json, read_lin
 COMMIT = "dist_contrastive.commit"
 _MODULES, _ATTEMPTS, _LOCK = "modules.json", "attempts.json", "lock"
 _GIT_S = 10.0  # for a slow file system
-_SECRET = re.compile(r"(\w+://)(?:[^\s/@']*@)?([^\s?']*)(?:\?[^\s']*)?")
 _PATIENCE_S = 5.0  # for a run that was told to end and saves
 _OWN_PATIENCE_S = 60.0  # for the ranks that this very job had before it was requeued
 _SHARED_S = 10.0  # that a file system of a network may take to show what another node has written
@@ -90,7 +88,7 @@ def describe(
     environment = {
         "dist_contrastive": dist_contrastive.__version__,
         "commit": code_commit(),
-        "command": _SECRET.sub(r"\1\2", shlex.join(sys.orig_argv)),
+        "command": redacted(shlex.join(sys.orig_argv)),
         **configs.place(folder),
         "torch": torch.__version__,
         "python": platform.python_version(),
