@@ -17,8 +17,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from itertools import count
 from pathlib import Path
@@ -29,16 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_contrastive.errors import ConfigError, DataError, StorageError, UserError
-from dist_contrastive.records import check_sums
-from dist_contrastive.sentences import shown
+from dist_contrastive.errors import ConfigError, DataError, UserError
+from dist_contrastive.records import MISSING, check_sums, readable
 
 FORMAT = 1
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.pt", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _UNFINISHED, _REMOVED, _SET_ASIDE = ".writing-", ".removing-", "set-aside-"
 _MOST = 2**53  # steps or samples
-_MISSING = (FileNotFoundError, NotADirectoryError)
 Mode = Literal["min", "max"]
 _log = logging.getLogger(__name__)
 
@@ -67,7 +64,7 @@ class Checkpoint:
     def optimizer_state(self) -> dict[str, Any]:
         """Optimizer state, on the CPU. Raises: DataError, StorageError."""
         path = self.folder / TRAINING
-        with _readable(path):
+        with readable(path):
             return torch.load(path, weights_only=True, map_location="cpu")
 
 
@@ -84,36 +81,8 @@ class _DamagedError(Exception):
     """A folder that does not hold a checkpoint as it was written."""
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Context of reading a file that need not be damaged where it cannot be read.
-
-    Raises:
-        DataError: it may not be read, or holds what this version cannot read.
-        StorageError: the disk or the machine fails for now.
-    """
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except OSError as error:
-        kind: type[UserError] = StorageError
-        if isinstance(error, (*_MISSING, PermissionError, IsADirectoryError)):
-            kind = DataError
-        raise kind(
-            f"{path} cannot be read ({error.strerror or error}), and may be sound all the same: "
-            f"nothing is deleted; see to that, then start again"
-        ) from error
-    except Exception as error:  # those of safetensors, pickle, zipfile
-        reason = f"{type(error).__name__}: {error}".split(". ")[0]
-        raise DataError(
-            f"{path} holds no weights or state that can be read ({shown(reason)}); give "
-            f"whole ones, or another checkpoint"
-        ) from error
-
-
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    with _readable(path):
+    with readable(path):
         return load_file(path)
 
 
@@ -179,7 +148,7 @@ def run_weights(run_dir: Path) -> dict[str, Tensor]:
     exported = run_dir / WEIGHTS
     if not exported.exists():
         return run_newest(run_dir).weights()
-    with _readable(run_dir):
+    with readable(run_dir):
         check_sums(run_dir)
     return _read_weights(exported)
 
@@ -216,10 +185,10 @@ def weights_at(path: Path) -> dict[str, Tensor]:
 
 def folders(root: Path) -> list[Path]:
     """Folders of all checkpoints, in the order of their steps. Raises: DataError, StorageError."""
-    with _readable(root):
+    with readable(root):
         try:
             names = os.listdir(root)  # a glob would find none where it may not look
-        except _MISSING:
+        except MISSING:
             return []
     return sorted((root / name for name in names if _NAME.fullmatch(name)), key=_step)
 
@@ -245,10 +214,10 @@ def _read(folder: Path, verify: bool = True) -> Checkpoint:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _DamagedError(f"{STATE} lacks what it was written with: {error}") from error
     for name, expected in checksums.items() if verify else ():
-        with _readable(folder / name):
+        with readable(folder / name):
             try:
                 is_same = _checksum(folder / name) == expected
-            except _MISSING:
+            except MISSING:
                 is_same = False
         if not is_same:
             raise _DamagedError(f"{name} is not as it was written")
@@ -256,10 +225,10 @@ def _read(folder: Path, verify: bool = True) -> Checkpoint:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    with _readable(path):
+    with readable(path):
         try:
             text = path.read_bytes()
-        except _MISSING:
+        except MISSING:
             text = b""
     try:
         state = json.loads(text)

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from dist_contrastive.atomic import open_file, write_text
-from dist_contrastive.errors import DataError
+from dist_contrastive.errors import DataError, StorageError, UserError
+from dist_contrastive.sentences import shown
 
 
 def read_json(path: Path) -> Any:
@@ -102,6 +104,39 @@ def open_own(path: Path, mode: str) -> IO[Any]:
 
 def _not_own(path: Path) -> OSError:
     return OSError(errno.ELOOP, f"{path.name} is a link or no plain file: delete it", str(path))
+
+
+# ------------------------------------------------------------------ what cannot be read
+
+MISSING = (FileNotFoundError, NotADirectoryError)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Context of reading a file that need not be damaged where it cannot be read.
+
+    Raises:
+        DataError: it may not be read, or holds what this version cannot read.
+        StorageError: the disk or the machine fails for now.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except OSError as error:
+        kind: type[UserError] = StorageError
+        if isinstance(error, (*MISSING, PermissionError, IsADirectoryError)):
+            kind = DataError
+        raise kind(
+            f"{path} cannot be read ({error.strerror or error}), and may be sound all the same: "
+            f"nothing is deleted; see to that, then start again"
+        ) from error
+    except Exception as error:  # those of safetensors, pickle, zipfile
+        reason = f"{type(error).__name__}: {error}".split(". ")[0]
+        raise DataError(
+            f"{path} holds no weights or state that can be read ({shown(reason)}); give "
+            f"whole ones, or another checkpoint"
+        ) from error
 
 
 # ------------------------------------------------------------------ checksums

@@ -564,7 +564,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
         ("a: !!int x", "no int: "),
         ("a: !!timestamp x", "no timestamp: "),
         ("a: !!bool maybe", "no bool: "),
-        ("a: !!float ''", "no float: "),
+        ("a: !!float ''", "no float:"),
         (f"a: {'1' * 6000}", "no int: "),
         ("a: \0", "not text"),
         ("? [1, 2]\n: 3", "key"),
