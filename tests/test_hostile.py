@@ -448,8 +448,9 @@ def test_one_broken_run_does_not_hide_the_others(change, run_dir, capsys):
 )
 def test_lines_of_jobs_that_no_submission_wrote_are_left_out(line, tmp_path):
     newer = json.dumps({**vars(record(tmp_path)), "colour": "red"})
-    (tmp_path / "jobs.jsonl").write_text(f"{newer}\n{line}\n")
-    assert records(tmp_path) == [record(tmp_path)]
+    older = {name: value for name, value in vars(record(tmp_path)).items() if name != "change"}
+    (tmp_path / "jobs.jsonl").write_text(f"{newer}\n{line}\n{json.dumps(older)}\n")
+    assert records(tmp_path) == 2 * [record(tmp_path)]
 
 
 @pytest.mark.parametrize("kind", ["link", "hard_link", "pipe"])

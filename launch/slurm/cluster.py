@@ -71,7 +71,8 @@ def add_record(run_dir: Path, record: JobRecord) -> None:
     """Append a submission to those of a run."""
     run_dir.mkdir(parents=True, exist_ok=True)
     append_lines(run_dir / _JOBS, [asdict(record)])
-    keep_trust(run_dir / _JOBS, json.dumps(asdict(record)))
+    if shell_in(record.options):
+        keep_trust(run_dir / _JOBS, json.dumps(asdict(record)))
 
 
 def require_trusted_record(
@@ -94,18 +95,18 @@ def records(run_dir: Path) -> list[JobRecord]:
         return []
     known = {field.name for field in fields(JobRecord)}
     return [
-        JobRecord(**{name: row[name] for name in known})
+        JobRecord(**{name: row[name] for name in known & row.keys()})
         for row in rows
-        if known <= row.keys() and _is_sound(row)
+        if _is_sound(row)
     ]
 
 
 def _is_sound(row: dict[str, Any]) -> bool:
     """Whether values are what a submission writes: the job's number is given to commands."""
-    texts = (row[field.name] for field in fields(JobRecord) if field.type is str)
+    texts = (row.get(field.name) for field in fields(JobRecord) if field.type is str)
     return (
         all(isinstance(text, str) for text in texts)
-        and isinstance(row["options"], dict)
+        and isinstance(row.get("options"), dict)
         and _JOB.fullmatch(row["job"]) is not None
         and row["cluster"] in ("slurm", "local")
     )

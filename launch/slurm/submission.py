@@ -196,11 +196,11 @@ def _copy_code(folder: Path, runs: list[RunConfig]) -> None:
     where these are imported from to folder/modules: a job that waits in the queue runs the code
     that was submitted."""
     ours = [Path(str(package.__file__)).parent for package in (dist_contrastive, launch)]
-    copies = [(path, folder / "code") for path in ours]
+    copies, names = [(path, folder / "code") for path in ours], {path.name for path in ours}
     if any(names_in(config.model_dump(mode="json")) for config in runs):
         # Backwards: of two modules of one name the first folder's is copied last.
         for place in reversed(looked_in()):
-            found = [path.parent for path in place.glob("*/__init__.py")]
+            found = [p.parent for p in place.glob("*/__init__.py") if p.parent.name not in names]
             copies += [(path, folder / "modules") for path in [*found, *place.glob("*.py")]]
     for path, target in copies:
         target.mkdir(parents=True, exist_ok=True)
