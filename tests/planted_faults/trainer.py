@@ -120,9 +120,9 @@ FAULTS = [
     (
         "trainer: changed settings are resumed with",
         f"{TRAINER}run.py",
-        "    if changed:\n",
-        "    if len(changed) > 1:\n",
-        ("tests/test_doctor.py::test_a_changed_loss_or_data_is_refused_with_both_values",),
+        "    if changes and not change and not is_longer:\n",
+        "    if fixed and not change and not is_longer:\n",
+        ("tests/test_changes.py::test_what_may_change_is_told_and_recorded",),
     ),
     (
         "trainer: the watchdog counts the time that a machine slept",
