@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_contrastive import losses
+from dist_contrastive.data.progress import progress_bar
 from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.ranks import run_ranks
 
@@ -123,7 +124,7 @@ def audit(world_sizes: Sequence[int], cases: dict[str, Case] | None = None) -> l
     cases = cases or CASES
     right = {name: _reference(case) for name, case in cases.items()}
     findings = []
-    for world_size in world_sizes:
+    for world_size in progress_bar(world_sizes, len(world_sizes), "comparing gradients"):
         of_ranks = run_ranks(_on_rank, world_size, cases)
         for place in zip(*of_ranks, strict=True):
             compared = [

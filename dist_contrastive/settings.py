@@ -314,6 +314,9 @@ def _sentence(detail: ErrorDetails, root: type[Settings]) -> str:
     path, context = ".".join(names), detail.get("ctx", {})
     if kind == "extra_forbidden":
         known = list(dict.fromkeys(name for cls in classes for name in cls.model_fields))
+        if owners := _owners(names, root):
+            place = f"{'.'.join(names[:-1])}.name={'|'.join(owners)}"
+            return f"{path} is not a known setting here, but of {place}{nearest('', known)}"
         return (
             f"{path} is not a known setting{nearest(names[-1], known, set(keys_of(root)) - {path})}"
         )
@@ -339,6 +342,17 @@ def _sentence(detail: ErrorDetails, root: type[Settings]) -> str:
 
 def _field(classes: list[type[Settings]], name: str) -> FieldInfo | None:
     return next((cls.model_fields[name] for cls in classes if name in cls.model_fields), None)
+
+
+def _owners(names: list[str], root: type[Settings]) -> list[str]:
+    """Names of the components in the place of a setting that have it; another one is chosen."""
+    classes = [root]
+    for name in names[:-1]:
+        if not name.isdigit():
+            fields = [cls.model_fields[name] for cls in classes if name in cls.model_fields]
+            classes = [c for f in fields for c in settings_in(f.annotation, f.metadata)]
+    owners = [name_of(cls) for cls in classes if names[-1] in cls.model_fields]
+    return list(dict.fromkeys(filter(None, owners)))
 
 
 def keys_of(root: type[Settings], prefix: str = "") -> Iterator[str]:

@@ -297,6 +297,12 @@ def test_common_names_lead_to_ours(override, ours):
         configs.load(ENCODER, [override])
 
 
+def test_a_setting_of_another_component():
+    words = "task.loss.symmetric is not a known setting here, but of task.loss.name=infonce (known"
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        configs.load(ENCODER, ["task.loss.symmetric=true"])
+
+
 def test_every_hint_is_a_name_of_ours():
     rows = reference()
     known = {part for row in rows for part in (row.key.split(".")[-1], *row.when.split("="))}

@@ -193,14 +193,16 @@ def test_first_host(nodes, first):
 # ------------------------------------------------------------------ what is submitted
 
 
-def test_sweeps():
+def test_sweeps(tmp_path):
     one = expand(["optim.lr=0.1", "task.loss={name: ntxent, temperature: 0.1}", "data.x=[1,2]"])
     assert [name for name, _ in one] == [""]
     names = [name for name, _ in expand(["a.lr=1,2", "b.lr=3,4", "seed=5", "c.d='x,y'"])]
     assert names == ["a.lr=1,b.lr=3", "a.lr=1,b.lr=4", "a.lr=2,b.lr=3", "a.lr=2,b.lr=4"]
     name, overrides = expand(["data.train=a/b,c/d", "seed=1", "seed=2"])[1]
     assert (name, overrides) == ("train=c_d", ["data.train=c/d", "seed=2"])
-    assert expand(["run_dir=runs/a,b", "seed=1"]) == [("", ["run_dir=runs/a,b", "seed=1"])]
+    (tmp_path / "a,b").touch()
+    for one in ("run_dir=runs/a,b", f"data.train={tmp_path}/a,b", "data.train=http://x/0.tar?a=1,2"):
+        assert expand([one, "seed=1"]) == [("", [one, "seed=1"])]
 
 
 @pytest.mark.parametrize(

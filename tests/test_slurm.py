@@ -64,6 +64,18 @@ def test_two_nodes_train_what_torchrun_and_one_process_do(slurm, tmp_path, overr
     assert (told["world_size"], told["machine"]) == (4, slurm_name(slurm, 1))
 
 
+def test_a_name_with_marks_in_it(slurm, tmp_path, overrides):
+    """And several partitions; all files of a job are where the run is."""
+    run_dir = tmp_path / "exp #2, it's \"50\" (größer) $HOME"
+    flags = ("--partition", "short,low", "--time", "10")
+    submit(ENCODER, *overrides(run_dir, *SMALL, "train.steps=3"), *flags)
+    slurm.await_state(run_dir, "COMPLETED")
+    assert last_step(run_dir) == 3
+    job = last_record(run_dir).job
+    written = {path.name for path in (run_dir / "logs").iterdir()}
+    assert written == {f"{job}.batch.log", f"{job}.rank-0.out", f"{job}.rank-0.err"}
+
+
 def slurm_name(slurm: Cluster, number: int) -> str:
     """Of a machine: nodes that are not namespaces have the name of this one."""
     mode = os.environ["EMU_MODE"]

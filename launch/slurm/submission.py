@@ -62,7 +62,7 @@ class Submission:
 def expand(overrides: list[str]) -> list[tuple[str, list[str]]]:
     """Runs of a sweep, every combination of `key=a,b` overrides: each one's name (empty where there
     is only one) and its overrides; of a key that is there twice the last one counts. A comma in
-    run_dir belongs to the name.
+    run_dir, in the query of a URL or in the name of a file that is there belongs to it.
 
     Raises:
         ConfigError: two runs have one name, or a name is too long for a folder.
@@ -74,7 +74,8 @@ def expand(overrides: list[str]) -> list[tuple[str, list[str]]]:
     for override in overrides:
         key, equals, value = override.partition("=")
         choices.pop(key, None)
-        values = [value] if key == "run_dir" else _values(value)
+        is_one = key == "run_dir" or "?" in value or ("," in value and os.path.exists(value))
+        values = [value] if is_one else _values(value)
         choices[key] = [(key, f"{key}{equals}{one}", one) for one in values]
     swept = [key for key, values in choices.items() if len(values) > 1]
     short = {key: _short_name(key, swept) for key in swept}
