@@ -316,7 +316,8 @@ def _sentence(detail: ErrorDetails, root: type[Settings]) -> str:
         known = list(dict.fromkeys(name for cls in classes for name in cls.model_fields))
         if owners := _owners(names, root):
             place = f"{'.'.join(names[:-1])}.name={'|'.join(owners)}"
-            return f"{path} is not a known setting here, but of {place}{nearest('', known)}"
+            known_here = ", ".join(known)
+            return f"{path} is not a known setting here, but of {place} (known: {known_here})"
         return (
             f"{path} is not a known setting{nearest(names[-1], known, set(keys_of(root)) - {path})}"
         )

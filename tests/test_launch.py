@@ -201,7 +201,11 @@ def test_sweeps(tmp_path):
     name, overrides = expand(["data.train=a/b,c/d", "seed=1", "seed=2"])[1]
     assert (name, overrides) == ("train=c_d", ["data.train=c/d", "seed=2"])
     (tmp_path / "a,b").touch()
-    for one in ("run_dir=runs/a,b", f"data.train={tmp_path}/a,b", "data.train=http://x/0.tar?a=1,2"):
+    for one in (
+        "run_dir=runs/a,b",
+        f"data.train={tmp_path}/a,b",
+        "data.train=http://x/0.tar?a=1,2",
+    ):
         assert expand([one, "seed=1"]) == [("", [one, "seed=1"])]
 
 

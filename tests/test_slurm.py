@@ -66,7 +66,7 @@ def test_two_nodes_train_what_torchrun_and_one_process_do(slurm, tmp_path, overr
 
 def test_a_name_with_marks_in_it(slurm, tmp_path, overrides):
     """And several partitions; all files of a job are where the run is."""
-    run_dir = tmp_path / "exp #2, it's \"50\" (größer) $HOME"
+    run_dir = tmp_path / 'exp #2, it\'s "50" (größer) $HOME'
     flags = ("--partition", "short,low", "--time", "10")
     submit(ENCODER, *overrides(run_dir, *SMALL, "train.steps=3"), *flags)
     slurm.await_state(run_dir, "COMPLETED")
