@@ -39,8 +39,9 @@ def save(root: Path, step: int, keep: Keep | None = None, score: float | None = 
 
 
 def steps_in(root: Path) -> list[int]:
-    """Those of all that is there; nothing else may be."""
-    return sorted(int(path.name.removeprefix("step-")) for path in root.iterdir())
+    """Those of all that is there; nothing else may be, but damaged ones that are set aside."""
+    names = [path.name for path in root.iterdir() if not path.name.startswith("set-aside-step-")]
+    return sorted(int(name.removeprefix("step-")) for name in names)
 
 
 def test_steps_done_again_replace_damaged_ones(tmp_path):

@@ -38,8 +38,7 @@ def run_loop(
     Returns:
         EXIT_DONE or EXIT_REQUEUE.
     """
-    with collectives.raised_together():
-        checkpoints_before = checkpoint.folders(config.run_dir / "checkpoints")
+    checkpoints_before = checkpoint.folders(config.run_dir / "checkpoints")
     run = open_run(config, backend, modules, change)
     steps, first = config.train.steps, run.progress.step
     stop_at = steps if stop_after is None else min(steps, first + stop_after)
