@@ -186,9 +186,25 @@ def read_splits(config: RunConfig, table: Table | None = None) -> Splits:
     return Splits(samples[0], samples[1], fields.class_names(indexes["train"]))
 
 
-def _evaluate(run: Path, is_trusted: bool) -> list[Measurement | LeftOut]:
-    config = configs.load_run(run, is_trusted=is_trusted)
+def _evaluate(run: Path, is_trusted: bool) -> Iterator[Measurement | LeftOut]:
+    """What could be measured comes before the error that ended it."""
     table = Table(partial(_write_table, run))
+    try:
+        _measure(run, table, is_trusted)
+    except Exception:
+        yield from _results(run, table)
+        raise
+    yield from _results(run, table)
+
+
+def _results(run: Path, table: Table) -> Iterator[Measurement | LeftOut]:
+    yield from (Measurement(str(run), *line) for line in table.lines)
+    if table.lines:
+        yield from (LeftOut(str(run), *one) for one in table.left_out)
+
+
+def _measure(run: Path, table: Table, is_trusted: bool) -> None:
+    config = configs.load_run(run, is_trusted=is_trusted)
     splits = read_splits(config, table)
     task = config.build_task(splits.train).eval()
     if isinstance(task, Drift):
@@ -205,8 +221,6 @@ def _evaluate(run: Path, is_trusted: bool) -> list[Measurement | LeftOut]:
             or f"eval has no measure of the task {config.task.name}; name some in evaluate.measures"
         )
     _draw_curves(run)
-    left_out = [LeftOut(str(run), *one) for one in table.left_out]
-    return [*(Measurement(str(run), *line) for line in table.lines), *left_out]
 
 
 def _write_table(run: Path, table: Table) -> None:

@@ -114,6 +114,16 @@ class Uniformity(PairLoss):
         return self.mean((lse - 2 * self.settings.scale).sum(), len(z))
 
 
+class Constant(PairLoss):
+    """A loss that depends on nothing that is trained."""
+
+    takes = "features"
+
+    def forward(self, features: Tensor, sizes: tuple[int, ...] | None = None) -> Tensor:
+        """Scalar loss; features: [b, D]."""
+        return features.detach().square().mean()
+
+
 class Doubled(InfoNCE):
     """A loss of this package with another setting and another value."""
 

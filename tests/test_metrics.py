@@ -145,6 +145,14 @@ def test_what_learns_nothing_is_said_once(case, tmp_path, overrides, capsys):
     assert words is None or words in told
 
 
+@pytest.mark.parametrize("name", ["doctor", "train"])
+def test_a_loss_of_nothing_that_is_trained_is_refused(name, tmp_path, overrides, capsys):
+    options = overrides(tmp_path, *SMALL, "task.loss={name: 'own_modules:Constant'}")
+    assert main([name, str(ENCODER), *options]) == 64
+    told = capsys.readouterr()
+    assert "the loss depends on nothing that is trained" in told.out + told.err
+
+
 def test_time_between_two_rows_is_split_over_their_steps():
     clock = Clock(0, torch.device("cpu"))
     for _ in range(3):

@@ -186,7 +186,9 @@ def test_a_measure_that_returns_no_lines(encoder_run: Path, capsys):
     careless = "evaluate={measures: [{name: 'own_modules:Careless'}]}"
     configs.save(configs.load(encoder_run / "config.yaml", [careless]), encoder_run)
     assert main(["eval", str(encoder_run)]) == 64
-    assert "own_modules:Careless returned 0.5" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "own_modules:Careless returned 0.5" in told.err
+    assert "kNN accuracy, k = 5" in told.out  # what came before it stands
 
 
 # ---------------------------------------------------------------------------- a new setting

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.splits import Line, Splits, Table
@@ -45,13 +45,24 @@ class EvaluateSettings(Settings):
 
 
 def measure_own(settings: EvaluateSettings, task: Task, splits: Splits, table: Table) -> None:
-    """Add the lines of the configured measures to the table, in their order."""
+    """Add the lines of the configured measures to the table, in their order.
+
+    Raises:
+        ConfigError: a measure returns something else than lines.
+    """
     for config in settings.measures:
-        table.measure(config.name, partial(_own_lines, config, task, splits))
+        returned: list[Any] = []  # not checked inside: what is no data's fault is not left out
+        table.measure(config.name, partial(_call, config, task, splits, returned))
+        for lines in returned:
+            table.measure(config.name, partial(list, _checked(config, lines)))
 
 
-def _own_lines(config: Measure.Config, task: Task, splits: Splits) -> list[Line]:
-    returned = _MEASURE.build(config).lines(task, splits)
+def _call(config: Measure.Config, task: Task, splits: Splits, returned: list[Any]) -> list[Line]:
+    returned.append(_MEASURE.build(config).lines(task, splits))
+    return []
+
+
+def _checked(config: Measure.Config, returned: Any) -> list[Line]:
     try:
         return [
             (str(name), float(value), {str(key): float(x) for key, x in beside.items()})

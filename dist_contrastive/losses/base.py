@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from dist_contrastive import collectives, pairwise
 from dist_contrastive.collectives import Embeddings, GradReduction, Group, Sizes
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.scale import LARGEST_SCALE, SMALLEST_SCALE, Scale, check_start
+from dist_contrastive.losses.scale import TEMPERATURES, Scale, check_start
+from dist_contrastive.losses.scale import clamp_scales as clamp_scales  # its place was here
 from dist_contrastive.pairwise import Impl, KeysFrom, Pairs, Reduction
-from dist_contrastive.pairwise.distances import unit_rows
 from dist_contrastive.settings import ComponentSettings, settings_from, signature_of
 
 Takes = Literal["views", "features", "labels", "points"]
@@ -171,7 +171,7 @@ class TemperatureLoss(PairLoss):
             """A learnable temperature must start where the clamp leaves it."""
             super().check_run()
             if self.learnable:
-                check_start("temperature", self.temperature, 1 / LARGEST_SCALE, 1 / SMALLEST_SCALE)
+                check_start("temperature", self.temperature, *TEMPERATURES)
 
     settings: Config
 
@@ -190,7 +190,7 @@ def in_full_precision(*inputs: Tensor) -> list[Tensor]:
 
 def normalised(*inputs: Tensor) -> list[Tensor]:
     """Rows of unit length, `in_full_precision`."""
-    return [unit_rows(x) for x in in_full_precision(*inputs)]
+    return [pairwise.distances.unit_rows(x) for x in in_full_precision(*inputs)]
 
 
 def not_below_zero(terms: Tensor) -> Tensor:

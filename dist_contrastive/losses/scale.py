@@ -9,7 +9,7 @@ from dist_contrastive import collectives
 
 # What a learnable scale is kept within: CLIP's upper limit (arXiv 2103.00020, section 2.5), and a
 # temperature of 1.
-SMALLEST_SCALE, LARGEST_SCALE = 1.0, 100.0
+SCALES, TEMPERATURES = (1.0, 100.0), (0.01, 1.0)
 
 
 def check_start(name: str, value: float, lowest: float, highest: float) -> None:
@@ -45,7 +45,7 @@ class Scale(nn.Module):
         beyond the limit its gradient is 0, and the scale would never come back.
         """
         if isinstance(self.log_scale, Tensor):
-            self.log_scale.clamp_(math.log(SMALLEST_SCALE), math.log(LARGEST_SCALE))
+            self.log_scale.clamp_(*map(math.log, SCALES))
 
 
 def clamp_scales(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 
 from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.base import PairLoss, normalised
-from dist_contrastive.losses.scale import LARGEST_SCALE, SMALLEST_SCALE, Scale, check_start
+from dist_contrastive.losses.scale import SCALES, Scale, check_start
 from dist_contrastive.pairwise import PairSum, Tile
 
 
@@ -41,7 +41,7 @@ class SigLIP(PairLoss):
             """A learnable scale must start where the clamp leaves it."""
             super().check_run()
             if self.learnable:
-                check_start("scale", self.scale, SMALLEST_SCALE, LARGEST_SCALE)
+                check_start("scale", self.scale, *SCALES)
 
     settings: Config
 
