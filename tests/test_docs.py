@@ -19,7 +19,7 @@ from dist_contrastive import losses
 from dist_contrastive.cli import main
 from dist_contrastive.testing import run_ranks
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import document
 
 ROOT = Path(__file__).parents[1]

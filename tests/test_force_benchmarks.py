@@ -10,7 +10,7 @@ import torch
 from dist_contrastive import losses
 from dist_contrastive.testing import run_ranks
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import force
 import force_precision
 import force_runs

@@ -13,7 +13,7 @@ from dist_contrastive.evaluation.generators import FIELD_SIDE, force_field
 from dist_contrastive.losses import ContrastiveForce
 from dist_contrastive.losses.force import PRESETS, spec
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import gallery
 import group_size
 from group_size import Sweep

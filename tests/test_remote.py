@@ -25,7 +25,7 @@ from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.errors import DataError, UnreachableError, UnreadableSample, UserError
 from dist_contrastive.metrics import read_rows
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import block_cache
 from range_server import ENDLESS, RangeServer

@@ -11,7 +11,7 @@ from dist_contrastive import trainer
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.runs import load_weights
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import metric_learning
 import supervision
 import supervision_runs

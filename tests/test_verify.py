@@ -25,7 +25,7 @@ from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.data.shards.verify import verify_shards
 from dist_contrastive.errors import DataError, UnreachableError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from range_server import RangeServer
 
 
