@@ -504,7 +504,7 @@ def test_folders_that_hold_something(tmp_path):
         ({"samples": 0}, ["samples_per_shard=0", "1 or more"]),
         ({"mib": 0.0}, ["shard_mb=0", "above 0"]),
         ({"mib": float("nan")}, ["shard_mb=nan", "above 0"]),
-        ({"workers": 0}, ["workers=0", "1 or more"]),
+        ({"workers": 0}, ["workers=0", "below 1"]),
         ({"seed": -1}, ["seed=-1", "0 or more"]),
     ],
 )

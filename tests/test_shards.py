@@ -277,7 +277,7 @@ def test_arrays_of_objects_and_disguised_postscript_are_refused(tmp_path: Path):
     np.save(stream, np.array([Bomb(tmp_path / "executed")]), allow_pickle=True)
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n"
     for name, data, reason in (
-        ("npy", stream.getvalue(), "allow_pickle"),
+        ("npy", stream.getvalue(), "object"),
         ("png", eps, "UnidentifiedImageError"),
     ):
         write_samples(tmp_path / "s.tar", [{"__key__": "k", name: data}])

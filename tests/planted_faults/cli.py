@@ -35,8 +35,8 @@ FAULTS = [
     (
         "help imports torch",
         f"{CLI}/__init__.py",
-        "import sys\n",
-        "import sys\n\nimport torch\n",
+        "from pathlib import Path\n",
+        "from pathlib import Path\n\nimport torch\n",
         ("tests/test_cli.py::test_help_is_quick_and_works_outside_the_checkout",),
     ),
     (

@@ -120,8 +120,8 @@ FAULTS = [
     (
         "a step that is done again stays in the ledger",
         f"{METRICS}/log.py",
-        'row["step"] < done',
-        'row["step"] <= done',
+        "_step(row) < done",
+        "_step(row) <= done",
         (f"{M}::test_lines_of_steps_that_are_done_again_are_removed",),
     ),
     (

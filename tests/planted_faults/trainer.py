@@ -8,15 +8,15 @@ FAULTS = [
     (
         "checkpoint: checksums are not compared",
         CHECKPOINT,
-        "if verify and _checksum(folder / name) != expected:",
-        "if not verify and _checksum(folder / name) != expected:",
+        "checksums.items() if verify else ()",
+        "() if verify else checksums.items()",
         (f"{ON_DISK}test_the_same_step_again_replaces_a_damaged_one",),
     ),
     (
         "checkpoint: one more than asked for is kept",
         CHECKPOINT,
-        "set(valid[-keep.last :])",
-        "set(valid[-keep.last - 1 :])",
+        "set(present[-keep.last :])",
+        "set(present[-keep.last - 1 :])",
         (f"{ON_DISK}test_which_are_kept",),
     ),
     (
@@ -43,8 +43,8 @@ FAULTS = [
     (
         "checkpoint: a later format is read",
         CHECKPOINT,
-        'state.get("format", 1) > FORMAT:',
-        'state.get("format", 1) > FORMAT + 1:',
+        "if version > FORMAT:",
+        "if version > FORMAT + 1:",
         (f"{ON_DISK}test_a_later_format_is_not_read",),
     ),
     (
