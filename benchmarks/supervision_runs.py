@@ -14,6 +14,7 @@ from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Fields, Samples
 from dist_contrastive.data.labels import keep_per_class
 from dist_contrastive.data.shards.indexing import load_index
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.neighbours import knn_accuracy
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
 from dist_contrastive.evaluation.splits import labels_of
@@ -115,8 +116,15 @@ def results_of(job: Job) -> Results:
     """
     config = job.config()
     path = config.run_dir / f"{job.measure}.json"
-    if path.exists() and not configs.differences(configs.load_run(config.run_dir), config):
-        return json.loads(path.read_text())
+    if (config.run_dir / "config.yaml").exists():
+        changed = configs.differences(configs.load_run(config.run_dir), config)
+        if changed:  # such a run may have more steps, but would have had another schedule
+            raise ConfigError(
+                f"{config.run_dir} has results of other settings ({'; '.join(changed[:3])}); give "
+                f"another folder"
+            )
+        if path.exists():
+            return json.loads(path.read_text())
     task, results = trained(job.variant.how, config)
     results |= MEASURES[job.measure](task, config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
