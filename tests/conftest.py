@@ -33,6 +33,13 @@ DATA_SETS: dict[str, Callable[[Path], object]] = {  # small ones, by the folder 
 
 
 @pytest.fixture(autouse=True)
+def search_path_of_scripts() -> Iterator[None]:
+    """What commands set for the processes that they start ends with the test that ran them."""
+    yield
+    os.environ.pop("PYTHONSAFEPATH", None)
+
+
+@pytest.fixture(autouse=True)
 def _deterministic():
     """Same numbers in every run, and one thread: the ranks of a test share two cores."""
     torch.manual_seed(0)

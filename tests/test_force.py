@@ -318,12 +318,12 @@ def test_points_move_towards_the_data():
 @pytest.mark.parametrize(
     ("setting", "value", "limit"),
     [
-        ("temperatures", (), "at least 1"),
+        ("temperatures", (), "1 or more"),
         ("temperatures", (0.1, 0.0), "greater than 0"),
         ("temperatures", (-0.1,), "greater than 0"),
         ("temperatures", (math.nan,), "finite"),
         ("temperatures", (math.inf,), "finite"),
-        ("temperatures", 0.1, "tuple"),
+        ("temperatures", 0.1, "list"),
         ("temperatures", ("warm",), "number"),
         ("preset", "paint", "'seed', 'drift' or 'paper'"),
         ("scale_scope", "rank", "'label', 'group' or 'global'"),

@@ -97,7 +97,7 @@ def load_recorded(config: RunConfig, warn: Callable[[str], None]) -> RunConfig:
         problem = error
     path = config.run_dir / "config.yaml"
     try:
-        known = _overlaid(now, read_yaml(path).value)
+        known = _overlaid(now, _without_last(read_yaml(path).value))
     except ConfigError:
         known = now
     try:
@@ -109,6 +109,13 @@ def load_recorded(config: RunConfig, warn: Callable[[str], None]) -> RunConfig:
         f"settings that can be read and are known are compared"
     )
     return before
+
+
+def _without_last(tree: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the last of them, which a crash may have cut short."""
+    others = dict(tree)
+    name, value = others.popitem() if others else ("", None)
+    return others | ({name: _without_last(value)} if isinstance(value, dict) else {})
 
 
 def _overlaid(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
