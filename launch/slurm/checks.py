@@ -128,11 +128,13 @@ def current_config(run_dir: Path, record: JobRecord, is_trusted: bool) -> tuple[
     has_begun = ours.is_file() and (
         not theirs.is_file() or ours.stat().st_mtime > theirs.stat().st_mtime
     )
+    if has_begun and not theirs.is_file():
+        return configs.load_run(run_dir, is_trusted=is_trusted), False
+    submitted = configs.load_run(theirs.parent, is_trusted=is_trusted)
+    submitted = submitted.model_copy(update={"run_dir": run_dir})
     if not has_begun:
-        return configs.load_run(theirs.parent, is_trusted=is_trusted), record.change
+        return submitted, record.change
     current = configs.load_run(run_dir, is_trusted=is_trusted)
-    if theirs.is_file():
-        submitted = configs.load_run(theirs.parent, is_trusted=is_trusted)
-        if not configs.changed(submitted, current):
-            return submitted, False
+    if not configs.changed(submitted, current):
+        return submitted, False
     return current, False
