@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_contrastive.atomic import write_text
+from dist_contrastive.records import read_lines
 
 Settings = Mapping[str, Sequence[Any]]
 """Old and new value of settings by their names."""
@@ -28,11 +29,9 @@ class Change(NamedTuple):
 
 def read_changes(run_dir: Path) -> list[Change]:
     """Changes of a run, in the order of steps; rows that are torn or not ours are left out."""
-    path, found = run_dir / _NAME, []
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    for line in lines:
+    found = []
+    for row in read_lines(run_dir / _NAME):
         try:
-            row = json.loads(line)
             settings = {str(key): (old, new) for key, (old, new) in row["settings"].items()}
             found.append(Change(int(row["step"]), str(row["time"]), settings))
         except (ValueError, KeyError, TypeError, AttributeError):

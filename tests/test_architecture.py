@@ -19,8 +19,8 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 LAYERS = [
     {"errors", "sentences"},
     {"atomic", "malloc", "pack_options", "random_states", "ranks", "schedule", "signals"},
-    {"tables", "yaml_files"},
-    {"changes", "imports", "records"},
+    {"records", "tables", "yaml_files"},
+    {"changes", "imports"},
     {"settings"},
     {"collectives"},
     {"pairwise"},

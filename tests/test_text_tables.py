@@ -206,8 +206,11 @@ def test_columns_without_a_name(root):
     pack_pairs(write(root / "t.csv", text), root / "out", IN_ORDER)
     assert texts_of(root / "out") == ["cat a", "cat b", "cat c"]
     assert details_of(root / "out")[1] == {
-        "filepath": "b.png", "Unnamed: 0": "1", "Unnamed: 3": "", "Unnamed: 4": "z"
-    }  # fmt: skip
+        "filepath": "b.png",
+        "Unnamed: 0": "1",
+        "Unnamed: 3": "",
+        "Unnamed: 4": "z",
+    }
     pack_dataset(root / "t.csv", root / "dataset", IN_ORDER, image="filepath")
     assert texts_of(root / "dataset") == ["cat a", "cat b", "cat c"]
 
@@ -292,9 +295,12 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted(root):
         pack_pairs(root / "t.csv", root / "no")
     packed = pack_pairs(root / "t.csv", root / "csv", SKIP)
     assert texts_of(root / "csv") == ["x", "w"]
-    assert [words in reason for words, reason in zip(
-        ("1 cells", "3 cells", "--quotes none"), packed.left_out, strict=True
-    )] == [True] * 3  # fmt: skip
+    assert [
+        words in reason
+        for words, reason in zip(
+            ("1 cells", "3 cells", "--quotes none"), packed.left_out, strict=True
+        )
+    ] == [True] * 3
     good = json.dumps({"image": "a.png", "text": "x"})
     lines = [good, '{"image": "a.png"', "[1]", "", "[" * 100_000, '{"image": 3, "text": "x"}', good]
     write(root / "t.jsonl", "\n".join(lines))
@@ -611,8 +617,18 @@ def test_a_list_of_texts_that_is_a_field_itself(tmp_path):
     assert all(text in texts for text, texts in zip(samples.pair or (), CAPTIONS, strict=True))
 
 
-@pytest.mark.parametrize("bad", [{}, {"captions": None}, {"captions": []}, {"captions": ["", None]},
-                                 {"captions": 3}, ["x"], None])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {},
+        {"captions": None},
+        {"captions": []},
+        {"captions": ["", None]},
+        {"captions": 3},
+        ["x"],
+        None,
+    ],
+)
 def test_a_sample_without_captions_is_replaced(tmp_path, bad):
     values: list[Any] = [{"captions": texts} for texts in CAPTIONS]
     values[7] = bad

@@ -135,6 +135,4 @@ def current_config(run_dir: Path, record: JobRecord, is_trusted: bool) -> tuple[
     if not has_begun:
         return submitted, record.change
     current = configs.load_run(run_dir, is_trusted=is_trusted)
-    if not configs.changed(submitted, current):
-        return submitted, False
-    return current, False
+    return current if configs.changed(submitted, current) else submitted, False

@@ -24,12 +24,20 @@ _logger = logging.getLogger(__name__)
 Row = dict[str, Any] | str
 """Values by column, or what is wrong with a row."""
 Rows = Iterator[tuple[int, Row]]
-# fmt: off
 Kind = Literal[
-    "image", "bytes", "class", "integer", "number", "text", "digits", "texts", "array", "plain",
-    "mixed", "other",
+    "image",
+    "bytes",
+    "class",
+    "integer",
+    "number",
+    "text",
+    "digits",
+    "texts",
+    "array",
+    "plain",
+    "mixed",
+    "other",
 ]
-# fmt: on
 """Of the values of a column; "digits" are texts of digits, "texts" lists of texts."""
 
 TABLE_KINDS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
