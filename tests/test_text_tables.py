@@ -230,7 +230,7 @@ def test_long_cells_and_lines(root):
     [
         *[(name, None) for name in ("utf-8", "utf-8-sig", "utf-16", "utf-32")],
         *[(name, name) for name in ("utf-8-sig", "utf-16-le", "cp1252", "latin-1")],
-        ("utf-8-sig", "utf8"),
+        *[("utf-8-sig", "utf8"), ("utf-16", "utf-16-le"), ("utf-16", "UTF-16")],
     ],
 )
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
@@ -260,6 +260,8 @@ def test_bytes_of_another_encoding_are_counted(root):
     write(root / "g.csv", "image,text\na.png,猫\n", "gb18030")
     pack_pairs(root / "g.csv", root / "g", IN_ORDER, form=TextFormat(encoding="gb18030"))
     assert texts_of(root / "g") == ["猫"]
+    with refused(DataError, "z.csv", "--encoding", "utf-16-le"):
+        pack_pairs(write(root / "z.csv", "image,text\na.png,x\n", "utf-16-le"), root / "no")
     with refused(DataError, "h.csv", "--encoding"):
         pack_pairs(write(root / "h.csv", "Bild,Größe\n", "cp1252"), root / "no")
     with refused(ConfigError, "encoding='utf-7x'", "cp1252"):
@@ -274,6 +276,12 @@ def test_separators_and_ends_of_lines(root, sign, newline, caplog):
     pack_pairs(table, root / "out", IN_ORDER)
     assert texts_of(root / "out") == ["a cat", "a dog"]
     assert ("separated by" in caplog.text) == (sign != ",")
+    quoted = write(root / "q.csv", f'"image"{sign}"x, {sign} y"{newline}a.png{sign}"z"{newline}')
+    form = TextFormat(quotes="csv")
+    pack_pairs(quoted, root / "quoted", IN_ORDER, text=f"x, {sign} y", form=form)
+    assert texts_of(root / "quoted") == ["z"]
+    pack_pairs(write(table, f"sep={sign}{newline}" + newline.join(lines)), root / "hint", IN_ORDER)
+    assert texts_of(root / "hint") == ["a cat", "a dog"]
     other = write(root / "u.csv", "image~title\na.png~x, y\n")
     pack_pairs(other, root / "other", IN_ORDER, form=TextFormat(separator="~"))
     assert texts_of(root / "other") == ["x, y"]
@@ -312,6 +320,10 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted(root):
     packed = pack_pairs(root / "t.json", root / "json", SKIP)
     assert (len(packed.index), len(packed.left_out)) == (1, 2)
     assert "entry 2 of" in packed.left_out[0]
+    write(root / "coco.json", json.dumps({"images": [{"id": 1}], "annotations": [{"id": 1}]}))
+    for pack in (pack_pairs, pack_dataset):
+        with refused(DataError, "one object of images, annotations", "one object a line"):
+            pack(root / "coco.json", root / "no")
     write(root / "text.json", "x" * 2000)
     long = write(root / "long.jsonl", json.dumps({"image": "x" * 5000, "text": "x"}))
     with refused(DataError, "1 of 1 rows", "is not there"):  # the columns were confused
@@ -331,12 +343,29 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted(root):
         (["cat", "ant", ""], [1, 0, -1], [(1, "cat"), (0, "ant"), (None, None)]),
         (["001", "010", "002"], [0, 2, 1], [(0, "001"), (2, "010"), (1, "002")]),
         (["0.5", "-2", "1e-3"], None, [0.5, -2.0, 0.001]),
+        ([1.0, None, 3.0], [1, -1, 3], [1, None, 3]),
+        ([True, False, None], [1, 0, -1], [1, 0, None]),
+        ([1.5, None, 3.0], None, [1.5, None, 3.0]),
     ],
 )
 @pytest.mark.parametrize("pack", [pack_pairs, pack_dataset])
-def test_labels_are_numbers_or_names(root, labels, classes, entries, pack):
-    rows = "".join(f"{name}.png,{label}\n" for name, label in zip("abc", labels, strict=True))
-    table = write(root / "t.csv", f"image,kind\n{rows}")
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_labels_are_numbers_or_names(root, labels, classes, entries, pack, suffix):
+    pairs = list(zip("abc", labels, strict=True))
+    table = root / f"t{suffix}"
+    if suffix == ".csv":
+        if isinstance(labels[0], bool):
+            pytest.skip("a .csv has texts alone")
+        rows = (",".join((f"{x}.png", "" if label is None else str(label))) for x, label in pairs)
+        write(table, "\n".join(["image,kind", *rows]))
+    elif suffix == ".jsonl":
+        lines = (json.dumps({"image": f"{name}.png", "kind": label}) for name, label in pairs)
+        write(table, "\n".join(lines))
+    else:
+        import datasets
+
+        columns = {"image": [f"{name}.png" for name, _ in pairs], "kind": labels}
+        datasets.Dataset.from_dict(columns).to_parquet(table)
     pack(table, root / "out", IN_ORDER, image="image", label="kind")
     samples = samples_of(root / "out")
     assert [s.get("cls") for s in samples] == (classes or [None] * 3)
@@ -665,7 +694,15 @@ def test_several_captions_are_packed_and_drawn(root, suffix, pack, caplog):
     samples = Fields("png", pair="json.captions").read(load_index(root / "out"), range(4))
     for text, row in zip(samples.pair or (), rows, strict=True):
         assert text in row["captions"]
-    rows[1]["captions"] = []
+    rows[0]["captions"] += [None, ""]
+    rows[2]["captions"] = [3]
+    rows[3]["captions"] = "one"
+    (root / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    packed = pack_pairs(root / "v.jsonl", root / "mixed", SKIP)
+    assert ["line 3" in reason for reason in packed.left_out] == [True]
+    with_one = Fields("png", pair="json.captions").read(load_index(root / "mixed"), range(3))
+    assert set(with_one.pair or ()) <= {"cat a", "a a", "cat b", "a b", "one"}
+    rows[1]["captions"], rows[2]["captions"] = [], ["x"]
     (root / "u.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with refused(DataError, "1 of 4 rows", "no text", "line 2 of"):
         pack_pairs(root / "u.jsonl", root / "no")

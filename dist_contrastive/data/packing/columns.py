@@ -198,14 +198,15 @@ def label_maker(table: Table, column: str) -> LabelOf:
     """Function from the values of a column of labels to their entries in a sample.
 
     Args:
-        column: of classes, of numbers, or of texts: those are numbers if all of them are written as
-            numbers usually are, or else names of classes, which are numbered in their order.
+        column: of classes, of numbers, which are classes too if all are whole, or of texts: those
+            are numbers if all of them are written as numbers usually are, or else names of classes,
+            which are numbered in their order.
     """
     kind = table.kinds[column]
-    if kind == "number":
+    if kind == "number" and not all(map(_is_whole, _values(table, column))):
         return lambda value: ({"label": plain(value)}, None)
-    if kind == "integer":
-        return lambda value: _whole(None if value is None else int(value))
+    if kind in ("integer", "number"):
+        return lambda value: _whole(None if is_missing(value) else int(value))
     if kind == "class":
         names = table.class_names(column)
         return lambda value: _class(value, names)
@@ -219,6 +220,10 @@ def label_maker(table: Table, column: str) -> LabelOf:
     names = sorted(texts)
     numbers = {name: number for number, name in enumerate(names)}
     return lambda value: _class(None if is_missing(value) else numbers[str(value)], names)
+
+
+def _is_whole(value: Any) -> bool:
+    return is_missing(value) or float(value).is_integer()
 
 
 def _values(table: Table, column: str) -> Iterator[Any]:

@@ -171,7 +171,7 @@ def _kind_of_leaf(kind: Any) -> Kind | None:
         return "bytes"
     if types.is_string(kind) or types.is_large_string(kind):
         return "text"
-    if types.is_integer(kind):
+    if types.is_integer(kind) or types.is_boolean(kind):
         return "integer"
     return "number" if types.is_floating(kind) else None
 

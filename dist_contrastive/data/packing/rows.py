@@ -125,7 +125,7 @@ def _text_maker(
         if all(map(is_missing, texts)):
             raise UnreadableSample(f"there is no text in column {column!r} of {where}: {value!r}")
         for text in texts:
-            if not _is_text(text):
+            if not (_is_text(text) or (has_several and is_missing(text))):
                 raise UnreadableSample(
                     f"column {column!r} of {where} has {text!r}; give a text in Unicode"
                 )

@@ -51,8 +51,10 @@ _MARKS = {  # at the beginning of a file; that of UTF-32 begins with one of UTF-
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
+_HINT = ["sep=", ""]
+"""First row of a table whose separator is written down for spreadsheets, as ``sep=;``."""
 _UNDECODED = re.compile("[\udc80-\udcff]")
-_FOREIGN = "holds bytes that are not in its encoding; give --encoding, as cp1252 or latin-1"
+_FOREIGN = "holds bytes that are not in its encoding; give --encoding, as cp1252 or utf-16-le"
 _QUOTES = "give --quotes none if quotation marks are text, or --quotes csv if they enclose cells"
 
 
@@ -131,6 +133,11 @@ class TextTable(Table):
             raise DataError(f"the table {self._names[0]} has 0 rows; give 1 or more")
         if not self.kinds:
             self.read(0)  # it tells what is wrong with it
+        if len(self) == 1 and {*self.kinds.values()} <= {"plain", "array", "texts"}:
+            raise DataError(
+                f"{self._names[0]} is one object of {', '.join(self.kinds)}; write a list of "
+                f"objects, or one object a line, each with one value of every name"
+            )
 
     def __len__(self) -> int:
         """Number of rows, those that cannot be read too."""
@@ -173,9 +180,7 @@ class TextTable(Table):
         except OSError as error:
             raise DataError(f"the table {name} cannot be read ({error.strerror})") from error
         except UnicodeError as error:
-            raise DataError(f"the table {name} cannot be read ({error}); give --encoding") from (
-                error
-            )
+            raise DataError(f"{name} cannot be read ({error}); give --encoding") from error
 
     def _append(
         self, line: int, row: Row, null: Collection[str], found: dict[str, set[Kind]]
@@ -192,11 +197,13 @@ class TextTable(Table):
 
 
 def _encoding(path: Path, chosen: str | None) -> str:
-    if chosen is not None and codecs.lookup(chosen).name != "utf-8":
-        return chosen
+    name = codecs.lookup(chosen or "utf-8").name
+    if not name.startswith("utf"):
+        return name
     with path.open("rb") as file:
         begin = file.read(4)
-    return next((name for mark, name in _MARKS.items() if begin.startswith(mark)), "utf-8-sig")
+    usual = "utf-8-sig" if name == "utf-8" else name
+    return next((name for mark, name in _MARKS.items() if begin.startswith(mark)), usual)
 
 
 def _kinds_of(value: Any) -> set[Kind]:
@@ -210,9 +217,9 @@ def _kinds_of(value: Any) -> set[Kind]:
             return {"integer"}
         case float():
             return {"number"}
-        case [_, *_] if all(isinstance(part, str) for part in value):
+        case list() if {str} <= set(map(type, value)) <= {str, type(None)}:
             return {"texts"}
-        case [_, *_] if _holds_numbers(value):
+        case list() if _holds_numbers(value):
             return {"array"}
     return {"plain"}
 
@@ -224,7 +231,9 @@ def _holds_numbers(value: Any) -> bool:
 
 
 def _merged(kinds: set[Kind]) -> Kind:
-    orders: list[tuple[Kind, ...]] = [("number", "integer"), ("texts", "text", "digits")]
+    if "texts" in kinds:  # what is no text beside them is a row that cannot be used
+        return "texts"
+    orders: list[tuple[Kind, ...]] = [("number", "integer"), ("text", "digits")]
     for order in orders:
         if kinds and kinds <= set(order):
             return next(kind for kind in order if kind in kinds)
@@ -309,13 +318,16 @@ def _cells(file: TextIO, path: Path, form: TextFormat, usual: str) -> tuple[Sequ
     records = _records(file, path, separator, is_unclear or form.quotes == "none")
     if is_unclear:
         records = _clear(records, path)
-    first: Sequence[str] | str = form.columns or next((cells for _, cells in records), "")
+    rows = (cells for _, cells in records)
+    first: Sequence[str] | str = form.columns or next(rows, "")
+    if first == _HINT:
+        first = next(rows, "")
     header = _header(first, path)
     return header, ((line, _row(header, cells, separator)) for line, cells in records)
 
 
 def _separator(file: TextIO, usual: str, path: Path) -> str:
-    header = next(filter(str.strip, _lines(file, path)), "")
+    header = re.sub('"[^"]*"', "", next(filter(str.strip, _lines(file, path)), ""))
     found = next((sign for sign in (usual, *";\t|,") if sign in header), usual)
     if found != usual:
         _logger.warning("%s: cells are separated by %r; --separator sets another", path, found)
@@ -364,7 +376,8 @@ def _is_enclosed(cell: str) -> bool:
 
 
 def _header(cells: Sequence[str] | str, path: Path) -> list[str]:
-    if (cells and isinstance(cells, str)) or _is_foreign("".join(cells)):
+    text = "".join(cells)
+    if (cells and isinstance(cells, str)) or "\0" in text or _is_foreign(text):
         raise DataError(f"the header of {path} {cells if isinstance(cells, str) else _FOREIGN}")
     names = [cell.strip() or f"Unnamed: {place}" for place, cell in enumerate(cells)]
     if len(set(names)) < len(names):
