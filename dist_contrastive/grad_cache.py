@@ -8,7 +8,8 @@ time is that of one more forward pass (4/3 of a plain step's).
     setup", arXiv 2101.06983
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +28,19 @@ class GradCache:
         ``compare(*(torch.cat(x) for x in zip(*map(embed, range(num_parts))))).backward()``
 
     Args:
-        embed: embeddings of a part of the batch, ``[rows of the part, ...]`` each; called twice for
-            each part, the second time with the random states of the first. It must give the same
-            both times, and may have no lasting effect.
+        embed: embeddings of a part of the batch, floating ``[rows of the part, ...]`` each; called
+            twice for each part, the second time with the random states of the first. It must give
+            the same both times, and may have no lasting effect.
         num_parts: 1 or more.
+
+    Raises:
+        ConfigError: there is no part, or embed returns something else than embeddings.
     """
 
-    def __init__(self, embed: Callable[[int], Embeddings], num_parts: int) -> None:
+    def __init__(self, embed: Callable[[int], Embeddings | Tensor], num_parts: int) -> None:
         if num_parts < 1:
             raise ConfigError(f"num_parts={num_parts} leaves nothing to embed; give 1 or more")
-        self._embed, self.num_parts = replayed(embed), num_parts
+        self._embed, self.num_parts = replayed(lambda part: _checked(embed(part))), num_parts
         self._grads: list[tuple[Tensor, ...]] = []  # of each part's embeddings
         self._direct: list[tuple[Tensor, Tensor]] = []
         self._off: list[Tensor] = []  # differences of the embeddings of both passes
@@ -48,7 +52,7 @@ class GradCache:
         )
         """Of the whole batch, to be compared; leaves of the graph."""
 
-    def compared(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    def compared(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
         """Take the gradients of the loss of `embeddings`, and let go of its graph.
 
         Args:
@@ -73,7 +77,7 @@ class GradCache:
         ranks with the last backward reduces it too.
 
         Raises:
-            ConfigError: by the last part: a part was embedded in another way than the first time.
+            ConfigError: when all parts are replayed: one was embedded in another way than before.
         """
         embeddings = self._embed(part)
         self._compare_passes(part, embeddings)
@@ -88,10 +92,31 @@ class GradCache:
         rows = slice(sum(self._sizes[:part]), sum(self._sizes[: part + 1]))
         for x, y in zip(embeddings, (x[rows] for x in self.embeddings), strict=True):
             self._off.append((x - y).norm() / y.norm().clamp(min=torch.finfo(y.dtype).tiny))
-        # Once a step, since it waits for the device.
-        if part == self.num_parts - 1 and (worst := float(torch.stack(self._off).max())) > _LIMIT:
+        if len(self._off) < self.num_parts * len(embeddings):
+            return  # compared once a step, since that waits for the device
+        if (worst := float(torch.stack(self._off).max())) > _LIMIT:
             raise ConfigError(
                 f"embed gave other embeddings the second time, off by {worst:.2g} of their norm "
                 f"(limit {_LIMIT:g}): its gradient would be wrong; let it depend on the part "
                 f"alone, and draw random numbers from the global generators, which are replayed"
             )
+
+
+def _checked(returned: Any) -> Embeddings:
+    embeddings = (returned,) if isinstance(returned, Tensor) else returned
+    if isinstance(embeddings, tuple | list):
+        are_rows = (isinstance(x, Tensor) and x.is_floating_point() and x.dim() for x in embeddings)
+        if all(are_rows) and len({len(x) for x in embeddings}) == 1:
+            return tuple(embeddings)
+    raise ConfigError(
+        f"embed returned {_kinds(returned)}; return floating tensors [rows, ...] alone, of the "
+        f"same rows, and give labels to the loss itself"
+    )
+
+
+def _kinds(returned: Any) -> str:
+    if isinstance(returned, tuple | list):
+        return f"({', '.join(map(_kinds, returned))})"
+    if isinstance(returned, Tensor):
+        return f"{returned.dtype} {list(returned.shape)}"
+    return type(returned).__name__

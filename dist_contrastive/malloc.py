@@ -3,9 +3,9 @@
 import ctypes
 import os
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # as malloc.h numbers them
 _LARGEST = 2**31 - 1
-_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
 
 
 def keep_freed_memory() -> bool:
@@ -18,9 +18,12 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it is set: not without glibc, and not where a variable decides.
     """
-    if any(name in os.environ for name in _OWN):
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc." in tunables or any(name in os.environ for name in _OWN):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    return all(libc.mallopt(which, _LARGEST) for which in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
+    # Older versions refuse a threshold above 32 MiB; no blocks outside the heap are then allowed.
+    in_heap = libc.mallopt(_MMAP_THRESHOLD, _LARGEST) or libc.mallopt(_MMAP_MAX, 0)
+    return bool(in_heap and libc.mallopt(_TRIM_THRESHOLD, _LARGEST))

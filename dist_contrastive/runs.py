@@ -4,6 +4,7 @@ Every number of an evaluation stands beside a reference: the same measure of raw
 training data in the place of generated samples.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,10 @@ from dist_contrastive import atomic, checkpoint, metrics, report, tables
 from dist_contrastive import config as configs
 from dist_contrastive.checkpoint import WEIGHTS, Checkpoint
 from dist_contrastive.config import KeepBestSettings, RunConfig
+from dist_contrastive.data.fields import Fields
 from dist_contrastive.data.labels import refuse_other_classes, with_class_names
+from dist_contrastive.data.places import place_of_label
+from dist_contrastive.data.source import Source
 from dist_contrastive.data.sources import join_sources
 from dist_contrastive.data.training import first_sample
 from dist_contrastive.errors import ConfigError
@@ -35,7 +39,7 @@ from dist_contrastive.evaluation.splits import (
     with_labels,
 )
 from dist_contrastive.records import write_sums
-from dist_contrastive.tasks import Drift, ImageTask, Task
+from dist_contrastive.tasks import Drift, ImageTask, Paired, Task
 
 __all__ = [
     "Measurement",
@@ -177,6 +181,8 @@ def read_splits(config: RunConfig, table: Table | None = None) -> Splits:
     refuse_other_classes(config.data.label, [*opened["train"], *opened["test"]])
     indexes = {name: join_sources(sources) for name, sources in opened.items()}
     fields, samples = with_class_names(config.fields, indexes["train"]), []
+    if isinstance(config.task, Paired.Config) and table is not None:
+        fields = _labels_that_are_there(fields, indexes, table)
     for name, index in indexes.items():
         usable, reasons = usable_samples(fields, index)
         samples.append(usable)
@@ -184,6 +190,17 @@ def read_splits(config: RunConfig, table: Table | None = None) -> Splits:
             reason = f"{len(reasons)} of {len(index)} cannot be used; the first: {reasons[0]}"
             table.left_out.append((f"samples of data.{name}", reason))
     return Splits(samples[0], samples[1], fields.class_names(indexes["train"]))
+
+
+def _labels_that_are_there(fields: Fields, indexes: Mapping[str, Source], table: Table) -> Fields:
+    """Without labels where a split has none; partners find each other all the same."""
+    place = None if fields.label is None else place_of_label(fields.label)[0]
+    without = [f"data.{n}" for n, x in indexes.items() if place and not x.has_field(place)]
+    if not without:
+        return fields
+    reason = f"samples of {' and '.join(without)} have no field {place!r}"
+    table.left_out.append(("what goes by labels", reason))
+    return fields.model_copy(update={"label": None})
 
 
 def _evaluate(run: Path, is_trusted: bool) -> Iterator[Measurement | LeftOut]:
@@ -207,6 +224,7 @@ def _measure(run: Path, table: Table, is_trusted: bool) -> None:
     config = configs.load_run(run, is_trusted=is_trusted)
     splits = read_splits(config, table)
     task = config.build_task(splits.train).eval()
+    _check_shapes(task, splits)
     if isinstance(task, Drift):
         _measure_drift(task, config, splits, table)
     else:
@@ -221,6 +239,21 @@ def _measure(run: Path, table: Table, is_trusted: bool) -> None:
             or f"eval has no measure of the task {config.task.name}; name some in evaluate.measures"
         )
     _draw_curves(run)
+
+
+def _check_shapes(task: Task, splits: Splits) -> None:
+    """Refuse held-out samples that neither an encoder can read nor a generator be compared with."""
+    train, test = (list(x.images.shape[1:]) for x in (splits.train, splits.test))
+    if train == test or not isinstance(task, ImageTask | Drift):
+        return
+    if isinstance(task, ImageTask):
+        with contextlib.suppress(RuntimeError, ValueError):
+            task.represent(splits.test.images[:1])
+            return
+    raise ConfigError(
+        f"samples of data.train have the shape {train} and those of data.test {test}, which do not "
+        f"fit together; set data.image_size and data.image_channels, or hold out others"
+    )
 
 
 def _write_table(run: Path, table: Table) -> None:

@@ -213,12 +213,14 @@ def test_eval_of_partners(name, some_digits, overrides, tmp_path):
 
 
 def spoiled(digits: Path, folder: Path, split: str, count: int, keep, nulls: bool) -> None:
-    """A split of which one image is cut short, one sample has no label field, two have a null, and
-    classes are thinned out by `keep`."""
+    """A split of which one image is cut short, one held-out one has another size, one sample has no
+    label field, two have a null, and classes are thinned out by `keep`."""
     index = load_index(digits / split)
     samples = [s for s in (index.read_contents(n) for n in range(count)) if keep(s)]
     samples[3]["png"] = samples[3]["png"][:40]
     del samples[4]["json"]
+    if split == "test":
+        samples[7]["png"] = np.zeros((1, 9, 9), np.uint8)
     if nulls:
         samples[5]["json"] = samples[6]["json"] = b'{"label": null}'
     (folder / split).mkdir(parents=True)
@@ -256,7 +258,7 @@ def test_eval_leaves_out_what_it_cannot_measure(name, digits, overrides, tmp_pat
     assert told.count(" cannot be used; the first: ") == 2
     required = name == "digits_generator"  # labels: samples without one are of no use
     assert told.count("have no label") == (0 if required else 2)
-    for split, unusable in (("train", 2), ("test", 4 if required else 2)):
+    for split, unusable in (("train", 2), ("test", 5 if required else 3)):
         assert f"samples of data.{split}: {unusable} of " in told
     names = [line["name"] for line in json.loads((tmp_path / "run" / "eval.json").read_text())]
     if name == "digits_generator":
@@ -267,6 +269,11 @@ def test_eval_leaves_out_what_it_cannot_measure(name, digits, overrides, tmp_pat
             *(f"{judge} agrees with the class asked for" for judge in ("classifier", "kNN")),
             *(*MANIFOLD, *COPIES),
         ]
+        few = tmp_path / "data" / "test"
+        write_samples(few / "digits.tar", [load_index(digits / "test").read(n) for n in range(8)])
+        index_folder(few)
+        assert main(["eval", str(tmp_path / "run")]) == 0
+        assert "coverage: no class has 6 samples both" in capsys.readouterr().out
     else:
         assert "kNN accuracy, k = 5" in names
         assert "linear probe, 3 labels a class, mean of 20 draws" in names
@@ -294,6 +301,23 @@ def test_measures_of_too_few_samples_are_left_out(digits, overrides, tmp_path, c
     assert "image finds its partner, recall at 1" in told.out
     assert "linear probe, all labels: a probe needs labelled samples of 2 classes" in told.out
     assert "kNN accuracy, k = 5: k is 5, but there are 4" in told.out
+
+    # The same run beside held-out samples that are unlike those it was trained on.
+    for size, label, code, words in (
+        ((1, 16, 16), False, 0, "what goes by labels: samples of data.test have no field 'json'"),
+        ((1, 16, 16), True, 0, "linear probe, all labels: a probe needs"),
+        ((3, 8, 8), True, 64, "shape [1, 8, 8] and those of data.test [3, 8, 8]"),
+    ):
+        for sample in samples:
+            sample |= {"png": np.zeros(size, np.uint8), "json": {"label": 3}}
+            if not label:
+                del sample["json"]
+        write_samples(tmp_path / "test" / "digits.tar", samples)
+        index_folder(tmp_path / "test")
+        assert main(["eval", str(runs[0])]) == code
+        told = capsys.readouterr()
+        assert words in told.out + told.err
+        assert ("image finds its partner" in told.out) == (code == 0)
 
 
 # ---------------------------------------------------------------------------- generators

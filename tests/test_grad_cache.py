@@ -158,6 +158,29 @@ def test_another_second_pass_is_refused():
         GradCache(lambda part: (), 0)
 
 
+def test_parts_may_be_replayed_in_any_order():
+    calls = iter(range(9))
+    cache = GradCache(lambda part: (torch.ones(2, 3) * (1 + next(calls) * (part == 0)),), 2)
+    cache.compared(cache.embeddings[0].sum(), [])
+    cache.replay(1)
+    with pytest.raises(ConfigError, match="other embeddings the second time"):
+        cache.replay(0)
+
+
+def test_what_embed_may_return():
+    """One tensor stands for itself; anything but floating rows is named."""
+    x = torch.randn(2, 3)
+    assert [y.shape for y in GradCache(lambda part: x, 3).embeddings] == [(6, 3)]
+    for returned, words in (
+        ((x, torch.arange(2)), r"\(torch.float32 \[2, 3\], torch.int64 \[2\]\)"),
+        ((x, x[:1]), r"torch.float32 \[1, 3\]"),
+        ({"image": x}, "dict"),
+        (None, "NoneType"),
+    ):
+        with pytest.raises(ConfigError, match=f"embed returned {words}"):
+            GradCache(lambda part: returned, 1)  # noqa: B023
+
+
 @pytest.mark.parametrize("frozen", ["b", "a b", "a b loss", "loss"])
 def test_frozen_parts_are_ignored(frozen):
     """A tower, both, the temperature: parameters are given as they are, also by a generator."""

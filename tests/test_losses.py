@@ -213,6 +213,17 @@ def test_the_gradient_of_a_row_near_zero_is_bounded(views, name, options, length
     assert norms[3] <= 1e4 * others
 
 
+@pytest.mark.parametrize("name", ["InfoNCE", "SupCon", "Triplet cosine all", "KoLeo"])
+def test_a_graph_of_a_gradient_that_is_made_to_shrink_is_refused(views, name):
+    """Its second derivative would be off by its own size, or NaN."""
+    x, y = views
+    for length in (0.0, 5e-4):
+        x[3] *= length
+        moved = x.clone().requires_grad_()
+        with pytest.raises(NotImplementedError, match=r"than 0\.001 have none; scale"):
+            slope(lambda rows: EVERY[name](rows, y, impl="dense"), moved, create_graph=True)
+
+
 def test_rows_of_usual_lengths_have_the_gradient_of_the_formula(views):
     x, y = views
     for length in (1e-3, 1.0, 1e6):
@@ -304,12 +315,20 @@ def test_other_kinds_of_labels(views):
         ([[0], [0, 1]], "labels: something that is no dense tensor"),
         ([None] * 8, "labels: something that is no dense tensor"),
         ([0.5] * 8, "set max_delta"),
+        (np.array([2**64 - 1] * 8), "labels: a NumPy array"),  # which int64 would call missing
         ([0] * 7, "8 rows of features, 7 rows of labels"),
     ):
         with pytest.raises(ConfigError, match=words):
             losses.SupCon()(x, labels)
     with pytest.raises(ConfigError, match="features: a NumPy array, no dense tensor"):
         losses.SupCon()(x.numpy(), LABELS_OF_8)
+
+
+def test_a_parameter_is_no_setting():
+    """It would be read once, and never learn."""
+    for make in (losses.InfoNCE, lambda x: losses.SigLIP(bias=x)):
+        with pytest.raises(ConfigError, match="learnable=True"):
+            make(torch.nn.Parameter(torch.tensor(0.1)))
 
 
 def test_a_learnable_temperature_in_a_loop_of_ones_own():

@@ -126,9 +126,13 @@ class Integers(Input):
         return Values()
 
 
+_LARGEST_LABEL = np.iinfo(np.int64).max
+
+
 def as_labels(labels: Any) -> Any:
     """Labels as a tensor: arrays and lists of numbers are taken, whole ones as int64 and others as
-    fp64; what holds no numbers is returned as it is, for `check_inputs` to name."""
+    fp64; what holds no numbers, or larger ones, is returned as it is, for `check_inputs` to name.
+    """
     if labels is None or (isinstance(labels, Tensor) and labels.dtype in DTYPES):
         return labels
     try:
@@ -136,7 +140,7 @@ def as_labels(labels: Any) -> Any:
     except (TypeError, ValueError, RuntimeError):  # rows of different lengths, other devices
         return labels
     whole = array.dtype.kind in "biu" or (array.size == 0 and isinstance(labels, list | tuple))
-    if not whole and array.dtype.kind != "f":
+    if (not whole and array.dtype.kind != "f") or (whole and (array > _LARGEST_LABEL).any()):
         return labels
     return torch.from_numpy(array.astype(np.int64 if whole else np.float64))
 

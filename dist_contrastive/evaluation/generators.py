@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dist_contrastive import report
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.distances import (
     MEDIAN_POINTS,
     energy_distance,
@@ -162,6 +163,11 @@ def _common_rows(train: Samples, test: Samples, table: Table) -> Tensor:
     classes = 1 + int(torch.cat([labels_of(train), labels_of(test)]).max())
     counts = [labels_of(x).bincount(minlength=classes) for x in (train, test)]
     common = torch.minimum(*counts)[labels_of(test)] >= CLASS_SAMPLES
+    if not common.any():
+        raise ConfigError(
+            f"no class has {CLASS_SAMPLES} samples both in data.train and in data.test; hold out "
+            f"more"
+        )
     rare = labels_of(test)[~common].unique().tolist()
     if rare:
         what = "precision, recall, density and coverage of classes " + ", ".join(map(str, rare))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import ConfigError, DataError
 
 Metric = Literal["cosine", "euclidean"]
 
@@ -37,7 +37,7 @@ def knn_predict(
     Returns:
         int64 [m].
     Raises:
-        ConfigError: k is larger than n.
+        ConfigError: k is larger than n. DataError: keys and queries have not one width.
     """
     neighbours = _nearest(keys, queries, k, metric, chunk)
     num_classes = int(key_labels.max()) + 1
@@ -84,7 +84,7 @@ def knn_regression_error(
     Returns:
         The error in units of the values; computed in fp64.
     Raises:
-        ConfigError: k is larger than n.
+        ConfigError, DataError: as `knn_predict`.
     """
     neighbours = _nearest(train_features.double(), test_features.double(), k, "cosine", chunk)
     predicted = train_values.double()[neighbours].mean(dim=1)
@@ -101,6 +101,11 @@ def _nearest(keys: Tensor, queries: Tensor, k: int, metric: Metric, chunk: int) 
     # Not scikit-learn's NearestNeighbors: the same neighbours, but 1.5 to 3.9 times as slow (2,000
     # queries, 1,437 to 50,000 keys of 256 dimensions, one thread), and on CPUs alone.
     keys, queries = keys.flatten(1), queries.flatten(1)
+    if keys.shape[1] != queries.shape[1]:
+        raise DataError(
+            f"neighbours have {keys.shape[1]} values a sample and what is compared with them "
+            f"{queries.shape[1]}: take both from one space."
+        )
     if metric == "cosine":
         keys, queries = F.normalize(keys, dim=1), F.normalize(queries, dim=1)
     nearest = []

@@ -1,5 +1,6 @@
 """Training and held-out samples of an evaluation, and the table of its measures."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -57,21 +58,36 @@ def usable_samples(fields: Fields, index: Source) -> tuple[Samples, list[str]]:
         DataError: no sample has one of the fields, or none can be used.
     """
     fields.check(index, len(index) - 1)
-    rows, reasons = [], []
+    rows, shapes, reasons = [], [], []
     for number in range(len(index)):
         try:
             sample = {"__epoch__": 0, "__index__": number, **index.read(number, fields.names)}
             row = fields.prepare(sample)
-            fields.samples(collate([row]))
+            shape = _shape(fields.samples(collate([row])))
         except UnreachableError:
             raise
         except DataError as error:
             reasons.append(str(error))
         else:
             rows.append(row)
+            shapes.append(shape)
     if not rows:
         raise DataError(f"none of {len(index)} samples can be used; the first: {reasons[0]}")
-    return fields.samples(collate(rows)), reasons
+    usual = Counter(shapes).most_common(1)[0][0]
+    reasons += [
+        f"sample {row['__key__']} has the shape {shape} and most have {usual}; set "
+        f"data.image_size and data.image_channels"
+        for row, shape in zip(rows, shapes, strict=True)
+        if shape != usual
+    ]
+    alike = [row for row, shape in zip(rows, shapes, strict=True) if shape == usual]
+    return fields.samples(collate(alike)), reasons
+
+
+def _shape(sample: Samples) -> str:
+    """Shape of an image, and of the array beside it."""
+    both = [x for x in (sample.images, sample.pair) if isinstance(x, Tensor)]
+    return " and ".join(str(list(x.shape[1:])) for x in both)
 
 
 def with_labels(splits: Splits, table: Table) -> Splits:

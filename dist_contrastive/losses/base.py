@@ -80,6 +80,11 @@ class PairLoss(nn.Module):
         super().__init__()
         if grad_reduction not in get_args(GradReduction):
             raise ConfigError(f"grad_reduction={grad_reduction!r} is not known; use mean or sum")
+        if any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *settings.values())):
+            raise ConfigError(
+                f"{type(self).__name__} was given a setting that requires a gradient, which no "
+                f"number gets; give the number, and learnable=True where it is to be learned"
+            )
         self.settings = settings_from(type(self).Config, args, settings)
         self.keys_from: KeysFrom = self.settings.keys_from
         self.impl: Impl = self.settings.impl

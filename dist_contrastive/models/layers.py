@@ -83,8 +83,9 @@ def check_widths(widths: tuple[int, ...]) -> None:
     """Raise ConfigError unless GroupNorm can divide each width."""
     for width in widths:
         if width % GROUPS:
+            below = width // GROUPS * GROUPS
+            near = sorted({max(GROUPS, below), below + GROUPS})
             raise ConfigError(
                 f"width {width} of the network must be a multiple of {GROUPS} (its normalisation "
-                f"groups): use {max(GROUPS, width // GROUPS * GROUPS)} or "
-                f"{(width // GROUPS + 1) * GROUPS}."
+                f"groups): use {' or '.join(map(str, near))}."
             )

@@ -33,10 +33,22 @@ def unit_rows(x: Tensor) -> Tensor:
 
 def bounded(x: Tensor, length: Tensor) -> Tensor:
     """x, a function of lengths whose gradient grows as 1 / length: below 1e-3 it is made to shrink
-    with the length instead, so that a row near 0, or near another one, moves no others."""
-    if x.requires_grad:
-        share = (length.detach() / _SHORT).clamp(max=1).square()
-        x.register_hook(lambda grad: grad * share)
+    with the length instead, so that a row near 0, or near another one, moves no others. A graph of
+    that gradient is refused: it would lack the derivative of the shrinking."""
+    if not x.requires_grad:
+        return x
+    share = (length.detach() / _SHORT).clamp(max=1).square()
+
+    def shrunk(grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and bool((share < 1).any()):
+            raise NotImplementedError(
+                f"a graph of the gradient is asked for (create_graph=True), and rows shorter, or "
+                f"nearer to each other, than {_SHORT:g} have none; scale embeddings up, or leave "
+                f"create_graph out"
+            )
+        return grad * share
+
+    x.register_hook(shrunk)
     return x
 
 
