@@ -173,7 +173,7 @@ def test_what_embed_may_return():
     assert [y.shape for y in GradCache(lambda part: x, 3).embeddings] == [(6, 3)]
     for returned, words in (
         ((x, torch.arange(2)), r"\(torch.float32 \[2, 3\], torch.int64 \[2\]\)"),
-        ((x, x[:1]), r"torch.float32 \[1, 3\]"),
+        ((x, x[:1]), r"\(.*, torch.float32 \[1, 3\]\)"),
         ({"image": x}, "dict"),
         (None, "NoneType"),
     ):
