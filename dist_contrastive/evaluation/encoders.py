@@ -85,10 +85,10 @@ def _classification(features: Pair, pixels: Pair, labels: Pair, table: Table) ->
 def _beside_pixels(
     name: str, measure: Callable[[Pair], float], features: Pair, pixels: Pair
 ) -> list[Line]:
-    return [(name, measure(features), _of_pixels(measure, pixels))]
+    return [(name, measure(features), _pixel_reference(measure, pixels))]
 
 
-def _of_pixels(measure: Callable[[Pair], float], pixels: Pair) -> dict[str, float]:
+def _pixel_reference(measure: Callable[[Pair], float], pixels: Pair) -> dict[str, float]:
     """The same measure of raw pixels; none where held-out images have another size."""
     alike = pixels[0].shape[1:] == pixels[1].shape[1:]
     return {"raw pixels": measure(pixels)} if alike else {}
@@ -102,7 +102,7 @@ def _regression(features: Pair, pixels: Pair, labels: Pair, table: Table) -> Non
             return knn_regression_error(x[0], labels[0], x[1], labels[1], NEIGHBOURS)
 
         constant = (labels[1] - labels[0].median()).abs().mean().item()
-        beside = {**_of_pixels(knn, pixels), "one value for all": constant}
+        beside = {**_pixel_reference(knn, pixels), "one value for all": constant}
         return [(name, knn(features), beside)]
 
     table.measure(name, lines)
