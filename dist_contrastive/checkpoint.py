@@ -171,7 +171,9 @@ def weights_at(path: Path) -> dict[str, Tensor]:
             return run_weights(path)
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         found = [item for file in files for item in _read_weights(file).items()]
-    except (DataError, _DamagedError) as error:
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    except _DamagedError as error:
         raise ConfigError(f"{path} holds no weights that can be read: {error}") from error
     if not files:
         there = "holds no safetensors and no checkpoints" if path.is_dir() else "is not there"

@@ -2,6 +2,7 @@
 name that was perhaps meant."""
 
 import difflib
+import re
 import types
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -27,57 +28,82 @@ _WORDS = {
 _CONTAINERS = ("dict_type", "list_type", "model_attributes_type", "model_type", "tuple_type")
 _BOUNDS = {"ge": "{} or more", "gt": "more than {}", "le": "{} or less", "lt": "less than {}"}
 
-# Words for a setting or a component that are common elsewhere, and ours; what stands behind ours
-# belongs to the hint. Names that are merely spelled in another way are found without.
-ALSO_CALLED: dict[str, tuple[str, ...]] = {
-    "accumulate_grad_batches": ("micro_batch_size",),
-    "amp": ("precision",),
-    "batch": ("global_batch_size",),
-    "batch_size": ("global_batch_size",),
-    "bs": ("global_batch_size",),
-    "checkpoint_every": ("save_every",),
-    "clip": ("infonce (with symmetric: true)", "paired"),
-    "color_jitter": ("brightness",),
-    "device_batch_size": ("micro_batch_size",),
-    "epochs": ("steps",),
-    "fp16": ("precision",),
-    "gradient_accumulation_steps": ("micro_batch_size",),
-    "gradient_checkpointing": ("activation_checkpointing",),
-    "gradient_clip_val": ("clip_norm",),
-    "grad_clip": ("clip_norm",),
-    "img_size": ("image_size",),
-    "iterations": ("steps",),
-    "learning_rate": ("lr",),
-    "log_interval": ("log_every",),
-    "max_epochs": ("steps",),
-    "max_grad_norm": ("clip_norm",),
-    "max_steps": ("steps",),
-    "mixed_precision": ("precision",),
-    "num_epochs": ("steps",),
-    "num_train_epochs": ("steps",),
-    "output_dir": ("run_dir",),
-    "per_device_train_batch_size": ("global_batch_size",),
-    "random_seed": ("seed",),
-    "resolution": ("image_size",),
-    "save_steps": ("save_every",),
-    "simclr": ("ntxent", "two_view"),
-    "supervised": ("labelled", "supcon"),
-    "supervised_contrastive": ("supcon", "labelled"),
-    "supcon": ("supcon", "labelled"),
-    "tau": ("temperature",),
-    "total_steps": ("steps",),
-    "vicreg": ("vicreg", "two_view"),
-    "warmup": ("warmup_steps",),
-    "wd": ("weight_decay",),
-    "workers": ("num_workers",),
-    "workdir": ("run_dir",),
-    "zero": ("zero_stage",),
-    **dict.fromkeys(("byol", "dino", "simsiam", "ssl"), ("two_view",)),
-    **dict.fromkeys(("open_clip", "image_text", "pairs"), ("paired", "infonce")),
-    **dict.fromkeys(("diffusion", "gan", "drifting"), ("drift",)),
-    **dict.fromkeys(("convnet", "resnet18", "resnet50"), ("residual",)),
-    **dict.fromkeys(("vit", "dinov2", "convnext", "huggingface", "hf"), ("transformers",)),
+# Settings and components, and words for them that are common elsewhere; what stands behind a name
+# of ours belongs to the hint. Names that are merely spelled in another way are found without.
+_THEIRS = {
+    # settings
+    "activation_checkpointing": "gradient_checkpointing",
+    "betas": "momentum",
+    "blocks": "depth",
+    "blur_sigma": "blur gaussian_blur",
+    "brightness": "color_jitter colour_jitter jitter",
+    "clip_norm": "clip grad_clip gradient_clip_val max_grad_norm max_norm",
+    "crop_area": "crop random_resized_crop",
+    "data.label": "target targets",
+    "data.pair": "caption captions text texts",
+    "data.test": "val valid validation val_data test_data",
+    "data.train": "data_dir data_path dataset dir folder path root train_data train_dir",
+    "encoder": "arch architecture backbone model network",
+    "erase": "cutout random_erasing",
+    "final_lr_ratio": "eta_min min_lr",
+    "flip": "hflip horizontal_flip random_flip",
+    "global_batch_size": "batch batch_size batch_size_per_gpu bs per_device_train_batch_size",
+    "greyscale": "gray grey to_gray",
+    "image_size": "crop_size img_size input_size resolution",
+    "init_from": "checkpoint ckpt finetune load_from warm_start weights",
+    "keep_last": "save_total_limit",
+    "keys_from": "gather gather_distributed local_loss",
+    "log_every": "log_freq log_interval logging_steps print_freq",
+    "lr": "learning_rate max_lr",
+    "micro_batch_size": "accumulate_grad_batches device_batch_size gradient_accumulation_steps",
+    "num_views": "n_views",
+    "num_workers": "workers",
+    "out": "dim embed_dim embedding_dim feature_dim output_dim proj_dim projection_dim",
+    "precision": "amp autocast bf16 dtype fp16 mixed_precision",
+    "run_dir": "exp_name experiment log_dir logdir output output_dir run_name save_dir workdir",
+    "save_every": "checkpoint_every checkpoint_interval ckpt_every save_freq save_steps",
+    "seed": "random_seed",
+    "shuffle_window": "shuffle shuffle_buffer",
+    "steps": "epochs iterations iters max_epochs max_iters max_steps num_epochs num_train_epochs "
+    "total_steps",
+    "tail": "drop_last",
+    "temperature": "logit_scale t tau",
+    "tracker_project": "project wandb_project",
+    "trackers": "logger loggers report_to tensorboard wandb",
+    "views": "aug augmentation augmentations transform transforms",
+    "warmup_steps": "warmup",
+    "weight_decay": "wd",
+    "zero_stage": "deepspeed fsdp zero",
+    # losses
+    "infonce (with symmetric: true)": "clip",
+    "infonce": "moco open_clip image_text pairs",
+    "barlow_twins": "barlow_twins",
+    "ntxent": "simclr contrastive",
+    "dcl": "decoupled",
+    "siglip": "sigmoid",
+    "supcon": "supcon supervised_contrastive",
+    # tasks
+    "two_view": "simclr contrastive vicreg barlow_twins byol dino simsiam ssl swav",
+    "labelled": "supervised supervised_contrastive supcon triplet",
+    "paired": "clip open_clip siglip image_text pairs",
+    "drift": "diffusion drifting gan generative generator",
+    # networks
+    "residual": "cnn convnet resnet",
+    "transformers": "vit deit swin dino dinov convnext bert huggingface hf",
 }
+ALSO_CALLED = {
+    word: [ours for ours, theirs in _THEIRS.items() if word in theirs.split()]
+    for word in " ".join(_THEIRS.values()).split()
+}
+_ELSEWHERE = {  # what does the work of settings that others have
+    "ranks are started by python -m launch.local CONFIG --ranks N, or by torchrun": "devices gpus "
+    "nproc_per_node num_gpus num_processes ranks world_size",
+    "the same command goes on with the run in run_dir by itself": "ckpt_path resume resume_from "
+    "resume_from_checkpoint",
+    "dist-contrastive eval RUN measures a run": "eval_every eval_steps val_every val_interval",
+    "the rate warms up, then falls by a cosine": "lr_schedule lr_scheduler schedule scheduler",
+}
+_NO_SETTING = {word: text for text, theirs in _ELSEWHERE.items() for word in theirs.split()}
 
 
 def shown(value: Any) -> str:
@@ -98,7 +124,8 @@ def problem(detail: ErrorDetails, annotation: Any) -> str:
     word, _, ending = kind.partition("_")
     if word in _WORDS and ending in ("type", "parsing", "parsing_size", "from_float"):
         limit = " and ".join(dict.fromkeys(limits(annotation)))
-        return f"should be {_WORDS[word][0]}" + (f"; set {limit}" if limit else "")
+        wish = _WORDS[word][0] + (" or null" if type(None) in _members(annotation) else "")
+        return f"should be {wish}" + (f"; set {limit}" if limit else "")
     is_tuple = any(get_origin(member) is tuple for member in _members(annotation))
     if kind in _CONTAINERS or (is_tuple and kind in ("missing", "too_long")):
         if annotation is None:
@@ -156,8 +183,10 @@ def _example(annotation: Any, value: Any) -> str:
             inner, *others = get_args(member)
             if get_origin(inner) is Literal:
                 value = get_args(inner)[0]
-            one = _example(inner, value) or shown(value)
-            return f"[{', '.join([one] * (1 if ... in others else 1 + len(others)))}]"
+            values = [part.strip() for part in shown(value).strip("()[] ").split(",")]
+            parts = [_example(inner, part) or part for part in values if part]
+            count = len(parts) if ... in others else 1 + len(others)
+            return f"[{', '.join((parts * count)[:count])}]"
         if isinstance(member, type) and issubclass(member, BaseModel):
             return f"{{{next(iter(member.model_fields), 'name')}: {shown(value)}}}"
     return ""
@@ -197,16 +226,31 @@ def nearest(name: str, known: list[str], elsewhere: Iterable[str] = ()) -> str:
         elsewhere: keys with dots of settings in other places.
     """
     hint = meant(name, known, list(elsewhere))
-    return (f"; did you mean {hint}?" if hint else "") + f" (known: {', '.join(known)})"
+    reason = f"; did you mean {hint}?" if hint else no_setting(name)
+    return reason + f" (known: {', '.join(known)})"
+
+
+def no_setting(name: str) -> str:
+    """The end of a sentence about what is no setting here, and is elsewhere; empty for others."""
+    reason = _NO_SETTING.get(_word(name))
+    return f"; {reason}" if reason else ""
+
+
+def _word(name: str) -> str:
+    return name.strip("+- ").lower().replace("-", "_").replace(" ", "_")
 
 
 def meant(name: str, known: list[str], elsewhere: list[str]) -> str | None:
     """The name here, or the key elsewhere, that an unknown name is likely meant for."""
-    word = name.strip("-").lower().replace("-", "_").replace(" ", "_")
-    ours = [*ALSO_CALLED.get(word, ()), word]
+    word = _word(name)
+    if word in _NO_SETTING:
+        return None
+    family = re.split(r"[_\d]", word)[0] if re.search(r"\d", word) else ""  # resnet of resnet_50
+    theirs = next((x for x in (word, family) if x in ALSO_CALLED), None)
+    ours = [*ALSO_CALLED.get(theirs or "", ()), word, family]
     here = [hint for hint in ours if hint.partition(" ")[0] in known]
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
-    there = [key for hint in ours for key in elsewhere if key.rpartition(".")[2] == hint]
+    there = [key for hint in ours for key in elsewhere if hint in (key, key.rpartition(".")[2])]
     # A word that is known, and means nothing here, is not guessed at.
-    far = [] if word in ALSO_CALLED else difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    far = [] if theirs else difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return next(iter([*here, *close, *sorted(there, key=lambda key: key.count(".")), *far]), None)

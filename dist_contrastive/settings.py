@@ -301,9 +301,17 @@ def _put_texts(
 
 def sentences(error: ValidationError, root: type[Settings]) -> str:
     """The first three problems of a validation error, one sentence each."""
-    problems = [_sentence(detail, root) for detail in error.errors()]
+    details = error.errors()
+    problems = [_sentence(one, root) for one in details if not _follows(one, details)]
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     return "; ".join(problems[:3]) + more
+
+
+def _follows(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
+    """Whether a list is called too short for want of an item that is itself wrong."""
+    loc = detail["loc"]
+    inside = (one["loc"] for one in details if len(one["loc"]) > len(loc))
+    return detail["type"] == "too_short" and any(one[: len(loc)] == loc for one in inside)
 
 
 def _sentence(detail: ErrorDetails, root: type[Settings]) -> str:
@@ -318,9 +326,7 @@ def _sentence(detail: ErrorDetails, root: type[Settings]) -> str:
             place = f"{'.'.join(names[:-1])}.name={'|'.join(owners)}"
             known_here = ", ".join(known)
             return f"{path} is not a known setting here, but of {place} (known: {known_here})"
-        return (
-            f"{path} is not a known setting{nearest(names[-1], known, set(keys_of(root)) - {path})}"
-        )
+        return f"{path} is not a known setting{nearest(names[-1], known, keys_of(root))}"
     if kind == "union_tag_invalid":
         known = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
         tag = shown(context["tag"])

@@ -15,16 +15,24 @@ _CHARACTERS = 100  # of a text that count as a value
 _DEEPEST, _NESTED = 100, "it is nested too deeply"
 _DATES = "tag:yaml.org,2002:timestamp"
 _MERGE = "tag:yaml.org,2002:merge"
+_TEXT = "tag:yaml.org,2002:str"
+_OTHER_BASE = re.compile(r"[-+]?(?:0[0-7_]+|[1-9][\d_]*(?::[0-5]?\d)+(?:\.[\d_]*)?)")  # 8 or 60
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Safe loader to which dates are texts, as names of folders are, and 1e-3 is a number; what
-    parsers of scalars raise is an error of YAML."""
+    """Safe loader to which dates are texts, as names of folders are, and so are numbers of base 8
+    and 60, as 010 and 1:30; 1e-3 is a number; what parsers of scalars raise is an error of
+    YAML."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # as in the base class
         first: [(tag, form) for tag, form in resolvers if tag != _DATES]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and implicit[0] and _OTHER_BASE.fullmatch(value):
+            return _TEXT
+        return super().resolve(kind, value, implicit)
 
     def fetch_flow_collection_start(self, token: Any) -> None:
         if self.flow_level > _DEEPEST:  # the time to read on would be its square
@@ -127,7 +135,9 @@ def read_yaml(path: Path) -> Document:
         text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the config {path}: {reason}") from None
+        raise ConfigError(
+            f"cannot read the config {path}: {reason}; give a YAML file, as those in configs/"
+        ) from None
     if len(data) > _MOST_BYTES:
         raise ConfigError(
             f"cannot read the config {path}: it has more than {_MOST_BYTES} bytes; give a file of "

@@ -176,7 +176,11 @@ def test_a_name_in_a_file_is_the_text_it_was(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["run_dir=", "run_dir=null", "run_dir=''", "run_dir=a\nb", f"run_dir={'x' * 300}"]
+    "override",
+    [
+        *("run_dir=", "run_dir=null", "run_dir=''", "run_dir=a\nb", f"run_dir={'x' * 300}"),
+        *("run_dir=s3://bucket/run", "run_dir=file:///runs/x"),
+    ],
 )
 def test_what_is_no_name(override):
     with pytest.raises(ConfigError, match=r"run_dir") as caught:
@@ -185,13 +189,20 @@ def test_what_is_no_name(override):
 
 
 def test_the_home_folder():
-    assert configs.load(ENCODER, ["run_dir=~/runs/x"]).run_dir == Path.home() / "runs/x"
+    paths = ["run_dir=~/runs/x", "data.train=~/x", "data.test=[{shards: ~/y}]", "init_from=~/z"]
+    config = configs.load(ENCODER, paths)
+    assert config.run_dir == Path.home() / "runs/x"
+    assert config.data.train == str(Path.home() / "x")
+    assert config.data.test[0].shards == str(Path.home() / "y")
+    assert config.init_from == Path.home() / "z"
 
 
 def test_numbers_as_they_are_written():
-    options = ["train.steps=1e3", "optim.lr=3E-4", "optim.eps=1.5e-8", "seed=12"]
+    options = ["train.steps=1e3", "optim.lr=3E-4", "optim.eps=1.5e-8", "seed=012"]
     config = configs.load(ENCODER, options)
     assert (config.train.steps, config.seed) == (1000, 12)
+    with pytest.raises(ConfigError, match=r"train\.steps=1:30: should be a whole number"):
+        configs.load(ENCODER, ["train.steps=1:30"])
     assert (config.optim.lr, config.optim.eps) == (3e-4, 1.5e-8)
     with pytest.raises(ConfigError, match=r"optim\.lr=0\.1 # fast: should be a number"):
         configs.load(ENCODER, ["optim.lr=0.1 # fast"])
@@ -253,6 +264,9 @@ def _keys(tree, prefix=()):
             "should be a group of settings (metric, mode) or null, as {metric",
         ),
         ("train.profile_steps=[3]", "should be a list of 2 whole numbers or null"),
+        ("optim.betas=0.9,0.95", "should be a list of 2 numbers or null, as [0.9, 0.95]"),
+        ("task.encoder.widths=(8, 16)", "should be a list of whole numbers, as [8, 16]"),
+        ("train.micro_batch_size=None", "=None: should be a whole number or null; set more"),
         ("train.profile_steps=[1, 2, 3]", "should be a list of 2 whole numbers or null"),
         ("task.loss=ntxent", "should be a group of settings, as task.loss={name: ntxent}"),
         ("train.self_check=maybe", "train.self_check=maybe: should be true or false"),
@@ -263,6 +277,12 @@ def test_what_a_setting_should_be(override, words):
     with pytest.raises(ConfigError) as caught:
         configs.load(ENCODER, [override])
     assert words in str(caught.value)
+
+
+def test_a_list_is_not_too_short_for_a_wrong_item():
+    with pytest.raises(ConfigError) as caught:
+        configs.load(ENCODER, ["task.encoder.widths=[8.5]"])
+    assert str(caught.value).endswith("task.encoder.widths.0=8.5: should be a whole number")
 
 
 @pytest.mark.parametrize(
@@ -290,11 +310,39 @@ def test_what_a_setting_should_be(override, words):
         ("task.name=SupCon", "labelled"),
         ("task.encoder.name=resnet50", "residual"),
         ("task.encoder.name=vit", "transformers"),
+        ("task.encoder.name=ViT-B-16", "transformers"),
+        ("task.encoder.name=resnet_34", "residual"),
+        ("task.name=moco_v3", "moco"),
+        ("data.path=x", "data.train"),
+        ("dataset=x", "data.train"),
+        ("data.val=x", "data.test"),
+        ("data.caption=txt", "data.pair"),
+        ("train.iters=9", "steps"),
+        ("optim.min_lr=0", "final_lr_ratio"),
+        ("wandb=true", "train.trackers"),
+        ("task.head.dim=8", "out"),
+        ("augmentation=x", "task.views"),
+        ("name=x", "task.name"),
     ],
 )
 def test_common_names_lead_to_ours(override, ours):
     with pytest.raises(ConfigError, match=re.escape(f"did you mean {ours}?")):
         configs.load(ENCODER, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("gpus=2", "ranks are started by python -m launch.local CONFIG --ranks N"),
+        ("train.resume=true", "the same command goes on"),
+        ("optim.scheduler=cosine", "falls by a cosine"),
+        ("train.eval_every=5", "dist-contrastive eval RUN"),
+    ],
+)
+def test_what_is_no_setting_here(override, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        configs.load(ENCODER, [override])
+    assert "did you mean" not in str(caught.value)
 
 
 def test_a_setting_of_another_component():
@@ -306,6 +354,6 @@ def test_a_setting_of_another_component():
 def test_every_hint_is_a_name_of_ours():
     rows = reference()
     known = {part for row in rows for part in (row.key.split(".")[-1], *row.when.split("="))}
-    known = {name for names in known for name in names.split("|")}
+    known = {name for names in known for name in names.split("|")} | {row.key for row in rows}
     hints = {hint.split()[0] for hints in ALSO_CALLED.values() for hint in hints}
     assert hints <= known

@@ -174,7 +174,7 @@ def _config(
         str | None,
         typer.Argument(
             metavar="SECTION",
-            help="A name in a key, as task, loss, data or optim, or of a component, as infonce.",
+            help="A key, as optim.lr, or a name in one, as loss, or of a component, as infonce.",
             show_default="all",
         ),
     ] = None,

@@ -108,11 +108,27 @@ def examples(*lines: str) -> str:
 def _as_setting(error: TyperException) -> str:
     """How a flag that is none is written as a setting, where the command takes settings."""
     flag, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
-    if not flag or not context or "overrides" not in {p.name for p in context.command.params}:
+    names = {p.name for p in context.command.params} if context else set()
+    if not flag or "overrides" not in names:
         return ""
     from dist_contrastive.config.reference import key_of
+    from dist_contrastive.sentences import no_setting
 
-    return f"; a setting is written {key_of(flag)}=VALUE, without dashes"
+    key = key_of(flag)
+    if key is None and "profile" in names:
+        return "; other options of sbatch stand in the file of --profile, by sbatch: {NAME: VALUE}"
+    return no_setting(flag) or f"; a setting is written {key or 'KEY'}=VALUE, without dashes"
+
+
+def _text(error: TyperException) -> str:
+    """What is wrong with flags, without the words of the validator of their values."""
+    cause, parameter = error.__cause__, getattr(error, "param", None)
+    if not hasattr(cause, "errors") or parameter is None:
+        return error.format_message()
+    from dist_contrastive.sentences import problem, shown
+
+    detail = cause.errors()[0]
+    return f"{parameter.opts[0]} {shown(detail['input'])}: {problem(detail, None)}"
 
 
 def run(app: typer.Typer, name: str, argv: list[str] | None) -> int:
@@ -128,7 +144,7 @@ def run(app: typer.Typer, name: str, argv: list[str] | None) -> int:
         except TyperException as error:  # wrong flags
             context = getattr(error, "ctx", None)
             command = context.command_path if context else name
-            message = " ".join(error.format_message().split()).rstrip(".") + _as_setting(error)
+            message = " ".join(_text(error).split()).rstrip(".") + _as_setting(error)
             _log.error("%s: %s (see %s --help)", command, message, command)
             outcome.code = error.exit_code
         if outcome.code == _INTERRUPTED:

@@ -45,6 +45,7 @@ def resolve(
         where, written = f"{config}: ", [((), node)]
     for override in overrides:
         written.append(_apply(tree, override))
+    tree = map_paths(tree, lambda path: os.path.expanduser(path) if path.startswith("~/") else path)
     return RunConfig.checked(tree, where, lambda names: _text(written, names))
 
 

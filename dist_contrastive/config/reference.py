@@ -5,7 +5,6 @@ it is asked for.
 """
 
 import ast
-import difflib
 import inspect
 import json
 import textwrap
@@ -20,7 +19,7 @@ from pydantic_core import to_jsonable_python
 
 from dist_contrastive.config.run import RunConfig
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.sentences import limits, meant
+from dist_contrastive.sentences import limits, meant, no_setting
 from dist_contrastive.settings import IMPORT_PATH, Choice, Settings, keys_of, settings_in
 
 _UNITS = {"_s": "seconds", "_mb": "MiB", "_bytes": "bytes", "steps": "steps", "_every": "steps"}
@@ -55,8 +54,8 @@ def reference(section: str | None = None) -> list[Row]:
     """Settings of a run, in the order of the file.
 
     Args:
-        section: a name in the key, as ``optim``, ``task``, ``loss`` or ``encoder``, or that of a
-            component, as ``infonce``; None: all.
+        section: a key, as ``optim.lr`` or ``task.loss``, or a name in it, or that of a component,
+            as ``infonce``; None: all.
 
     Raises:
         ConfigError: no key has such a name.
@@ -64,20 +63,24 @@ def reference(section: str | None = None) -> list[Row]:
     rows = _merged(_rows(RunConfig, "", ""))
     if section is None:
         return rows
-    chosen = [row for row in rows if section in _names(row)]
+    chosen = [
+        row for row in rows if section in _names(row) or f"{row.key}.".startswith(f"{section}.")
+    ]
     if not chosen:
         names = list(dict.fromkeys(name for row in rows for name in _names(row)))
-        near = difflib.get_close_matches(section, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_sections(rows))}"
-        raise ConfigError(f"there is no setting or section {section!r}; {hint}")
+        near = meant(section, names, [row.key for row in rows])
+        hint = f"did you mean {near}?" if near else f"known: {', '.join(_sections(rows))}"
+        raise ConfigError(
+            f"there is no setting or section {section!r}{no_setting(section)}; {hint}"
+        )
     return chosen
 
 
-def key_of(word: str) -> str:
-    """The key that a word means, as ``optim.lr`` for lr, --lr or learning_rate; or ``KEY``."""
+def key_of(word: str) -> str | None:
+    """The key that a word means, as ``optim.lr`` for lr, --lr or learning_rate; None: none."""
     keys = list(dict.fromkeys(keys_of(RunConfig)))
     word = word.lstrip("-").partition("=")[0]
-    return word if word in keys else meant(word, [], keys) or "KEY"
+    return word if word in keys else meant(word, [], keys)
 
 
 def _names(row: Row) -> list[str]:

@@ -99,12 +99,9 @@ class RunConfig(Settings):
             raise ValueError("is no name of a folder; give it one")
         if any(len(part.encode()) > 255 for part in str(run_dir).split("/")):
             raise ValueError("has a name of more than 255 bytes; give it a shorter one")
+        if "://" in str(run_dir):
+            raise ValueError("is a URL, and checkpoints are written to disks; give it a folder")
         return run_dir
-
-    @field_validator("run_dir")
-    @classmethod
-    def _home_expanded(cls, run_dir: Path) -> Path:
-        return run_dir.expanduser() if run_dir.parts[:1] == ("~",) else run_dir
 
     @field_validator("seed")
     @classmethod
