@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import socket
 import sys
 import tempfile
 import time
@@ -19,7 +20,9 @@ from dist_contrastive.errors import ConfigError
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _RANK = (*_NUMBERS, "MASTER_ADDR")
-_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_STEP = [f"SLURM_{x}" for x in ("JOB_ID", "STEP_ID", "STEP_NODELIST", "PROCID", "LOCALID")]
+_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_SIZES += ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _PORTS = range(15000, 30000)  # below the ephemeral ports of common systems
 _GRACE_S = 0.5  # how long to listen for a cause once a first rank has failed
 
@@ -35,14 +38,16 @@ def join() -> bool:
     """
     if all(name in os.environ for name in _RANK):
         return True
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or not tasks.isdecimal() or not all(name in os.environ for name in _STEP):
         return False
     join_slurm_step()
     return True
 
 
 def check() -> None:
-    """Refuse variables of a rank that cannot be meant.
+    """Refuse variables of a rank that cannot be meant. The only rank meets nobody: it needs no
+    machine or port that are perhaps left over.
 
     Raises:
         ConfigError: they are no numbers, or those of a rank that there is not.
@@ -55,6 +60,10 @@ def check() -> None:
             f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local}, MASTER_PORT={port} make no rank; "
             f"start with torchrun or srun, which set them, or unset them all to train alone"
         )
+    if numbers[1] == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            set_rank(0, 1, numbers[2], "127.0.0.1", probe.getsockname()[1])
 
 
 def forget() -> str:

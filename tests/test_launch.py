@@ -113,6 +113,29 @@ def test_the_only_task_of_a_step_is_alone(fresh_environment):
     assert not ranks.join()
 
 
+@pytest.mark.parametrize(
+    "left", [{"SLURM_STEP_NUM_TASKS": "2"}, {**STEP, "SLURM_STEP_NUM_TASKS": "2(x2)"}, {**STEP}]
+)
+def test_a_step_that_is_not_whole_makes_no_rank(left, fresh_environment):
+    for name, value in left.items():
+        fresh_environment.setenv(name, value)
+    fresh_environment.delenv("SLURM_PROCID", raising=False)
+    assert not ranks.join()
+    assert f"SLURM_STEP_NUM_TASKS={left['SLURM_STEP_NUM_TASKS']}" in ranks.forget()
+
+
+@pytest.mark.parametrize("is_by_torchrun", [False, True])
+def test_the_only_rank_meets_nobody(is_by_torchrun, fresh_environment):
+    """An address that is left over would be waited for; torchrun has a store of its own there."""
+    only = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "gone.invalid"}
+    more = {"TORCHELASTIC_RUN_ID": "1"} if is_by_torchrun else {}
+    for name, value in {**only, "MASTER_PORT": "29500", **more}.items():
+        fresh_environment.setenv(name, value)
+    ranks.check()
+    assert (os.environ["MASTER_ADDR"] == "127.0.0.1") != is_by_torchrun
+    assert (os.environ["MASTER_PORT"] == "29500") == is_by_torchrun
+
+
 def test_what_a_job_is_given_goes_before_what_it_would_choose(fresh_environment):
     for name, value in {**STEP, "MASTER_ADDR": "ib-07", "MASTER_PORT": "16001"}.items():
         fresh_environment.setenv(name, value)
@@ -658,6 +681,7 @@ def test_accelerate_launch(tmp_path, overrides):
         ({"MASTER_ADDR": "127.0.0.1"}, "starts one of them only; leave --cpu out and give"),
         ({"LOCAL_RANK": "0", "ACCELERATE_MIXED_PRECISION": "bf16"}, "backend.precision=fp32: the"),
         ({"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"}, "backend.zero_stage=0: the"),
+        ({"LOCAL_RANK": "0", "ACCELERATE_USE_FSDP": "true"}, "--use_fsdp with backend.zero_stage="),
         ({"LOCAL_RANK": "0", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "backend.compile=true"),
     ],
 )

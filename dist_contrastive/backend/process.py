@@ -173,10 +173,8 @@ def _check_accelerate_launch(settings: Backend.Config, has_ranks: bool) -> None:
     Raises:
         ConfigError: another precision, engine or compiler; or several processes that are one.
     """
-    names = ("MIXED_PRECISION", "USE_DEEPSPEED", "DYNAMO_BACKEND")
-    precision, deepspeed, dynamo = (
-        os.environ.get(f"ACCELERATE_{name}", "").lower() for name in names
-    )
+    names = ("MIXED_PRECISION", "DYNAMO_BACKEND")
+    precision, dynamo = (os.environ.get(f"ACCELERATE_{name}", "").lower() for name in names)
     if precision and not has_ranks and "MASTER_ADDR" in os.environ:
         raise ConfigError(
             "accelerate launch --cpu with several processes starts one of them only; leave --cpu "
@@ -188,10 +186,14 @@ def _check_accelerate_launch(settings: Backend.Config, has_ranks: bool) -> None:
             f"{settings.precision}: the config decides; set backend.precision, and leave the flag "
             f"out"
         )
-    if deepspeed == "true":
+    engines = ("deepspeed", "fsdp", "megatron_lm", "parallelism_config")
+    asked = [
+        x for x in engines if os.environ.get(f"ACCELERATE_USE_{x.upper()}", "").lower() == "true"
+    ]
+    if asked:
         raise ConfigError(
-            f"accelerate launch --use_deepspeed with backend.zero_stage={settings.zero_stage}: the "
-            f"config decides; set backend.zero_stage, and give --multi_gpu instead"
+            f"accelerate launch --use_{asked[0]} with backend.zero_stage={settings.zero_stage}: "
+            f"the config decides; set backend.zero_stage, and give --multi_gpu instead"
         )
     if dynamo not in ("", "no"):
         raise ConfigError(
