@@ -159,16 +159,23 @@ def newest_step(root: Path) -> int:
 
 
 def weights_at(path: Path) -> dict[str, Tensor]:
-    """Weights by name, on the CPU, of a run's newest checkpoint, an export, a checkpoint, a file of
-    safetensors or a folder of some.
+    """Weights by name, on the CPU, of a run's newest checkpoint, an export, a checkpoint, a folder
+    of checkpoints, a file of safetensors or a folder of some.
 
     Raises: as `run_weights`.
     """
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ConfigError(
+            f"{path} is no file of safetensors; write its weights with "
+            f"safetensors.torch.save_file(), and give that"
+        )
     try:
         if (path / STATE).is_file():
             return _read(path).weights()
         if any((path / name).exists() for name in (WEIGHTS, "checkpoints")):
             return run_weights(path)
+        if path.is_dir() and (inside := newest(path)):
+            return inside.weights()
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         found = [item for file in files for item in _read_weights(file).items()]
     except DataError as error:

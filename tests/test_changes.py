@@ -314,7 +314,7 @@ def first_weights(config: Path, settings: list[str]) -> dict[str, torch.Tensor]:
     return weights(loaded.run_dir)
 
 
-@pytest.mark.parametrize("kind", ["run", "export", "checkpoint", "file", "pieces"])
+@pytest.mark.parametrize("kind", ["run", "export", "checkpoint", "checkpoints", "file", "pieces"])
 def test_a_run_starts_from_weights(kind, trained, options, tmp_path, caplog):
     """All of them, told in a table; another objective with the same networks is strict too."""
     expected, source = weights(trained), trained
@@ -323,6 +323,8 @@ def test_a_run_starts_from_weights(kind, trained, options, tmp_path, caplog):
         assert main(["export", str(trained), "--out", str(source)]) == 0
     elif kind == "checkpoint":
         source = checkpoint.run_newest(trained).folder
+    elif kind == "checkpoints":
+        source = trained / "checkpoints"
     elif kind == "file":
         source = checkpoint.run_newest(trained).folder / "model.safetensors"
     elif kind == "pieces":
@@ -341,7 +343,7 @@ def test_a_run_starts_from_weights(kind, trained, options, tmp_path, caplog):
     assert f"encoder  {count} of {count}" in table
     # A resumed run has weights of its own, and does not look there again.
     again = configs.load(config, [*options, "data.balance=null", f"init_from={source}"])
-    if kind != "run":
+    if kind not in ("run", "checkpoint", "checkpoints", "file"):
         shutil.rmtree(source, ignore_errors=True)
     assert (
         trainer.train(
@@ -417,10 +419,10 @@ def test_weights_of_a_part(trained, options, tmp_path):
     [
         (None, ["is not there", "give a run directory"]),
         ({}, ["holds no safetensors"]),
-        ({"model.safetensors": b"version https://git-lfs"}, ["no weights that can be read"]),
+        ({"model.safetensors": b"version https://git-lfs"}, ["holds no weights"]),
         ({"pytorch_model.bin": b"PK"}, ["holds no safetensors"]),
         ({f"{x}.safetensors": {"a": torch.ones(2)} for x in "ab"}, ["same names"]),
-        ({"state.json": b"{}"}, ["no weights that can be read"]),
+        ({"state.json": b"{}"}, ["holds no weights"]),
         ({"model.safetensors": {"a": torch.ones(2)}}, ["a: not of this task"]),
         ({"checkpoints": None}, ["has no checkpoint yet"]),
         ({"model.safetensors": "nan"}, ["holds NaN"]),
@@ -448,7 +450,31 @@ def test_nothing_to_start_from(content, words, strict, trained, options, tmp_pat
         trainer.train(configs.load(ENCODER, settings))
 
 
+def test_weights_in_a_file_that_is_not_of_safetensors(options, tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "model.pth")
+    with refused(ConfigError, "model.pth", "safetensors.torch.save_file"):
+        trainer.train(configs.load(ENCODER, [*options, f"init_from={tmp_path}/model.pth"]))
+
+
 # ------------------------------------------------------------------ runs that are moved and shared
+
+
+def test_a_run_directory_is_given_as_the_config(options, tmp_path, monkeypatch, capsys):
+    """It goes on where it lies now, from any folder; an export says where its run was."""
+    assert main(["train", str(ENCODER), *options]) == 0
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(run_dir, moved)
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "exported")]) == 0
+    monkeypatch.chdir(tmp_path)
+    for given, steps in (("moved", 6), ("moved/config.yaml", 8)):
+        assert configs.load(given).run_dir == Path("moved")
+        assert main(["train", given, f"train.steps={steps}"]) == 0
+        assert f"going on from step {steps - 2}" in capsys.readouterr().err
+    assert checkpoint.run_newest(run_dir).progress.step == 4
+    assert configs.load("exported/config.yaml").run_dir == run_dir
+    (tmp_path / "own" / "checkpoints").mkdir(parents=True)  # of something else
+    shutil.copy(run_dir / "config.yaml", tmp_path / "own")
+    assert configs.load("own/config.yaml").run_dir == run_dir
 
 
 def test_a_run_is_evaluated_wherever_it_lies(tmp_path, digits, overrides, monkeypatch, capsys):

@@ -122,13 +122,12 @@ def _as_setting(error: TyperException) -> str:
 
 def _text(error: TyperException) -> str:
     """What is wrong with flags, without the words of the validator of their values."""
-    cause, parameter = error.__cause__, getattr(error, "param", None)
-    if not hasattr(cause, "errors") or parameter is None:
+    details: Any = getattr(error.__cause__, "errors", list)()
+    if not details or not hasattr(error, "param"):
         return error.format_message()
     from dist_contrastive.sentences import problem, shown
 
-    detail = cause.errors()[0]
-    return f"{parameter.opts[0]} {shown(detail['input'])}: {problem(detail, None)}"
+    return f"{error.param.opts[0]} {shown(details[0]['input'])}: {problem(details[0], None)}"
 
 
 def run(app: typer.Typer, name: str, argv: list[str] | None) -> int:

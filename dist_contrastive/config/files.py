@@ -17,9 +17,12 @@ from dist_contrastive.imports import keep_trust, look_in, names_in, read_recorde
 from dist_contrastive.sentences import shown
 from dist_contrastive.yaml_files import PlainLoader, parse_yaml, read_yaml
 
+_EXPORTED = "model.safetensors"
+
 
 def load(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a YAML file and apply ``key=value`` overrides (dots for nesting, values as YAML).
+    """Read a YAML file and apply ``key=value`` overrides (dots for nesting, values as YAML). Of a
+    run directory, or the config.yaml in one, it is that run, wherever it is now.
 
     Raises:
         ConfigError: the file cannot be read, or a setting is unknown, missing or out of range.
@@ -76,9 +79,7 @@ def load_run(
     """
     folder = Path(folder)
     tree, _ = read_recorded(folder, granted, is_trusted)
-    tree = map_paths(tree, _moved(folder))
-    tree["run_dir"] = str(folder)
-    return RunConfig.checked(tree, f"{folder / 'config.yaml'}: ")
+    return RunConfig.checked(_where_it_is(folder, tree), f"{folder / 'config.yaml'}: ")
 
 
 def load_recorded(config: RunConfig, warn: Callable[[str], None]) -> RunConfig:
@@ -130,10 +131,13 @@ def _overlaid(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 def _read_given(path: Path) -> tuple[dict[str, Any], yaml.Node]:
     """Settings in a file that the user gives, whose wish it is what they import; and how they were
-    written."""
-    beside = ("checkpoints", "environment.json", "model.safetensors")
-    if path.name == "config.yaml" and any((path.parent / name).exists() for name in beside):
-        return read_recorded(path.parent)
+    written. Of a run directory, those of the run that is there now."""
+    path = path / "config.yaml" if (path / "config.yaml").is_file() else path
+    folder, beside = path.parent, ("checkpoints", "environment.json", _EXPORTED)
+    if path.name == "config.yaml" and any((folder / name).exists() for name in beside):
+        tree, node = read_recorded(folder)
+        is_run = _recorded_place(folder) is not None and not (folder / _EXPORTED).exists()
+        return _where_it_is(folder, tree) if is_run else tree, node
     read = read_yaml(path)
     look_in(path.parent, Path.cwd())
     return read.value, read.node
@@ -150,14 +154,17 @@ def place(run_dir: Path) -> dict[str, str]:
     return {"run_dir": os.path.abspath(run_dir), "folder": os.getcwd()}
 
 
+def _where_it_is(run_dir: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run directory, which may have been moved."""
+    return map_paths(tree, _moved(run_dir)) | {"run_dir": str(run_dir)}
+
+
 def _moved(run_dir: Path) -> Callable[[str], str]:
     """What becomes of a path in the config of a run directory, by its environment.json."""
-    try:
-        before = json.loads((run_dir / "environment.json").read_text())
-        was, folder = str(before["run_dir"]), str(before["folder"])
-    except (OSError, ValueError, KeyError, TypeError):
+    before = _recorded_place(run_dir)
+    if before is None:
         return lambda path: path
-    now = os.path.abspath(run_dir)
+    (was, folder), now = before, os.path.abspath(run_dir)
 
     def lead(path: str) -> str:
         whole = os.path.join(folder, path)
@@ -168,6 +175,15 @@ def _moved(run_dir: Path) -> Callable[[str], str]:
         return path if stays else os.path.normpath(whole)
 
     return lead
+
+
+def _recorded_place(run_dir: Path) -> tuple[str, str] | None:
+    """What `place` has written into environment.json; None if it is not there."""
+    try:
+        before = json.loads((run_dir / "environment.json").read_text())
+        return str(before["run_dir"]), str(before["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _exists(path: str) -> bool:

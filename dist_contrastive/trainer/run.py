@@ -208,16 +208,16 @@ def check_changes(
             f"{holds}; choose another run_dir, with init_from={config.run_dir} to start from its "
             f"weights, or delete that one to start over"
         )
+    if changes and steps <= step:
+        raise ConfigError(
+            f"{holds}, but with train.steps={steps} no step is left after step {step}, to which it "
+            f"is trained; set train.steps to more than {step}"
+        )
     is_longer = changes.keys() == {"train.steps"} and before.train.steps <= step < steps
     if changes and not change and not is_longer:
         raise ConfigError(
             f"{holds}; give --change (from Python change=True) to go on with these from step "
             f"{step} on, choose another run_dir, or delete that one to start over"
-        )
-    if changes and steps <= step:
-        raise ConfigError(
-            f"{holds}, but with train.steps={steps} no step is left after step {step}, to which it "
-            f"is trained; set train.steps to more than {step}"
         )
     return changes
 
