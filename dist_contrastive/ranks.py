@@ -21,8 +21,8 @@ from dist_contrastive.errors import ConfigError
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _RANK = (*_NUMBERS, "MASTER_ADDR")
 _STEP = [f"SLURM_{x}" for x in ("JOB_ID", "STEP_ID", "STEP_NODELIST", "PROCID", "LOCALID")]
-_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-_SIZES += ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", *_MPI)
 _PORTS = range(15000, 30000)  # below the ephemeral ports of common systems
 _GRACE_S = 0.5  # how long to listen for a cause once a first rank has failed
 
