@@ -2,14 +2,21 @@
 
 import re
 import shlex
+from collections.abc import Iterable
+from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import CONFIGS, command, data_of, run
+from conftest import CONFIGS, command, data_of, refused, run
 
 from dist_contrastive import config as configs
 from dist_contrastive import trainer
 from dist_contrastive.cli import main
-from dist_contrastive.errors import UserError
+from dist_contrastive.data import DataConfig, index_folder
+from dist_contrastive.data.probe import probe
+from dist_contrastive.data.shards.tars import write_samples
+from dist_contrastive.data.training import open_data
+from dist_contrastive.errors import DataError, UserError
 
 ENCODER = str(CONFIGS / "digits_encoder.yaml")
 SMALL = (
@@ -33,6 +40,7 @@ def test_all_is_well(stage, tmp_path, overrides, capsys):
     for line in (
         r"config    ok       .*digits_encoder.yaml: task two_view, 4 steps",
         r"data      ok       1437 samples; an epoch is 59.9 steps of 24",
+        r"samples   ok       512 looked at, spread evenly",
         r"ranks     ok       3 x 8 rows, in micro-batches of 5",
         rf"run       ok       {re.escape(str(run_dir))} holds no checkpoint: training starts",
         rf"model     ok       \d+,\d\d\d trained parameters; adamw, {engine}, fp32",
@@ -80,6 +88,61 @@ def test_what_cannot_work(ranks, options, sentence, tmp_path, overrides, capsys)
     assert main(command) == 64
     told = capsys.readouterr()
     assert sentence in told.out + told.err
+
+
+def pixels(number: int, channels: int = 1) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (channels, 8, 8), dtype=np.uint8)
+
+
+SAMPLES = {
+    "another shape": (lambda n: {"png": pixels(n, 3 if n == 35 else 1)}, "sample 35 holds 3 x 8"),
+    "NaN": (lambda n: {"npy": np.full((1, 8, 8), np.nan if n == 35 else n / 40)}, "sample 35"),
+    "no image": (lambda n: {"png": b"?" if n > 27 else pixels(n)}, "12 of 40 samples looked at"),
+    "one image": (
+        lambda n: {"png": pixels(0)},
+        "all 40 samples looked at hold the same in data.im",
+    ),
+    "one text": (lambda n: {"png": pixels(n), "txt": "cat"}, "hold the same in data.pair"),
+    "no text": (lambda n: {"png": pixels(n), "json": {"a": f"{n}"} if n < 3 else {}}, "'json.a'"),
+}
+
+
+def looked_at(folder: Path, samples: Iterable[dict], **fields: str) -> str:
+    write_samples(folder / "0.tar", ({"__key__": f"{n:02d}", **x} for n, x in enumerate(samples)))
+    index_folder(folder)
+    config = {"train": str(folder), "global_batch_size": 8, **fields}
+    data = open_data(DataConfig.checked(config), seed=0)
+    return probe(data, max_skipped=10, consumed=40)
+
+
+@pytest.mark.parametrize(("sample", "words"), SAMPLES.values(), ids=SAMPLES)
+def test_samples_that_would_end_a_run_later_or_teach_nothing(sample, words, tmp_path):
+    last = sorted(sample(0))[-1]
+    fields = {"pair": {"txt": "txt", "png": "json.a"}[last]} if len(sample(0)) > 1 else {}
+    with refused(DataError, words):
+        looked_at(
+            tmp_path, map(sample, range(40)), image="npy" if last == "npy" else "png", **fields
+        )
+
+
+def test_samples_that_a_run_may_skip_are_told_of(tmp_path):
+    samples = (
+        {"png": pixels(n) if n else b"?", "txt": " " if n == 7 else f"{n}"} for n in range(40)
+    )
+    told = looked_at(tmp_path, samples, pair="txt")
+    assert told.startswith("40 looked at, spread evenly, of which 1 cannot be read: field 'png'")
+    assert told.endswith("; 1 have a blank text")
+
+
+def test_the_doctor_looks_at_samples(tmp_path, overrides, capsys):
+    same = pixels(0)
+    write_samples(tmp_path / "0.tar", [{"__key__": f"{n}", "png": same} for n in range(40)])
+    index_folder(tmp_path)
+    options = [*overrides(tmp_path / "run", *SMALL), f"data.train={tmp_path}", "data.test=null"]
+    options += ["data.label=null", "data.num_classes=null"]
+    assert main(["doctor", ENCODER, *options]) == 64
+    problem = capsys.readouterr().out.splitlines()[-1]
+    assert problem.startswith("samples   PROBLEM  all 40 samples looked at hold the same in data.")
 
 
 def test_batch_norm_of_a_whole_batch_trains(tmp_path, overrides):

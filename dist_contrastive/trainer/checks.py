@@ -19,6 +19,7 @@ from dist_contrastive.changes import changes_text
 from dist_contrastive.checkpoint import flush, newest_step, write_weights
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.data.probe import probe
 from dist_contrastive.data.training import TrainingData
 from dist_contrastive.errors import ConfigError, NonFiniteError, UnreadableSample, UserError
 from dist_contrastive.metrics import peak_memory_mb
@@ -225,13 +226,19 @@ def examine(
         processes: the most of them; a run of more ranks is checked on that many.
         change: as of `check`.
     """
+    part, batch = "data", config.data.global_batch_size
     try:
         data = check(config, world_size, change)
+        size = len(data.index)
+        yield Finding(
+            part, True, f"{size} samples; an epoch is {size / batch:.1f} steps of {batch}"
+        )
+        part = "samples"
+        looked = probe(data, config.data.max_skipped, config.train.steps * batch)
+        yield Finding(part, True, looked)
     except UserError as error:
-        yield Finding("data", False, str(error))
+        yield Finding(part, False, str(error))
         return
-    size, batch = len(data.index), config.data.global_batch_size
-    yield Finding("data", True, f"{size} samples; an epoch is {size / batch:.1f} steps of {batch}")
     yield Finding("ranks", True, _ranks_text(config, world_size))
     on_cpu = config.model_copy(
         update={"backend": config.backend.model_copy(update={"device": "cpu"})}
