@@ -6,8 +6,10 @@ import json
 import os
 import random
 import re
+import struct
 import subprocess
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +43,7 @@ from dist_contrastive.data.pixels import as_float, fit_image
 from dist_contrastive.data.shards.encoding import decode_field, image_traits
 from dist_contrastive.data.shards.index_file import save_index
 from dist_contrastive.data.shards.inspect import inspect_shards
-from dist_contrastive.data.shards.locations import find_shards, other_files
+from dist_contrastive.data.shards.locations import counted, find_shards, other_files
 from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.data.shards.verify import verify_shards
 from dist_contrastive.errors import ConfigError, DataError
@@ -56,6 +58,16 @@ def encoded(image: Image.Image, kind: str = "PNG", **more) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **more)
     return stream.getvalue()
+
+
+def png_of(width: int, height: int, depth: int, colours: int, rows: bytes) -> bytes:
+    """A PNG with this header, whatever Pillow can write."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        data += struct.pack(">I", len(content)) + name + content + checksum
+    return data
 
 
 def noise(seed: int = 0, size: tuple[int, int] = (6, 4)) -> Image.Image:
@@ -216,7 +228,23 @@ def test_files_beside_shards_are_named(tmp_path):
         "files .tar": 1,
         "macOS companions": 1,
         "files without extension": 1,
+        "tars in folders below": 1,
     }
+    merged = merge_shards([tmp_path], tmp_path.parent / f"{tmp_path.name}-merged")
+    assert merged.not_packed == other_files(str(tmp_path))
+
+
+def test_of_many_kinds_the_largest_are_counted():
+    text = counted({f"files .{n:03d}": 1 + (n == 7) for n in range(100)})
+    assert text.startswith("1 files .000, ")
+    assert "2 files .007" in text
+    assert text.endswith(" and 80 of 80 other kinds")
+
+
+def test_a_shard_of_links_alone_says_so(tmp_path):
+    write_tar(tmp_path / "0.tar", [("1.jpg", "/photos/1.jpg"), ("2.jpg", "1.jpg")])
+    with refused(DataError, "0 samples", "2 links"):
+        index_folder(tmp_path)
 
 
 def test_names_that_are_no_utf8(tmp_path):
@@ -305,6 +333,36 @@ def test_a_folder_that_is_given_for_a_table_is_sent_to_the_right_command(tmp_pat
         pack_pairs(source, tmp_path / "data")
 
 
+def test_texts_that_are_blank_are_none_and_formats_have_several_names(tmp_path):
+    files = {
+        **{"1.pbm": encoded(noise().convert("1"), "PPM"), "2.pnm": encoded(noise(), "PPM")},
+        **{"3.jfif": encoded(noise(), "JPEG"), "4.jpe": encoded(noise(), "JPEG")},
+        **{"1.txt": b"", "2.txt": b" \n", "3.caption": b"\xef\xbb\xbf", "4.txt": b"four"},
+        **{"5.png": png_of(9000, 8000, 8, 0, b""), "5.txt": b"large"},
+    }
+    packed = pack_images(write_tree(tmp_path / "photos", files), tmp_path / "data", SKIP)
+    assert packed.field_counts() == {"jpg": 2, "json": 4, "ppm": 2, "txt": 1}
+    assert packed.not_packed == {"texts that are blank or of images that were left out": 4}
+    assert ["9000 x 8000 pixels" in reason for reason in packed.left_out] == [True]
+    for name, data in files.items():
+        if not name.endswith((".txt", ".caption", ".png")):
+            assert decode_field(name, data).shape[1:] == (4, 6)
+    for problem, path in (("is a file", tmp_path / "photos" / "1.txt"), ("not exist", "none")):
+        with refused(DataError, problem):
+            pack_images(path, tmp_path / "no")
+
+
+def test_marks_and_blanks_in_tars(tmp_path):
+    members: list[tuple[str, bytes | str | None]] = [
+        *[("0.txt", b"\xef\xbb\xbfcat"), ("0.cls", b" ")],
+        *[("1.txt", b"dog\n"), ("1.cls", b"2\n")],
+    ]
+    write_tar(tmp_path / "0.tar", members)
+    index = index_folder(tmp_path)
+    assert [s["txt"] for s in samples_of(index)] == ["cat", "dog\n"]
+    assert Fields("txt", "cls", num_classes=3).labels(index, range(2)).tolist() == [-1, 2]
+
+
 def test_texts_that_are_no_utf8_are_unreadable_samples(tmp_path):
     files = {"1.png": encoded(noise()), "1.txt": "é".encode("latin-1"), "2.png": encoded(noise())}
     source = write_tree(tmp_path / "photos", {**files, "2.txt": b"two"})
@@ -312,7 +370,7 @@ def test_texts_that_are_no_utf8_are_unreadable_samples(tmp_path):
         pack_images(source, tmp_path / "data")
     packed = pack_images(source, tmp_path / "data", SKIP)
     assert len(packed.index) == len(packed.left_out) == 1
-    assert packed.not_packed == {"texts of images that were left out": 1}
+    assert packed.not_packed == {"texts that are blank or of images that were left out": 1}
 
 
 def test_classes_keep_the_numbers_of_other_shards(tmp_path, capsys):
@@ -624,6 +682,13 @@ def test_images_of_16_bits(kind):
     assert decode_field("tif", big.getvalue()).tolist() == [WIDE.tolist()]
 
 
+def test_colours_of_16_bits_are_read_as_8_and_said():
+    rows = (b"\0" + WIDE[:1].astype(">u2").tobytes() * 3) * 2
+    png = png_of(WIDE.shape[1], 2, 16, 2, rows)
+    assert image_traits(png) == ["of colours of 16 bits, read as 8"]
+    assert decode_field("png", png).shape == (3, 2, WIDE.shape[1])
+
+
 @pytest.mark.parametrize(
     "values",
     [np.array([[70_000]], np.int32), np.array([[-1]], np.int32), np.ones((1, 1), np.float32)],
@@ -658,6 +723,44 @@ def test_16_bits_are_scaled_as_stated(tmp_path):
     torch.testing.assert_close(scaled_arrays[0], ((wide - 300) / 39_700).clamp(0, 1).float())
     with refused(ConfigError, "image_range", "[BLACK, WHITE]"):
         DataConfig.checked({"train": "x", "global_batch_size": 2, "image_range": [5, 5]})
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_arrays_of_pixels_are_images_whatever_their_layout(tmp_path, dtype, axis):
+    white = np.iinfo(dtype).max
+    pixels = np.full((3, 10, 8), white, dtype)
+    pixels[1] = 0
+    stored = np.moveaxis(pixels, 0, axis)
+    write_samples(tmp_path / "0.tar", [{"__key__": "0", "npy": stored, "txt": "x", "bin": b"?"}])
+    index = index_folder(tmp_path)
+    images = Fields("npy").read(index, [0]).images
+    assert torch.equal(images[0, :, 0, 0], torch.tensor([1.0, 0.0, 1.0]))
+    assert images.shape == (1, 3, 10, 8)
+    fitted = Fields("npy", image_size=4, image_channels=1).read(index, [0]).images
+    assert fitted.shape == (1, 1, 4, 4)
+    for name, kind in (("txt", "str"), ("bin", "bytes")):
+        with refused(DataError, f"sample 0 holds {kind} in {name!r}", "jpg"):
+            Fields(name).read(index, [0])
+
+
+def test_arrays_of_other_numbers_are_not_scaled_without_a_word(tmp_path, overrides, capsys):
+    np.save(tmp_path / "last.npy", np.random.default_rng(0).random((32, 8, 9, 3)))
+    np.save(tmp_path / "gray.npy", np.zeros((32, 8, 9), np.uint16))
+    pack_arrays(tmp_path / "image", image=str(tmp_path / "last.npy"))
+    pack_arrays(tmp_path / "gray", image=str(tmp_path / "gray.npy"))
+    pack_arrays(tmp_path / "array", array=str(tmp_path / "last.npy"))
+    shapes = {"image": (3, 8, 9), "gray": (1, 8, 9), "array": (8, 9, 3)}
+    for name, shape in shapes.items():
+        index = load_index(tmp_path / name)
+        assert Fields("npy").read(index, [0]).images.shape[1:] == shape
+    with refused(DataError, "[8, 9, 3]", "[3, 4, 4]", "data.image_size"):
+        Fields("npy", image_size=4, image_channels=3).read(index, [0])
+    options = overrides(tmp_path / "run", f"data.train={tmp_path}/array", "data.image=npy")
+    options += ["data.label=null", "data.num_classes=null", "data.test=null"]
+    options += ["data.global_batch_size=16"]
+    assert main(["train", ENCODER, *options]) == 64
+    assert "[H, W, C] (shape [8, 9, 3])" in capsys.readouterr().err
 
 
 def test_16_bits_are_fitted_as_8_are():

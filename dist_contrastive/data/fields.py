@@ -15,7 +15,13 @@ from torch import Tensor
 
 from dist_contrastive.data.classes import MISSING_CLASS, as_class, as_number, is_missing
 from dist_contrastive.data.collate import Batch, collate
-from dist_contrastive.data.pixels import are_arrays, as_float, fit_image, is_image
+from dist_contrastive.data.pixels import (
+    as_float,
+    as_image,
+    check_images,
+    fit_image,
+    is_image,
+)
 from dist_contrastive.data.places import (
     ABSENT,
     drawn_text,
@@ -170,9 +176,9 @@ class Fields(FieldsConfig):
             UnreadableSample: no text is where one is named inside of a JSON field.
         """
         changed: dict[str, Any] = {
-            name: fit_image(sample[name], self.image_size, self.image_channels)
+            name: fit_image(image, self.image_size, self.image_channels)
             for name in (self.image, self.pair)
-            if name is not None and is_image(sample.get(name))
+            if name is not None and (image := as_image(sample.get(name))) is not None
         }
         if self.pair is not None and place_in_json(self.pair)[0].endswith("json"):
             changed[self.pair] = drawn_text(sample, self.pair, self.seed)
@@ -249,12 +255,8 @@ class Fields(FieldsConfig):
         column = _field(batch, self.image)
         if isinstance(column, list) and _are_alike(column):  # some have 8 bits, some 16
             return torch.cat([as_float(image[None], self.image_range) for image in column])
-        if not are_arrays(column):
-            raise DataError(
-                f"field {self.image!r} does not hold images of one size: set data.image_size and "
-                f"data.image_channels, pack them with equal height, width and channels, or name "
-                f"another field as data.image"
-            )
+        wanted = self.image_size, self.image_channels
+        check_images(column, batch["__key__"], self.image, *wanted)
         return _numbers(batch, self.image, column, self.image_range)
 
     def _batch_labels(self, batch: Batch, path: str) -> Tensor:

@@ -1,19 +1,35 @@
 """Images and arrays as tasks take them: in [0, 1], of one size, in 1 or 3 channels."""
 
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from dist_contrastive.data.shards.encoding import IMAGE_EXTENSIONS
+from dist_contrastive.errors import DataError
+
 _MAX_ASPECT = 8  # a strip that is longer is cut before it is scaled, not after: memory
 _WHITE_16 = 65535  # value of white in 16 bits
 _PIXELS = (torch.uint8, torch.uint16)
+_ARRAYS = (np.uint8, np.uint16)
+_CHANNELS = (1, 3)
 
 
 def is_image(value: Any) -> TypeGuard[Tensor]:
     """Whether a value is a decoded image: [C, H, W] of 8 or 16 bits."""
     return isinstance(value, Tensor) and value.dim() == 3 and value.dtype in _PIXELS
+
+
+def as_image(value: Any) -> Tensor | None:
+    """A decoded image, or an array of 8 or 16 bits [C, H, W] or [H, W, C] with C = 1 or 3, as
+    [C, H, W]; None of all else."""
+    if isinstance(value, np.ndarray) and value.ndim == 3 and value.dtype in _ARRAYS:
+        is_last = value.shape[2] in _CHANNELS and value.shape[0] not in _CHANNELS
+        value = torch.from_numpy(np.moveaxis(value, 2, 0).copy() if is_last else value)
+    return value if is_image(value) else None
 
 
 def are_images(column: Any) -> TypeGuard[Tensor]:
@@ -24,6 +40,38 @@ def are_images(column: Any) -> TypeGuard[Tensor]:
 def are_arrays(column: Any) -> TypeGuard[Tensor]:
     """Whether a column of a batch is arrays of numbers: [b, ...]."""
     return isinstance(column, Tensor) and column.dim() > 1 and not column.is_complex()
+
+
+def check_images(
+    column: Any, keys: Sequence[str], name: str, size: int | None, channels: int | None
+) -> None:
+    """Refuse a column of a batch that is no images or arrays of one shape, or of which the arrays
+    are not as large as images shall be.
+
+    Raises:
+        DataError: see above.
+    """
+    for key, value in zip(keys, column, strict=True) if isinstance(column, list) else ():
+        if not hasattr(value, "shape"):
+            raise DataError(
+                f"sample {key} holds {type(value).__name__} in {name!r}, and no image or array; "
+                f"name another field as data.image, or store images as one of "
+                f"{', '.join(IMAGE_EXTENSIONS)}"
+            )
+    if not are_arrays(column):
+        raise DataError(
+            f"field {name!r} does not hold images of one size: set data.image_size and "
+            f"data.image_channels, pack them with equal height, width and channels, or name "
+            f"another field as data.image"
+        )
+    shape = list(column.shape[1:])
+    wanted = [channels or shape[0], *((size, size) if size else shape[1:])]
+    if not are_images(column) and shape != wanted:
+        raise DataError(
+            f"field {name!r} holds arrays of shape {shape}, and data.image_size and "
+            f"data.image_channels ask for {wanted}; store images or arrays of uint8, which are "
+            f"scaled, arrays of that shape, or set both to null"
+        )
 
 
 def as_float(column: Tensor, ends: tuple[float, float] | None = None) -> Tensor:

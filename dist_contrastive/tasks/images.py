@@ -126,6 +126,11 @@ def _image_shape(images: Tensor) -> tuple[int, int, int]:
             f"train a generator with the task drift"
         )
     channels, height, width = shape
+    if min(channels, height) > 3 and width in (1, 3):
+        raise ConfigError(
+            f"data.image names a field of arrays [H, W, C] (shape {list(shape)}), but an encoder "
+            f"of images needs [C, H, W]; store them so, as `shards pack arrays --image` does"
+        )
     return channels, height, width
 
 

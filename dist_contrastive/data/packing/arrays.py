@@ -1,7 +1,7 @@
 """Arrays in files of NumPy as shards: images, vectors, labels."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ def pack_arrays(
     memory. A sample has
 
         png   row i of `image`, if that is uint8
-        npy   row i of `array`; of `image`, if that has another type
+        npy   row i of `array`; of `image`, if that has another type, as [C, H, W] if it is one of
+              the shapes of uint8
         cls   row i of `label`, if those are integers; its number, if those are texts
         json  "index": i; "label": row i of `label`, null where it is NaN; "class": its text
 
@@ -56,15 +57,13 @@ def pack_arrays(
     _check(arrays, named)
     is_png = "image" in arrays and arrays["image"].dtype == np.uint8
     names = _class_names(arrays.get("label"))
-    axis = channel_axis(arrays["image"].shape[1:], f"rows of {image}") if is_png else None
+    image_of = _image_maker(arrays["image"], f"rows of {image}") if "image" in arrays else None
 
     def make(number: int) -> dict[str, Any]:
         details: dict[str, Any] = {"index": number}
         sample: dict[str, Any] = {"__key__": numbered_key(number), "json": details}
-        if is_png:
-            sample["png"] = channels_first(arrays["image"][number], axis)
-        elif "image" in arrays:
-            sample["npy"] = arrays["image"][number]
+        if image_of is not None:
+            sample["png" if is_png else "npy"] = image_of(number)
         if "array" in arrays:
             sample["npy"] = arrays["array"][number]
         if "label" in arrays:
@@ -78,6 +77,18 @@ def pack_arrays(
 
     count = len(next(iter(arrays.values())))
     return pack_samples(order(count, options), make, folder, options, count)
+
+
+def _image_maker(images: NDArray[Any], what: str) -> Callable[[int], NDArray[Any]]:
+    """Function from the number of a row to the row as [C, H, W]; as it is, if it is no image and
+    has another type than uint8."""
+    try:
+        axis = channel_axis(images.shape[1:], what)
+    except DataError:
+        if images.dtype == np.uint8:
+            raise
+        return images.__getitem__
+    return lambda number: channels_first(images[number], axis)
 
 
 def _class_names(labels: NDArray[Any] | None) -> dict[str, int]:

@@ -18,9 +18,11 @@ from dist_contrastive.data.classes import named_classes
 from dist_contrastive.data.packing.options import PackOptions, check_target, key_of_path, order
 from dist_contrastive.data.packing.writer import Packed, pack_samples
 from dist_contrastive.data.shards.encoding import (
+    IMAGE_EXTENSIONS,
     IMAGE_FORMATS,
     MULTI_PICTURE,
     TEXT_FIELDS,
+    check_size,
     decode_field,
 )
 from dist_contrastive.data.shards.index import index_command
@@ -29,14 +31,10 @@ from dist_contrastive.data.shards.locations import counted, hidden_kind, kind_of
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
 
 _log = logging.getLogger(__name__)
-IMAGE_EXTENSIONS = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".ppm", ".pgm"),
-)
-"""Extensions of image files, in lower case."""
 IMAGE_FIELDS = tuple(IMAGE_FORMATS.values())
 """Fields of images, by their formats."""
 
+_IMAGES = tuple(f".{name}" for name in IMAGE_EXTENSIONS)
 _TEXTS = tuple(f".{name}" for name in TEXT_FIELDS)
 _USUAL_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -53,7 +51,7 @@ def pack_images(
     A sample has
 
         jpg   or png, webp, bmp, gif, tif, ppm, avif: the image, in the field of its true format
-        txt   the text beside it, of 1.txt, 1.text or 1.caption beside 1.jpg
+        txt   the text beside it, of 1.txt, 1.text or 1.caption beside 1.jpg, unless it is blank
         json  "path": where it lies in the source
         cls   the number of its class
         json  "label": the same; "class": its name
@@ -76,7 +74,8 @@ def pack_images(
     check_image_field(field)
     source = Path(source)
     if not source.is_dir():
-        raise DataError(f"the image folder {source} does not exist; give a folder of images")
+        problem = "is a file" if source.exists() else "does not exist"
+        raise DataError(f"the image folder {source} {problem}; give a folder of images")
     found = _find(source)
     paths, keys = found.images, _keys(found.images)
     numbers = _class_numbers(found, classes)
@@ -90,8 +89,8 @@ def pack_images(
             field or by_format: data,
             "json": details,
         }
-        if path in found.texts:
-            sample["txt"] = _read_text(source, found.texts[path])
+        if path in found.texts and (text := _read_text(source, found.texts[path])).strip():
+            sample["txt"] = text
         if numbers:
             name = path.partition("/")[0]
             sample["cls"] = numbers[name]
@@ -104,7 +103,7 @@ def pack_images(
         _log.warning("classes without images: %s", named_classes(empty))
     packed = pack_samples(order(len(paths), options), make, folder, options, len(paths), names)
     lost = len(found.texts) - packed.field_counts().get("txt", 0)
-    others = found.others + Counter({"texts of images that were left out": lost})
+    others = found.others + Counter({"texts that are blank or of images that were left out": lost})
     return replace(packed, not_packed=others)
 
 
@@ -139,7 +138,7 @@ def _find(source: Path) -> _Found:
         extension = os.path.splitext(path)[1].lower()
         if kind := _special_kind(source, path):
             others[kind] += 1
-        elif extension in IMAGE_EXTENSIONS or (not extension and _is_image(source / path)):
+        elif extension in _IMAGES or (not extension and _is_image(source / path)):
             images.append(path)
         elif extension in _TEXTS:
             texts.append(path)
@@ -150,7 +149,7 @@ def _find(source: Path) -> _Found:
         has = f"; it has {counted(others)}" if others else ""
         raise DataError(
             f"{source} holds 0 images{has}; give a folder of files that end in "
-            f"{', '.join(IMAGE_EXTENSIONS)}, or convert others to these"
+            f"{', '.join(_IMAGES)}, or convert others to these"
         )
     beside = _beside(images, texts)
     others.update(map(kind_of_file, set(texts) - set(beside.values())))
@@ -293,6 +292,7 @@ def image_field(data: bytes, what: str, verify: str) -> str:
     try:
         with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
             kind, mode = image.format, image.mode
+            check_size(image)
             image.verify()
         field = "jpg" if kind == MULTI_PICTURE else IMAGE_FORMATS[str(kind)]
         if verify == "decode" or mode not in _USUAL_MODES:  # of which the stream refuses some
@@ -327,6 +327,6 @@ def channel_axis(shape: Sequence[int], what: str) -> int | None:
     )
 
 
-def channels_first(pixels: NDArray[np.uint8], axis: int | None) -> NDArray[np.uint8]:
+def channels_first(pixels: NDArray[Any], axis: int | None) -> NDArray[Any]:
     """Pixels as [C, H, W], as PNG fields are written from; see `channel_axis`."""
     return pixels[None] if axis is None else np.moveaxis(pixels, axis, 0)

@@ -12,7 +12,12 @@ from dist_contrastive.data.packing.writer import Packed, pack_samples
 from dist_contrastive.data.progress import progress_bar
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.indexing import index_shard, load_index
-from dist_contrastive.data.shards.locations import INDEX_NAME, find_shards, folder_of
+from dist_contrastive.data.shards.locations import (
+    INDEX_NAME,
+    find_shards,
+    folder_of,
+    other_files,
+)
 from dist_contrastive.data.shards.remote import is_url
 from dist_contrastive.data.shards.storage import BlockCache, ShardFiles, open_shard
 from dist_contrastive.data.shards.tars import scan_samples
@@ -53,7 +58,7 @@ def merge_shards(
     parts = [part for indexes in known.values() for part in indexes.values()]
     refuse_other_classes("cls", parts)
     classes = {number: name for part in parts for number, name in part.classes.items()}
-    left_out = Counter[str]()
+    left_out = sum(map(other_files, map(str, locations)), Counter[str]())
     samples = _samples(shards, prefixes, known, files, left_out)
     packed = pack_samples(samples, lambda sample: sample, folder, options, total, classes)
     return replace(packed, not_packed=left_out)

@@ -21,12 +21,16 @@ from torch import Tensor
 from dist_contrastive.errors import DataError, UnreadableSample
 
 TEXT_FIELDS = ("txt", "text", "caption", "transcript")
-"""Extensions of texts in UTF-8."""
+"""Extensions of texts in UTF-8, with or without its mark."""
 IMAGE_FORMATS = {  # Pillow's names of formats, and the field of each
     **{"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"},
     **{"TIFF": "tif", "PPM": "ppm", "AVIF": "avif"},
 }
-_IMAGE_EXTENSIONS = (*IMAGE_FORMATS.values(), "jpeg", "tiff", "pgm")
+IMAGE_EXTENSIONS = (
+    *IMAGE_FORMATS.values(),
+    *("jpeg", "jpe", "jfif", "tiff", "pgm", "pbm", "pnm"),
+)
+"""Extensions of images, in lower case."""
 MULTI_PICTURE = "MPO"  # what Pillow calls a JPEG of a camera that holds a preview too
 WHITE = "white"
 _OBJECT = re.compile(r"<_io\.BytesIO [^>]*>")  # as Pillow names what it was given
@@ -108,7 +112,7 @@ def decode_field(name: str, data: bytes, background: str = WHITE) -> Any:
 
 def is_image_field(name: str) -> bool:
     """Whether a field is decoded to pixels."""
-    return _last_extension(name) in _IMAGE_EXTENSIONS
+    return _last_extension(name) in IMAGE_EXTENSIONS
 
 
 def _last_extension(name: str) -> str:
@@ -117,8 +121,7 @@ def _last_extension(name: str) -> str:
 
 def _decode_image(data: bytes, background: str) -> Tensor:
     with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
-        if image.width * image.height > _MOST_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {_MOST_PIXELS}")
+        check_size(image)
         image.load()  # what Pillow itself turns it turns here, and takes the tag away
         pixels = _pixels(image, background)
         orientation = _orientation(image)
@@ -130,6 +133,12 @@ def _decode_image(data: bytes, background: str) -> Tensor:
     if orientation in (2, 3, 6, 7):
         planes = planes[:, :, ::-1]
     return torch.from_numpy(np.array(planes, order="C"))  # a copy: torch wants writable memory
+
+
+def check_size(image: Image.Image) -> None:
+    """Refuse an image that would fill the memory. Raises: ValueError."""
+    if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {_MOST_PIXELS}")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -161,11 +170,13 @@ def image_traits(data: bytes) -> list[str]:
     open."""
     try:
         with Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
+            is_cut = any(";16" in str(tile) for tile in image.tile) and not _is_wide(image)
             is_sequence = getattr(image, "is_animated", False) and image.format != MULTI_PICTURE
             traits = {
                 "transparent in places, in front of data.background": image.has_transparency_data,
                 "turned upright as EXIF says": _orientation(image) > 1,
                 "of 16 bits, scaled by data.image_range": _is_wide(image),
+                "of colours of 16 bits, read as 8": is_cut,
                 "of several frames or pages, of which the first is read": is_sequence,
             }
     except Exception:  # damaged images raise nearly anything
@@ -212,17 +223,15 @@ def stored_array(data: bytes) -> np.ndarray:
 
 
 def _decode_class(data: bytes) -> int | str:
-    """Number of a class, or its name."""
+    """Number of a class, or its name; empty where it is missing."""
     try:
         return int(data)
     except ValueError:
-        if name := data.decode().strip():
-            return name
-        raise
+        return data.decode().strip()
 
 
 def _decode_text(data: bytes) -> str:
-    return data.decode("utf-8")
+    return data.decode("utf-8-sig")
 
 
 _DECODERS: dict[str, Callable[[bytes], Any]] = {

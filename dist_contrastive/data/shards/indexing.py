@@ -25,6 +25,7 @@ from dist_contrastive.data.shards.index import (
 from dist_contrastive.data.shards.index_file import check_target, parse_index, save_index
 from dist_contrastive.data.shards.locations import (
     INDEX_NAME,
+    counted,
     find_shards,
     folder_of,
     is_pattern,
@@ -306,9 +307,10 @@ def _index_all(shards: Sequence[str], files: ShardFiles) -> Iterator[ShardIndex]
 
 def _check_samples(index: ShardIndex, location: str) -> None:
     if not len(index):
+        held = f", but {counted(index.left_out)}" if index.left_out else ""
         raise DataError(
-            f"the {len(index.shards)} shards in {location} hold 0 samples; write tars whose "
-            f"members are named KEY.EXTENSION"
+            f"the {len(index.shards)} shards in {location} hold 0 samples{held}; write tars whose "
+            f"members are files named KEY.EXTENSION"
         )
     if len(index.fields) > _MAX_FIELDS:
         raise DataError(

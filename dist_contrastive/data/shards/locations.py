@@ -16,6 +16,7 @@ from dist_contrastive.sentences import shown
 
 INDEX_NAME = "index.npz"
 _MOST_SHARDS = 1_000_000  # of a pattern
+_MOST_KINDS = 20  # of files, in a message
 _MAGIC = ("*", "?", "[")
 _COMPRESSED = ("gz", "tgz", "bz2", "tbz", "tbz2", "xz", "txz", "zst", "tzst", "lz4", "zip", "7z")
 
@@ -63,12 +64,16 @@ def other_files(location: str) -> Counter[str]:
     else:
         names = [f"{location}/{name}" for name in _names(location) if name != INDEX_NAME]
     others = (x for x in names if hidden_kind(x) or not (x.endswith(".tar") or Path(x).is_dir()))
-    return Counter(map(kind_of_file, others))
+    below = 0 if is_pattern(location) else len(_tars_below(location))
+    return +Counter({**Counter(map(kind_of_file, others)), "tars in folders below": below})
 
 
 def counted(kinds: Mapping[str, int]) -> str:
-    """Counts by kind in words, as "4 files .heic, 2 links"."""
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    """Counts by kind in words, as "4 files .heic, 2 links"; of many the largest."""
+    shown = sorted(Counter(kinds).most_common(_MOST_KINDS))
+    text = ", ".join(f"{count} {kind}" for kind, count in shown)
+    more = sum(kinds.values()) - sum(count for _, count in shown)
+    return text + (f" and {more} of {len(kinds) - len(shown)} other kinds" if more else "")
 
 
 def kind_of_file(path: str) -> str:
@@ -184,12 +189,16 @@ def _most_names(pattern: str) -> int:
     return count
 
 
+def _tars_below(folder: str) -> list[str]:
+    return sorted(glob.glob(f"{glob.escape(folder)}/*/*.tar"))
+
+
 def _checked(names: list[str], folder: str) -> list[str]:
     if names:
         return names
     for name in [] if is_url(folder) else _names(folder):
         _refuse_compressed(f"{folder}/{name}")
-    below = [] if is_url(folder) else sorted(glob.glob(f"{glob.escape(folder)}/*/*.tar"))
+    below = [] if is_url(folder) else _tars_below(folder)
     fix = "pack some with `dist-contrastive shards pack`"
     if is_url(folder):
         fix = "its server may not list files: name them, as in train-{00000..00099}.tar"
