@@ -27,7 +27,7 @@ from dist_contrastive.data.places import place_of_label
 from dist_contrastive.data.source import Source
 from dist_contrastive.data.sources import join_sources
 from dist_contrastive.data.training import first_sample
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import ConfigError, UserError
 from dist_contrastive.evaluation.encoders import measure_encoder
 from dist_contrastive.evaluation.generators import measure_generator
 from dist_contrastive.evaluation.measure import measure_own
@@ -84,10 +84,16 @@ def evaluate_runs(runs: list[Path], is_trusted: bool = False) -> Iterator[Measur
         is_trusted: the code that their configs name may run, wherever these come from.
 
     Raises:
-        UserError: a run of which nothing can be measured.
+        UserError: runs of which nothing can be measured, after all others.
     """
+    errors: list[UserError] = []
     for run in runs:
-        yield from _evaluate(run, is_trusted)
+        try:
+            yield from _evaluate(run, is_trusted)
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise type(errors[0])("; ".join(map(str, errors)))
 
 
 def print_table(results: Iterable[Measurement | LeftOut]) -> None:

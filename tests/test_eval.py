@@ -290,14 +290,14 @@ def test_measures_of_too_few_samples_are_left_out(digits, overrides, tmp_path, c
         write_samples(tmp_path / split / "digits.tar", samples)
         index_folder(tmp_path / split)
     data = [f"data.{split}={tmp_path}/{split}" for split in ("train", "test")]
-    runs = [tmp_path / "run", tmp_path / "never trained"]
+    runs = [tmp_path / "run", tmp_path / "never trained", tmp_path / "nor this"]
     small = ["data.global_batch_size=16", "train.steps=2"]
     config = load("digits_captions", overrides, runs[0], *LESSONS, *data, *small)
     assert trainer.train(config) == trainer.EXIT_DONE
     capsys.readouterr()
-    assert main(["eval", *map(str, runs)]) == 64
+    assert main(["eval", *map(str, runs[::-1])]) == 64  # and what can be measured is
     told = capsys.readouterr()
-    assert "never trained" in told.err
+    assert all(run.name in told.err for run in runs[1:])
     assert "image finds its partner, recall at 1" in told.out
     assert "linear probe, all labels: a probe needs labelled samples of 2 classes" in told.out
     assert "kNN accuracy, k = 5: k is 5, but there are 4" in told.out
