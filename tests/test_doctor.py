@@ -107,6 +107,18 @@ SAMPLES = {
 }
 
 
+def test_held_out_data_without_a_field_are_told_of_before_training(tmp_path, caplog):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        more = {"txt": "x"} if split == "train" else {}
+        rows = [{"__key__": f"{n}", "png": pixels(n), **more} for n in range(8)]
+        write_samples(tmp_path / split / "0.tar", rows)
+        index_folder(tmp_path / split)
+    config = {"train": f"{tmp_path}/train", "test": f"{tmp_path}/test", "global_batch_size": 8}
+    open_data(DataConfig.checked({**config, "pair": "txt"}), seed=0)
+    assert "data.test has no field 'txt'" in caplog.text
+
+
 def looked_at(folder: Path, samples: Iterable[dict], **fields: str) -> str:
     write_samples(folder / "0.tar", ({"__key__": f"{n:02d}", **x} for n, x in enumerate(samples)))
     index_folder(folder)

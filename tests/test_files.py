@@ -390,6 +390,9 @@ def test_classes_keep_the_numbers_of_other_shards(tmp_path, capsys):
         with refused(DataError, "class 1 is 'bee'", "'cat'", "--classes-of"):
             refuse()
     refuse_other_classes("json.class", apart)
+    refuse_other_classes("cls", apart[:1], names)
+    with refused(DataError, "class 0 is 'bee' in data.classes, but 'ant'"):
+        refuse_other_classes("json.label", apart[:1], ["bee", "ant"])
     same = ["--classes-of", str(tmp_path / "a")]
     assert main([*pack, str(tmp_path / "test"), str(tmp_path / "c"), *same]) == 0
     index = load_index(tmp_path / "c")

@@ -640,6 +640,13 @@ def test_a_caption_inside_of_json_and_a_label_beside_it(tmp_path):
     assert nested.tolist() == [0, 1, 2, 3]
 
 
+def test_the_first_of_several_names_inside_of_json_that_holds_a_text(tmp_path):
+    values = [{"caption": "a", "alt": "b"}, {"caption": " ", "alt": "b"}, {"alt": ["c"]}]
+    index = load_index(captioned(tmp_path / "data", values))
+    fields = Fields("png", pair=["json.caption", "json.alt"])
+    assert fields.read(index, range(3)).pair == ("a", "b", "c")
+
+
 def test_a_list_of_texts_that_is_a_field_itself(tmp_path):
     folder = captioned(tmp_path / "data", CAPTIONS, "captions.json")
     samples = Fields("png", pair="captions.json").read(load_index(folder), range(12))

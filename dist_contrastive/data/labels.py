@@ -88,13 +88,18 @@ def _all_texts(fields: Fields, index: Source, group: Group) -> list[str]:
     return sorted(set().union(*collectives.gather_objects(texts, group)))
 
 
-def refuse_other_classes(label: str | None, sources: Sequence[Source]) -> None:
+def refuse_other_classes(
+    label: str | None, sources: Sequence[Source], classes: Sequence[str] = ()
+) -> None:
     """Refuse data sets in which one number stands for different classes.
+
+    Args:
+        classes: names of the classes 0, 1, ... as the config has them, if it has.
 
     Raises:
         DataError: their names differ, and labels are the numbers.
     """
-    first: dict[int, tuple[str, str]] = {}
+    first = {number: (name, "data.classes") for number, name in enumerate(classes)}
     for source in sources if label in ("cls", "json.label") else ():
         for number, name in source.classes.items():
             known, shard = first.setdefault(number, (name, source.shards[0]))

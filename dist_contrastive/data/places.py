@@ -40,13 +40,18 @@ def inside(value: Any, inner: str) -> Any:
 def drawn_text(sample: dict[str, Any], path: str, seed: int) -> str:
     """A text inside of a JSON field; of several one, by (seed, epoch, key of the sample).
 
+    Args:
+        path: of several joined by ";" the first that holds a text counts.
+
     Raises:
         UnreadableSample: there is none.
     """
-    name, inner = place_in_json(path)
-    value = inside(sample.get(name), inner) if inner else sample.get(name)
-    held = value if isinstance(value, list) else [value]
-    texts = [text for text in held if isinstance(text, str) and text.strip()]
+    for one in path.split(";"):
+        name, inner = place_in_json(one)
+        value = inside(sample.get(name), inner) if inner else sample.get(name)
+        held = value if isinstance(value, list) else [value]
+        if texts := [text for text in held if isinstance(text, str) and text.strip()]:
+            break
     if not texts:
         what = "nothing" if value is ABSENT else reprlib.repr(value)
         raise UnreadableSample(

@@ -141,7 +141,11 @@ def open_data(
         index = join_sources(sources)
         fields.check(index, config.max_skipped)
         if rank == 0:  # `eval` will need data.test: now is the time to say what is wrong with it
-            refuse_other_classes(config.label, [*sources, *config.open_test()])
+            held_out, classes = config.open_test(), config.classes or ()
+            refuse_other_classes(config.label, [*sources, *held_out], classes)
+            for name in sorted(fields.names):
+                if not all(source.has_field(name) for source in held_out):
+                    logger.warning(f"data.test has no field {name!r}, by which `eval` measures")
             if isinstance(index, ShardIndex):
                 _warn_of_small_cache(config, index)
     fields = with_class_names(fields, index)
