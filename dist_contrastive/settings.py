@@ -326,6 +326,9 @@ def _sentence(detail: ErrorDetails, root: type[Settings]) -> str:
             place = f"{'.'.join(names[:-1])}.name={'|'.join(owners)}"
             known_here = ", ".join(known)
             return f"{path} is not a known setting here, but of {place} (known: {known_here})"
+        if "." in names[-1]:
+            nested = names[-1].replace(".", ": {") + ": VALUE" + "}" * names[-1].count(".")
+            return f"{path} has dots, and in a file groups are nested; write {nested}"
         return f"{path} is not a known setting{nearest(names[-1], known, keys_of(root))}"
     if kind == "union_tag_invalid":
         known = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
@@ -334,8 +337,10 @@ def _sentence(detail: ErrorDetails, root: type[Settings]) -> str:
     if kind == "union_tag_not_found":
         group = next(name for name in reversed(names) if not name.isdigit())
         if not isinstance(value, dict):
-            name = f"{path}={shown(value)}"
-            return f"{name}: should be a group of settings, as {path}={{name: {shown(value)}}}"
+            name = shown(value) if isinstance(value, str) else "NAME"
+            return (
+                f"{path}={shown(value)}: should be a group of settings, as {path}={{name: {name}}}"
+            )
         return f"{path}.name is missing; it says which kind of {group} to use"
     field = _field(classes, names[-1]) if names else None
     if kind == "missing" and not is_item:

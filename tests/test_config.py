@@ -269,6 +269,7 @@ def _keys(tree, prefix=()):
         ("train.micro_batch_size=None", "=None: should be a whole number or null; set more"),
         ("train.profile_steps=[1, 2, 3]", "should be a list of 2 whole numbers or null"),
         ("task.loss=ntxent", "should be a group of settings, as task.loss={name: ntxent}"),
+        ("task.loss=null", "should be a group of settings, as task.loss={name: NAME}"),
         ("train.self_check=maybe", "train.self_check=maybe: should be true or false"),
         ("train.steps=1.5", "train.steps=1.5: should be a whole number; set more than 0"),
     ],
@@ -343,6 +344,13 @@ def test_what_is_no_setting_here(override, words):
     with pytest.raises(ConfigError, match=words) as caught:
         configs.load(ENCODER, [override])
     assert "did you mean" not in str(caught.value)
+
+
+def test_keys_with_dots_in_a_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(ENCODER.read_text() + "task.loss.temperature: 0.1\n")
+    with pytest.raises(ConfigError, match=re.escape("write task: {loss: {temperature: VALUE}}")):
+        configs.load(path)
 
 
 def test_a_setting_of_another_component():
