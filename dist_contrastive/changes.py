@@ -34,7 +34,7 @@ def read_changes(run_dir: Path) -> list[Change]:
         try:
             settings = {str(key): (old, new) for key, (old, new) in row["settings"].items()}
             found.append(Change(int(row["step"]), str(row["time"]), settings))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return sorted(found, key=lambda change: change.step)
 

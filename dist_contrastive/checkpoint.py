@@ -13,6 +13,7 @@ reason may be sound: it ends the run, and stays. Damaged ones are set aside, nev
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -119,14 +120,14 @@ def newest(root: Path, warn: Callable[[str], None] = lambda _: None) -> Checkpoi
 
 def best(root: Path, mode: Mode, verify: bool = True) -> Checkpoint | None:
     """Undamaged checkpoint with the lowest or highest score, the earlier of equal ones; None if
-    none has a score. Raises: as `newest`."""
+    none has a finite one. Raises: as `newest`."""
     scored = []
     for folder in folders(root):
         try:
             checkpoint = _read(folder, verify)
         except _DamagedError:
             continue
-        if checkpoint.score is not None:
+        if checkpoint.score is not None and math.isfinite(checkpoint.score):
             cost = checkpoint.score if mode == "min" else -checkpoint.score
             scored.append((cost, checkpoint.progress.step, checkpoint))
     return min(scored)[-1] if scored else None
@@ -218,8 +219,9 @@ def _read(folder: Path, verify: bool = True) -> Checkpoint:
         checksums = {str(Path(name).name): int(value) for name, value in state["crc32"].items()}
         score = None if state.get("score") is None else float(state["score"])
         is_moved = _NAME.fullmatch(folder.name) and progress.step != _step(folder)
-        if is_moved or not all(0 <= n < _MOST for n in astuple(progress)):
-            raise ValueError(f"it tells of {progress}")
+        is_whole = {WEIGHTS, TRAINING} <= checksums.keys()
+        if is_moved or not is_whole or not all(0 <= n < _MOST for n in astuple(progress)):
+            raise ValueError(f"it tells of {progress} and {sorted(checksums)}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _DamagedError(f"{STATE} lacks what it was written with: {error}") from error
     for name, expected in checksums.items() if verify else ():
@@ -242,7 +244,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(text)
         version = int(state.get("format", 1))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _DamagedError(f"{path.name} is not as it was written: {error}") from error
     if version > FORMAT:
         raise DataError(
@@ -301,7 +303,7 @@ def save(
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk this makes room
         raise
-    if final.exists():  # it was damaged, or the run would not have come to this step again
+    if os.path.lexists(final):  # it was damaged, or the run would not have come to this step again
         _set_aside(final)
     unfinished.rename(final)
     flush(root)

@@ -10,8 +10,9 @@ FINAL_EXIT_CODES = (0, 2, 64, 70, 93)
 """Done, wrong flags, config or data, not finite, no progress: another start would end alike."""
 
 
-# A user and password, and the query of a URL, which may be a signature.
-_LOGIN = re.compile(r"(://)[^\s/@'\"]+@")
+# A user and password, which holds no slash where it could be a port, and the query of a URL, which
+# may be a signature.
+_LOGIN = re.compile(r"(://)(?:[^\s/'\"]+|[^\s/'\":]*:(?!\d+/)[^\s'\"]*)@")
 _QUERY = re.compile(r"(://[^\s?'\"<>]*)\?(?=[^\s'\"<>]*=)[^\s'\"<>]*?(?=[;,.:)]*(?:[\s'\"<>]|$))")
 _HIDDEN = "***"
 

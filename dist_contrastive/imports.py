@@ -22,9 +22,10 @@ import yaml
 
 from dist_contrastive.atomic import write_text
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.sentences import shown
 from dist_contrastive.yaml_files import read_yaml
 
-_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*")
 _log = logging.getLogger(__name__)
 _folders: dict[str, None] = {}  # in order
 
@@ -39,6 +40,12 @@ def looked_in() -> list[Path]:
     return [Path(folder) for folder in _folders]
 
 
+def is_import_path(text: str) -> bool:
+    """Whether a text has the form ``package.module:name``: nothing else is imported, so that
+    `names_in` misses nothing."""
+    return _NAME.fullmatch(text) is not None
+
+
 def import_module(name: str) -> ModuleType:
     """Module of the user's. Raises: whatever its own code raises."""
     sys.path += [folder for folder in _folders if folder not in sys.path]
@@ -47,6 +54,8 @@ def import_module(name: str) -> ModuleType:
 
 def import_object(path: str, kind: str) -> Any:
     """Object at an import path ``package.module:name``. Raises: ConfigError."""
+    if not is_import_path(path):
+        raise ConfigError(f"the {kind} {shown(path)} is no import path; write package.module:NAME")
     module, _, name = path.partition(":")
     try:
         found: Any = import_module(module)
@@ -89,7 +98,7 @@ def names_in(tree: Any) -> set[str]:
         return {name for value in tree.values() for name in names_in(value)}
     if isinstance(tree, list | tuple):
         return {name for value in tree for name in names_in(value)}
-    return {tree} if isinstance(tree, str) and _NAME.fullmatch(tree) else set()
+    return {tree} if isinstance(tree, str) and is_import_path(tree) else set()
 
 
 def read_recorded(
@@ -131,7 +140,7 @@ def require_trust(path: Path, text: str, code: Collection[str], is_trusted: bool
         raise ConfigError(
             f"{path} asks for code to be run ({sorted(code)[0]}), and this user did not start that "
             f"run as it is now, so that it may come from elsewhere; look at that code, then give "
-            f"--trust"
+            f"--trust to eval, export, sample or resume of {path.parent}"
         )
     look_in(Path.cwd())
     keep_trust(path, text)

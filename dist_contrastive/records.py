@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,17 +16,14 @@ from dist_contrastive.atomic import open_file, write_text
 from dist_contrastive.errors import DataError, StorageError, UserError
 from dist_contrastive.sentences import shown
 
+_MOST = 2**53  # steps or seconds
+
 
 def read_json(path: Path) -> Any:
-    """Value in a JSON file; None where there is none, or it is not JSON.
-
-    Raises:
-        OSError: it is there and cannot be read.
-    """
+    """Value in a JSON file; None where there is none, or it is not JSON. Raises: as `readable`."""
+    content = _content(path)
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
+        return json.loads(content)
     except (ValueError, RecursionError):
         return None
 
@@ -33,15 +31,31 @@ def read_json(path: Path) -> Any:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a file of JSON lines, without what is none: torn, blank or zero-filled lines.
 
-    Raises:
-        OSError: it is there and cannot be read.
+    Raises: as `readable`.
     """
-    return rows_in(path.read_bytes()) if path.exists() else []
+    return rows_in(_content(path))
+
+
+def _content(path: Path) -> bytes:
+    with readable(path):
+        return path.read_bytes() if path.exists() else b""
 
 
 def rows_in(data: bytes) -> list[dict[str, Any]]:
     """Rows in whole JSON lines, without those that are none."""
     return [row for line in _whole(data) if (row := _row(line)) is not None]
+
+
+def numbers_in(row: dict[str, Any]) -> dict[str, float]:
+    """Numbers of a row of metrics; no steps and seconds that cannot be."""
+    return {name: value for name, value in row.items() if _is_number(name, value)}
+
+
+def _is_number(name: str, value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    is_count = name == "step" or name.endswith("_s")
+    return 0 <= value < _MOST if is_count else isinstance(value, float) or abs(value) < 2**63
 
 
 def _whole(data: bytes) -> list[bytes]:
@@ -142,6 +156,7 @@ def readable(path: Path) -> Iterator[None]:
 # ------------------------------------------------------------------ checksums
 
 _SUMS = "SHA256SUMS"
+_SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 def write_sums(folder: Path, names: Sequence[str]) -> None:
@@ -153,15 +168,19 @@ def check_sums(folder: Path) -> None:
     """Refuse files that are not as they were when `write_sums` was called, if it was.
 
     Raises:
-        DataError: a file is another one. OSError: one cannot be read.
+        DataError: a file is another one, or not there. OSError: one cannot be read.
     """
     path = folder / _SUMS
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    for expected, _, name in (line.partition("  ") for line in lines):
-        if _sha256(folder / Path(name).name) != expected:
+    for line in filter(str.strip, lines):
+        match = _SUM.fullmatch(line)
+        if match is None:
+            raise DataError(f"{path} is damaged; copy it again, or delete it to go without it")
+        file = folder / Path(match[2]).name
+        if not file.exists() or _sha256(file) != match[1]:
             raise DataError(
-                f"{folder / name} is not as it was written; copy it again, or take its line out of "
-                f"{path} if it was changed on purpose"
+                f"{file} is not as it was written; copy it again, or take its line out of {path} "
+                f"if it was changed on purpose"
             )
 
 

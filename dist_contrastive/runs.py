@@ -7,6 +7,7 @@ training data in the place of generated samples.
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -228,6 +229,8 @@ def _results(run: Path, table: Table) -> Iterator[Measurement | LeftOut]:
 
 def _measure(run: Path, table: Table, is_trusted: bool) -> None:
     config = configs.load_run(run, is_trusted=is_trusted)
+    if not os.access(run, os.W_OK):
+        raise _not_writable(run, "it may only be read")
     splits = read_splits(config, table)
     task = config.build_task(splits.train).eval()
     _check_shapes(task, splits)
@@ -264,7 +267,17 @@ def _check_shapes(task: Task, splits: Splits) -> None:
 
 def _write_table(run: Path, table: Table) -> None:
     lines = [asdict(Measurement(str(run), *line)) for line in table.lines]
-    atomic.write_text(run / "eval.json", json.dumps(lines, indent=1) + "\n")
+    try:
+        atomic.write_text(run / "eval.json", json.dumps(lines, indent=1) + "\n")
+    except OSError as error:
+        raise _not_writable(run, error.strerror) from error
+
+
+def _not_writable(run: Path, reason: str | None) -> ConfigError:
+    return ConfigError(
+        f"{run}, which keeps what eval measures, cannot be written ({reason}); make room, or copy "
+        f"the run to a folder of your own"
+    )
 
 
 def _measure_drift(task: Drift, config: RunConfig, splits: Splits, table: Table) -> None:
@@ -345,19 +358,25 @@ def _write_files(
     """Path of the grid, or of the array if there is none."""
     grid = out / "grid.png"
     if not report.are_images(samples):
-        np.save(out / "samples.npy", samples.numpy())
+        np.save(_new(out / "samples.npy"), samples.numpy())
         if samples[0].numel() != 2:
             return out / "samples.npy"
         report.point_clouds({"generated": samples.flatten(1)}, grid, title)
         return grid
     for number, image in enumerate(samples):
         name = f"sample-{number:05d}" + ("" if labels is None else f"-class-{labels[number]}")
-        _as_picture(image).save(out / f"{name}.png")
+        _as_picture(image).save(_new(out / f"{name}.png"))
     rows = torch.zeros(len(samples), dtype=torch.int64) if labels is None else labels
     report.sample_grid(
         samples, rows, path=grid, per_class=PER_CLASS_IN_GRID, title=title, names=names
     )
     return grid
+
+
+def _new(path: Path) -> Path:
+    """A path without what was there: a file is not written through a link."""
+    path.unlink(missing_ok=True)
+    return path
 
 
 def _classes_in_turn(

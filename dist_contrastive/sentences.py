@@ -12,6 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from dist_contrastive.errors import redacted
+
 _LONGEST = 120  # characters of a value that are shown
 _MOST_NAMES = 8  # of a group that are shown
 _WORDS = {
@@ -107,10 +109,10 @@ _NO_SETTING = {word: text for text, theirs in _ELSEWHERE.items() for word in the
 
 
 def shown(value: Any) -> str:
-    """A value as a message has it: in YAML's words, shortened."""
+    """A value as a message has it: in YAML's words, shortened, but no part of a password."""
     is_word = value is None or isinstance(value, bool)
-    text = ({None: "null", True: "true", False: "false"}[value] if is_word else str(value)).strip()
-    text = " ".join(text.split())
+    text = {None: "null", True: "true", False: "false"}[value] if is_word else str(value)
+    text = " ".join(redacted(text).split())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 

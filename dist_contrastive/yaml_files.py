@@ -13,26 +13,20 @@ _MOST_BYTES = 1 << 18  # of a file
 _MOST_VALUES = 20_000  # of a file, those that aliases repeat counted each time
 _CHARACTERS = 100  # of a text that count as a value
 _DEEPEST, _NESTED = 100, "it is nested too deeply"
-_DATES = "tag:yaml.org,2002:timestamp"
-_MERGE = "tag:yaml.org,2002:merge"
-_TEXT = "tag:yaml.org,2002:str"
-_OTHER_BASE = re.compile(r"[-+]?(?:0[0-7_]+|[1-9][\d_]*(?::[0-5]?\d)+(?:\.[\d_]*)?)")  # 8 or 60
+_YAML = "tag:yaml.org,2002:"
+_MERGE = f"{_YAML}merge"
+_PLAIN = [f"{_YAML}{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")]
+_WORDS = (f"{_YAML}null", f"{_YAML}bool", _MERGE)
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Safe loader to which dates are texts, as names of folders are, and so are numbers of base 8
-    and 60, as 010 and 1:30; 1e-3 is a number; what parsers of scalars raise is an error of
-    YAML."""
+    """Safe loader to which 1e-3 is a number, and dates (names of folders), 010 (eight to YAML) and
+    1:30 (ninety) are texts; what parsers of scalars raise is an error of YAML."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # as in the base class
-        first: [(tag, form) for tag, form in resolvers if tag != _DATES]
+        first: [(tag, form) for tag, form in resolvers if tag in _WORDS]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-
-    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-        if kind is yaml.ScalarNode and implicit[0] and _OTHER_BASE.fullmatch(value):
-            return _TEXT
-        return super().resolve(kind, value, implicit)
 
     def fetch_flow_collection_start(self, token: Any) -> None:
         if self.flow_level > _DEEPEST:  # the time to read on would be its square
@@ -44,15 +38,23 @@ class PlainLoader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):
             raise
-        except Exception as error:  # int, float, datetime and base64 have their own
+        except Exception as error:  # int and float have their own
             kind = node.tag.rpartition(":")[2]
             reason = f"this is no {kind}: {shown(getattr(node, 'value', ''))}"
             raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark) from error
 
 
-PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
-)
+for _kind, _form in {
+    "int": r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F]+|0b[01]+)$",
+    "float": r"[-+]?((\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf)$|\.nan$",
+}.items():
+    PlainLoader.add_implicit_resolver(f"{_YAML}{_kind}", re.compile(_form), list("-+.0123456789"))
+
+
+class _TextLoader(PlainLoader):
+    """Loader to which all scalars are texts."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  # as in the base class
 
 
 class Document(NamedTuple):
@@ -63,15 +65,18 @@ class Document(NamedTuple):
     text: str
 
 
-def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
+def parse_yaml(text: str, as_text: bool = False) -> tuple[Any, yaml.Node | None]:
     """Value of a YAML document, made of dicts, lists and plain scalars; and how it was written.
+
+    Args:
+        as_text: all scalars are texts.
 
     Raises:
         ValueError: what is wrong with it, in a few words.
     """
     loader = None
     try:
-        loader = PlainLoader(text)
+        loader = _TextLoader(text) if as_text else PlainLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None, None
@@ -95,6 +100,9 @@ def _check(node: Any, known: dict[int, int], around: set[int]) -> int:
         return known[id(node)]
     if id(node) in around:
         raise _problem("an alias stands for what it is a part of", node)
+    if node.tag not in _PLAIN:
+        kind = shown(node.tag.removeprefix(_YAML))
+        raise _problem(f"settings hold no {kind}: write a text, a number, a list or a group", node)
     parts = node.value if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
         _check_keys(node)
@@ -123,8 +131,11 @@ def _problem(text: str, node: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=text, problem_mark=node.start_mark)
 
 
-def read_yaml(path: Path) -> Document:
+def read_yaml(path: Path, as_text: bool = False) -> Document:
     """Settings in a YAML file.
+
+    Args:
+        as_text: as of `parse_yaml`.
 
     Raises:
         ConfigError: it cannot be read, is too large, is not YAML, or holds no settings.
@@ -144,7 +155,7 @@ def read_yaml(path: Path) -> Document:
             f"settings"
         )
     try:
-        tree, node = parse_yaml(text)
+        tree, node = parse_yaml(text, as_text)
     except ValueError as error:
         raise ConfigError(f"{path} is not YAML: {error}; see configs/ for examples") from None
     if not isinstance(tree, dict) or node is None:

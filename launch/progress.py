@@ -1,16 +1,16 @@
 """Progress of a run, from its directory alone; quick, since nothing here imports torch."""
 
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.records import rows_in
+from dist_contrastive.records import numbers_in, rows_in
 from dist_contrastive.yaml_files import read_yaml
 
 _TAIL = 1 << 16  # bytes, of many rows of metrics
+_MOST = 2**53  # steps
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +51,7 @@ def _steps(run_dir: Path) -> int | None:
         steps = read_yaml(config).value["train"]["steps"]
     except (ConfigError, KeyError, TypeError):
         steps = None
-    if isinstance(steps, int):
+    if type(steps) is int and 0 < steps < _MOST:
         return steps
     _log.warning("%s tells no train.steps: it is damaged, or of another version", config)
     return None
@@ -72,11 +72,4 @@ def _last_row(run_dir: Path) -> dict[str, Any]:
             rows = rows_in(file.read())
     except OSError:
         return {}
-    last = rows[-1] if rows else {}
-    return {name: value for name, value in last.items() if _is_number(name, value)}
-
-
-def _is_number(name: str, value: Any) -> bool:
-    if isinstance(value, int):
-        return abs(value) < 2**63
-    return isinstance(value, float) and (math.isfinite(value) or not name.startswith("step"))
+    return numbers_in(rows[-1]) if rows else {}

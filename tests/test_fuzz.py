@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -227,17 +228,51 @@ def test_indexes(changes, shards, tmp_path):
     assert 0 < read < changes
 
 
-def npy(shape: str, content: bytes) -> bytes:
-    header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}".encode()
+def npy(shape: str, content: bytes, kind: str = "<i8") -> bytes:
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode()
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
 
 
-@pytest.mark.parametrize("shape", ["(999999999999,)", "(-1,)", "(2,)", "(10**9,)", "(1,) * 40"])
-def test_arrays_that_tell_of_more_than_they_hold(shape, tmp_path):
-    write_samples(tmp_path / "a.tar", [{"__key__": "a", "npy": npy(shape, bytes(8))}])
+LIES = [
+    *(("(999999999999,)", "<i8"), ("(-1,)", "<i8"), ("(2,)", "<i8"), ("(10**9,)", "<i8")),
+    *(("(1,) * 40", "<i8"), ("((((", "<i8"), ("-" * 9000 + "1", "<i8"), ("(True,)", "|O")),
+    *(("(999999999999,)", "<U0"), ("(999999999999,)", "|V0"), ("(999999999999,)", "|S0")),
+]
+
+
+@pytest.mark.parametrize(("shape", "kind"), LIES)
+def test_arrays_that_tell_of_more_than_they_hold(shape, kind, tmp_path):
+    content = b"" if kind[-1] == "0" else bytes(8)
+    write_samples(tmp_path / "a.tar", [{"__key__": "a", "npy": npy(shape, content, kind)}])
     index = index_folder(tmp_path)
     with pytest.raises(DataError, match="cannot be decoded"):
         index.read(0)
+    sound = (tmp_path / "index.npz").read_bytes()
+    with ZipFile(io.BytesIO(sound)) as read, ZipFile(tmp_path / "index.npz", "w") as written:
+        for name in read.namelist():
+            is_lie = name == "shards.npy"
+            written.writestr(name, npy(shape, content, kind) if is_lie else read.read(name))
+    with pytest.raises(DataError, match=r"the index .* cannot be read"):
+        load_index(tmp_path)
+
+
+@pytest.mark.parametrize("notes", ['{"links": "x"}', '{"links": 1e999}', "[" * 50_000])
+def test_notes_of_an_index_that_are_none(notes, shards, tmp_path):
+    shutil.copy2(shards / "a.tar", tmp_path)
+    with np.load(shards / "index.npz") as stored:
+        arrays = dict(stored) | {"shard_left_out": np.array([notes])}
+    np.savez(tmp_path / "index.npz", **arrays)
+    with pytest.raises(DataError, match=r"the index .* cannot be read"):
+        load_index(tmp_path)
+
+
+def test_an_index_larger_than_memory_is_not_read(shards, tmp_path):
+    shutil.copy2(shards / "a.tar", tmp_path)
+    with (tmp_path / "index.npz").open("wb") as file:
+        file.truncate(1 << 43)  # sparse
+    with pytest.raises(DataError, match="8796093022208 bytes"):
+        load_index(tmp_path)
+    assert len(index_folder(tmp_path)) == 6  # a new one repairs
 
 
 # ------------------------------------------------------------------ run directories

@@ -20,17 +20,25 @@ import yaml
 from conftest import CONFIGS, command, environment, refused
 from PIL import Image
 
-from dist_contrastive import checkpoint, trainer
+from dist_contrastive import checkpoint, report, trainer
 from dist_contrastive import config as configs
+from dist_contrastive.backend.trackers import run_id
 from dist_contrastive.checkpoint import Keep, Progress
 from dist_contrastive.cli import main
 from dist_contrastive.data import ShardStream
 from dist_contrastive.errors import ConfigError, DataError, StorageError, UserError
+from dist_contrastive.imports import names_in
+from dist_contrastive.losses.rewards import load_reward
 from dist_contrastive.metrics import read_rows
 from dist_contrastive.models import TransformersEncoder
+from dist_contrastive.sentences import shown
 from dist_contrastive.yaml_files import parse_yaml
+from launch.progress import read_progress
 from launch.slurm.__main__ import main as slurm
-from launch.slurm.cluster import JobRecord, add_record, records
+from launch.slurm.checks import measured_s
+from launch.slurm.cluster import JobRecord, add_record, known_options, last_record, records
+from launch.slurm.control import status
+from launch.slurm.options import load_options
 
 ENCODER = CONFIGS / "digits_encoder.yaml"
 SMALL = (
@@ -51,6 +59,8 @@ def trained(tmp_path_factory, overrides) -> Path:
     """A run directory after 4 steps, with checkpoints of steps 2 and 4."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     assert trainer.train(configs.load(ENCODER, overrides(run_dir, *SMALL))) == 0
+    change = {"step": 1, "time": "then", "settings": {"optim.lr": [1, 2]}}
+    (run_dir / "changes.jsonl").write_text(json.dumps(change) + "\n")
     return run_dir
 
 
@@ -162,6 +172,20 @@ def test_what_a_run_names_runs_where_it_was_trained_and_else_by_the_users_word(
     assert main(["eval", str(copied)]) == 64
 
 
+@pytest.mark.parametrize("module", ["odd-name", " odd", "1odd", "odd\n", "o·dd", "odd/x"])
+def test_nothing_is_imported_by_a_name_that_is_not_seen_as_one(module, tmp_path, monkeypatch):
+    """Trust is asked for by what `names_in` finds: that must be all that can be imported."""
+    (tmp_path / "odd").mkdir()
+    (tmp_path / f"{module}.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not names_in([f"{module}:E"])
+    with refused(ConfigError, "no import path"):
+        configs.load(ENCODER, [f"task.loss={{name: {json.dumps(module + ':E')}}}"])
+    with refused(ConfigError, "not of the form"):
+        load_reward(f"{module}:E")
+    assert names_in({"x": ["größe.b:C.d", "a:", ":b", "a:1"]}) == {"größe.b:C.d"}
+
+
 def test_what_is_not_code_needs_no_word(run_dir):
     assert main(["export", str(run_dir)]) == 0
 
@@ -173,6 +197,10 @@ def test_a_reward_and_an_encoder_of_another_run_need_it_too(run_dir, tmp_path, c
     from dist_contrastive.tasks.feature_spaces import load_encoder
 
     with refused(ConfigError, "evil_encoder:E", "--trust"):
+        load_encoder(run_dir, (1, 8, 8))
+    config["task"]["encoder"] = {"name": "residual", "colour": 1}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    with refused(ConfigError, "config.yaml: task: encoder.colour is not a known setting"):
         load_encoder(run_dir, (1, 8, 8))
     config["task"] = {"name": "hybrid", "reward": {"function": "evil_reward:f"}}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
@@ -218,7 +246,7 @@ def test_shell_lines_of_a_record_need_the_users_word(options, run_dir, capsys):
 
 
 def test_a_record_that_this_user_wrote_is_trusted(run_dir, monkeypatch):
-    from launch.slurm.cluster import last_record, require_trusted_record
+    from launch.slurm.cluster import require_trusted_record
 
     add_record(run_dir, record(run_dir, options={"setup": ["module load x"]}))
     found = last_record(run_dir)
@@ -295,17 +323,23 @@ def test_damaged_ones_are_set_aside_and_later_sound_ones_stay(tmp_path):
     save(tmp_path, 2, Keep(last=9))
     (tmp_path / "step-00000002" / "model.safetensors").unlink()
     save(tmp_path, 2, Keep(last=9))
+    (tmp_path / "step-00000005").symlink_to("nowhere")
+    save(tmp_path, 5, Keep(last=9))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
         *("set-aside-step-00000002", "set-aside-step-00000002-2", "set-aside-step-00000003"),
-        *("step-00000001", "step-00000002", "step-00000004"),
+        *("set-aside-step-00000005", "step-00000001", "step-00000002", "step-00000004"),
+        "step-00000005",
     ]
     assert (tmp_path / "set-aside-step-00000003" / "training.pt").read_bytes() == b"torn"
 
 
 @pytest.mark.parametrize(
     "state",
-    ["", "\0" * 200, "[]", "7", '{"step": 1}', '{"step": "x", "crc32": {}}', "{" * 5000],
+    [
+        *("", "\0" * 200, "[]", "7", '{"step": 1}', '{"step": "x", "crc32": {}}', "{" * 5000),
+        *('{"format": Infinity}', '{"step": 2, "consumed": 9, "bad_steps": 0, "crc32": {}}'),
+    ],
 )
 def test_states_that_say_nothing_are_damaged(state, tmp_path):
     save(tmp_path, 1)
@@ -313,6 +347,12 @@ def test_states_that_say_nothing_are_damaged(state, tmp_path):
     told: list[str] = []
     assert checkpoint.newest(tmp_path, told.append).progress.step == 1
     assert "step-00000002" in told[0]
+
+
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
+    for step, score in enumerate((np.nan, 2.0, 1.0, np.nan), 1):
+        checkpoint.save(tmp_path, Progress(step), {}, {}, Keep(last=9), score)
+    assert [checkpoint.best(tmp_path, mode).progress.step for mode in ("min", "max")] == [3, 2]
 
 
 def test_a_newer_format_is_neither_passed_over_nor_replaced(tmp_path):
@@ -351,13 +391,27 @@ def test_exports_have_checksums(run_dir, tmp_path):
         checkpoint.run_weights(out)
     with refused(ConfigError, "model.safetensors is not as it was written"):
         checkpoint.weights_at(out)
-    (out / "SHA256SUMS").unlink()  # one of an older version
+    sums, lines = out / "SHA256SUMS", (out / "SHA256SUMS").read_text().splitlines(True)
+    sums.write_text(f"{lines[1]}\n".replace("  ", " *"))  # as of `sha256sum --binary`
+    assert checkpoint.run_weights(out)
+    for torn in (lines[0][:50], "\0" * 80, lines[1] + lines[0][:9]):
+        sums.write_text(torn)
+        with refused(DataError, "SHA256SUMS is damaged"):
+            checkpoint.run_weights(out)
+    sums.write_text(lines[1].replace("config", "gone"))
+    with refused(DataError, "gone.yaml is not as it was written"):
+        checkpoint.run_weights(out)
+    sums.unlink()  # one of an older version
     assert checkpoint.run_weights(out)
 
 
 # ------------------------------------------------------------------ records
 
-RECORDS = ("skipped.jsonl", "attempts.json", "metrics.jsonl", "data.json", "config.yaml")
+RECORDS = (
+    *("skipped.jsonl", "attempts.json", "metrics.jsonl", "data.json", "config.yaml"),
+    *("changes.jsonl", "environment.json"),
+)
+ODD = {"step": 1e999, "starts": 1e999, "sample": 1e999, "time": None, "settings": {"a": [1, 2]}}
 
 
 def changes_of(text: str) -> dict[str, bytes]:
@@ -372,6 +426,7 @@ def changes_of(text: str) -> dict[str, bytes]:
         "no_text": b"\xff\xfe\x80" + data,
         "other_values": b"[1, 2]\n",
         "a_number": b"7\n",
+        "odd": b"[" * 200_000 + b"\n" + json.dumps(ODD).encode() + b"\n",
     }
 
 
@@ -389,6 +444,44 @@ def test_records_do_not_break_a_resume(change, run_dir, overrides, capsys):
     rows = read_rows(run_dir)
     assert [row["step"] for row in rows][-2:] == [3, 4]
     assert configs.load_run(run_dir).train.steps == 4
+
+
+@pytest.mark.parametrize("name", ["skipped.jsonl", "data.json", "modules.json", "changes.jsonl"])
+def test_records_that_cannot_be_read_are_named(name, run_dir, overrides, capsys):
+    (run_dir / name).unlink(missing_ok=True)
+    (run_dir / name).mkdir()
+    is_read_first = name != "changes.jsonl"
+    assert (
+        resume(run_dir, overrides, 6) if is_read_first else slurm(["status", str(run_dir)])
+    ) == 64
+    assert f"{name} cannot be read (Is a directory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "\xff\xfe", "\0" * 17, "\n", "../x"])
+def test_an_id_of_a_tracker_that_says_nothing_is_made_anew(text, tmp_path):
+    (tmp_path / "run_id").write_bytes(text.encode("latin-1"))
+    found = run_id(tmp_path)
+    assert len(found) == 16
+    assert run_id(tmp_path) == found
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *({"step": 2}, {"step": 1e999, "step_s": 1}, {"step": 2, "save_s": 1.0}),
+        *({"step": 2, "step_s": 1e308, "save_s": 1e999}, {"step": -2, "step_s": -1, "save_s": -1}),
+        *({"step": True, "step_s": "x", "loss": {}}, {"step": 2, "step_s": 1.0, "loss": 10**30}),
+    ],
+)
+def test_numbers_that_cannot_be_are_left_out(row, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    for steps in ("9", "1" + "0" * 400, "true", "-3"):
+        (tmp_path / "config.yaml").write_text(f"train: {{steps: {steps}}}")
+        assert status(tmp_path)
+        assert read_progress(tmp_path).steps == (9 if steps == "9" else None)
+    assert 0 <= read_progress(tmp_path).step < 10
+    assert measured_s(tmp_path) is None
+    report.loss_curves(read_rows(tmp_path), tmp_path / "loss.png")
 
 
 def test_records_of_other_versions(run_dir, overrides, capsys):
@@ -453,6 +546,13 @@ def test_lines_of_jobs_that_no_submission_wrote_are_left_out(line, tmp_path):
     assert records(tmp_path) == 2 * [record(tmp_path)]
 
 
+def test_a_record_may_name_what_cannot_be(tmp_path, caplog):
+    add_record(tmp_path, record(tmp_path, folder="x/" * 3000, options={"colour": 1, "nodes": 2}))
+    assert status(tmp_path)
+    assert known_options(last_record(tmp_path)) == {"nodes": 2}
+    assert "colour" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["link", "hard_link", "pipe"])
 def test_a_lock_that_is_not_the_runs_own_is_refused(kind, run_dir, overrides, capsys):
     precious, lock = run_dir.parent / "precious", run_dir / "lock"
@@ -479,6 +579,19 @@ def test_nothing_is_appended_through_links(name, run_dir, overrides):
     shutil.rmtree(run_dir / "checkpoints" / "step-00000004")
     assert resume(run_dir, overrides) in (0, 64)
     assert precious.read_text() == "of the user\n"
+
+
+def test_pictures_take_the_place_of_links(tmp_path):
+    precious, path = tmp_path / "precious", tmp_path / "plots" / "loss.png"
+    precious.write_text("of the user")
+    path.parent.mkdir()
+    path.symlink_to(precious)
+    report.loss_curves([{"step": 1, "loss": 2.0}], path)
+    assert precious.read_text() == "of the user"
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+    with refused(ConfigError, "loss.png cannot be written (File exists)"):
+        report.loss_curves([], precious / "loss.png")
 
 
 # ------------------------------------------------------------------ full disks
@@ -563,7 +676,9 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
         ("a: " + "{b: " * 3000, "nested"),
         ("a: !!python/object/apply:os.system [x]", "line 1"),
         ("a: !!int x", "no int: "),
-        ("a: !!timestamp x", "no timestamp: "),
+        ("a: !!timestamp 2026-01-01", "no timestamp: "),
+        ("a: !!set {x, y}", "no set: "),
+        ("a: !!binary aGk=", "no binary: "),
         ("a: !!bool maybe", "no bool: "),
         ("a: !!float ''", "no float:"),
         (f"a: {'1' * 6000}", "no int: "),
@@ -588,6 +703,20 @@ def test_yaml_that_is_meant():
     assert parse_yaml(merged)[0] == {"base": {"x": 1, "y": 2}, "other": {"x": 3, "y": 2}}
     assert parse_yaml("a: 2026-11-28")[0] == {"a": "2026-11-28"}
     assert parse_yaml("") == (None, None)
+    texts = ["010", "1:30", "12:30:45.5", "=", "08", "1.2.3", "0o17"]
+    assert parse_yaml(f"[{', '.join(texts)}]")[0] == texts
+    numbers = "[0, -7, 1_000, 0x1F, 1e-3, 1.5E+3, 5., -.5, .inf]"
+    assert parse_yaml(numbers)[0] == [0, -7, 1000, 31, 0.001, 1500, 5, -0.5, float("inf")]
+    assert parse_yaml("{a: no, b: 8:00, c: }", as_text=True)[0] == {"a": "no", "b": "8:00", "c": ""}
+
+
+def test_texts_that_look_like_numbers_are_found_again(tmp_path):
+    config = configs.load(ENCODER, ["train.tracker_project=1.e5", "train.steps=010"])
+    assert config.train.steps == 10
+    configs.save(config, tmp_path)
+    assert configs.load_run(tmp_path).train.tracker_project == "1.e5"
+    with refused(ConfigError, "<< is not a known setting"):
+        configs.load(ENCODER, ["<<=1"])
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/proc/self/mem"])
@@ -640,6 +769,8 @@ URLS = (
     f"https://example.invalid/train.tar?X-Amz-Signature={SECRET}&X-Amz-Expires=60",
     f"https://me:{SECRET}@example.invalid/t.tar?sig={SECRET}; restore it",
     f"s3://me:{SECRET}@bucket/train-{{000..009}}.tar",
+    f"s3://me:a/{SECRET}@bucket/t.tar",
+    f"https://me:p@{SECRET}@example.invalid/t.tar",
 )
 
 
@@ -649,6 +780,8 @@ def test_passwords_and_signatures_are_in_no_message(url):
     assert SECRET not in message
     assert message.endswith("cannot be read")
     assert str(UserError(message)) == message
+    for length in range(40, 140):  # what is cut before it is looked at
+        assert SECRET[:3] not in shown("x" * length + url)
 
 
 def test_messages_are_one_printable_line():
@@ -674,10 +807,26 @@ def test_passwords_and_signatures_are_in_no_run_directory(tmp_path, overrides):
         configs.load_run(tmp_path).data.open_train()
 
 
-def test_profiles_with_secrets_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (f"env: {{WANDB_API_KEY: {SECRET}}}", "WANDB_API_KEY"),
+        (f"setup: [module load x, export HF_TOKEN={SECRET}]", "HF_TOKEN"),
+        (f"srun: ['--export=ALL,MY_PASSWORD={SECRET}']", "MY_PASSWORD"),
+        (f"container: apptainer exec --env AWS_SECRET_ACCESS_KEY={SECRET} x.sif", "AWS_SECRET"),
+        (f"env: {{https_proxy: 'http://me:{SECRET}@proxy:3128'}}", "of a URL"),
+    ],
+)
+def test_profiles_with_secrets_are_refused(text, found, tmp_path, capsys):
     profile = tmp_path / "site.yaml"
-    profile.write_text(f"env: {{WANDB_API_KEY: {SECRET}}}\n")
+    profile.write_text(text)
     assert slurm(["submit", str(ENCODER), "--profile", str(profile), "--dry-run"]) == 64
     message = capsys.readouterr().err
-    assert "WANDB_API_KEY" in message
+    assert found in message
     assert SECRET not in message
+
+
+def test_profiles_without_secrets_are_taken(tmp_path):
+    profile = tmp_path / "site.yaml"
+    profile.write_text("{env: {TOKENIZERS_PARALLELISM: no}, setup: [export HF_TOKEN=$(cat key)]}")
+    assert load_options(profile, {}).env == {"TOKENIZERS_PARALLELISM": "no"}

@@ -310,8 +310,12 @@ def test_lead_time_is_what_a_checkpoint_and_a_step_take():
         ("nodse: 2", "nodse is not a known setting; did you mean nodes?"),
         ("time: soon", "time=soon: is no time; write minutes, H:MM:SS or D-HH:MM:SS"),
         ("nodes: 0", "nodes=0"),
-        ("- a", "holds no settings; see configs/slurm/profile.yaml"),
-        ("a: [", "cannot read the profile"),
+        ("- a", "holds no settings; see configs/"),
+        ("a: [", "is not YAML: line 1"),
+        ("nodes: 1\nnodes: 2", "the key nodes stands twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ("memory_gb: 1e308", "1000000"),
+        (f"time: {'9' * 5000}", "is no time"),
     ],
 )
 def test_profiles_that_cannot_be_used(text, sentence, tmp_path):

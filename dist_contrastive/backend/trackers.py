@@ -1,6 +1,7 @@
 """Experiment trackers besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio."""
 
 import logging
+import re
 import uuid
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -11,7 +12,7 @@ from dist_contrastive.atomic import write_text
 from dist_contrastive.errors import ConfigError
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
-_ID = "run_id"
+_ID, _IDS = "run_id", re.compile(r"[\w-]{1,64}", re.ASCII)
 _log = logging.getLogger(__name__)
 
 
@@ -92,8 +93,10 @@ def _start(
 
 
 def run_id(folder: Path) -> str:
-    """Id of a run, created on first use."""
+    """Id of a run, created on first use, and where a crash has left none."""
     path = folder / _ID
-    if not path.exists():
-        write_text(path, uuid.uuid4().hex[:16] + "\n")
-    return path.read_text().strip()
+    text = path.read_bytes().decode(errors="replace").strip() if path.exists() else ""
+    if not _IDS.fullmatch(text):
+        text = uuid.uuid4().hex[:16]
+        write_text(path, text + "\n")
+    return text

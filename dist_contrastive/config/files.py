@@ -1,6 +1,5 @@
 """Configs as YAML files, with overrides."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,8 +11,9 @@ import yaml
 
 from dist_contrastive.atomic import write_text
 from dist_contrastive.config.run import RunConfig, map_paths
-from dist_contrastive.errors import ConfigError, redacted
+from dist_contrastive.errors import ConfigError, UserError, redacted
 from dist_contrastive.imports import keep_trust, look_in, names_in, read_recorded
+from dist_contrastive.records import read_json
 from dist_contrastive.sentences import shown
 from dist_contrastive.yaml_files import PlainLoader, parse_yaml, read_yaml
 
@@ -78,8 +78,10 @@ def load_run(
     The other arguments and errors are those of `imports.read_recorded`.
     """
     folder = Path(folder)
-    tree, _ = read_recorded(folder, granted, is_trusted)
-    return RunConfig.checked(_where_it_is(folder, tree), f"{folder / 'config.yaml'}: ")
+    tree, node = read_recorded(folder, granted, is_trusted)
+    where = f"{folder / 'config.yaml'}: "
+    tree = _where_it_is(folder, tree)
+    return RunConfig.checked(tree, where, lambda names: _text([((), node)], names))
 
 
 def load_recorded(config: RunConfig, warn: Callable[[str], None]) -> RunConfig:
@@ -180,9 +182,9 @@ def _moved(run_dir: Path) -> Callable[[str], str]:
 def _recorded_place(run_dir: Path) -> tuple[str, str] | None:
     """What `place` has written into environment.json; None if it is not there."""
     try:
-        before = json.loads((run_dir / "environment.json").read_text())
+        before = read_json(run_dir / "environment.json")
         return str(before["run_dir"]), str(before["folder"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.imports import import_module
+from dist_contrastive.imports import import_module, is_import_path
 from dist_contrastive.losses.hierarchy import Hierarchy
 
 Reward = Callable[[Tensor, Tensor, Hierarchy], Tensor]
@@ -30,7 +30,7 @@ def load_reward(path: str) -> Reward:
     """
     module_name, _, name = path.partition(":")
     form = "name a reward as package.module:function"
-    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
+    if not is_import_path(path):
         raise ConfigError(f"reward {path!r} is not of the form package.module:function; {form}")
     try:
         module = import_module(module_name)

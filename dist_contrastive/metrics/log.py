@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dist_contrastive.records import keep_lines, open_own, read_lines
+from dist_contrastive.records import keep_lines, numbers_in, open_own, read_lines
 
 _log = logging.getLogger(__name__)
 
@@ -83,8 +83,9 @@ class Ledger:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl, as far as they can be read."""
-    return read_lines(folder / "metrics.jsonl")
+    """Numbers in the rows of a run's metrics.jsonl that can be read and tell a step."""
+    rows = map(numbers_in, read_lines(folder / "metrics.jsonl"))
+    return [row for row in rows if "step" in row]
 
 
 def forget_steps(folder: Path, done: int) -> None:

@@ -13,6 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dist_contrastive.atomic import open_file
+from dist_contrastive.errors import ConfigError
+
 GREY = "#8a8f98"
 BLUE = "#2563a8"
 _DPI = 130
@@ -20,9 +23,20 @@ _MAX_NAME = 24  # characters of a class
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG, making its folder."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
+    """Write a figure as PNG, making its folder; it takes the place of a link.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_file(path) as file:
+            figure.savefig(file, dpi=_DPI, format="png")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); make room, or choose another folder"
+        ) from error
 
 
 def loss_curves(

@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from dist_contrastive import checkpoint, collectives
-from dist_contrastive.data.views import AnyViews
+from dist_contrastive.data.views import AnyViews, RandomViews
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.imports import read_recorded
 from dist_contrastive.models import AnyEncoder, Encoder, FeatureMaps, build_encoder
-from dist_contrastive.settings import Choice, ComponentSettings
+from dist_contrastive.settings import Choice, ComponentSettings, Settings
 from dist_contrastive.tasks.images import seen_shape
 
 _REPRESENTATION = FeatureMaps.Config(kinds=("pooled",), patches=())
@@ -140,6 +139,13 @@ class FeatureSpaces:
                 space.network._apply(fn)
 
 
+class _Recorded(Settings):
+    """What the config of a run tells of its encoder."""
+
+    encoder: AnyEncoder
+    views: AnyViews = RandomViews.Config()
+
+
 def load_encoder(run_dir: Path, image_shape: tuple[int, int, int]) -> Encoder:
     """Encoder of images (without head) that a run trained, for images of the given shape.
 
@@ -156,12 +162,9 @@ def load_encoder(run_dir: Path, image_shape: tuple[int, int, int]) -> Encoder:
             f"{run_dir} is a run of task {task['name']!r}, which trains no encoder; features need "
             f"a run of another task, as two_view"
         )
-    try:
-        config = TypeAdapter(AnyEncoder).validate_python(task["encoder"])
-        views = TypeAdapter(AnyViews).validate_python(task.get("views", {}))
-    except ValidationError as error:
-        raise ConfigError(f"the encoder in {path} cannot be built: {error}; train again") from error
-    encoder = build_encoder(config, seen_shape(image_shape, views))
+    known = {name: task[name] for name in _Recorded.model_fields if name in task}
+    recorded = _Recorded.checked(known, f"{path}: task: ")
+    encoder = build_encoder(recorded.encoder, seen_shape(image_shape, recorded.views))
     prefix = "encoder."
     weights = checkpoint.run_weights(run_dir)
     weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}

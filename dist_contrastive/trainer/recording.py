@@ -58,6 +58,7 @@ class Profiler:
         finished.__exit__(None, None, None)
         with collectives.raised_together(), writable(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.unlink(missing_ok=True)  # it is not written through a link
             finished.export_chrome_trace(str(self._path))
 
 

@@ -100,10 +100,10 @@ def _resume(
     """Submit a run again, from where it is."""
     from dist_contrastive.config import resolve
     from launch.slurm.checks import current_config
-    from launch.slurm.cluster import last_record, require_trusted_record
+    from launch.slurm.cluster import known_options, last_record, require_trusted_record
 
     record, run_dir = last_record(run), run.absolute()
-    before = {k: v for k, v in record.options.items() if profile is None}
+    before = {k: v for k, v in known_options(record).items() if profile is None}
     require_trusted_record(run, record, before, trust)
     job_options = load_options(profile, {**before, "signal_lead_s": None, **options})
     try:

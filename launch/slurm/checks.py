@@ -97,7 +97,7 @@ def check_runs(runs: list[RunConfig], world_size: int, change: bool) -> None:
 def measured_s(run_dir: Path) -> tuple[float, float] | None:
     """Seconds of a checkpoint and of a step of this run, if it has had both."""
     row = read_progress(run_dir).row
-    return (row["save_s"], row["step_s"]) if "save_s" in row else None
+    return (row["save_s"], row["step_s"]) if {"save_s", "step_s"} <= row.keys() else None
 
 
 def examined(config: RunConfig, world_size: int, change: bool) -> Iterator[Finding]:

@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import ConfigError, UserError
 from dist_contrastive.imports import keep_trust, require_trust
 from dist_contrastive.records import append_lines, read_lines
-from launch.slurm.options import shell_in
+from launch.slurm.options import Options, shell_in
 
 _log = logging.getLogger(__name__)
 _JOBS = "jobs.jsonl"
@@ -90,8 +90,8 @@ def records(run_dir: Path) -> list[JobRecord]:
     """All submissions of a run, the last one last, as far as they can be read."""
     try:
         rows = read_lines(run_dir / _JOBS)
-    except OSError as error:
-        _log.warning("%s cannot be read (%s)", run_dir / _JOBS, error.strerror)
+    except UserError as error:
+        _log.warning("%s", error)
         return []
     known = {field.name for field in fields(JobRecord)}
     return [
@@ -110,6 +110,14 @@ def _is_sound(row: dict[str, Any]) -> bool:
         and _JOB.fullmatch(row["job"]) is not None
         and row["cluster"] in ("slurm", "local")
     )
+
+
+def known_options(record: JobRecord) -> dict[str, Any]:
+    """Options of a record, without those of another version."""
+    others = sorted(record.options.keys() - Options.model_fields)
+    if others:
+        _log.warning("%s of job %s, of another version, is left out", ", ".join(others), record.job)
+    return {name: value for name, value in record.options.items() if name not in others}
 
 
 def last_record(run_dir: Path) -> JobRecord:

@@ -1,5 +1,6 @@
 """Control of submitted runs: their state, their logs, and ending them with everything saved."""
 
+import os
 import signal
 import sys
 import time
@@ -60,10 +61,10 @@ def _job_lines(record: JobRecord, progress: RunProgress) -> list[tuple[str, str]
     lines = [("job", f"{record.job} {_state(record, state, progress)}{nodes}{since}{why}")]
     starts = Path(record.folder) / f"{record.job}.starts"
     log = record.log_files(0)[0]
-    if starts.exists():
+    if os.path.exists(starts):  # of a record's own folder, whatever that is
         count = starts.read_text(errors="replace").rpartition(" ")[2].strip()
         lines.append(("starts", f"{count or '?'} from the same checkpoint"))
-    elif state.state in ("FAILED", "CANCELLED") and not log.exists():
+    elif state.state in ("FAILED", "CANCELLED") and not os.path.exists(log):
         lines.append(("note", f"it wrote no {log}: can nodes write there?"))
     return lines
 
@@ -114,7 +115,7 @@ def _left(progress: RunProgress) -> str:
 
 def _state(record: JobRecord, state: JobState, progress: RunProgress) -> str:
     """SLURM's word; where it has none any more, that of the run directory."""
-    if state.has_ended and record.cancelled.exists():
+    if state.has_ended and os.path.exists(record.cancelled):
         return "CANCELLED"
     if state.state != "UNKNOWN":
         return state.state

@@ -5,25 +5,26 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
 import typer
-import yaml
 from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     field_validator,
+    model_validator,
 )
 
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import redacted
 from dist_contrastive.sentences import shown
 from dist_contrastive.settings import Settings
+from dist_contrastive.yaml_files import read_yaml
 
-_SECRET = re.compile("(?i)password|passwd|secret|token|api_?key|credential")
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_SECRET = re.compile("(?i)passw|passphrase|secret|token(?!iz)|(api|access|private)_?key|credential")
+_VARIABLE = re.compile(r"\b([A-Za-z_]\w*)=(?=[^\s$])")  # that is given a value of its own
+_TIME = re.compile(r"(?:(\d{1,4})-)?(\d{1,7})(?::(\d{1,7}))?(?::(\d{1,7}))?", re.ASCII)
 _SHELL = ("address", "container", "env", "python", "sbatch", "setup", "srun")
 _PROFILE_ONLY = ("exclusive", "address", "container", "setup", "env", "srun", "sbatch")
 
@@ -41,7 +42,7 @@ class Options(Settings):
     """Ranks of a node, where they are not its GPUs; default: one for each GPU, or one."""
     cpus_per_task: PositiveInt | None = None
     """CPUs of a rank: one, and one for each data worker."""
-    memory_gb: PositiveFloat | None = None
+    memory_gb: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     """Memory of a node."""
     time: str = "1:00:00"
     """Limit of one start: minutes, H:MM:SS or D-HH:MM:SS. A run that needs longer is saved,
@@ -79,16 +80,18 @@ class Options(Settings):
     """More options of sbatch, by name without dashes: `reservation: big`; `true` for those without
     a value."""
 
-    @field_validator("env")
-    @classmethod
-    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
-        for name in env:
-            if _SECRET.search(name):
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        for name in _SHELL:
+            lines = _lines(getattr(self, name))
+            found = [x for x in _VARIABLE.findall(lines) if _SECRET.search(x)]
+            found += ["the password or signature of a URL"] * (redacted(lines) != lines)
+            if found:
                 raise ValueError(
-                    f"holds {name}, which would be written into the run directory; export it where "
-                    f"you submit instead: sbatch hands the environment on"
+                    f"{name} holds {found[0]}, which would be written into the run directory; "
+                    f"export it where you submit instead: sbatch hands the environment on"
                 )
-        return env
+        return self
 
     @field_validator("time")
     @classmethod
@@ -115,6 +118,12 @@ class Options(Settings):
     def python_command(self) -> str:
         """Python, in its container."""
         return f"{self.container} {self.python}".strip()
+
+
+def _lines(value: str | tuple[str, ...] | dict[str, str]) -> str:
+    if isinstance(value, dict):
+        value = tuple(f"{name}={text}" for name, text in value.items())
+    return value if isinstance(value, str) else "\n".join(value)
 
 
 def job_flags(**flags: Any) -> dict[str, Any]:
@@ -154,17 +163,9 @@ def load_options(profile: Path | None, flags: dict[str, Any]) -> Options:
     Raises:
         ConfigError: the profile cannot be read, or a setting is unknown or out of range.
     """
-    tree: Any = {}
+    tree: dict[str, Any] = {}
     if profile is not None:
-        try:
-            # All as text: YAML would take 8:00:00 for a number of base 60, and yes for true.
-            tree = yaml.load(profile.read_text(), Loader=yaml.BaseLoader) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(
-                f"cannot read the profile {profile}: {' '.join(str(error).split())}"
-            ) from None
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{profile} holds no settings; see configs/slurm/profile.yaml")
+        tree = read_yaml(profile, as_text=True).value  # yes is a name of a partition, not true
     return Options.checked({**tree, **flags}, f"{profile or 'flags'}: ")
 
 

@@ -211,10 +211,14 @@ def stored_array(data: bytes) -> np.ndarray:
     read = np.lib.format.read_array_header_2_0
     if version == (1, 0):
         read = np.lib.format.read_array_header_1_0
-    shape, is_fortran, dtype = read(stream)
+    try:
+        shape, is_fortran, dtype = read(stream)
+    except Exception as error:  # as Python's parser raises, MemoryError where it is nested
+        raise ValueError("its header is damaged") from error
     begin = stream.tell()
     size, held = math.prod(shape) * dtype.itemsize, len(data) - begin
-    if dtype.hasobject or size != held or min(shape, default=0) < 0:
+    is_sound = dtype.itemsize > 0 and min(shape, default=0) >= 0  # else any shape fits no bytes
+    if dtype.hasobject or size != held or not is_sound:
         raise ValueError(f"it holds {held} bytes, and {dtype} {list(shape)} takes {size}")
     if not size:
         return np.zeros(shape, dtype)

@@ -1,5 +1,6 @@
 """The file of an index, `index.npz`: written atomically, read without trust in what it tells."""
 
+import errno
 import io
 import json
 import os
@@ -9,6 +10,7 @@ from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from dist_contrastive import atomic
@@ -83,6 +85,20 @@ def _stored_name(folder: str, shard: str) -> str:
     return Path(shard).name if folder_of(shard) == folder else str(Path(shard).resolve())
 
 
+def read_index(file: Path) -> bytes:
+    """Content of an index file of this machine. Raises: DataError."""
+    try:
+        size, free = file.stat().st_size, psutil.virtual_memory().available
+        if size > free // 2:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, and the free memory {free}")
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"the index {file} cannot be read ({error.strerror}); allow it, or run "
+            f"`{index_command(str(file.parent))}`"
+        ) from error
+
+
 def parse_index(data: bytes, file: str, files: ShardFiles) -> ShardIndex:
     """Index from the bytes of an index file.
 
@@ -124,7 +140,8 @@ def _notes(archive: ZipFile) -> dict[str, Any]:
         return {}
     classes = dict(json.loads(str(_read_array(archive, "classes"))))
     texts = _read_array(archive, "shard_left_out", np.str_).tolist()
-    left_out = tuple(Counter(dict[str, int](json.loads(text))) for text in texts)
+    counts = (dict(json.loads(text)).items() for text in texts)
+    left_out = tuple(Counter({str(kind): int(n) for kind, n in pairs}) for pairs in counts)
     return {"classes": {int(n): str(x) for n, x in classes.items()}, "shard_left_out": left_out}
 
 

@@ -22,7 +22,12 @@ from dist_contrastive.data.shards.index import (
     concatenate,
     index_command,
 )
-from dist_contrastive.data.shards.index_file import check_target, parse_index, save_index
+from dist_contrastive.data.shards.index_file import (
+    check_target,
+    parse_index,
+    read_index,
+    save_index,
+)
 from dist_contrastive.data.shards.locations import (
     INDEX_NAME,
     counted,
@@ -108,12 +113,7 @@ def _read_index(file: str, location: str, files: ShardFiles) -> ShardIndex:
                 f"{folder} has {count} shards but no {Path(file).name}; run "
                 f"`{index_command(folder)}`"
             )
-        try:
-            data = Path(file).read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"the index {file} cannot be read ({error.strerror}); allow it"
-            ) from error
+        data = read_index(Path(file))
     return parse_index(data, file, files)
 
 
@@ -267,7 +267,7 @@ def _place(location: str, shards: Sequence[str]) -> Path:
 def _unchanged(file: Path, files: ShardFiles) -> dict[str, ShardIndex]:
     """Entries of an index file that still fit their tars, by shard."""
     try:
-        index = parse_index(file.read_bytes(), str(file), files)
+        index = parse_index(read_index(file), str(file), files)
         written = file.stat().st_mtime_ns
     except (OSError, DataError):
         return {}

@@ -109,7 +109,7 @@ def _retry(request: Callable[[], _T], url: str, attempts: int | None = None) -> 
         except DataError:
             raise
         except Exception as error:  # every protocol has its own
-            reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:_MAX_REASON]
+            reason = redacted(f"{type(error).__name__}: {error}".replace("\n", " "))[:_MAX_REASON]
             if _is_offline(error):
                 raise DataError(
                     f"{url} cannot be read while this machine's hub is off (HF_HUB_OFFLINE or its "
@@ -129,7 +129,7 @@ def _retry(request: Callable[[], _T], url: str, attempts: int | None = None) -> 
             if attempt in _LOGGED:
                 _logger.warning(
                     "waiting for %s (attempt %d of %d failed: %s)",
-                    *(redacted(url), attempt, attempts, redacted(reason)),
+                    *(redacted(url), attempt, attempts, reason),
                 )
         time.sleep(wait_s * random.uniform(0.5, 1))
         wait_s = min(2 * wait_s, retries.longest_wait_s)
