@@ -15,7 +15,6 @@ Where a config chooses one of several components by its ``name``, the type of th
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, TypeVar, get_args
@@ -45,7 +44,6 @@ Count = Annotated[int, Field(ge=1, le=1024)]
 ImageSize = Annotated[int, Field(ge=1, le=16_384)]
 """Side of an image in pixels."""
 _MOST = 2**53
-_FORM = re.compile("<[a-z]+>")  # a tag of a union of forms, as "<list>"
 _INSIDE = (  # keys of a pydantic schema that hold other schemas
     *("choices", "definitions", "fields", "items_schema", "keys_schema", "lax_schema"),
     *("python_schema", "schema", "steps", "values_schema"),
@@ -387,7 +385,9 @@ def _walk(
     inside = classes
     may_be_tag = False
     for part in loc:
-        if _FORM.fullmatch(str(part)):
+        if str(part).startswith("<") and str(part).endswith(
+            ">"
+        ):  # a tag of a union of forms, as "<list>"
             continue
         tagged = [cls for cls in classes if name_of(cls) == part]
         if may_be_tag and (part == IMPORT_PATH or tagged):
