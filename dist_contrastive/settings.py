@@ -385,9 +385,7 @@ def _walk(
     inside = classes
     may_be_tag = False
     for part in loc:
-        if str(part).startswith("<") and str(part).endswith(
-            ">"
-        ):  # a tag of a union of forms, as "<list>"
+        if str(part)[:1] + str(part)[-1:] == "<>":  # a tag of a union of forms, as "<list>"
             continue
         tagged = [cls for cls in classes if name_of(cls) == part]
         if may_be_tag and (part == IMPORT_PATH or tagged):
