@@ -191,7 +191,7 @@ def read_splits(config: RunConfig, table: Table | None = None) -> Splits:
     if isinstance(config.task, Paired.Config) and table is not None:
         fields = _labels_that_are_there(fields, indexes, table)
     for name, index in indexes.items():
-        usable, reasons = usable_samples(fields, index)
+        usable, reasons = usable_samples(fields, index, f"data.{name}")
         samples.append(usable)
         if reasons and table is not None:
             reason = f"{len(reasons)} of {len(index)} cannot be used; the first: {reasons[0]}"

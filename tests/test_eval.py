@@ -298,6 +298,8 @@ def test_measures_of_too_few_samples_are_left_out(digits, overrides, tmp_path, c
     assert main(["eval", *map(str, runs[::-1])]) == 64  # and what can be measured is
     told = capsys.readouterr()
     assert all(run.name in told.err for run in runs[1:])
+    for what in ("retrieval", "kNN accuracy, k = 5", "recall at 1"):  # a line each as it goes on
+        assert (f"measuring {what}" in told.err) == (what != "recall at 1")
     assert "image finds its partner, recall at 1" in told.out
     assert "linear probe, all labels: a probe needs labelled samples of 2 classes" in told.out
     assert "kNN accuracy, k = 5: k is 5, but there are 4" in told.out

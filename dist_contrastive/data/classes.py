@@ -47,15 +47,12 @@ def named_classes(names: Mapping[int, str]) -> str:
     return shown + (f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else "")
 
 
-def is_missing(value: Any, num_classes: int | None) -> bool:
-    """Whether a label is null, NaN, an empty text, or -1 as a class."""
+def is_missing(value: Any, num_classes: int | None = None) -> bool:
+    """Whether a text or a label is none: null, NaN, blank, or -1 as a class."""
+    if isinstance(value, str):
+        return not value.strip()
     is_nan = isinstance(value, float) and math.isnan(value)
-    return (
-        value is None
-        or value == ""
-        or is_nan
-        or (num_classes is not None and value == MISSING_CLASS)
-    )
+    return value is None or is_nan or (num_classes is not None and value == MISSING_CLASS)
 
 
 def as_class(key: str | None, value: Any, path: str, num_classes: int) -> int:

@@ -54,7 +54,7 @@ def measure_own(settings: EvaluateSettings, task: Task, splits: Splits, table: T
         returned: list[Any] = []  # not checked inside: what is no data's fault is not left out
         table.measure(config.name, partial(_call, config, task, splits, returned))
         for lines in returned:
-            table.measure(config.name, partial(list, _checked(config, lines)))
+            table.add(_checked(config, lines))
 
 
 def _call(config: Measure.Config, task: Task, splits: Splits, returned: list[Any]) -> list[Line]:

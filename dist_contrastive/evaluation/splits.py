@@ -1,5 +1,6 @@
 """Training and held-out samples of an evaluation, and the table of its measures."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from dist_contrastive.data.collate import collate
 from dist_contrastive.data.fields import Fields, Samples
+from dist_contrastive.data.progress import progress_bar
 from dist_contrastive.data.source import Source
 from dist_contrastive.errors import (
     ConfigError,
@@ -16,6 +18,8 @@ from dist_contrastive.errors import (
     UnreachableError,
     UserError,
 )
+
+_logger = logging.getLogger(__name__)
 
 Line = tuple[str, float, dict[str, float]]
 """Name of a measure, its value, and reference values by name, as the same measure of raw pixels."""
@@ -44,22 +48,31 @@ class Table:
 
     def measure(self, what: str, lines: Callable[[], list[Line]]) -> None:
         """Add the lines, or leave `what` out where they cannot be computed."""
+        _logger.info("measuring %s", what)
         try:
-            self.lines += lines()
+            self.add(lines())
         except (UserError, NonFiniteError) as error:
             self.left_out.append((what, str(error)))
+            self.changed(self)
+
+    def add(self, lines: list[Line]) -> None:
+        """Add lines that are measured."""
+        self.lines += lines
         self.changed(self)
 
 
-def usable_samples(fields: Fields, index: Source) -> tuple[Samples, list[str]]:
+def usable_samples(fields: Fields, index: Source, what: str) -> tuple[Samples, list[str]]:
     """All samples of a data set that can be used, and why each of the others cannot.
+
+    Args:
+        what: the data set is, beside the progress bar.
 
     Raises:
         DataError: no sample has one of the fields, or none can be used.
     """
     fields.check(index, len(index) - 1)
     rows, shapes, reasons = [], [], []
-    for number in range(len(index)):
+    for number in progress_bar(range(len(index)), len(index), f"reading {what}"):
         try:
             sample = {"__epoch__": 0, "__index__": number, **index.read(number, fields.names)}
             row = fields.prepare(sample)

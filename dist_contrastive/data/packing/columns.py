@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_contrastive.data.classes import is_missing
 from dist_contrastive.data.packing.images import (
     channel_axis,
     channels_first,
@@ -185,13 +186,6 @@ def field_makers(
         field = "npy" if len(columns.arrays) == 1 else f"{names[name]}.npy"
         fill[name] = _array(field, table.array_type(name))
     return fill
-
-
-def is_missing(value: Any) -> bool:
-    """Whether a value of a column of texts or labels is none: null, NaN, or blank."""
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def label_maker(table: Table, column: str) -> LabelOf:

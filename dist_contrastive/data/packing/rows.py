@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dist_contrastive.data.classes import is_missing
 from dist_contrastive.data.packing.columns import (
     PATHS,
     Columns,
     field_makers,
     image_path,
-    is_missing,
     label_maker,
     plain,
 )
