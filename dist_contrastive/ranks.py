@@ -2,6 +2,7 @@
 ranks on this machine, each a process of its own.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -25,6 +26,9 @@ _MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", *_MPI)
 _PORTS = range(15000, 30000)  # below the ephemeral ports of common systems
 _GRACE_S = 0.5  # how long to listen for a cause once a first rank has failed
+
+PRELOADED = ["torch._dynamo", "dist_contrastive.losses"]
+"""Modules that `run_ranks` imports once, in the server from which it forks ranks."""
 
 
 def join() -> bool:
@@ -135,7 +139,7 @@ def run_ranks(
         raise ValueError(f"world_size={world_size} is below 1; use 1 or more")
     context = multiprocessing.get_context("forkserver")
     # Forked from a server that has imported torch already, a rank starts in milliseconds.
-    context.set_forkserver_preload(["torch._dynamo", "dist_contrastive.losses"])
+    context.set_forkserver_preload(PRELOADED)
     # Plain pickles: tensors travel as copies, not as memory shared between the ranks.
     call = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -169,6 +173,7 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # what the server has imported is not searched again by each collection
     if sys.platform == "linux":  # no look-up of the machine's name, which may be slow or wrong
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)

@@ -1,8 +1,12 @@
 import contextlib
+import gc
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -12,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_contrastive import checkpoint
+from dist_contrastive import __main__ as entry
+from dist_contrastive import checkpoint, ranks
 from dist_contrastive import config as configs
 from dist_contrastive.data import pack_digits, pack_glyphs, pack_toy
 from dist_contrastive.data.packing.toys import TOYS
@@ -103,6 +108,59 @@ def run(argv: list[str], **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         argv, capture_output=True, text=True, timeout=600, env=environment(), **options
     )
+
+
+ranks.PRELOADED += ["dist_contrastive.trainer", "dist_contrastive.cli", "deepspeed"]
+
+
+def start_ranks(
+    *args: str | Path, number: int, log: Path, env: dict[str, str] | None = None
+) -> list[multiprocessing.context.ForkServerProcess]:
+    """Processes of `dist-contrastive ARGS`, as srun would start them, each forked from a server
+    that has imported torch: that spares seconds a process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(ranks.PRELOADED)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started, argv = [], ["dist-contrastive", *map(str, args)]
+    for rank in range(number):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "MASTER_PORT": port}
+        place = {"MASTER_ADDR": "127.0.0.1", **place} if number > 1 else {}
+        variables = (env or environment()) | {name: str(x) for name, x in place.items()}
+        options = (argv, variables, os.getcwd(), Path(f"{log}.{rank}"))
+        started.append(context.Process(target=_forked_rank, args=options))
+        started[-1].start()
+    return started
+
+
+def _forked_rank(argv: list[str], env: dict[str, str], cwd: str, log: Path) -> None:
+    gc.freeze()
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv, sys.path[1:1] = argv, env.get("PYTHONPATH", "").split(os.pathsep)
+    torch.set_num_threads(1)
+    entry.run()
+
+
+def run_forked(
+    *args: str | Path, number: int = 1, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`dist-contrastive ARGS` on so many ranks to its end: the first exit code that is not 0, and
+    what all ranks have said. There is no launcher, which would end the peers of a failed one."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = start_ranks(*args, number=number, log=Path(folder) / "log", env=env)
+        for process in started:
+            process.join(600)
+            process.kill()  # unless it has ended
+            process.join()
+        codes = [process.exitcode for process in started]
+        said = "".join(Path(f"{folder}/log.{rank}").read_text() for rank in range(number))
+    code = next((code for code in codes if code), 0)
+    return subprocess.CompletedProcess(["dist-contrastive", *map(str, args)], code, said, said)
 
 
 def hybrid_command(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, command, global_batches, refused, run
+from conftest import CONFIGS, command, global_batches, refused, run, run_forked
 from safetensors.torch import load_file, save_file
 
 import dist_contrastive
@@ -173,7 +173,7 @@ def test_precision_changes_there_and_back(options, tmp_path):
 
 
 def test_changes_by_a_launcher_on_two_ranks(options, tmp_path):
-    assert run(command(ENCODER, *options, ranks=2)).returncode == 0
+    assert run_forked("train", ENCODER, *options, number=2).returncode == 0
     for flags, code in (([], 64), (["--change"], 0)):
         more = ["train.steps=6", "optim.lr=0.01"]
         done = run(command(ENCODER, *options, *more, *flags, ranks=2))
@@ -228,9 +228,9 @@ def test_lanes_wait_for_the_end_of_an_epoch(step, batch, next_step, options, few
 def test_lanes_for_a_number_of_ranks_that_did_not_divide_them(options, few, tmp_path):
     settings = [*options, *few, "data.global_batch_size=24"]
     trainer.train(configs.load(ENCODER, settings), stop_after=2)
-    refusal = run(command(ENCODER, *settings, ranks=3))
+    refusal = run_forked("train", ENCODER, *settings, number=3)
     assert refusal.returncode == 64
-    done = run(command(ENCODER, *settings, "data.lanes=3", "--change", ranks=3))
+    done = run_forked("train", ENCODER, *settings, "data.lanes=3", "--change", number=3)
     assert done.returncode == 0, done.stderr
     keys = [key for one in global_batches(tmp_path / "run")[2:] for key in one]
     assert len(set(keys)) == 48

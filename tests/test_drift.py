@@ -166,7 +166,7 @@ def right(cases) -> list[Trained]:
     return found
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def ranks(request, cases) -> list[OnRank]:
     return run_ranks(on_rank, request.param, cases)
 

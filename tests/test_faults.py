@@ -10,7 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import CONFIGS, hybrid_command, newest_step, run_with_fault, with_fault
+from conftest import (
+    CONFIGS,
+    hybrid_command,
+    newest_step,
+    run_forked,
+    run_with_fault,
+    with_fault,
+)
 
 from dist_contrastive.metrics import read_rows
 from dist_contrastive.trainer.watchdog import Watchdog
@@ -23,6 +30,12 @@ def started(argv: list[str], fault: str = "none:0:0") -> subprocess.Popen:
     return subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=with_fault(fault)
     )
+
+
+def run_hybrid(overrides, run_dir: Path, *more: str, fault: str = "none:0:0", number: int = 1):
+    """Run to its end under a fault, without a launcher."""
+    argv = hybrid_command(overrides, run_dir, *more, ranks=None)[3:]
+    return run_forked(*argv, number=number, env=with_fault(fault))
 
 
 def wait_until(condition, process: subprocess.Popen, pause_s: float = 0.01) -> None:
@@ -69,14 +82,14 @@ def test_a_rank_that_hangs(kind, tmp_path, overrides):
 
 def test_nan_in_one_batch(tmp_path, overrides):
     """Told of and left out; nothing else changes."""
-    done = run_with_fault(hybrid_command(overrides, tmp_path), "nan:1:5")
+    done = run_hybrid(overrides, tmp_path, fault="nan:1:5", number=2)
     assert done.returncode == 0, done.stderr
     assert "step 6 is left out (1 of at most 3 in a row): " in done.stderr
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]
 
 
 def test_weights_that_are_not_finite(tmp_path, overrides):
-    done = run_with_fault(hybrid_command(overrides, tmp_path), "nan_weights:1:5")
+    done = run_hybrid(overrides, tmp_path, fault="nan_weights:1:5", number=2)
     assert done.returncode == 70, done.stderr
     assert newest_step(tmp_path) == 4
 
@@ -96,7 +109,7 @@ def test_a_disk_that_is_full(tmp_path, overrides):
     assert not list((tmp_path / "left" / "checkpoints").glob(".*"))
     assert read_rows(tmp_path / "left")  # each a whole line
     shutil.copytree(tmp_path / "left", tmp_path / "run")
-    again = run_with_fault(hybrid_command(overrides, tmp_path / "run", ranks=None))
+    again = run_hybrid(overrides, tmp_path / "run")
     assert again.returncode == 0, again.stderr
     assert [row["step"] for row in read_rows(tmp_path / "run")][-1] == 12
 
@@ -175,14 +188,14 @@ def test_a_launcher_that_is_killed(tmp_path, overrides):
 
 def test_a_run_that_never_comes_further(tmp_path, overrides):
     """The same end before the same checkpoint, started by something that always starts it again."""
-    argv = hybrid_command(overrides, tmp_path, "train.max_stalled_starts=1", ranks=None)
+    argv = (overrides, tmp_path, "train.max_stalled_starts=1")
     for _ in range(2):  # from the start, and from the checkpoint before the fault
-        assert run_with_fault(argv, "kill:0:5").returncode == -signal.SIGKILL
-    done = run_with_fault(argv, "kill:0:5")
+        assert run_hybrid(*argv, fault="kill:0:5").returncode == -signal.SIGKILL
+    done = run_hybrid(*argv, fault="kill:0:5")
     assert done.returncode == 93
     assert "was started 1 times from step 4 and never came to its next checkpoint" in done.stderr
     (tmp_path / "attempts.json").unlink()
-    assert run_with_fault(argv).returncode == 0
+    assert run_hybrid(*argv).returncode == 0
 
 
 class Clock:

@@ -1,14 +1,12 @@
 """Trainings killed by SIGKILL at any instant, in the middle of saves too, and started again."""
 
 import random
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from conftest import CONFIGS, command, environment, global_batches, run
+from conftest import CONFIGS, global_batches, run_forked, start_ranks
 from torch import Tensor
 
 from dist_contrastive import checkpoint
@@ -34,7 +32,7 @@ def weights(run_dir: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, overrides) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    done = run(command(CONFIG, *overrides(run_dir, *OPTIONS), ranks=2))
+    done = run_forked("train", CONFIG, *overrides(run_dir, *OPTIONS), number=2)
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -44,24 +42,24 @@ def started(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("*"))
 
 
-def kill_after(argv: list[str], run_dir: Path, wait_s: float) -> int | None:
-    """Start, wait until steps are being done and a random while longer, and kill all processes.
+def kill_after(options: list[str], ranks: int, run_dir: Path, wait_s: float) -> bool:
+    """Start, wait until steps are being done and a random while longer, and kill all ranks.
 
     Returns:
-        The exit code of a leg that came to its end before.
+        Whether none had come to its end before.
     """
-    process = subprocess.Popen(argv, env=environment(), start_new_session=True)
     before, deadline = started(run_dir), time.monotonic() + 240
-    while started(run_dir) == before and process.poll() is None:
+    processes = start_ranks("train", CONFIG, *options, number=ranks, log=Path(f"{run_dir}.log"))
+    while started(run_dir) == before and all(process.is_alive() for process in processes):
         assert time.monotonic() < deadline, "no step was done"
         time.sleep(0.005)
     time.sleep(wait_s)
-    if process.poll() is not None:
-        return process.returncode
-    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-        member.kill()
-    process.wait(240)
-    return None
+    was_training = all(process.is_alive() for process in processes)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(240)
+    return was_training
 
 
 @pytest.mark.parametrize("changing", [False, True], ids=["equal_ranks", "changing_ranks"])
@@ -70,13 +68,11 @@ def test_legs_end_with_the_weights_of_one_run(changing, tmp_path, overrides, uni
     1 to 3."""
     chance, legs = random.Random(changing), 5
     ranks = [chance.choice([1, 2, 3]) if changing else 2 for _ in range(legs)]
-    codes: list[int | None] = []
     run_dir = tmp_path / "legs"
-    for number in ranks[:-1]:
-        argv = command(CONFIG, *overrides(run_dir, *OPTIONS), ranks=number)
-        codes.append(kill_after(argv, run_dir, chance.uniform(0, 0.15)))
-    assert codes.count(None) >= 3, "killed too late to prove anything"
-    done = run(command(CONFIG, *overrides(run_dir, *OPTIONS), ranks=ranks[-1]))
+    options = overrides(run_dir, *OPTIONS)
+    killed = [kill_after(options, n, run_dir, chance.uniform(0, 0.15)) for n in ranks[:-1]]
+    assert sum(killed) >= 3, "killed too late to prove anything"
+    done = run_forked("train", CONFIG, *options, number=ranks[-1])
     assert done.returncode == 0, done.stderr
     expected, found = weights(uninterrupted), weights(run_dir)
     assert expected.keys() == found.keys()

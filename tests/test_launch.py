@@ -20,6 +20,7 @@ from conftest import (
     hybrid_command,
     newest_step,
     run,
+    run_forked,
     run_with_fault,
     with_fault,
 )
@@ -161,9 +162,8 @@ TOO_MANY = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}
 )
 def test_variables_that_are_left_over(left, is_told, tmp_path, overrides):
     """Of a shell in a pod, or of another program: the run trains alone, and says so."""
-    variables = [f"{name}={value}" for name, value in left.items()]
-    argv = command("train", ENCODER, *overrides(tmp_path, *SMALL, "train.steps=1"))
-    done = run(["env", *variables, *argv])
+    options = overrides(tmp_path, *SMALL, "train.steps=1")
+    done = run_forked("train", ENCODER, *options, env={**environment(), **left})
     assert done.returncode == 0, done.stderr
     assert ("it trains alone" in done.stderr) == is_told
     assert json.loads((tmp_path / "environment.json").read_text())["world_size"] == 1
@@ -174,8 +174,8 @@ def test_variables_that_are_left_over(left, is_told, tmp_path, overrides):
 )
 def test_variables_that_make_no_rank(wrong, tmp_path, overrides):
     rank = {**TOO_MANY, "LOCAL_RANK": "0", "MASTER_PORT": "29876", **wrong}
-    variables = [f"{name}={value}" for name, value in rank.items()]
-    done = run(["env", *variables, *command("train", ENCODER, *overrides(tmp_path, *SMALL))])
+    options = overrides(tmp_path, *SMALL)
+    done = run_forked("train", ENCODER, *options, env={**environment(), **rank})
     assert done.returncode == 64, done.stderr
     name, value = next(iter(wrong.items()))
     assert f"{name}={value}" in done.stderr
@@ -498,7 +498,7 @@ def test_a_run_directory_that_another_run_writes(tmp_path, overrides):
     holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout
     assert holder.stdout.readline() == "held\n"
-    done = run(command("train", ENCODER, *options))
+    done = run_forked("train", ENCODER, *options)
     assert done.returncode == 64
     expected = f"{tmp_path} is being written by process 7 on elsewhere; wait for its end, or choose"
     assert expected in done.stderr
@@ -563,7 +563,7 @@ def test_what_is_said_of_a_run(num_ranks, tmp_path, overrides):
 def test_what_is_said_at_the_end(tmp_path, overrides):
     run_dir = tmp_path / "my run"
     options = overrides(run_dir, *SMALL, "train.log_every=5")
-    done = run(command("train", ENCODER, *options))
+    done = run_forked("train", ENCODER, *options)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     steps = [line.split()[1] for line in lines if line.startswith("step ")]
@@ -571,7 +571,7 @@ def test_what_is_said_at_the_end(tmp_path, overrides):
     assert [row["step"] for row in read_rows(run_dir)] == [5, 10, 12]
     commands = f"dist-contrastive eval '{run_dir}' or dist-contrastive export '{run_dir}'"
     assert lines[-1] == f"done: 12 steps; next: {commands}"
-    again = run(command("train", ENCODER, *options, "data.test=null"))
+    again = run_forked("train", ENCODER, *options, "data.test=null")
     assert f"already; next: dist-contrastive export '{run_dir}'" in again.stderr
 
 

@@ -68,21 +68,21 @@ def test_what_is_wrong_is_refused_on_all_ranks(stage, tmp_path, overrides):
         assert "0.5 times its norm" in told[1]
 
 
-def trained(config: RunConfig) -> dict[str, Tensor]:
-    assert trainer.train(config) == 0
-    found = checkpoint.newest(config.run_dir / "checkpoints")
-    assert found is not None
-    return found.weights()
+def all_trained(cases: list[RunConfig]) -> list[dict[str, Tensor]]:
+    for config in cases:
+        assert trainer.train(config) == 0
+    return [checkpoint.run_newest(config.run_dir).weights() for config in cases]
 
 
 @pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=SLOW) for n in (1, 2)), 3])
 def test_it_leaves_nothing_behind(stage, tmp_path, overrides):
     """Weights of a run with the check are bitwise those of one without."""
-    both = []
+    cases = []
     for check in ("true", "false"):
         options = (f"train.self_check={check}", "optim.name=adamw")
         config = config_of("two_view", overrides, tmp_path / check, *options)
-        both.append(run_ranks(trained, 2, with_engine(config, stage, 5), timeout_s=GUARD_S)[0])
+        cases.append(with_engine(config, stage, 5))
+    both = run_ranks(all_trained, 2, cases, timeout_s=GUARD_S)[0]
     assert both[0].keys() == both[1].keys()
     for name, value in both[0].items():
         assert torch.equal(both[1][name], value), name
@@ -98,13 +98,12 @@ VIT = (
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), 3])
 def test_blocks_that_are_computed_again(stage, tmp_path, overrides):
     """Dropout and all: the same weights, in each engine."""
-    both = []
+    cases = []
     for again in (True, False):
         options = (f"backend.activation_checkpointing={again}", VIT)
         config = config_of("two_view", overrides, tmp_path / str(again), *options)
-        both.append(
-            run_ranks(all_three_steps, 2, [with_engine(config, stage, 5)], timeout_s=GUARD_S)[0][0]
-        )
+        cases.append(with_engine(config, stage, 5))
+    both = run_ranks(all_three_steps, 2, cases, timeout_s=GUARD_S)[0]
     assert worst(both[0].weights, both[1].weights)[0] < 1e-6
 
 

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, command, global_batches, run
+from conftest import CONFIGS, command, global_batches, run_forked
 from slurm_cluster import Cluster, cluster, last_step, submit, wait_for
 
 from dist_contrastive import checkpoint, trainer
@@ -49,13 +49,13 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert global_batches(found) == global_batches(expected)
 
 
-def test_two_nodes_train_what_torchrun_and_one_process_do(slurm, tmp_path, overrides):
+def test_two_nodes_train_what_one_machine_and_one_process_do(slurm, tmp_path, overrides):
     """The demo's encoder, over gloo, 2 nodes x 2 ranks."""
     options = overrides(tmp_path, "data.global_batch_size=256", "train.steps=20")
-    there, here = tmp_path / "slurm", tmp_path / "torchrun"
+    there, here = tmp_path / "slurm", tmp_path / "here"
     submit(ENCODER, *options, f"run_dir={there}", "--nodes", "2", "--tasks-per-node", "2")
     slurm.await_state(there, "COMPLETED")
-    done = run(command(ENCODER, *options, f"run_dir={here}", ranks=4))
+    done = run_forked("train", ENCODER, *options, f"run_dir={here}", number=4)
     assert done.returncode == 0, done.stderr
     alone = reference(tmp_path / "alone", options)
     assert_same_run(there, alone)
@@ -195,7 +195,7 @@ def test_one_job_for_a_run_directory(slurm, tmp_path, overrides, capsys):
     assert main(["submit", str(ENCODER), *options, "--no-doctor"]) == 64
     job = last_record(run_dir).job
     assert f"{run_dir} has job {job} already (RUNNING); wait for it" in capsys.readouterr().err
-    second = run(command("train", ENCODER, *options))
+    second = run_forked("train", ENCODER, *options)
     assert second.returncode == 64
     expected = rf"{run_dir} is being written by SLURM job {job} of process \d+ on \S+; wait for"
     assert re.search(expected, second.stderr), second.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CONFIGS, command, run
+from conftest import CONFIGS, run_forked
 
 from dist_contrastive.cli import main
 from dist_contrastive.config import load
@@ -215,7 +215,7 @@ def test_samples_unlike_the_first_end_all_ranks(name, tmp_path, digits, override
     data = f"data.train={packed(digits, tmp_path / 'data', change)}"
     options = [*overrides(tmp_path / "run"), data, "data.lanes=2", "data.shuffle_window=8"]
     options.append("data.global_batch_size=16")
-    done = run(command(CONFIGS / "digits_profiles.yaml", *options, ranks=2))
+    done = run_forked("train", CONFIGS / "digits_profiles.yaml", *options, number=2)
     assert done.returncode == 64, done.stderr
     assert done.stderr.count(words) == 2
     assert "Traceback" not in done.stderr
@@ -264,7 +264,7 @@ def test_rewards_that_cannot_be_used(function, code, rewards, tmp_path, override
 def test_a_reward_that_fails_on_one_rank_ends_both(rewards, tmp_path, overrides):
     options = [*overrides(tmp_path / "run"), *rewards]
     options.append("task.reward.function=my_rewards:fails_on_rank_1")
-    done = run(command(CONFIGS / f"{HYBRID}.yaml", *options, ranks=2))
+    done = run_forked("train", CONFIGS / f"{HYBRID}.yaml", *options, number=2)
     assert done.returncode == 64, done.stderr
     assert done.stderr.count("price list") == 2
     assert "Traceback" not in done.stderr

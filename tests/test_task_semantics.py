@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIGS, command, run
+from conftest import CONFIGS, run_forked
 from formulas import naive_cosine, naive_infonce, naive_supcon, naive_triplet
 from torch import Tensor, nn
 
@@ -488,7 +488,7 @@ def test_norms_do_not_depend_on_the_ranks(metrics, overrides, tmp_path):
     """Two ranks, of which the first has all labels."""
     folder = tmp_path / "run"
     options = overrides(folder, TINY, *RUN)
-    done = run(command(CONFIGS / "digits_hybrid.yaml", *options, ranks=2))
+    done = run_forked("train", CONFIGS / "digits_hybrid.yaml", *options, number=2)
     assert done.returncode == 0, done.stderr
     for name in (*(f"embedding_grad_norm/{term}" for term in WEIGHTS), "grad_norm"):
         several = [row[name] for row in read_rows(folder)]

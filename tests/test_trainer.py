@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import CONFIGS, command, environment, global_batches, run
+from conftest import CONFIGS, command, environment, global_batches, run, run_forked
 
 from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
@@ -92,7 +92,7 @@ LONGER = ("train.steps=60", "train.save_every=20", "data.num_workers=1")
 def longer_run(tmp_path_factory, overrides) -> Path:
     """An uninterrupted run on two ranks."""
     run_dir = tmp_path_factory.mktemp("runs") / "longer"
-    done = run(command(ENCODER, *overrides(run_dir, *LONGER), ranks=2))
+    done = run_forked("train", ENCODER, *overrides(run_dir, *LONGER), number=2)
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -102,7 +102,8 @@ def longer_run(tmp_path_factory, overrides) -> Path:
 )
 def test_signals_over_two_ranks(kill, tmp_path, overrides, longer_run):
     """SIGTERM saves and asks to be started again (75); SIGKILL loses only unsaved steps."""
-    argv = command(ENCODER, *overrides(tmp_path / "legs", *LONGER), ranks=2)
+    options = overrides(tmp_path / "legs", *LONGER)
+    argv = command(ENCODER, *options, ranks=2)
     process = subprocess.Popen(argv, env=environment(), start_new_session=True)
     wait_for_step(tmp_path / "legs", 23, process)
     if kill == signal.SIGTERM:
@@ -111,7 +112,7 @@ def test_signals_over_two_ranks(kill, tmp_path, overrides, longer_run):
     else:
         kill_group(process)
         assert checkpoint.newest(tmp_path / "legs" / "checkpoints").progress.step == 20
-    again = run(argv)
+    again = run_forked("train", ENCODER, *options, number=2)
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stderr
     assert_bitwise_equal(weights(longer_run), weights(tmp_path / "legs"))
@@ -139,7 +140,7 @@ def kill_group(process: subprocess.Popen) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_not_finite_ends_with_70(ranks, tmp_path, overrides):
     options = overrides(tmp_path / "run", "optim.lr=1e25", "optim.warmup_steps=0")
-    done = run(command(ENCODER, *options, ranks=ranks))
+    done = run_forked("train", ENCODER, *options, number=ranks)
     assert done.returncode == 70, done.stderr
     assert "step 2: NaN, infinity or " in done.stderr
     for rank in range(ranks):
@@ -179,7 +180,7 @@ def test_damaged_sample_ends_all_ranks_with_64(tmp_path, digits, overrides):
     data[int(image) + 600] ^= 1
     shard.write_bytes(data)
     epoch = ["train.steps=23", f"data.train={folder}", "data.max_skipped=0"]
-    done = run(command(ENCODER, *overrides(tmp_path / "run", *epoch), ranks=2))
+    done = run_forked("train", ENCODER, *overrides(tmp_path / "run", *epoch), number=2)
     assert done.returncode == 64
     assert done.stderr.count(f"shard {shard} is damaged or was changed") == 2
     assert "Traceback" not in done.stderr
@@ -263,6 +264,6 @@ def test_a_ring_of_two_ranks_trains_as_one_process(tmp_path, overrides):
     loss = "task.loss={name: siglip, keys_from: ring, impl: chunked, chunk_size: 7}"
     one, two = (overrides(tmp_path / name, "train.steps=4", loss) for name in ("one", "two"))
     assert main(["train", str(ENCODER), *one]) == 0
-    done = run(command(ENCODER, *two, ranks=2))
+    done = run_forked("train", ENCODER, *two, number=2)
     assert done.returncode == 0, done.stderr
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)

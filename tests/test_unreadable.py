@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CONFIGS, command, global_batches, run
+from conftest import CONFIGS, global_batches, run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -232,7 +232,7 @@ def test_training_lists_what_it_skips(tmp_path, overrides, damaged_digits):
     config = CONFIGS / "digits_encoder.yaml"
     epochs = ["train.steps=46", "train.log_every=46", f"data.train={damaged_digits}"]
     argv = [config, *overrides(tmp_path / "run", *epochs, "data.max_skipped=8")]
-    two = run(command(*argv, "train.log_every=1", "data.num_workers=1", ranks=2))
+    two = run_forked("train", *argv, "train.log_every=1", "data.num_workers=1", number=2)
     assert two.returncode == 0, two.stderr
     rows = skipped_rows(tmp_path / "run")
     assert {row["sample"] for row in rows} == set(range(20, 1437, 180))
@@ -242,7 +242,8 @@ def test_training_lists_what_it_skips(tmp_path, overrides, damaged_digits):
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
     assert sum(told(two.stderr)) == 8  # each once
     assert read_rows(tmp_path / "run")[-1]["skipped"] == 8
-    one = run(command("train", config, *overrides(tmp_path / "one", *epochs, "data.max_skipped=8")))
+    options = overrides(tmp_path / "one", *epochs, "data.max_skipped=8")
+    one = run_forked("train", config, *options)
     assert one.returncode == 0, one.stderr
     assert sum(told(one.stderr)) == 8
     assert len(told(one.stderr)) <= 2  # one line for each row that is shown
@@ -255,7 +256,7 @@ def test_the_bound_holds_over_ranks_and_resumes(tmp_path, overrides, damaged_dig
     """No rank alone skips more than 7; together, and after a resume, they are 8."""
     config = CONFIGS / "digits_encoder.yaml"
     epoch = ["train.steps=23", f"data.train={damaged_digits}", "data.max_skipped=7"]
-    done = run(command(config, *overrides(tmp_path / "run", *epoch), ranks=2))
+    done = run_forked("train", config, *overrides(tmp_path / "run", *epoch), number=2)
     assert done.returncode == 64, done.stderr
     assert done.stderr.count("8 samples cannot be read, more than max_skipped=7: in ") == 2
     assert len(skipped_rows(tmp_path / "run")) == 8
