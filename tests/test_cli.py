@@ -354,18 +354,6 @@ def test_errors_of_a_rank_name_it(monkeypatch, capsys):
     assert capsys.readouterr().err == "dist-contrastive, rank 3: lr=-1 is below 0\n"
 
 
-def test_plain_torchrun_equals_launch_local(tmp_path, overrides):
-    from dist_contrastive.metrics import read_rows
-
-    argv = command("train", ENCODER, *overrides(tmp_path / "torchrun", "train.steps=3"))
-    torchrun = [argv[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    assert run([*torchrun, *argv[1:]]).returncode == 0
-    local_argv = command(ENCODER, *overrides(tmp_path / "local", "train.steps=3"), ranks=2)
-    assert run(local_argv).returncode == 0
-    losses = [[row["loss"] for row in read_rows(tmp_path / n)] for n in ("torchrun", "local")]
-    assert losses[0] == losses[1]
-
-
 def test_readme_example_runs(tmp_path):
     code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
     assert "assert" in code.strip().splitlines()[-1]

@@ -401,13 +401,14 @@ def reductions_of(cases: list[RunConfig]) -> list[int]:
     return found
 
 
-def test_a_cached_step_reduces_as_often_as_a_plain_one(tmp_path, overrides):
+@pytest.mark.parametrize(
+    "stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3]
+)
+def test_a_cached_step_reduces_as_often_as_a_plain_one(stage, tmp_path, overrides):
     """Asked of gloo itself: four micro-batches send their gradients once."""
     cases = [
-        with_engine(config_of("two_view", overrides, tmp_path / f"{stage}-{size}"), stage, size)
-        for stage in range(4)
+        with_engine(config_of("two_view", overrides, tmp_path / str(size)), stage, size)
         for size in (None, 3)  # of 12 rows
     ]
-    for counts in run_ranks(reductions_of, 2, cases, timeout_s=GUARD_S):
-        assert counts[::2] == counts[1::2]
-        assert min(counts) > 0
+    for plain, cached in run_ranks(reductions_of, 2, cases, timeout_s=GUARD_S):
+        assert plain == cached > 0

@@ -528,10 +528,15 @@ def test_a_run_that_was_written_while_it_was_opened(tmp_path, overrides, monkeyp
 # ------------------------------------------------------------------ launch.local
 
 
-def test_what_ranks_write_is_kept(tmp_path, overrides):
-    done = run(command(ENCODER, *overrides(tmp_path, *SMALL), ranks=2))
+def test_launch_local_is_plain_torchrun_and_keeps_what_ranks_write(tmp_path, overrides):
+    argv = command("train", ENCODER, *overrides(tmp_path / "torchrun", *SMALL))
+    torchrun = [argv[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert run([*torchrun, *argv[1:]]).returncode == 0
+    done = run(command(ENCODER, *overrides(tmp_path / "local", *SMALL), ranks=2))
     assert done.returncode == 0, done.stderr
-    logs = {p.name.split(".", 1)[1]: p.read_text() for p in (tmp_path / "logs").iterdir()}
+    losses = [[row["loss"] for row in read_rows(tmp_path / n)] for n in ("torchrun", "local")]
+    assert losses[0] == losses[1]
+    logs = {p.name.split(".", 1)[1]: p.read_text() for p in (tmp_path / "local/logs").iterdir()}
     assert sorted(logs) == ["rank-0.err", "rank-0.out", "rank-1.err", "rank-1.out"]
     assert "step 12/12" in logs["rank-0.err"]
     assert logs["rank-0.err"] in done.stderr
@@ -703,8 +708,8 @@ def test_accelerate_launch_of_what_the_config_does_not_say(
 # ------------------------------------------------------------------ submitit without SLURM
 
 
-def submit_here(overrides: list[str], *flags: str) -> None:
-    fixed = ["--cluster", "local", "--tasks-per-node", "2", "--no-doctor"]
+def submit_here(overrides: list[str], *flags: str, ranks: int = 2) -> None:
+    fixed = ["--cluster", "local", "--tasks-per-node", str(ranks), "--no-doctor"]
     submit = [sys.executable, "-m", "launch.slurm", "submit", str(ENCODER)]
     env = {**environment(), "PYTHONPATH": str(CONFIGS.parent)}
     done = subprocess.run([*submit, *overrides, *fixed, *flags], env=env, stdout=subprocess.DEVNULL)
@@ -723,22 +728,18 @@ def test_a_chain_of_time_limits(limit, tmp_path, overrides, capsys):
     """Told to save, requeued, finished; nothing lost or repeated. Told by this test as submitit
     tells it before the limit, or by submitit itself, half a minute after each start."""
     run_dir = tmp_path / "run"
-    steps = 120 if limit == "told" else 1200
+    steps = 60 if limit == "told" else 1200
     options = overrides(run_dir, *SMALL, f"train.steps={steps}", "data.num_workers=1")
     limits = ("60", "5") if limit == "told" else ("1", "30")
     submit_here(options, "--time", limits[0], "--signal-lead-s", limits[1])
-    for step in (5, 20) if limit == "told" else ():
-        await_step(run_dir, step)
+    if limit == "told":
+        await_step(run_dir, 5)
         for process in ranks_of(last_record(run_dir)):
             process.send_signal(signal.SIGUSR2)
-        deadline = time.monotonic() + 240
-        while newest_step(run_dir) < step:
-            assert time.monotonic() < deadline, told_by(run_dir)
-            time.sleep(0.05)
     await_step(run_dir, steps)
     assert main(["logs", str(run_dir), "-f"]) == 0  # to its end
     assert f"step {steps}/{steps}" in capsys.readouterr().out
-    assert told_by(run_dir).count("going on from step") == 2 or limit == "hit"
+    assert told_by(run_dir).count("going on from step") == 1 or limit == "hit"
     alone = tmp_path / "alone"
     assert trainer.train(configs.load(ENCODER, [*options, f"run_dir={alone}"])) == 0
     found, expected = ([row["loss"] for row in read_rows(x)] for x in (run_dir, alone))
@@ -777,7 +778,7 @@ def test_a_job_that_changes_its_run(tmp_path, overrides, capsys):
     """Resumed with more steps and another rate, then told to save and requeued: the change is made
     once; later jobs go on with what the run is by then."""
     run_dir, options = tmp_path / "run", overrides(tmp_path / "run", *SMALL, "train.steps=4")
-    submit_here(options)
+    submit_here(options, ranks=1)
     await_step(run_dir, 4)
     await_end(run_dir)
     assert main(["resume", str(run_dir), "--no-doctor", "train.steps=60", "optim.lr=0.01"]) == 64

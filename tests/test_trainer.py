@@ -147,17 +147,6 @@ def test_not_finite_ends_with_70(ranks, tmp_path, overrides):
         assert f"{128 // ranks} of {128 // ranks} rows of views on rank {rank}" in done.stderr
 
 
-def test_a_killed_rank_ends_the_others(tmp_path, overrides):
-    argv = command(ENCODER, *overrides(tmp_path / "run", "train.steps=5000"), ranks=2)
-    process = subprocess.Popen(argv, env=environment(), start_new_session=True)
-    wait_for_step(tmp_path / "run", 2, process)
-    ranks = psutil.Process(process.pid).children()
-    rank = next(p for p in ranks if p.environ().get("RANK") == "1")
-    rank.kill()
-    assert process.wait(240) == 128 + signal.SIGKILL
-    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
-
-
 def test_run_dir_that_cannot_be_written(tmp_path, overrides):
     (tmp_path / "file").touch()
     config = configs.load(ENCODER, overrides(tmp_path / "file" / "run"))
