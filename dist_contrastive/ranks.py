@@ -148,7 +148,7 @@ def run_ranks(
             for number in range(world_size):
                 ours, theirs = context.Pipe(duplex=False)
                 arguments = (call, number, world_size, f"{folder}/store", timeout_s, theirs)
-                process = context.Process(target=_rank_main, args=arguments, daemon=True)
+                process = context.Process(target=_rank_main, args=arguments)  # may have workers
                 process.start()
                 theirs.close()
                 ranks.append((process, ours))

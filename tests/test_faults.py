@@ -89,7 +89,7 @@ def test_nan_in_one_batch(tmp_path, overrides):
 
 
 def test_weights_that_are_not_finite(tmp_path, overrides):
-    done = run_hybrid(overrides, tmp_path, fault="nan_weights:1:5", number=2)
+    done = run_with_fault(hybrid_command(overrides, tmp_path), "nan_weights:1:5")
     assert done.returncode == 70, done.stderr
     assert newest_step(tmp_path) == 4
 
