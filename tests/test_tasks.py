@@ -162,10 +162,12 @@ def curve_of(name: str) -> tuple[int, list[str]]:
     """How many steps its curve has, and overrides: points cost nothing."""
     data = SETTINGS[name].data
     are_points = data.image == "npy"
-    steps = 30 if are_points else 4
+    steps = 12 if are_points else 4
     # Small batches of a young generator amplify rounding; balanced ones fit no smaller one.
     batch = data.global_batch_size if are_points or data.balance else 128
     size = [f"train.steps={steps}", f"data.global_batch_size={batch}"]
+    if name == "glyphs_generator":
+        size += ["task.generator.width=8", "task.bank.positives=4"]
     return steps, [*size, "optim.warmup_steps=20", "train.log_every=1"]
 
 
