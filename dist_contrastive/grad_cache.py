@@ -9,11 +9,11 @@ time is that of one more forward pass (4/3 of a plain step's).
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_contrastive.collectives.schema import as_embeddings
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.random_states import replayed
 
@@ -33,14 +33,13 @@ class GradCache:
             the same both times, and may have no lasting effect.
         num_parts: 1 or more.
 
-    Raises:
-        ConfigError: there is no part, or embed returns something else than embeddings.
+    Raises: ConfigError, there is no part, or embed returns something else than embeddings.
     """
 
     def __init__(self, embed: Callable[[int], Embeddings | Tensor], num_parts: int) -> None:
         if num_parts < 1:
             raise ConfigError(f"num_parts={num_parts} leaves nothing to embed; give 1 or more")
-        self._embed, self.num_parts = replayed(lambda part: _checked(embed(part))), num_parts
+        self._embed, self.num_parts = replayed(lambda part: as_embeddings(embed(part))), num_parts
         self._grads: list[tuple[Tensor, ...]] = []  # of each part's embeddings
         self._direct: list[tuple[Tensor, Tensor]] = []
         self._off: list[Tensor] = []  # differences of the embeddings of both passes
@@ -67,7 +66,7 @@ class GradCache:
         ]
         self._grads = list(zip(*of_embeddings, strict=True))
         self._direct = [
-            (p, grad) for p, grad in zip(trained, grads[count:], strict=True) if grad is not None
+            (p, g) for p, g in zip(trained, grads[count:], strict=True) if g is not None
         ]
 
     def replay(self, part: int) -> Tensor:
@@ -76,8 +75,7 @@ class GradCache:
         The last part brings that of the loss's own parameters, so that an engine which reduces over
         ranks with the last backward reduces it too.
 
-        Raises:
-            ConfigError: when all parts are replayed: one was embedded in another way than before.
+        Raises: ConfigError, once all parts are replayed: one was embedded in another way.
         """
         embeddings = self._embed(part)
         self._compare_passes(part, embeddings)
@@ -92,31 +90,10 @@ class GradCache:
         rows = slice(sum(self._sizes[:part]), sum(self._sizes[: part + 1]))
         for x, y in zip(embeddings, (x[rows] for x in self.embeddings), strict=True):
             self._off.append((x - y).norm() / y.norm().clamp(min=torch.finfo(y.dtype).tiny))
-        if len(self._off) < self.num_parts * len(embeddings):
-            return  # compared once a step, since that waits for the device
-        if (worst := float(torch.stack(self._off).max())) > _LIMIT:
+        is_last = len(self._off) == self.num_parts * len(embeddings)  # it waits for the device
+        if is_last and (worst := float(torch.stack(self._off).max())) > _LIMIT:
             raise ConfigError(
                 f"embed gave other embeddings the second time, off by {worst:.2g} of their norm "
                 f"(limit {_LIMIT:g}): its gradient would be wrong; let it depend on the part "
                 f"alone, and draw random numbers from the global generators, which are replayed"
             )
-
-
-def _checked(returned: Any) -> Embeddings:
-    embeddings = (returned,) if isinstance(returned, Tensor) else returned
-    if isinstance(embeddings, tuple | list):
-        are_rows = (isinstance(x, Tensor) and x.is_floating_point() and x.dim() for x in embeddings)
-        if all(are_rows) and len({len(x) for x in embeddings}) == 1:
-            return tuple(embeddings)
-    raise ConfigError(
-        f"embed returned {_kinds(returned)}; return floating tensors [rows, ...] alone, of the "
-        f"same rows, and give labels to the loss itself"
-    )
-
-
-def _kinds(returned: Any) -> str:
-    if isinstance(returned, tuple | list):
-        return f"({', '.join(map(_kinds, returned))})"
-    if isinstance(returned, Tensor):
-        return f"{returned.dtype} {list(returned.shape)}"
-    return type(returned).__name__

@@ -25,6 +25,7 @@ from dist_contrastive.cli.app import (
     Overrides,
     examples,
     new_app,
+    quick_imports,
     run,
 )
 from dist_contrastive.cli.exit_codes import run_rank
@@ -112,8 +113,9 @@ def _local(
 
 def _checked_run_dir(config: str, overrides: list[str], world_size: int, change: bool) -> Path:
     """The run directory of a config that can be started."""
-    from dist_contrastive import trainer
-    from dist_contrastive.config import load
+    with quick_imports():
+        from dist_contrastive import trainer
+        from dist_contrastive.config import load
 
     loaded = load(config, overrides)
     trainer.check(loaded, world_size, change)

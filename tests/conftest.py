@@ -37,6 +37,19 @@ DATA_SETS: dict[str, Callable[[Path], object]] = {  # small ones, by the folder 
 }
 
 
+FIRST = [  # the files that take longest, so that all workers of pytest-xdist end together
+    *("test_slurm", "test_launch", "test_faults", "test_trainer", "test_engines", "test_tasks"),
+    *("test_hostile", "test_remote", "test_changes", "test_contract", "test_self_check"),
+    *("test_kill", "test_doctor", "test_drift", "test_cli", "test_fuzz", "test_force_ranks"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    last = len(FIRST)
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, last))
+
+
 @pytest.fixture(autouse=True)
 def search_path_of_scripts() -> Iterator[None]:
     """What commands set for the processes that they start ends with the test that ran them."""

@@ -1,5 +1,7 @@
 """The check before the first step finds what is wrong, and leaves nothing behind."""
 
+import itertools
+
 import pytest
 import torch
 from test_engines import GUARD_S, TASKS, all_three_steps, config_of, with_engine, worst
@@ -39,13 +41,18 @@ def all_checked(cases: list[RunConfig], faults: list[str]) -> list[str]:
     return [checked(config, fault) for config in cases for fault in faults]
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=SLOW), 3])
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=SLOW), 3])
-def test_every_task_passes(stage, world_size, tmp_path, overrides):
+QUICK = {(0, 3, "plain"), (0, 3, "cached"), (3, 3, "cached")}
+MATRIX = [
+    pytest.param(*way, marks=[SLOW] * (way not in QUICK))
+    for way in itertools.product((0, 2, 3), (1, 3), MICRO)
+]
+
+
+@pytest.mark.parametrize(("stage", "world_size", "kind"), MATRIX)
+def test_every_task_passes(stage, world_size, kind, tmp_path, overrides):
     cases = [
-        with_engine(config_of(name, overrides, tmp_path / name / kind), stage, size)
+        with_engine(config_of(name, overrides, tmp_path / name), stage, MICRO[kind])
         for name in TASKS
-        for kind, size in MICRO.items()
     ]
     for told in run_ranks(all_checked, world_size, cases, [""], timeout_s=GUARD_S):
         for config, text in zip(cases, told, strict=True):

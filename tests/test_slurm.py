@@ -127,6 +127,7 @@ def test_scancel_saves(slurm, tmp_path, overrides):
     assert saved(run_dir) == last_step(run_dir)
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_two_at_a_time(slurm, tmp_path, overrides, capsys):
     """An array of four, and a table of what came out."""
     root = tmp_path / "sweep"

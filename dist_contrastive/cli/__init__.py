@@ -15,6 +15,7 @@ from dist_contrastive.cli.app import (
     SeveralValues,
     examples,
     new_app,
+    quick_imports,
     run,
 )
 from dist_contrastive.errors import ConfigError
@@ -67,8 +68,11 @@ def _common(
 )
 def _train(config: ConfigFile, overrides: Overrides = None, change: MayChange = False) -> int:
     """Train, or go on with the run in run_dir."""
-    from dist_contrastive import trainer
-    from dist_contrastive.config import load
+    with quick_imports():
+        import torch._dynamo  # noqa: F401  the first optimizer does
+
+        from dist_contrastive import trainer
+        from dist_contrastive.config import load
 
     return trainer.train(load(config, overrides or []), change=change)
 
@@ -83,8 +87,9 @@ def _doctor(
     change: MayChange = False,
 ) -> int:
     """Check all that training needs, without training."""
-    from dist_contrastive.config import load
-    from dist_contrastive.trainer.checks import Finding, examine
+    with quick_imports():
+        from dist_contrastive.config import load
+        from dist_contrastive.trainer.checks import Finding, examine
 
     if not 1 <= ranks <= MOST_RANKS:
         raise ConfigError(f"--ranks {ranks} is not 1 to {MOST_RANKS}; give the ranks of the run")
@@ -104,7 +109,8 @@ def _evaluate(
     trust: _Trust = False,
 ) -> None:
     """Measure trained runs, print one table."""
-    from dist_contrastive.runs import evaluate_runs, print_table
+    with quick_imports():
+        from dist_contrastive.runs import evaluate_runs, print_table
 
     print_table(evaluate_runs(runs, trust))
 

@@ -1,11 +1,13 @@
 """Command lines by typer: their form, their errors, and options that take several values."""
 
 import functools
+import gc
 import inspect
 import io
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -98,6 +100,17 @@ def with_options(
         return with_flags
 
     return decorate
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """No garbage collection while torch is imported: it makes a million objects and no garbage,
+    and looking through them is a sixth of the start of a training."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def examples(*lines: str) -> str:

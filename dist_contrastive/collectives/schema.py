@@ -347,3 +347,28 @@ def _check_finite(embeddings: dict[str, Embeddings], headers: dict[str, Headers]
             f"NaN, infinity or squares that overflow in {', '.join(bad)}; look at the samples and "
             f"the learning rate"
         )
+
+
+def as_embeddings(returned: Any) -> tuple[Tensor, ...]:
+    """What a function of the user's returned, as floating tensors of the same rows.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    embeddings = (returned,) if isinstance(returned, Tensor) else returned
+    if isinstance(embeddings, tuple | list):
+        are_rows = (isinstance(x, Tensor) and x.is_floating_point() and x.dim() for x in embeddings)
+        if all(are_rows) and len({len(x) for x in embeddings}) == 1:
+            return tuple(embeddings)
+    raise ConfigError(
+        f"embed returned {_kinds(returned)}; return floating tensors [rows, ...] alone, of the "
+        f"same rows, and give labels to the loss itself"
+    )
+
+
+def _kinds(returned: Any) -> str:
+    if isinstance(returned, tuple | list):
+        return f"({', '.join(map(_kinds, returned))})"
+    if isinstance(returned, Tensor):
+        return f"{returned.dtype} {list(returned.shape)}"
+    return type(returned).__name__

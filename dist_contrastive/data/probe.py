@@ -25,45 +25,48 @@ def probe(data: TrainingData, max_skipped: int, consumed: int) -> str:
         DataError: more of them cannot be read than may be skipped, or would be; one is not of the
             shape of the first; or all have the same image or the same text.
     """
-    bad, read, begin = list[str](), list[Samples](), time.monotonic()
-    looked = 0
+    bad, begin, looked, blank = list[str](), time.monotonic(), 0, 0
+    first: Samples | None = None
+    same = {"data.image", "data.pair"}  # fields that hold the same in all
     for number in spread(len(data.index), _SAMPLES):
         if looked and time.monotonic() - begin > _LONGEST_S:
             break
         looked += 1
         try:
-            read.append(_read(data, number))
+            sample = _read(data, number)
         except UnreadableSample as error:
             bad.append(str(error))
+            continue
+        blank += isinstance(sample.pair, tuple) and not sample.pair[0].strip()
+        first = sample if first is None else first
+        same -= set() if sample is first else _different(sample, first)
     all_of_them = min(consumed, len(data.index)) * len(bad) / looked
     if len(bad) > max_skipped or (all_of_them > max_skipped and len(bad) >= _FEW):
         raise DataError(
             f"{len(bad)} of {looked} samples looked at cannot be read, and the run may meet more "
             f"than data.max_skipped={max_skipped}; first: {bad[0]}"
         )
-    _refuse_equal(read)
+    if same and looked - len(bad) > 1:
+        raise DataError(
+            f"all {looked - len(bad)} samples looked at hold the same in {min(same)}, so that "
+            f"nothing can be learned; name another field, or look at the data with "
+            f"`shards inspect --sheet`"
+        )
     unreadable = f", of which {len(bad)} cannot be read: {bad[0]}" if bad else ""
-    blank = sum(isinstance(x.pair, tuple) and not x.pair[0].strip() for x in read)
     texts = f"; {blank} have a blank text" if blank else ""
     return f"{looked} looked at, spread evenly{unreadable}{texts}"
+
+
+def _different(sample: Samples, first: Samples) -> set[str]:
+    """Fields of which these two do not hold the same; those without a text differ."""
+    are_texts = isinstance(first.pair, tuple)
+    return {
+        *(["data.image"] if not torch.equal(sample.images, first.images) else []),
+        *(["data.pair"] if not are_texts or sample.pair != first.pair else []),
+    }
 
 
 def _read(data: TrainingData, number: int) -> Samples:
     sample = data.index.read(number, data.fields.names)
     row = data.fields.prepare({"__epoch__": 0, "__index__": number, **sample})
     return data.samples(collate([row]))
-
-
-def _refuse_equal(read: list[Samples]) -> None:
-    if len(read) < 2:
-        return
-    first = read[0]
-    names = {"data.image": all(torch.equal(x.images, first.images) for x in read)}
-    if isinstance(first.pair, tuple):
-        names["data.pair"] = all(x.pair == first.pair for x in read)
-    for name, are_equal in names.items():
-        if are_equal:
-            raise DataError(
-                f"all {len(read)} samples looked at hold the same in {name}, so that nothing can "
-                f"be learned; name another field, or look at the data with `shards inspect --sheet`"
-            )

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from dist_contrastive import collectives, pairwise
 from dist_contrastive.collectives import Embeddings, GradReduction, Group, Sizes
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.scale import TEMPERATURES, Scale, check_start
-from dist_contrastive.losses.scale import clamp_scales as clamp_scales  # its place was here
+from dist_contrastive.losses.scale import TEMPERATURES, Scale, check_start, refuse_parameters
 from dist_contrastive.pairwise import Impl, KeysFrom, Pairs, Reduction
 from dist_contrastive.settings import ComponentSettings, settings_from, signature_of
 
@@ -80,11 +79,7 @@ class PairLoss(nn.Module):
         super().__init__()
         if grad_reduction not in get_args(GradReduction):
             raise ConfigError(f"grad_reduction={grad_reduction!r} is not known; use mean or sum")
-        if any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *settings.values())):
-            raise ConfigError(
-                f"{type(self).__name__} was given a setting that requires a gradient, which no "
-                f"number gets; give the number, and learnable=True where it is to be learned"
-            )
+        refuse_parameters(type(self).__name__, (*args, *settings.values()))
         self.settings = settings_from(type(self).Config, args, settings)
         self.keys_from: KeysFrom = self.settings.keys_from
         self.impl: Impl = self.settings.impl

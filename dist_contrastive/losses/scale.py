@@ -1,11 +1,14 @@
 """Scale of similarities, 1 / temperature: constant, or learnable within limits."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_contrastive import collectives
+from dist_contrastive.errors import ConfigError
 
 # What a learnable scale is kept within: CLIP's upper limit (arXiv 2103.00020, section 2.5), and a
 # temperature of 1.
@@ -18,6 +21,15 @@ def check_start(name: str, value: float, lowest: float, highest: float) -> None:
         raise ValueError(
             f"{name}={value:g} is learnable, hence kept from {lowest:g} to {highest:g}; "
             f"start it there, or set learnable to false"
+        )
+
+
+def refuse_parameters(loss: str, values: Iterable[Any]) -> None:
+    """Refuse settings that are to be learned, and would be constants. Raises: ConfigError."""
+    if any(isinstance(x, Tensor) and x.requires_grad for x in values):
+        raise ConfigError(
+            f"{loss} was given a setting that requires a gradient, which no number gets; give the "
+            f"number, and learnable=True where it is to be learned"
         )
 
 

@@ -175,7 +175,7 @@ FAULTS = [
     ),
     (
         "a blank is a text",
-        f"{PACKING}/columns.py",
+        "dist_contrastive/data/classes.py",
         "return not value.strip()",
         "return False",
         (f"{T}::test_missing_values_are_left_out_and_counted",),
