@@ -18,7 +18,6 @@ from dist_contrastive.errors import ConfigError
 from dist_contrastive.random_states import replayed
 
 Embeddings = tuple[Tensor, ...]
-
 _LIMIT = 1e-2  # relative difference of embeddings: rounding is far below, other dropout above
 
 
@@ -65,9 +64,8 @@ class GradCache:
             for x, grad in zip(self.embeddings, grads[:count], strict=True)
         ]
         self._grads = list(zip(*of_embeddings, strict=True))
-        self._direct = [
-            (p, g) for p, g in zip(trained, grads[count:], strict=True) if g is not None
-        ]
+        direct = zip(trained, grads[count:], strict=True)
+        self._direct = [(p, grad) for p, grad in direct if grad is not None]
 
     def replay(self, part: int) -> Tensor:
         """A scalar whose gradient is the part's share of the gradient of the loss.
