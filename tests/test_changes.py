@@ -172,11 +172,11 @@ def test_precision_changes_there_and_back(options, tmp_path):
     assert checkpoint.run_newest(tmp_path / "run").progress.step == 4
 
 
-def test_changes_by_a_launcher_on_two_ranks(options, tmp_path):
+def test_changes_on_two_ranks(options, tmp_path):
     assert run_forked("train", ENCODER, *options, number=2).returncode == 0
     for flags, code in (([], 64), (["--change"], 0)):
         more = ["train.steps=6", "optim.lr=0.01"]
-        done = run(command(ENCODER, *options, *more, *flags, ranks=2))
+        done = run_forked("train", ENCODER, *options, *more, *flags, number=2)
         assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert changes.read_changes(tmp_path / "run")[0].settings == {

@@ -125,7 +125,7 @@ def reference(tmp_path_factory, overrides):
     return outcomes
 
 
-QUICK = {("ZeRO 2", 3), ("ZeRO 3", 3)}
+QUICK = {("ZeRO 3", 3)}  # the other stages: below, where steps are bad and engines change
 MATRIX = [
     pytest.param(
         engine,

@@ -528,13 +528,12 @@ def test_a_run_that_was_written_while_it_was_opened(tmp_path, overrides, monkeyp
 # ------------------------------------------------------------------ launch.local
 
 
-def test_launch_local_is_plain_torchrun_and_keeps_what_ranks_write(tmp_path, overrides):
-    argv = command("train", ENCODER, *overrides(tmp_path / "torchrun", *SMALL))
-    torchrun = [argv[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    assert run([*torchrun, *argv[1:]]).returncode == 0
+def test_launch_local_trains_as_its_ranks_alone_and_keeps_what_they_write(tmp_path, overrides):
+    alone = overrides(tmp_path / "alone", *SMALL)
+    assert run_forked("train", ENCODER, *alone, number=2).returncode == 0
     done = run(command(ENCODER, *overrides(tmp_path / "local", *SMALL), ranks=2))
     assert done.returncode == 0, done.stderr
-    losses = [[row["loss"] for row in read_rows(tmp_path / n)] for n in ("torchrun", "local")]
+    losses = [[row["loss"] for row in read_rows(tmp_path / n)] for n in ("alone", "local")]
     assert losses[0] == losses[1]
     logs = {p.name.split(".", 1)[1]: p.read_text() for p in (tmp_path / "local/logs").iterdir()}
     assert sorted(logs) == ["rank-0.err", "rank-0.out", "rank-1.err", "rank-1.out"]
@@ -600,6 +599,7 @@ def test_restarts_have_an_end(tmp_path, overrides):
     assert done.stderr.count("starting again") == 2
 
 
+@pytest.mark.slow  # nodes of SLURM meet in test_slurm.py
 def test_two_machines_meet(tmp_path, overrides, free_port):
     """Two launchers, one rank each, and a rank that is killed: both start again."""
     options = ["--machines", "2", "--rdzv", f"127.0.0.1:{free_port}", "--restarts", "1"]
@@ -723,7 +723,8 @@ def await_step(run_dir: Path, step: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("limit", ["told", pytest.param("hit", marks=pytest.mark.slow)])
+@pytest.mark.slow  # a job that is told to save goes on below, and on a real SLURM in test_slurm.py
+@pytest.mark.parametrize("limit", ["told", "hit"])
 def test_a_chain_of_time_limits(limit, tmp_path, overrides, capsys):
     """Told to save, requeued, finished; nothing lost or repeated. Told by this test as submitit
     tells it before the limit, or by submitit itself, half a minute after each start."""

@@ -102,7 +102,7 @@ VIT = (
 )
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=SLOW)])
 def test_blocks_that_are_computed_again(stage, tmp_path, overrides):
     """Dropout and all: the same weights, in each engine."""
     cases = []

@@ -49,6 +49,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert global_batches(found) == global_batches(expected)
 
 
+@pytest.mark.slow  # two nodes are compared with one process below, too
 def test_two_nodes_train_what_one_machine_and_one_process_do(slurm, tmp_path, overrides):
     """The demo's encoder, over gloo, 2 nodes x 2 ranks."""
     options = overrides(tmp_path, "data.global_batch_size=256", "train.steps=20")
