@@ -41,6 +41,8 @@ FIRST = [  # the files that take longest, so that all workers of pytest-xdist en
     *("test_slurm", "test_launch", "test_faults", "test_trainer", "test_engines", "test_tasks"),
     *("test_hostile", "test_remote", "test_changes", "test_contract", "test_self_check"),
     *("test_kill", "test_doctor", "test_drift", "test_cli", "test_fuzz", "test_force_ranks"),
+    *("test_unreadable", "test_supervision_refusals", "test_memory", "test_stream", "test_ledger"),
+    *("test_training_benchmark", "test_supervision_benchmark", "test_task_semantics"),
 ]
 
 
