@@ -143,6 +143,9 @@ def check_size(image: Image.Image) -> None:
 
 def _orientation(image: Image.Image) -> int:
     """How the stored rows and columns lie, 1 to 8; 1, upright, where EXIF does not tell."""
+    has_tags = any("exif" in str(name).lower() or "xmp" in str(name).lower() for name in image.info)
+    if not has_tags and image.format != "TIFF":
+        return 1  # looking for it costs a tenth of the decoding of a small image
     try:
         orientation = int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a damaged tag raises nearly anything, and the pixels are sound
