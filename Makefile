@@ -20,10 +20,10 @@ demo: .venv/stamp
 	$(BIN)/dist-contrastive eval runs/digits_encoder runs/digits_generator
 
 test: .venv/stamp
-	$(BIN)/python -m pytest -n 3 --dist load --maxschedchunk 4
+	$(BIN)/python -m pytest -n 3 --dist load --maxschedchunk 1
 
 test-all: .venv/stamp
-	$(BIN)/python -m pytest -n 3 --dist load --maxschedchunk 4 -m "slow or not slow"
+	$(BIN)/python -m pytest -n 3 --dist load --maxschedchunk 1 -m "slow or not slow"
 
 test-slurm: .venv/stamp
 	$(BIN)/python -m pytest tests/test_slurm.py -m "slow or not slow"

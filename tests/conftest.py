@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -128,24 +129,64 @@ def run(argv: list[str], **options) -> subprocess.CompletedProcess[str]:
 ranks.PRELOADED += ["dist_contrastive.trainer", "dist_contrastive.cli", "deepspeed"]
 
 
-def start_ranks(
-    *args: str | Path, number: int, log: Path, env: dict[str, str] | None = None
-) -> list[multiprocessing.context.ForkServerProcess]:
+class Ranks:
     """Processes of `dist-contrastive ARGS`, as srun would start them, each forked from a server
-    that has imported torch: that spares seconds a process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(ranks.PRELOADED)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    started, argv = [], ["dist-contrastive", *map(str, args)]
-    for rank in range(number):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "MASTER_PORT": port}
-        place = {"MASTER_ADDR": "127.0.0.1", **place} if number > 1 else {}
-        variables = (env or environment()) | {name: str(x) for name, x in place.items()}
-        options = (argv, variables, os.getcwd(), Path(f"{log}.{rank}"))
-        started.append(context.Process(target=_forked_rank, args=options))
-        started[-1].start()
-    return started
+    that has imported torch: that spares seconds a process. No launcher ends the peers of one that
+    has failed."""
+
+    def __init__(
+        self, *args: str | Path, number: int = 1, env: dict[str, str] | None = None
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(ranks.PRELOADED)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._logs = tempfile.TemporaryDirectory()
+        self.argv = ["dist-contrastive", *map(str, args)]
+        self.processes = []
+        for rank in range(number):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "MASTER_PORT": port}
+            place = {"MASTER_ADDR": "127.0.0.1", **place} if number > 1 else {}
+            variables = (env or environment()) | {name: str(x) for name, x in place.items()}
+            options = (self.argv, variables, os.getcwd(), self._log(rank))
+            self.processes.append(context.Process(target=_forked_rank, args=options))
+            self.processes[-1].start()
+
+    def _log(self, rank: int) -> Path:
+        return Path(self._logs.name) / str(rank)
+
+    def are_alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def said(self) -> str:
+        logs = [self._log(rank) for rank in range(len(self.processes))]
+        return "".join(log.read_text() for log in logs if log.exists())
+
+    def until(self, condition: Callable[[], object], pause_s: float = 0.01) -> None:
+        """Let them train until it holds."""
+        deadline = time.monotonic() + 240  # against hangs: many times the usual
+        while not condition():
+            if time.monotonic() > deadline or not self.are_alive():
+                said = self.said()
+                self.kill()
+                pytest.fail(f"it did not come to that: {said}")
+            time.sleep(pause_s)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        self._logs.cleanup()
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """Their end: the first exit code that is not 0, and what all have said."""
+        for process in self.processes:
+            process.join(600)
+        said = self.said()
+        self.kill()  # those that have not ended
+        code = next((x.exitcode for x in self.processes if x.exitcode), 0)
+        return subprocess.CompletedProcess(self.argv, code, said, said)
 
 
 def _forked_rank(argv: list[str], env: dict[str, str], cwd: str, log: Path) -> None:
@@ -164,18 +205,8 @@ def _forked_rank(argv: list[str], env: dict[str, str], cwd: str, log: Path) -> N
 def run_forked(
     *args: str | Path, number: int = 1, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`dist-contrastive ARGS` on so many ranks to its end: the first exit code that is not 0, and
-    what all ranks have said. There is no launcher, which would end the peers of a failed one."""
-    with tempfile.TemporaryDirectory() as folder:
-        started = start_ranks(*args, number=number, log=Path(folder) / "log", env=env)
-        for process in started:
-            process.join(600)
-            process.kill()  # unless it has ended
-            process.join()
-        codes = [process.exitcode for process in started]
-        said = "".join(Path(f"{folder}/log.{rank}").read_text() for rank in range(number))
-    code = next((code for code in codes if code), 0)
-    return subprocess.CompletedProcess(["dist-contrastive", *map(str, args)], code, said, said)
+    """`dist-contrastive ARGS` on so many ranks to its end."""
+    return Ranks(*args, number=number, env=env).wait()
 
 
 def hybrid_command(

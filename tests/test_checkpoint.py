@@ -240,7 +240,7 @@ def test_the_best_is_kept_and_exported(tmp_path, overrides, capsys):
         exported = load_file(out / "model.safetensors")
         assert exported.keys() == saved.keys()
         assert all(torch.equal(exported[name], saved[name]) for name in saved)
-        assert main(["eval", str(out)]) == 0
+    assert main(["eval", str(out)]) == 0
     assert main(["export", str(run_dir), "--out", "/dev/null/x"]) == 64
     assert main(["export", str(tmp_path / "wrong"), "--checkpoint", "best"]) == 64
 

@@ -20,7 +20,10 @@ from dist_contrastive.audit import CASES, SPLITS, Case, audit
 from dist_contrastive.testing import run_ranks
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "world_size",
+    [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)],
+)
 def test_gradient_contract(world_size):
     findings = audit([world_size])
     for found in findings:

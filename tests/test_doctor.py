@@ -29,7 +29,7 @@ BATCH_NORM = (
 )
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_all_is_well(stage, tmp_path, overrides, capsys):
     """Nothing is written, and every part is told of."""
     run_dir = tmp_path / "run"

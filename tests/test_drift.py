@@ -166,7 +166,9 @@ def right(cases) -> list[Trained]:
     return found
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.fixture(
+    scope="module", params=[1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4]
+)
 def ranks(request, cases) -> list[OnRank]:
     return run_ranks(on_rank, request.param, cases)
 

@@ -10,14 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import (
-    CONFIGS,
-    hybrid_command,
-    newest_step,
-    run_forked,
-    run_with_fault,
-    with_fault,
-)
+from conftest import CONFIGS, Ranks, hybrid_command, newest_step, run_with_fault, with_fault
 
 from dist_contrastive.metrics import read_rows
 from dist_contrastive.trainer.watchdog import Watchdog
@@ -26,24 +19,12 @@ DOCS = CONFIGS.parent / "docs" / "faults.md"
 NUM_RANKS = 2
 
 
-def started(argv: list[str], fault: str = "none:0:0") -> subprocess.Popen:
-    return subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=with_fault(fault)
-    )
-
-
-def run_hybrid(overrides, run_dir: Path, *more: str, fault: str = "none:0:0", number: int = 1):
-    """Run to its end under a fault, without a launcher."""
+def ranks_of_hybrid(
+    overrides, run_dir: Path, *more: str, fault: str = "none:0:0", number: int = NUM_RANKS
+) -> Ranks:
+    """Its ranks under a fault, without a launcher."""
     argv = hybrid_command(overrides, run_dir, *more, ranks=None)[3:]
-    return run_forked(*argv, number=number, env=with_fault(fault))
-
-
-def wait_until(condition, process: subprocess.Popen, pause_s: float = 0.01) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        assert process.poll() is None, f"ended too early: {process.communicate()[0]}"
-        time.sleep(pause_s)
+    return Ranks(*argv, number=number, env=with_fault(fault))
 
 
 def test_a_rank_that_raises(tmp_path, overrides):
@@ -59,8 +40,10 @@ def test_a_rank_that_raises(tmp_path, overrides):
 
 
 def test_a_rank_that_is_killed(tmp_path, overrides):
-    done = run_with_fault(hybrid_command(overrides, tmp_path), "kill:1:5")
-    assert done.returncode == 128 + signal.SIGKILL, done.stderr
+    """Without a launcher; with one, the exit code is 137: `test_restarts`."""
+    training = ranks_of_hybrid(overrides, tmp_path, fault="kill:1:5")
+    done = training.wait()
+    assert [process.exitcode for process in training.processes] == [75, -signal.SIGKILL]
     assert "rank 0: another rank has ended" in done.stderr
     assert "Traceback" not in done.stderr
     assert newest_step(tmp_path) == 4
@@ -69,9 +52,12 @@ def test_a_rank_that_is_killed(tmp_path, overrides):
 @pytest.mark.parametrize("kind", ["hang", pytest.param("stop", marks=pytest.mark.slow)])
 def test_a_rank_that_hangs(kind, tmp_path, overrides):
     """One that hangs says where; one that is stopped cannot, and the others end it."""
-    argv = hybrid_command(overrides, tmp_path, "backend.timeout_s=10")
-    done = run_with_fault(argv, f"{kind}:1:5")
-    assert done.returncode == 75, done.stderr
+    training = ranks_of_hybrid(overrides, tmp_path, "backend.timeout_s=10", fault=f"{kind}:1:5")
+    if kind == "stop":
+        training.processes[0].join(600)
+        training.processes[1].kill()  # a launcher ends it
+    done = training.wait()
+    assert training.processes[0].exitcode == 75, done.stderr
     if kind == "hang":
         assert re.search(r"rank 1 hangs at .*: no step for backend.timeout_s=10 s", done.stderr)
         assert "faulty.py" in done.stderr  # the stack
@@ -82,14 +68,14 @@ def test_a_rank_that_hangs(kind, tmp_path, overrides):
 
 def test_nan_in_one_batch(tmp_path, overrides):
     """Told of and left out; nothing else changes."""
-    done = run_hybrid(overrides, tmp_path, fault="nan:1:5", number=2)
+    done = ranks_of_hybrid(overrides, tmp_path, fault="nan:1:5").wait()
     assert done.returncode == 0, done.stderr
     assert "step 6 is left out (1 of at most 3 in a row): " in done.stderr
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]
 
 
 def test_weights_that_are_not_finite(tmp_path, overrides):
-    done = run_with_fault(hybrid_command(overrides, tmp_path), "nan_weights:1:5")
+    done = ranks_of_hybrid(overrides, tmp_path, fault="nan_weights:1:5").wait()
     assert done.returncode == 70, done.stderr
     assert newest_step(tmp_path) == 4
 
@@ -109,7 +95,7 @@ def test_a_disk_that_is_full(tmp_path, overrides):
     assert not list((tmp_path / "left" / "checkpoints").glob(".*"))
     assert read_rows(tmp_path / "left")  # each a whole line
     shutil.copytree(tmp_path / "left", tmp_path / "run")
-    again = run_hybrid(overrides, tmp_path / "run")
+    again = ranks_of_hybrid(overrides, tmp_path / "run", number=1).wait()
     assert again.returncode == 0, again.stderr
     assert [row["step"] for row in read_rows(tmp_path / "run")][-1] == 12
 
@@ -124,15 +110,15 @@ def test_a_run_directory_that_is_read_only(tmp_path, overrides):
 
 
 def test_sigterm_in_the_middle_of_a_save(tmp_path, overrides):
-    """Every step saves, and the signal comes when a save has begun: it is finished, and so is the
-    step."""
-    argv = hybrid_command(overrides, tmp_path, "train.save_every=1", "train.steps=400")
-    process = started(argv)
-    wait_until(lambda: newest_folder(tmp_path) >= 2, process)
-    wait_until(lambda: list((tmp_path / "checkpoints").glob(".writing-*")), process, pause_s=0)
-    process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=600)
-    assert process.returncode == 75, told
+    """Every step saves, and one rank gets the signal when a save has begun: it is finished, and so
+    is the step, on all."""
+    more = ("train.save_every=1", "train.steps=400")
+    training = ranks_of_hybrid(overrides, tmp_path, *more)
+    training.until(lambda: newest_folder(tmp_path) >= 2)
+    training.until(lambda: list((tmp_path / "checkpoints").glob(".writing-*")), pause_s=0)
+    training.processes[1].terminate()
+    done = training.wait()
+    assert [process.exitcode for process in training.processes] == [75, 75], done.stderr
     assert newest_step(tmp_path) == newest_folder(tmp_path) >= 2
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
@@ -142,41 +128,39 @@ def newest_folder(run_dir: Path) -> int:
     return max(steps, default=0)
 
 
-def data_worker_of(process: subprocess.Popen) -> psutil.Process:
-    ranks = [p for p in psutil.Process(process.pid).children() if "RANK" in p.environ()]
-    return next(p for p in ranks[0].children() if "resource_tracker" not in " ".join(p.cmdline()))
+def data_worker_of(training: Ranks) -> psutil.Process:
+    children = psutil.Process(training.processes[0].pid).children()
+    return next(p for p in children if "resource_tracker" not in " ".join(p.cmdline()))
 
 
 def test_a_data_worker_that_is_killed(tmp_path, overrides):
-    argv = hybrid_command(
-        overrides, tmp_path, "data.num_workers=1", "train.steps=9000", "train.save_every=9000"
-    )
-    process = started(argv)
-    wait_until(lambda: len(read_rows(tmp_path)) > 2, process)
-    data_worker_of(process).kill()
-    told, _ = process.communicate(timeout=600)
-    assert process.returncode == 75, told
-    assert "a process that reads ahead was lost" in told
+    more = ("data.num_workers=1", "train.steps=9000", "train.save_every=9000")
+    training = ranks_of_hybrid(overrides, tmp_path, *more)
+    training.until(lambda: len(read_rows(tmp_path)) > 2)
+    data_worker_of(training).kill()
+    done = training.wait()
+    assert [process.exitcode for process in training.processes] == [75, 75], done.stderr
+    assert "a process that reads ahead was lost" in done.stderr
     assert newest_step(tmp_path) >= 2
 
 
 def test_a_data_worker_that_is_asked_to_end(tmp_path, overrides):
-    argv = hybrid_command(
-        overrides, tmp_path, "data.num_workers=1", "train.steps=100", "train.save_every=100"
-    )
-    process = started(argv)
-    wait_until(lambda: len(read_rows(tmp_path)) > 2, process)
-    data_worker_of(process).terminate()
-    told, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, told
-    assert newest_step(tmp_path) == 100
+    more = ("data.num_workers=1", "train.steps=60", "train.save_every=60")
+    training = ranks_of_hybrid(overrides, tmp_path, *more, number=1)
+    training.until(lambda: len(read_rows(tmp_path)) > 2)
+    data_worker_of(training).terminate()
+    done = training.wait()
+    assert done.returncode == 0, done.stderr
+    assert newest_step(tmp_path) == 60
 
 
 def test_a_launcher_that_is_killed(tmp_path, overrides):
     """Nobody would restart its ranks or tell them of each other: they save and end."""
     argv = hybrid_command(overrides, tmp_path, "train.steps=4000", "train.save_every=4000")
-    process = started(argv)
-    wait_until(lambda: len(read_rows(tmp_path)) > 2, process)
+    process = subprocess.Popen(argv, env=with_fault("none:0:0"), stderr=subprocess.PIPE)
+    while len(read_rows(tmp_path)) <= 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
     ranks = [p for p in psutil.Process(process.pid).children() if "RANK" in p.environ()]
     assert len(ranks) == NUM_RANKS
     process.kill()
@@ -188,14 +172,18 @@ def test_a_launcher_that_is_killed(tmp_path, overrides):
 
 def test_a_run_that_never_comes_further(tmp_path, overrides):
     """The same end before the same checkpoint, started by something that always starts it again."""
-    argv = (overrides, tmp_path, "train.max_stalled_starts=1")
+
+    def start(fault: str = "none:0:0") -> subprocess.CompletedProcess[str]:
+        more = "train.max_stalled_starts=1"
+        return ranks_of_hybrid(overrides, tmp_path, more, fault=fault, number=1).wait()
+
     for _ in range(2):  # from the start, and from the checkpoint before the fault
-        assert run_hybrid(*argv, fault="kill:0:5").returncode == -signal.SIGKILL
-    done = run_hybrid(*argv, fault="kill:0:5")
+        assert start("kill:0:5").returncode == -signal.SIGKILL
+    done = start("kill:0:5")
     assert done.returncode == 93
     assert "was started 1 times from step 4 and never came to its next checkpoint" in done.stderr
     (tmp_path / "attempts.json").unlink()
-    assert run_hybrid(*argv).returncode == 0
+    assert start().returncode == 0
 
 
 class Clock:

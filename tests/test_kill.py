@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, global_batches, run_forked, start_ranks
+from conftest import CONFIGS, Ranks, global_batches, run_forked
 from torch import Tensor
 
 from dist_contrastive import checkpoint
@@ -48,21 +48,22 @@ def kill_after(options: list[str], ranks: int, run_dir: Path, wait_s: float) -> 
     Returns:
         Whether none had come to its end before.
     """
-    before, deadline = started(run_dir), time.monotonic() + 240
-    processes = start_ranks("train", CONFIG, *options, number=ranks, log=Path(f"{run_dir}.log"))
-    while started(run_dir) == before and all(process.is_alive() for process in processes):
-        assert time.monotonic() < deadline, "no step was done"
-        time.sleep(0.005)
+    before = started(run_dir)
+    training = Ranks("train", CONFIG, *options, number=ranks)
+    training.until(lambda: started(run_dir) != before, pause_s=0.005)
     time.sleep(wait_s)
-    was_training = all(process.is_alive() for process in processes)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.join(240)
+    was_training = training.are_alive()
+    training.kill()
     return was_training
 
 
-@pytest.mark.parametrize("changing", [False, True], ids=["equal_ranks", "changing_ranks"])
+@pytest.mark.parametrize(
+    "changing",
+    [
+        pytest.param(False, id="equal_ranks", marks=pytest.mark.slow),  # bitwise: test_trainer.py
+        pytest.param(True, id="changing_ranks"),
+    ],
+)
 def test_legs_end_with_the_weights_of_one_run(changing, tmp_path, overrides, uninterrupted):
     """Every step saves, so that most kills fall into a save. Ten legs in all, on 2 ranks, and on
     1 to 3."""

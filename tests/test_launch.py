@@ -541,7 +541,7 @@ def test_launch_local_trains_as_its_ranks_alone_and_keeps_what_they_write(tmp_pa
     assert logs["rank-0.err"] in done.stderr
 
 
-@pytest.mark.parametrize("num_ranks", [None, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_what_is_said_of_a_run(num_ranks, tmp_path, overrides):
     """A line at the first step, where it is stopped, however often, and at its end; what is shown
     is not always a row of metrics."""
@@ -677,6 +677,7 @@ def accelerate_launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run([*launcher, *common, *arguments])
 
 
+@pytest.mark.slow  # its variables are torchrun's, and those of its flags are tested below
 def test_accelerate_launch(tmp_path, overrides):
     train = ["-m", "dist_contrastive", "train", str(ENCODER), *overrides(tmp_path, *SMALL)]
     done = accelerate_launch("--multi_gpu", "--mixed_precision", "no", *train)
@@ -756,32 +757,19 @@ def told_by(run_dir: Path) -> str:
     return "".join(p.read_text() for p in last_record(run_dir).log_files(0) if p.exists())
 
 
-def test_cancel_saves_and_what_lies_in_the_folder_is_not_run(
-    tmp_path, overrides, capsys, monkeypatch
-):
-    """Modules in the current folder that no config names have no part in the job."""
+def test_a_job_that_changes_its_run(tmp_path, overrides, capsys, monkeypatch):
+    """Resumed with more steps and another rate, then told to save and requeued: the change is made
+    once; later jobs go on with what the run is by then, and save when they are cancelled. Modules
+    in the current folder that no config names have no part in them."""
     project, run_dir = tmp_path / "project", tmp_path / "run"
     project.mkdir()
     (project / "sitecustomize.py").write_text("raise SystemExit('code of the folder')\n")
     monkeypatch.chdir(project)
-    submit_here(overrides(run_dir, *SMALL, "train.steps=100000"))
-    await_step(run_dir, 3)
-    assert "code of the folder" not in told_by(run_dir)
-    assert main(["cancel", str(run_dir)]) == 0
-    saved = newest_step(run_dir)
-    assert f"has saved step {saved} and ended" in capsys.readouterr().out
-    assert saved >= 3
-    assert main(["cancel", str(run_dir)]) == 0
-    assert "has ended already" in capsys.readouterr().out
-
-
-def test_a_job_that_changes_its_run(tmp_path, overrides, capsys):
-    """Resumed with more steps and another rate, then told to save and requeued: the change is made
-    once; later jobs go on with what the run is by then."""
-    run_dir, options = tmp_path / "run", overrides(tmp_path / "run", *SMALL, "train.steps=4")
+    options = overrides(run_dir, *SMALL, "train.steps=4")
     submit_here(options, ranks=1)
     await_step(run_dir, 4)
     await_end(run_dir)
+    assert "code of the folder" not in told_by(run_dir)
     assert main(["resume", str(run_dir), "--no-doctor", "train.steps=60", "optim.lr=0.01"]) == 64
     assert "--change" in capsys.readouterr().err
     changed = ["train.steps=60", "optim.lr=0.01", "--change"]
@@ -792,16 +780,21 @@ def test_a_job_that_changes_its_run(tmp_path, overrides, capsys):
     await_step(run_dir, 60)
     await_end(run_dir)
     assert trainer.train(ENCODER, overrides=[*options, "train.steps=61", "optim.lr=0.01"]) == 0
-    resume_here(run_dir, "train.steps=62")
+    resume_here(run_dir, "train.steps=100000")
     await_step(run_dir, 62)
-    await_end(run_dir)
     capsys.readouterr()
+    assert main(["cancel", str(run_dir)]) == 0
+    saved = newest_step(run_dir)
+    assert f"has saved step {saved} and ended" in capsys.readouterr().out
+    assert saved >= 62
+    assert main(["cancel", str(run_dir)]) == 0
+    assert "has ended already" in capsys.readouterr().out
     assert main(["status", str(run_dir)]) == 0
     told = capsys.readouterr().out
     assert "changed  from step 4 on: optim.lr: 0.002 -> 0.01; train.steps: 4 -> 60" in told
     assert "changed  from step 60 on: train.steps: 60 -> 61" in told
-    assert "changed  from step 61 on: train.steps: 61 -> 62" in told
-    assert [row["step"] for row in read_rows(run_dir)] == list(range(1, 63))
+    assert "changed  from step 61 on: train.steps: 61 -> 100000" in told
+    assert [row["step"] for row in read_rows(run_dir)] == list(range(1, saved + 1))
 
 
 def resume_here(run_dir: Path, *more: str) -> None:

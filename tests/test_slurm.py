@@ -65,50 +65,57 @@ def test_two_nodes_train_what_one_machine_and_one_process_do(slurm, tmp_path, ov
     assert (told["world_size"], told["machine"]) == (4, slurm_name(slurm, 1))
 
 
-def test_a_name_with_marks_in_it(slurm, tmp_path, overrides):
-    """And several partitions; all files of a job are where the run is."""
-    run_dir = tmp_path / 'exp #2, it\'s "50" (größer) $HOME'
-    flags = ("--partition", "short,low", "--time", "10")
-    submit(ENCODER, *overrides(run_dir, *SMALL, "train.steps=3"), *flags)
-    slurm.await_state(run_dir, "COMPLETED")
-    assert last_step(run_dir) == 3
-    job = last_record(run_dir).job
-    written = {path.name for path in (run_dir / "logs").iterdir()}
-    assert written == {f"{job}.batch.log", f"{job}.rank-0.out", f"{job}.rank-0.err"}
-
-
 def slurm_name(slurm: Cluster, number: int) -> str:
     """Of a machine: nodes that are not namespaces have the name of this one."""
     mode = os.environ["EMU_MODE"]
     return os.uname().nodename if mode == "plain" else f"n{number}"
 
 
-def test_a_run_that_is_requeued_preempted_cancelled_and_resumed(slurm, tmp_path, overrides, capsys):
-    """Nothing is lost and nothing is done twice; data workers live through every signal."""
-    options = overrides(tmp_path / "run", *SMALL, "train.steps=200", "data.num_workers=1")
-    run_dir = tmp_path / "run"
-    submit(ENCODER, *options, *TWO_NODES, "--partition", "low")
+def test_a_run_that_is_requeued_cancelled_and_resumed(slurm, tmp_path, overrides, capsys):
+    """Nothing is lost and nothing is done twice; data workers live through every signal. Its folder
+    has marks in its name, and a second job is refused: when it is submitted, and if it gets in
+    otherwise, when it starts."""
+    run_dir = tmp_path / 'exp #2, it\'s "50" (größer) $HOME'
+    options = overrides(run_dir, *SMALL, "train.steps=200", "data.num_workers=1")
+    submit(ENCODER, *options, *TWO_NODES, "--partition", "short,low", "--time", "10")
     slurm.await_step(run_dir, 5)
-    identity = (run_dir / "run_id").read_text()
-    slurm.ask("scontrol", "requeue", last_record(run_dir).job)  # by an administrator
+    identity, job = (run_dir / "run_id").read_text(), last_record(run_dir).job
+    second = run_forked("train", ENCODER, *options)
+    assert second.returncode == 64
+    expected = rf"is being written by SLURM job {job} of process \d+ on \S+; wait for"
+    assert re.search(expected, second.stderr), second.stderr
+    slurm.ask("scontrol", "requeue", job)  # by an administrator
     slurm.await_state(run_dir, "PENDING")
     requeued_at = saved(run_dir)
     slurm.await_step(run_dir, requeued_at + 5)
-    slurm.ask("sbatch", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
-    wait_for(lambda: slurm.restarts(run_dir) == 2, 120, lambda: slurm.story(run_dir))
-    preempted_at = saved(run_dir)
-    slurm.await_step(run_dir, preempted_at + 5)
+    capsys.readouterr()
+    assert main(["submit", str(ENCODER), *options, "--no-doctor"]) == 64
+    assert f"{run_dir} has job {job} already (RUNNING); wait for it" in capsys.readouterr().err
     assert main(["cancel", str(run_dir)]) == 0
     told = capsys.readouterr().out
     assert re.search(r"job \d+ has saved step \d+ and ended", told), told
-    assert 0 < requeued_at < preempted_at < saved(run_dir) < 200
+    assert 0 < requeued_at < saved(run_dir) < 200
     assert main(["status", str(run_dir)]) == 0
     assert re.search(r"^job      \d+ CANCELLED on ", capsys.readouterr().out, re.MULTILINE)
+    written = {path.name for path in (run_dir / "logs").iterdir()}
+    assert {f"{job}.batch.log", f"{job}.rank-0.out", f"{job}.rank-1.err"} <= written
     assert main(["resume", str(run_dir), "--no-doctor", "--nodes", "3"]) == 0  # 3 ranks now
     slurm.await_state(run_dir, "COMPLETED")
     assert_same_run(run_dir, reference(tmp_path / "alone", options))
     assert (run_dir / "run_id").read_text() == identity  # one run for trackers
     assert len(list((run_dir / "tensorboard").iterdir())) >= 1
+
+
+@pytest.mark.slow  # a job is requeued in the test above, too
+def test_a_run_that_is_preempted(slurm, tmp_path, overrides):
+    run_dir, options = tmp_path / "run", overrides(tmp_path / "run", *SMALL, "train.steps=100")
+    submit(ENCODER, *options, *TWO_NODES, "--partition", "low")
+    slurm.await_step(run_dir, 5)
+    slurm.ask("sbatch", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
+    wait_for(lambda: slurm.restarts(run_dir) == 1, 120, lambda: slurm.story(run_dir))
+    assert 0 < saved(run_dir) < 100
+    slurm.await_state(run_dir, "COMPLETED")
+    assert_same_run(run_dir, reference(tmp_path / "alone", options))
 
 
 def saved(run_dir: Path) -> int:
@@ -185,24 +192,6 @@ def test_what_is_refused_before_it_waits(flags, sentence, slurm, tmp_path, overr
     assert sentence in told
     assert len(told.strip().splitlines()) == 1
     assert not (tmp_path / "run" / "jobs.jsonl").exists()
-
-
-def test_one_job_for_a_run_directory(slurm, tmp_path, overrides, capsys):
-    """The second is refused when it is submitted, and if it gets in otherwise, when it starts."""
-    run_dir = tmp_path / "run"
-    options = overrides(run_dir, *SMALL, "train.steps=100000")
-    submit(ENCODER, *options)
-    slurm.await_step(run_dir, 2)
-    capsys.readouterr()
-    assert main(["submit", str(ENCODER), *options, "--no-doctor"]) == 64
-    job = last_record(run_dir).job
-    assert f"{run_dir} has job {job} already (RUNNING); wait for it" in capsys.readouterr().err
-    second = run_forked("train", ENCODER, *options)
-    assert second.returncode == 64
-    expected = rf"{run_dir} is being written by SLURM job {job} of process \d+ on \S+; wait for"
-    assert re.search(expected, second.stderr), second.stderr
-    assert main(["cancel", str(run_dir)]) == 0
-    slurm.await_state(run_dir, "FAILED")  # which SLURM calls what ends with 75
 
 
 def test_srun_alone(slurm, tmp_path, overrides):
