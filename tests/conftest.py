@@ -145,9 +145,11 @@ class Ranks:
         self.argv = ["dist-contrastive", *map(str, args)]
         self.processes = []
         for rank in range(number):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "MASTER_PORT": port}
-            place = {"MASTER_ADDR": "127.0.0.1", **place} if number > 1 else {}
-            variables = (env or environment()) | {name: str(x) for name, x in place.items()}
+            variables = dict(env or environment())
+            if number > 1:
+                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                variables |= {"WORLD_SIZE": str(number)}
             options = (self.argv, variables, os.getcwd(), self._log(rank))
             self.processes.append(context.Process(target=_forked_rank, args=options))
             self.processes[-1].start()

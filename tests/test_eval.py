@@ -183,7 +183,9 @@ def test_towers_embed_what_they_are_given(some_digits, overrides, tmp_path):
     torch.testing.assert_close(task.embed_pair(samples.pair), by_training[1])
 
 
-@pytest.mark.parametrize("data", ["some_digits", "uneven_digits"])
+@pytest.mark.parametrize(
+    "data", [pytest.param("some_digits", marks=pytest.mark.slow), "uneven_digits"]
+)
 def test_eval_of_captions(data, request, overrides, tmp_path):
     """Two classes of the uneven data are seen in one of the two sets alone."""
     folder = request.getfixturevalue(data)

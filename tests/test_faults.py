@@ -75,8 +75,9 @@ def test_nan_in_one_batch(tmp_path, overrides):
 
 
 def test_weights_that_are_not_finite(tmp_path, overrides):
-    done = ranks_of_hybrid(overrides, tmp_path, fault="nan_weights:1:5").wait()
-    assert done.returncode == 70, done.stderr
+    training = ranks_of_hybrid(overrides, tmp_path, fault="nan_weights:1:5")
+    done = training.wait()
+    assert [process.exitcode for process in training.processes] == [75, 70], done.stderr
     assert newest_step(tmp_path) == 4
 
 

@@ -321,7 +321,7 @@ def test_run_directories(changes, trained, tmp_path):
         one_sentence(lambda: newest(run_dir), what)
         if number % 5 == 0:
             one_sentence(lambda: export(run_dir, tmp_path / "out", "newest"), what)
-        if number % 20 == 0:
+        if number % 60 == 0:
             one_sentence(lambda: trainer.train(config), what)
         restore(trained, run_dir, path, sound)
 

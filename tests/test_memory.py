@@ -50,7 +50,8 @@ print(is_kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 
     [
         ("keep", "GLIBC_TUNABLES=glibc.pthread.rseq=1", True),  # of something else
         ("leave", None, False),
-        ("keep", "MALLOC_MMAP_MAX_=65536", False),  # the user has said what shall be
+        # The user has said what shall be.
+        pytest.param("keep", "MALLOC_MMAP_MAX_=65536", False, marks=pytest.mark.slow),
         ("keep", "GLIBC_TUNABLES=glibc.malloc.trim_threshold=131072", False),
     ],
 )

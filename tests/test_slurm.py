@@ -72,11 +72,11 @@ def slurm_name(slurm: Cluster, number: int) -> str:
 
 
 def test_a_run_that_is_requeued_cancelled_and_resumed(slurm, tmp_path, overrides, capsys):
-    """Nothing is lost and nothing is done twice; data workers live through every signal. Its folder
-    has marks in its name, and a second job is refused: when it is submitted, and if it gets in
+    """Nothing is lost and nothing is done twice, also on another number of nodes. Its folder has
+    marks in its name, and a second job is refused: when it is submitted, and if it gets in
     otherwise, when it starts."""
     run_dir = tmp_path / 'exp #2, it\'s "50" (größer) $HOME'
-    options = overrides(run_dir, *SMALL, "train.steps=200", "data.num_workers=1")
+    options = overrides(run_dir, *SMALL, "train.steps=100")
     submit(ENCODER, *options, *TWO_NODES, "--partition", "short,low", "--time", "10")
     slurm.await_step(run_dir, 5)
     identity, job = (run_dir / "run_id").read_text(), last_record(run_dir).job
@@ -94,12 +94,12 @@ def test_a_run_that_is_requeued_cancelled_and_resumed(slurm, tmp_path, overrides
     assert main(["cancel", str(run_dir)]) == 0
     told = capsys.readouterr().out
     assert re.search(r"job \d+ has saved step \d+ and ended", told), told
-    assert 0 < requeued_at < saved(run_dir) < 200
+    assert 0 < requeued_at < saved(run_dir) < 100
     assert main(["status", str(run_dir)]) == 0
     assert re.search(r"^job      \d+ CANCELLED on ", capsys.readouterr().out, re.MULTILINE)
     written = {path.name for path in (run_dir / "logs").iterdir()}
     assert {f"{job}.batch.log", f"{job}.rank-0.out", f"{job}.rank-1.err"} <= written
-    assert main(["resume", str(run_dir), "--no-doctor", "--nodes", "3"]) == 0  # 3 ranks now
+    assert main(["resume", str(run_dir), "--no-doctor", "--nodes", "1"]) == 0
     slurm.await_state(run_dir, "COMPLETED")
     assert_same_run(run_dir, reference(tmp_path / "alone", options))
     assert (run_dir / "run_id").read_text() == identity  # one run for trackers
@@ -108,7 +108,9 @@ def test_a_run_that_is_requeued_cancelled_and_resumed(slurm, tmp_path, overrides
 
 @pytest.mark.slow  # a job is requeued in the test above, too
 def test_a_run_that_is_preempted(slurm, tmp_path, overrides):
-    run_dir, options = tmp_path / "run", overrides(tmp_path / "run", *SMALL, "train.steps=100")
+    """Data workers live through every signal."""
+    run_dir = tmp_path / "run"
+    options = overrides(run_dir, *SMALL, "train.steps=100", "data.num_workers=1")
     submit(ENCODER, *options, *TWO_NODES, "--partition", "low")
     slurm.await_step(run_dir, 5)
     slurm.ask("sbatch", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")

@@ -59,6 +59,7 @@ def test_what_is_done_is_not_done_again(folder):
         supervision_runs.results_of(job._replace(quick=False))
 
 
+@pytest.mark.slow
 def test_a_failing_run_takes_no_other_along(folder, monkeypatch):
     monkeypatch.setattr(supervision, "PROCESSES", 1)  # each takes seconds to start
     good = ALL["pixels"]

@@ -196,15 +196,15 @@ class Fields(FieldsConfig):
         return Samples(images, labels, batch["__epoch__"], batch["__index__"], pair)
 
     def read(self, index: Source, numbers: Iterable[int]) -> Samples:
-        """These samples of a data set, all of which must fit in memory, in their order.
-
-        Raises:
-            DataError: as `check` and `samples`.
-        """
+        """These samples of a data set, all of which must fit in memory, in their order; DataError
+        as `check` and `samples`."""
         self.check(index, len(index) - 1)
-        names = self.names
-        rows = [{"__epoch__": 0, "__index__": i, **index.read(i, names)} for i in numbers]
-        return self.samples(collate([self.prepare(row) for row in rows]))
+        return self.samples(collate([self.row(index, number) for number in numbers]))
+
+    def row(self, index: Source, number: int) -> dict[str, Any]:
+        """A sample as the first epoch of a stream has it; UnreadableSample as `prepare`."""
+        sample = index.read(number, self.names)
+        return self.prepare({"__epoch__": 0, "__index__": number, **sample})
 
     def labels(
         self, index: Source, numbers: Iterable[int], unreadable_is_missing: bool = False

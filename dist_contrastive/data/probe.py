@@ -33,7 +33,7 @@ def probe(data: TrainingData, max_skipped: int, consumed: int) -> str:
             break
         looked += 1
         try:
-            sample = _read(data, number)
+            sample = data.samples(collate([data.fields.row(data.index, number)]))
         except UnreadableSample as error:
             bad.append(str(error))
             continue
@@ -64,9 +64,3 @@ def _different(sample: Samples, first: Samples) -> set[str]:
         *(["data.image"] if not torch.equal(sample.images, first.images) else []),
         *(["data.pair"] if not are_texts or sample.pair != first.pair else []),
     }
-
-
-def _read(data: TrainingData, number: int) -> Samples:
-    sample = data.index.read(number, data.fields.names)
-    row = data.fields.prepare({"__epoch__": 0, "__index__": number, **sample})
-    return data.samples(collate([row]))

@@ -74,8 +74,7 @@ def usable_samples(fields: Fields, index: Source, what: str) -> tuple[Samples, l
     rows, shapes, reasons = [], [], []
     for number in progress_bar(range(len(index)), len(index), f"reading {what}"):
         try:
-            sample = {"__epoch__": 0, "__index__": number, **index.read(number, fields.names)}
-            row = fields.prepare(sample)
+            row = fields.row(index, number)
             shape = _shape(fields.samples(collate([row])))
         except UnreachableError:
             raise
