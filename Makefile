@@ -11,6 +11,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Tests start hundreds of processes, each of which would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all test-slurm slurm check format bench clean
 
 demo: .venv/stamp
@@ -20,10 +23,10 @@ demo: .venv/stamp
 	$(BIN)/dist-contrastive eval runs/digits_encoder runs/digits_generator
 
 test: .venv/stamp
-	$(BIN)/python -m pytest -n 3 --dist load --maxschedchunk 1
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 test-all: .venv/stamp
-	$(BIN)/python -m pytest -n 3 --dist load --maxschedchunk 1 -m "slow or not slow"
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "slow or not slow"
 
 test-slurm: .venv/stamp
 	$(BIN)/python -m pytest tests/test_slurm.py -m "slow or not slow"

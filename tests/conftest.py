@@ -1,5 +1,6 @@
 import contextlib
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -47,10 +49,21 @@ FIRST = [  # the files that take longest, so that all workers of pytest-xdist en
 ]
 
 
+TOGETHER = {  # the files whose module has a fixture of seconds: a single worker makes it
+    *("test_slurm", "test_engines", "test_tasks", "test_hostile", "test_trainer", "test_drift"),
+    *("test_kill", "test_force_ranks", "test_eval", "test_recipes", "test_sample", "test_fuzz"),
+    *("test_against_packages", "test_glyphs", "test_unreadable", "test_evaluation"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     last = len(FIRST)
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.stem, last))
+    for item in items:
+        if item.path.stem in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +84,14 @@ def _deterministic():
 def _own_state(tmp_path_factory):
     """What is trusted by these tests is not by who runs them."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="session")
+def torchmetrics() -> ModuleType:
+    """It takes seconds to import, which every worker would do."""
+    for name in ("torchmetrics.image.fid", "torchmetrics.image.kid"):
+        importlib.import_module(name)
+    return importlib.import_module("torchmetrics")
 
 
 @pytest.fixture(scope="session")

@@ -138,7 +138,9 @@ def right() -> list[Result]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "world_size", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+)
 def test_ranks_find_what_one_process_finds(world_size, right):
     """Gathered and in a ring."""
     of_ranks = list(zip(*run_ranks(on_ranks, world_size, timeout_s=280), strict=True))

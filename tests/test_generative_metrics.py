@@ -18,8 +18,6 @@ from sklearn.datasets import load_digits
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import maximum_mean_discrepancy
 
 from dist_contrastive.errors import ConfigError, DataError
 from dist_contrastive.evaluation import (
@@ -135,11 +133,11 @@ def test_mmd_is_the_naive_one(width: float) -> None:
     assert mmd(x, y, bandwidth=width) == pytest.approx(expected, rel=1e-9)
 
 
-def test_mmd_is_that_of_the_kernel_inception_distance() -> None:
+def test_mmd_is_that_of_the_kernel_inception_distance(torchmetrics) -> None:
     """torchmetrics' estimator, with scikit-learn's Gaussian kernel; it takes as many of both."""
     x, y, width = normal(30, 4), normal(30, 4, seed=1) * 1.5, 1.3
     kernels = (rbf_kernel(a, b, gamma=1 / (2 * width**2)) for a, b in ((x, x), (x, y), (y, y)))
-    expected = maximum_mean_discrepancy(*map(torch.from_numpy, kernels))
+    expected = torchmetrics.image.kid.maximum_mean_discrepancy(*map(torch.from_numpy, kernels))
     assert mmd(x, y, bandwidth=width) == pytest.approx(expected.item(), rel=1e-9)
 
 
@@ -268,9 +266,11 @@ class _Flattened(torch.nn.Module):
         return images.flatten(1)[:, :6].double()
 
 
-def test_frechet_distance_is_that_of_torchmetrics() -> None:
+def test_frechet_distance_is_that_of_torchmetrics(torchmetrics) -> None:
     x, y = normal(200, 6), normal(150, 6, seed=1) @ normal(6, 6, seed=2) + 1
-    theirs = FrechetInceptionDistance(feature=_Flattened()).set_dtype(torch.float64)
+    theirs = torchmetrics.image.fid.FrechetInceptionDistance(feature=_Flattened()).set_dtype(
+        torch.float64
+    )
     theirs.update(x[:, :, None, None], real=True)
     theirs.update(y[:, :, None, None], real=False)
     assert frechet_distance(x, y) == pytest.approx(theirs.compute().item(), rel=1e-6)

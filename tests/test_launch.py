@@ -581,8 +581,8 @@ def test_what_is_said_at_the_end(tmp_path, overrides):
 
 def test_restarts(tmp_path, overrides):
     """A rank is killed once; what it lost is done again."""
-    argv = [*hybrid_command(overrides, tmp_path), "--restarts", "1"]
-    done = run_with_fault(argv, f"kill:1:5:{tmp_path}/happened")
+    argv = [*hybrid_command(overrides, tmp_path, ranks=1), "--restarts", "1"]
+    done = run_with_fault(argv, f"kill:0:5:{tmp_path}/happened")
     assert done.returncode == 0, done.stderr
     assert "launch.local: ended with 137; starting again from step 4 (start 2)" in done.stderr
     assert [row["step"] for row in read_rows(tmp_path)] == list(range(1, 13))
@@ -758,22 +758,19 @@ def told_by(run_dir: Path) -> str:
 
 
 def test_a_job_that_changes_its_run(tmp_path, overrides, capsys, monkeypatch):
-    """Resumed with more steps and another rate, then told to save and requeued: the change is made
-    once; later jobs go on with what the run is by then, and save when they are cancelled. Modules
-    in the current folder that no config names have no part in them."""
+    """With more steps and another rate, then told to save and requeued: the change is made once;
+    later jobs go on with what the run is by then, and save when they are cancelled. Modules in the
+    current folder that no config names have no part in them."""
     project, run_dir = tmp_path / "project", tmp_path / "run"
     project.mkdir()
     (project / "sitecustomize.py").write_text("raise SystemExit('code of the folder')\n")
     monkeypatch.chdir(project)
     options = overrides(run_dir, *SMALL, "train.steps=4")
-    submit_here(options, ranks=1)
-    await_step(run_dir, 4)
-    await_end(run_dir)
-    assert "code of the folder" not in told_by(run_dir)
-    assert main(["resume", str(run_dir), "--no-doctor", "train.steps=60", "optim.lr=0.01"]) == 64
+    assert trainer.train(configs.load(ENCODER, options)) == 0
+    changed = [*options, "train.steps=60", "optim.lr=0.01"]
+    assert main(["submit", str(ENCODER), *changed, "--cluster", "local", "--no-doctor"]) == 64
     assert "--change" in capsys.readouterr().err
-    changed = ["train.steps=60", "optim.lr=0.01", "--change"]
-    resume_here(run_dir, *changed)
+    submit_here(changed, "--change", ranks=1)
     await_step(run_dir, 8)
     for process in ranks_of(last_record(run_dir)):
         process.send_signal(signal.SIGUSR2)
@@ -789,6 +786,7 @@ def test_a_job_that_changes_its_run(tmp_path, overrides, capsys, monkeypatch):
     assert saved >= 62
     assert main(["cancel", str(run_dir)]) == 0
     assert "has ended already" in capsys.readouterr().out
+    assert "code of the folder" not in told_by(run_dir)
     assert main(["status", str(run_dir)]) == 0
     told = capsys.readouterr().out
     assert "changed  from step 4 on: optim.lr: 0.002 -> 0.01; train.steps: 4 -> 60" in told

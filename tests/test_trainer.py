@@ -82,7 +82,7 @@ def test_stopped_and_resumed_bitwise(name, tmp_path, overrides, generator_featur
     assert trainer.train(legs) == trainer.EXIT_DONE  # a full re-run has nothing to do
 
 
-LONGER = ("train.steps=60", "train.save_every=20", "data.num_workers=1")
+LONGER = ("train.steps=30", "train.save_every=10", "data.num_workers=1")
 
 
 @pytest.fixture(scope="module")
@@ -94,20 +94,19 @@ def longer_run(tmp_path_factory, overrides) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize(
-    "kill", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # bitwise in one process above; on ranks, in test_kill.py and test_faults.py
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
 def test_signals_over_two_ranks(kill, tmp_path, overrides, longer_run):
     """SIGTERM saves and asks to be started again (75); SIGKILL loses only unsaved steps."""
     options = overrides(tmp_path / "legs", *LONGER)
     training = Ranks("train", ENCODER, *options, number=2)
-    training.until(lambda: any(row["step"] >= 23 for row in read_rows(tmp_path / "legs")))
+    training.until(lambda: any(row["step"] >= 13 for row in read_rows(tmp_path / "legs")))
     if kill == signal.SIGTERM:
         training.processes[0].terminate()  # the ranks vote
         assert training.wait().returncode == trainer.EXIT_REQUEUE
     else:
         training.kill()
-        assert checkpoint.newest(tmp_path / "legs" / "checkpoints").progress.step == 20
+        assert checkpoint.newest(tmp_path / "legs" / "checkpoints").progress.step == 10
     again = run_forked("train", ENCODER, *options, number=2)
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stderr
