@@ -23,10 +23,10 @@ demo: .venv/stamp
 	$(BIN)/dist-contrastive eval runs/digits_encoder runs/digits_generator
 
 test: .venv/stamp
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
 test-all: .venv/stamp
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "slow or not slow"
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder -m "slow or not slow"
 
 test-slurm: .venv/stamp
 	$(BIN)/python -m pytest tests/test_slurm.py -m "slow or not slow"

@@ -128,6 +128,7 @@ def test_missing_index_names_the_command(tmp_path, digits, capsys):
     assert f"dist-contrastive shards index {tmp_path}" in message
 
 
+@pytest.mark.slow  # of one's own images in test_docs.py, tables of both kinds in test_eval.py
 def test_pack_train_evaluate(tmp_path, overrides, capsys, monkeypatch):
     """The demo in small, and what it leaves behind."""
     monkeypatch.chdir(tmp_path)  # the table has 120 columns, which long paths would take

@@ -177,6 +177,7 @@ def test_a_changed_loss_or_data_is_refused_with_both_values(tmp_path, overrides,
             trainer.train(configs.load(ENCODER, [*options, change]))
 
 
+@pytest.mark.slow  # one that is full in test_hostile.py and test_faults.py
 def test_a_disk_that_is_too_small(tmp_path, overrides):
     """A file system of 64 KB, seen before anything is written."""
     argv = command("doctor", ENCODER, *overrides(tmp_path / "run", *SMALL))

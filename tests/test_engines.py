@@ -127,7 +127,8 @@ def reference(tmp_path_factory, overrides):
 
 
 QUICK = {  # the other stages: below, where steps are bad and engines change
-    *(("replicated", ranks, kind) for ranks in (1, 3) for kind in MICRO_BATCHES),
+    *(("replicated", 3, kind) for kind in MICRO_BATCHES),
+    ("replicated", 1, "cached"),
     ("ZeRO 3", 2, "cached"),
 }
 MATRIX = [
@@ -287,7 +288,7 @@ def test_private_attributes_of_deepspeed_are_needed(tmp_path, overrides):
         assert any(failures)
 
 
-LEGS = ((2, 0), (3, 3), (2, 2), (1, 1))  # ranks and stage
+LEGS = ((2, 0), (3, 3), (1, 1))  # ranks and stage
 
 
 def test_a_run_goes_on_with_any_engine_on_any_number_of_ranks(tmp_path, overrides):
@@ -357,9 +358,9 @@ def bad_step_of(config: RunConfig) -> tuple[int, dict[str, Tensor], dict[str, Te
     return bad_steps, before, after
 
 
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (0, "bf16"), (2, "bf16")]
-)  # (2, "fp32") is above
+@pytest.mark.parametrize(  # all stages in fp32: above
+    ("stage", "precision"), [(0, "bf16"), pytest.param(2, "bf16", marks=pytest.mark.slow)]
+)
 def test_a_gradient_that_is_not_finite_changes_nothing(stage, precision, tmp_path, overrides):
     precise = f"backend.precision={precision}"
     config = with_engine(config_of("two_view", overrides, tmp_path, precise), stage, None)

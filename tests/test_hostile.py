@@ -162,7 +162,8 @@ def test_what_a_run_names_runs_where_it_was_trained_and_else_by_the_users_word(
     assert not (elsewhere / "RAN").exists()
     assert "mine" not in sys.modules
 
-    assert run_in(elsewhere, "eval", copied, "--trust").returncode == 0
+    out = ("--out", elsewhere / "exported")
+    assert run_in(elsewhere, "export", copied, "--trust", *out).returncode == 0
     assert (elsewhere / "RAN").exists()
     assert run_in(tmp_path, "export", copied).returncode == 0  # the word is kept
     config = copied / "config.yaml"

@@ -449,7 +449,7 @@ def test_training_saves_when_the_server_dies_and_goes_on_later(
     assert global_batches(tmp_path / "run") == global_batches(tmp_path / "local")
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_signal_while_the_server_hangs_saves(tmp_path, overrides, cache, dies_after, num_workers):
     """No rank waits for data with a checkpoint unsaved, and none stays behind. The server would
     answer the last requests after the test only."""
