@@ -403,6 +403,23 @@ def test_other_protocols(folder: Path, cache):
         load_index("nosuch://x", cache)
 
 
+def test_a_file_system_without_ranges(folder: Path, cache, monkeypatch: pytest.MonkeyPatch):
+    """It gives the whole file: one sentence, and no further try."""
+    memory, asked = fsspec.filesystem("memory"), []
+    for path in folder.iterdir():
+        memory.pipe(f"/whole/{path.name}", path.read_bytes())
+
+    def whole(_: object, path: str, **__: object) -> bytes:
+        asked.append(path)
+        return memory.store[f"/whole/{Path(path).name}"].getvalue()
+
+    index = load_index("memory://whole", cache)
+    monkeypatch.setattr(type(memory), "cat_file", whole)
+    with refused(DataError, "were asked for", "range requests"):
+        read(index)
+    assert len(asked) <= num_blocks(folder) + 1
+
+
 def test_the_benchmark_of_blocks_runs(capsys: pytest.CaptureFixture[str]):
     block_cache.main(["--quick"])
     assert len(capsys.readouterr().out.splitlines()) == 2 + 4

@@ -45,7 +45,7 @@ FAULTS = [
         f"{SHARDS}/remote.py",
         "if len(data) > stop - start:",
         "if not data:",
-        (f"{R}::test_a_server_without_ranges_stops_with_one_sentence",),
+        (f"{R}::test_a_file_system_without_ranges",),
     ),
     (
         "checksums are not compared",
