@@ -89,7 +89,10 @@ def hostile_modules(folder: Path, *names: str) -> Path:
         ["-m", "dist_contrastive", "shards", "verify", "."],
         ["-m", "launch.slurm", "list", "."],
         ["-m", "launch.local", "none.yaml", "--ranks", "2"],
-        ["-m", "dist_contrastive", "doctor", str(ENCODER), "--ranks", "2"],
+        pytest.param(
+            ["-m", "dist_contrastive", "doctor", str(ENCODER), "--ranks", "2"],
+            marks=pytest.mark.slow,  # processes of a job, in test_launch.py
+        ),
     ],
     ids=lambda argv: argv[1] + argv[2],
 )

@@ -53,7 +53,9 @@ def written(ledger: Path, world_size: int) -> list[list[dict]]:
     return [[json.loads(line) for line in rank if line.endswith("\n")] for rank in lines]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_sigkill_at_random_steps(folder: Path, tmp_path: Path, seed: int):
     chance, fork = random.Random(seed), multiprocessing.get_context("fork")
     expected = [batch["__key__"] for batch in ShardStream(folder, **ORDER)]
