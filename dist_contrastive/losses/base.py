@@ -47,6 +47,9 @@ class PairLoss(nn.Module):
     ``features``, features and their ``labels``, or ``points`` of two kinds. Where it also has a
     keyword ``sizes``, callers that have checked the inputs give it the rows of every rank."""
 
+    has_kernels: ClassVar[bool] = True
+    """Whether ``impl="triton"`` is known to it: whether all its pairs go through `reduce`."""
+
     class Config(ComponentSettings):
         """Settings that every loss has."""
 
@@ -58,9 +61,11 @@ class PairLoss(nn.Module):
         rank alone (the mean still spans all ranks; not in a config)."""
         impl: Impl = "auto"
         """dense keeps the score matrix (of a ring, that of one rank's keys), chunked computes it in
-        tiles (memory linear in the batch), auto chooses by size."""
+        tiles (memory linear in the batch), triton likewise by kernels, on a GPU. auto takes these
+        where they run, and elsewhere chooses by size."""
         chunk_size: PositiveInt | None = None
-        """Rows and keys of a tile of chunked; null chooses."""
+        """Rows and keys of a tile of chunked, rows at a time in backward of triton; null chooses.
+        """
 
         def check_run(self) -> None:
             """Refuse what the training loop of this package cannot use. Raises: ValueError."""
@@ -83,6 +88,10 @@ class PairLoss(nn.Module):
         self.settings = settings_from(type(self).Config, args, settings)
         self.keys_from: KeysFrom = self.settings.keys_from
         self.impl: Impl = self.settings.impl
+        if self.impl == "triton" and not self.has_kernels:
+            raise ConfigError(
+                f"impl='triton': {type(self).__name__} has no kernels; use auto, dense or chunked"
+            )
         self.chunk_size = self.settings.chunk_size
         self.group = group
         self.grad_reduction: GradReduction = grad_reduction
@@ -131,11 +140,14 @@ class PairLoss(nn.Module):
         sizes: Sizes,
         tags: Tensor | None = None,
         max_delta: float = 0.0,
+        bias: Tensor | None = None,
+        multiples_of: tuple[Tensor, Tensor] | None = None,
     ) -> Pairs:
         """This rank's rows against the keys that `keys_from` names; see `pairwise.Pairs`."""
         if self.keys_from == "local":
             sizes = (len(keys),)
-        return Pairs(rows, keys, sizes, self.keys_from, tags, max_delta, self.group)
+        how = self.keys_from, tags, max_delta, self.group
+        return Pairs(rows, keys, sizes, *how, bias, multiples_of)
 
     def reduce(self, reduction: Reduction, pairs: Pairs) -> tuple[tuple[Tensor, ...], ...]:
         """`pairwise.reduce` in the way that the options ask for."""

@@ -52,7 +52,8 @@ class CosineEmbedding(LabelledLoss):
         """
         features, tags, sizes = self.points(features, labels, sizes)
         (z,) = normalised(features)
-        pairs = self.pairs(z, z, sizes, tags, self.settings.max_delta or 0.0)
+        max_delta, raw = self.settings.max_delta or 0.0, (features, features)
+        pairs = self.pairs(z, z, sizes, tags, max_delta, multiples_of=raw)
         (row_sum,), _ = self.reduce(_Embedding(self.settings.margin), pairs)
         return self.mean(not_below_zero(row_sum).sum(), len(z) * (pairs.num_keys - 1))
 
@@ -62,6 +63,10 @@ class _Embedding(PairSum):
     """1 - S of similar pairs, max(0, S - margin) of others, nothing of a row with itself."""
 
     margin: float
+
+    @property
+    def expression(self) -> tuple[str, float]:
+        return "cosine_embedding", self.margin
 
     def value(self, tile: Tile) -> Tensor:
         apart = (tile.scores - self.margin).clamp(min=0)

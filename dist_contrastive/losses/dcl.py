@@ -36,10 +36,11 @@ class DCL(NTXent):
 
     settings: Config
 
-    def log_denominator(self, scaled: Tensor, z: Tensor, sizes: Sizes) -> Tensor:
+    def log_denominator(self, scaled: Tensor, z: Tensor, views: Tensor, sizes: Sizes) -> Tensor:
         """Log-sum-exp over the views of other samples: [2 * b]."""
         rank = collectives.rank(self.group)
         sample = sum(sizes[:rank]) + torch.arange(sizes[rank], device=z.device)
-        pairs = self.pairs(scaled, z, tuple(2 * size for size in sizes), sample.repeat(2))
+        num_keys = tuple(2 * size for size in sizes)
+        pairs = self.pairs(scaled, z, num_keys, sample.repeat(2), multiples_of=(views, views))
         (row_lse,), _ = self.reduce(LogSumExp(leave_out="similar"), pairs)
         return row_lse

@@ -14,7 +14,7 @@ from dist_contrastive.losses.base import (
     normalised,
     not_below_zero,
 )
-from dist_contrastive.pairwise import LogSumExp, Pairs, choose, reduce
+from dist_contrastive.pairwise import LogSumExp, Pairs
 
 
 class InfoNCE(TemperatureLoss):
@@ -74,25 +74,23 @@ class InfoNCE(TemperatureLoss):
             rows = collectives.check_inputs(inputs, self.group)
             num_keys = rows["n"]
             if negatives is not None:
-                keys = torch.cat(in_full_precision(keys, negatives))
+                keys = torch.cat([keys, negatives])
                 num_keys = tuple(map(sum, zip(rows["n"], rows["m"], strict=True)))
         self.check_batch(num_keys)
         q, k = normalised(queries, keys)
         scaled = q * self.scale()
-        pairs = self.pairs(scaled, k, num_keys)
+        pairs = self.pairs(scaled, k, num_keys, multiples_of=(queries, keys))
         (row_lse,), key_lse = self.reduce(LogSumExp(both=self.settings.symmetric), pairs)
         if bank is not None:
-            row_lse = self._with_bank(row_lse, scaled, bank)
+            row_lse = self._with_bank(row_lse, scaled, queries, bank)
         positive = (scaled * k[: len(q)]).sum(-1)
         if self.settings.symmetric:
             row_lse = (row_lse + key_lse[0][: len(q)]) / 2
         return self.mean(not_below_zero(row_lse - positive).sum(), len(q))
 
-    def _with_bank(self, row_lse: Tensor, scaled: Tensor, bank: Tensor) -> Tensor:
+    def _with_bank(self, row_lse: Tensor, scaled: Tensor, queries: Tensor, bank: Tensor) -> Tensor:
         """The log-sum-exp of each row, over the bank as well: [b]."""
         rows, held = in_full_precision(scaled, *normalised(bank))
-        pairs = Pairs(rows, held, (len(held),), "local")
-        # By the scores that there are: sizes tell the engine those of rows that are keys too.
-        impl = choose(self.impl, len(rows) * len(held))
-        (bank_lse,), _ = reduce(LogSumExp(), pairs, impl, self.chunk_size)
+        pairs = Pairs(rows, held, (len(held),), "local", multiples_of=(queries, bank))
+        (bank_lse,), _ = self.reduce(LogSumExp(), pairs)
         return torch.logaddexp(row_lse.double(), bank_lse.double()).to(row_lse.dtype)

@@ -28,6 +28,7 @@ class KoLeo(PairLoss):
     """
 
     takes = "features"
+    has_kernels = False
 
     class Config(PairLoss.Config):
         """Every embedding moves away from its nearest neighbour."""

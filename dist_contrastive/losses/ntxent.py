@@ -7,7 +7,11 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from dist_contrastive.collectives import Sizes
-from dist_contrastive.losses.base import TemperatureLoss, normalised, not_below_zero
+from dist_contrastive.losses.base import (
+    TemperatureLoss,
+    normalised,
+    not_below_zero,
+)
 from dist_contrastive.pairwise import LogSumExp
 
 
@@ -38,14 +42,16 @@ class NTXent(TemperatureLoss):
     def forward(self, view_a: Tensor, view_b: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""
         sizes = self.check_rows(sizes, view_a=view_a, view_b=view_b)
-        z = torch.cat(normalised(view_a, view_b))
+        views = torch.cat([view_a, view_b])
+        (z,) = normalised(views)
         scaled = z * self.scale()
         positive = (scaled * z.roll(len(view_a), 0)).sum(-1)
-        terms = self.log_denominator(scaled, z, sizes) - positive
+        terms = self.log_denominator(scaled, z, views, sizes) - positive
         return self.mean((not_below_zero(terms) if self.is_cross_entropy else terms).sum(), len(z))
 
-    def log_denominator(self, scaled: Tensor, z: Tensor, sizes: Sizes) -> Tensor:
+    def log_denominator(self, scaled: Tensor, z: Tensor, views: Tensor, sizes: Sizes) -> Tensor:
         """Log-sum-exp over all views but the row itself: [2 * b]."""
-        pairs = self.pairs(scaled, z, tuple(2 * size for size in sizes))
+        num_keys = tuple(2 * size for size in sizes)
+        pairs = self.pairs(scaled, z, num_keys, multiples_of=(views, views))
         (row_lse,), _ = self.reduce(LogSumExp(leave_out="own"), pairs)
         return row_lse

@@ -40,5 +40,6 @@ class SelfDiagonal(TemperatureLoss):
         sizes = self.check_rows(sizes, features=features)
         (z,) = normalised(features)
         scaled = z * self.scale()
-        (row_lse,), _ = self.reduce(LogSumExp(), self.pairs(scaled, z, sizes))
+        pairs = self.pairs(scaled, z, sizes, multiples_of=(features, features))
+        (row_lse,), _ = self.reduce(LogSumExp(), pairs)
         return self.mean(not_below_zero(row_lse - (scaled * z).sum(-1)).sum(), len(z))

@@ -55,17 +55,20 @@ class SigLIP(PairLoss):
         """Scalar loss; a, b: [b, D], row i of both from the same sample."""
         sizes = self.check_rows(sizes, a=a, b=b)
         x, y = normalised(a, b)
-        # The bias as one more dimension, so that its gradient is that of any other.
-        one = x.new_ones(len(x), 1)
-        rows = torch.cat([x * self.scale(), one * torch.as_tensor(self.bias).to(x)], dim=1)
-        keys = torch.cat([y, one], dim=1)
-        (negatives,), _ = self.reduce(_Negatives(), self.pairs(rows, keys, sizes))
-        positive = -logsigmoid((rows * keys).sum(-1))
+        scaled = x * self.scale()
+        # Filled in, since a copy from the host would wait.
+        given = self.bias if isinstance(self.bias, Tensor) else x.new_full((1,), self.bias)
+        bias = given.to(x.dtype)
+        pairs = self.pairs(scaled, y, sizes, bias=bias, multiples_of=(a, b))
+        (negatives,), _ = self.reduce(_Negatives(), pairs)
+        positive = -logsigmoid((scaled * y).sum(-1) + bias)
         return self.mean((positive + negatives).sum(), len(x))
 
 
 class _Negatives(PairSum):
     """-logsigmoid(-score) of every pair but a row and its own key."""
+
+    expression = "softplus", 0.0
 
     def value(self, tile: Tile) -> Tensor:
         return tile.without_own(-logsigmoid(-tile.scores))

@@ -131,13 +131,15 @@ class SupCon(TemperatureLoss, LabelledLoss):
         """
         features, tags, sizes = self.points(features, labels, sizes)
         (z,) = normalised(features)
-        pairs = self.pairs(z * self.scale(), z, sizes, tags, self.settings.max_delta or 0.0)
+        scaled, max_delta = z * self.scale(), self.settings.max_delta or 0.0
+        raw = features, features
+        pairs = self.pairs(scaled, z, sizes, tags, max_delta, multiples_of=raw)
         reduction = LogSumExpAndPositives(leave_out="own")
         (row_lse, positive_sum, num_positives), _ = self.reduce(reduction, pairs)
         has_positive = num_positives > 0
         loss = not_below_zero(row_lse - positive_sum / num_positives.clamp(min=1))
         self.report_counts(rows_with_positives=has_positive.sum())
-        return self.mean(loss[has_positive].sum(), has_positive.sum())
+        return self.mean(torch.where(has_positive, loss, 0.0).sum(), has_positive.sum())
 
 
 def label_tags(

@@ -50,6 +50,8 @@ class Triplet(LabelledLoss):
     others those of `pairwise.triplet_sums`.
     """
 
+    has_kernels = False
+
     class Config(LabelledLoss.Config):
         """An embedding is nearer to similar ones than to others, by a margin."""
 
@@ -92,7 +94,8 @@ class Triplet(LabelledLoss):
         return self.mean(total, valid)
 
     def _sums(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        how = choose(self.impl, max(pairs.sizes) * pairs.num_keys)
+        num_scores = max(pairs.sizes) * pairs.num_keys
+        how = choose(self.impl, num_scores, "triplets have no kernels")
         if how == "dense" and self.keys_from != "ring":
             return dense_triplet_sums(self.mining, pairs)
         if self.settings.mining == "hard":

@@ -15,6 +15,7 @@ class StatisticsLoss(PairLoss):
     """Base of the losses of means and covariances of two views, over the rows of all ranks."""
 
     takes = "views"
+    has_kernels = False
 
     def forward(self, view_a: Tensor, view_b: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""

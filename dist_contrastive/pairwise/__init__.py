@@ -4,7 +4,10 @@
     keys.py        blocks of keys (gather, ring, local), reductions over ranks for keys
     reductions.py  statistics of a tile: log-sum-exp, sums over pairs; their derivatives
     dense.py       the specification: plain torch on whole matrices
-    chunked.py     the same maths tile by tile, recomputed in backward: memory linear in the batch
+    chunked.py     the same maths block by block, recomputed in backward: memory linear in the batch
+    fused.py       a block by Triton kernels, whose scores never reach memory
+    kernel_calls.py  where kernels can run, their tiles and operands
+    kernels.py     the kernels
     distances.py   Euclidean and cosine distance, rows of unit length
     triplets.py    which triplets of a row count, for every way of mining
     panels.py      losses that need all distances of a row at once
@@ -14,12 +17,16 @@ Where keys come from and how a tile is computed are independent of each other, a
 neither: it names a reduction.
 """
 
-from typing import Literal
+import functools
+import logging
+from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 
+from dist_contrastive.collectives import accumulation_dtype
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.pairwise import chunked, dense
+from dist_contrastive.pairwise import chunked, dense, fused, kernel_calls
 from dist_contrastive.pairwise.distances import DISTANCES, Distance, DistanceName
 from dist_contrastive.pairwise.nearest import extremes, fetch
 from dist_contrastive.pairwise.pairs import KEYS_FROM, KeysFrom, Pairs, Tile
@@ -57,20 +64,38 @@ __all__ = [
     "triplet_sums",
 ]
 
-Impl = Literal["auto", "dense", "chunked"]
-IMPLS = ("auto", "dense", "chunked")
+Impl = Literal["auto", "dense", "chunked", "triton"]
+IMPLS: tuple[Impl, ...] = get_args(Impl)
 
 # Below this many scores one matrix product beats a loop over tiles, and 4 MiB are no matter.
 _DENSE_UP_TO = 2**20
 
+_log = logging.getLogger(__name__)
 
-def choose(impl: Impl, num_scores: int) -> Literal["dense", "chunked"]:
-    """Resolve ``auto``: dense for up to 2**20 scores, else chunked."""
+
+def choose(impl: Impl, num_scores: int, unfit: str | None, cuda: bool = False) -> Impl:
+    """Resolve ``auto``: on CUDA kernels where they can run; else dense for up to 2**20 scores, and
+    chunked for more.
+
+    Args:
+        unfit: why kernels cannot run; None: they can.
+    """
     if impl not in IMPLS:
         raise ConfigError(f"impl={impl!r} is not known; use one of {', '.join(IMPLS)}")
-    if impl == "auto":
-        return "dense" if num_scores <= _DENSE_UP_TO else "chunked"
-    return impl
+    if impl == "triton" and unfit is not None:
+        raise ConfigError(f"impl='triton' cannot be used: {unfit}; use auto, dense or chunked")
+    if impl != "auto":
+        return impl
+    if cuda:
+        if unfit is None:
+            return "triton"
+        _say_once(f"no kernels, hence slower on a GPU: {unfit}")
+    return "dense" if num_scores <= _DENSE_UP_TO else "chunked"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
 
 
 def reduce(
@@ -82,25 +107,43 @@ def reduce(
     what it keeps of each key is joined over the rows of all ranks.
 
     Args:
-        pairs: rows and keys in fp32 or fp64, of one dtype (scores are kept in it).
+        pairs: rows and keys of one floating dtype; scores are kept in fp32, of fp64 rows in fp64.
         impl: ``dense`` keeps the matrix (with ``ring`` that of one block at a time), ``chunked``
-            only a tile; ``auto`` chooses by size.
-        chunk_size: rows and keys of a tile; None chooses. Used by ``chunked`` alone.
+            only a tile, ``triton`` none of it (on CUDA); ``auto`` chooses.
+        chunk_size: rows and keys of a tile of ``chunked``; rows whose gradients of scores
+            ``triton`` keeps at a time. None chooses.
 
     Returns:
         What is kept of this rank's rows, each [b], and of its own keys, each [n].
 
-    Collectives: gather: one all-gather of the keys (and one of tags), backward a reduce-scatter;
-    ring: W - 1 shifts of them, backward another W - 1, and W of the gradients. Results of keys cost
-    gather two all-reduces of [B] and in backward two all-gathers (chunked) or one more all-reduce
-    (dense); they cost ring W shifts of [n], and in backward travel with the keys.
+    Collectives: gather: one all-gather of the keys (and one of tags, of factors), backward a
+    reduce-scatter; ring: W - 1 shifts of them, backward another W - 1, and W of the gradients.
+    Results of keys cost gather two all-reduces of [B] and in backward two all-gathers (one more
+    all-reduce of dense); they cost ring W shifts of [n], and in backward travel with the keys.
     """
+    pairs = _in_full_precision(pairs)
     # Mixed precision would compute the scores in bf16: at scale 100 its spacing there is 0.5.
     with torch.autocast(pairs.rows.device.type, enabled=False):
         # By the largest rank's scores: the ways exchange different things, so all take the same.
-        how = choose(impl, max(pairs.sizes) * pairs.num_keys)
+        most_rows = len(pairs.rows) if pairs.keys_from == "local" else max(pairs.sizes)
+        num_scores = most_rows * pairs.num_keys
+        how = choose(impl, num_scores, kernel_calls.unfit(reduction, pairs), pairs.rows.is_cuda)
+        if how == "triton":
+            way = fused.Kernels(chunk_size)
+            return chunked.reduce(reduction, pairs, kernel_calls.in_half_precision(pairs), way)
         if how == "chunked":
-            return chunked.reduce(reduction, pairs, chunk_size)
+            return chunked.reduce(reduction, pairs, pairs, chunked.Tiles(chunk_size))
         if pairs.keys_from == "ring":  # whole blocks as tiles
-            return chunked.reduce(reduction, pairs, max(1, *pairs.sizes))
+            whole = chunked.Tiles(max(1, *pairs.sizes))
+            return chunked.reduce(reduction, pairs, pairs, whole)
         return dense.reduce(reduction, pairs)
+
+
+def _in_full_precision(pairs: Pairs) -> Pairs:
+    """Rows and keys in fp32 or fp64; what they were in half precision stays beside them."""
+    rows, keys = pairs.rows, pairs.keys
+    dtype = accumulation_dtype(rows.dtype)
+    if dtype == rows.dtype:
+        return pairs
+    full = rows.to(dtype), keys.to(dtype)
+    return replace(pairs, rows=full[0], keys=full[1], multiples_of=(rows, keys))

@@ -52,6 +52,7 @@ class Block:
     keys: Tensor  # [k, D]
     tags: Tensor | None  # [k] or [k, 2]
     extras: tuple[Tensor, ...]  # each [k, ...]
+    factors: Tensor | None = None  # [k]
 
     @property
     def span(self) -> slice:
@@ -80,28 +81,37 @@ class KeySource(Protocol):
 
 
 def open_keys(pairs: Pairs) -> KeySource:
-    """Keys as `pairs.keys_from` names them. Collectives: gather all-gathers keys and tags."""
+    """Keys as `pairs.keys_from` names them. Collectives: gather all-gathers keys, tags, factors."""
     if pairs.keys_from == "ring":
         return RingKeys(pairs)
-    tags = None if pairs.tags is None else gathered(pairs, pairs.tags)
-    return WholeKeys(pairs, gathered(pairs, pairs.keys), tags)
+    local = pairs.keys, pairs.tags, pairs.factors and pairs.factors[1]
+    keys, tags, factors = (None if x is None else gathered(pairs, x) for x in local)
+    assert keys is not None
+    return WholeKeys(pairs, keys, tags, factors)
 
 
 def remember(ctx: Any, pairs: Pairs, source: KeySource, *others: Tensor) -> None:
     """Keep all that `recall` returns as saved tensors, which autograd frees after backward."""
-    held = (source.keys, source.tags) if isinstance(source, WholeKeys) else (None, None)
-    ctx.save_for_backward(pairs.rows, pairs.keys, pairs.tags, *held, *others)
+    held: tuple[Tensor | None, ...] = (None, None, None)
+    if isinstance(source, WholeKeys):
+        held = source.keys, source.tags, source.factors
+    factors = pairs.factors or (None, None)
+    own = pairs.rows, pairs.keys, pairs.tags, pairs.bias, *factors
+    ctx.save_for_backward(*own, *held, *others)
     nothing = pairs.rows.new_empty(0)
-    ctx.setting = replace(pairs, rows=nothing, keys=nothing, tags=None)
+    without = dict.fromkeys(("tags", "bias", "multiples_of", "factors"))
+    ctx.setting = replace(pairs, rows=nothing, keys=nothing, **without)
 
 
 def recall(ctx: Any) -> tuple[Pairs, KeySource, tuple[Tensor, ...]]:
     """Pairs, gathered keys and tensors that `remember` kept. Collectives: none."""
-    rows, keys, tags, held_keys, held_tags, *others = ctx.saved_tensors
-    pairs = replace(ctx.setting, rows=rows, keys=keys, tags=tags)
+    rows, keys, tags, bias, *factors = ctx.saved_tensors[:6]
+    saved = ctx.saved_tensors[6:]
+    given = {"factors": None if factors[0] is None else tuple(factors), "bias": bias}
+    pairs = replace(ctx.setting, rows=rows, keys=keys, tags=tags, **given)
     whole = pairs.keys_from != "ring"
-    source = WholeKeys(pairs, held_keys, held_tags) if whole else RingKeys(pairs)
-    return pairs, source, tuple(others)
+    source = WholeKeys(pairs, *saved[:3]) if whole else RingKeys(pairs)
+    return pairs, source, saved[3:]
 
 
 def gathered(pairs: Pairs, x: Tensor) -> Tensor:
@@ -114,12 +124,15 @@ def gathered(pairs: Pairs, x: Tensor) -> Tensor:
 class WholeKeys:
     """All keys as one block: gathered from all ranks, or only this rank's own (``local``)."""
 
-    def __init__(self, pairs: Pairs, keys: Tensor, tags: Tensor | None) -> None:
-        self._pairs, self.keys, self.tags = pairs, keys, tags
+    def __init__(
+        self, pairs: Pairs, keys: Tensor, tags: Tensor | None, factors: Tensor | None = None
+    ) -> None:
+        self._pairs, self.keys, self.tags, self.factors = pairs, keys, tags, factors
 
     def blocks(self, *extras: Tensor) -> Iterator[Block]:
         """One block. Collectives: one all-gather for each of the extras."""
-        yield Block(0, self.keys, self.tags, tuple(gathered(self._pairs, x) for x in extras))
+        of_block = tuple(gathered(self._pairs, x) for x in extras)
+        yield Block(0, self.keys, self.tags, of_block, self.factors)
 
     def reduction(self, *joins: Join) -> KeyReduction:
         return _GatheredReduction(self._pairs, joins)
@@ -155,14 +168,16 @@ class RingKeys:
         """A block of each rank; the next one arrives while the caller works on this one."""
         pairs, owner = self._pairs, collectives.rank(self._pairs.group)
         sizes, held = pairs.sizes, [pairs.keys]
-        held += [x for x in (pairs.tags, *extras) if x is not None]
+        factors = pairs.factors and pairs.factors[1]
+        held += [x for x in (pairs.tags, factors, *extras) if x is not None]
         for step in range(len(sizes)):
             following = (owner - 1) % len(sizes)
             last = step == len(sizes) - 1
             arrive = None if last else self._start_shift(held, sizes[following])
             keys, *others = held
             tags = None if pairs.tags is None else others.pop(0)
-            yield Block(sum(sizes[:owner]), keys, tags, tuple(others))
+            factors = None if pairs.factors is None else others.pop(0)
+            yield Block(sum(sizes[:owner]), keys, tags, tuple(others), factors)
             if arrive is not None:
                 held, owner = arrive(), following
 

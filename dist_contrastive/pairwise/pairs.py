@@ -34,6 +34,12 @@ class Pairs:
     tags: Tensor | None = None  # [n] or [n, 2], of the keys; the first b are those of the rows
     max_delta: float = 0.0
     group: Group = None
+    bias: Tensor | None = None  # one number, added to all scores
+    multiples_of: tuple[Tensor, Tensor] | None = None
+    """What `rows` [b, D] and `keys` [n, D] are positive multiples of. In half precision it is what
+    tensor cores multiply, so that rows of unit length need not be rounded to it."""
+    factors: tuple[Tensor, Tensor] | None = None
+    """Of kernels alone, which multiply rows [b] and keys [n] by them in fp32."""
 
     @property
     def start(self) -> int:
@@ -79,7 +85,9 @@ class Pairs:
         """Rows r against the keys first, first + 1, ... and their tags."""
         own = self.own(r, first, first + len(keys))
         similar = None if tags is None else self.similar(r, tags)
-        return Tile(self.rows[r] @ keys.T, own, similar)
+        rows = self.rows[r]
+        scores = rows @ keys.T if self.bias is None else torch.addmm(self.bias, rows, keys.T)
+        return Tile(scores, own, similar)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,12 @@ class Statistics:
     keys: tuple[Tensor, ...]
     grad_keys: tuple[Tensor, ...]
 
+    def of(self, r: slice, k: slice) -> "Statistics":
+        """Those of a tile, of statistics that are [b] and [k] for rows and keys of a block."""
+        rows, grad_rows = (tuple(x[r, None] for x in xs) for xs in (self.rows, self.grad_rows))
+        keys, grad_keys = (tuple(x[k] for x in xs) for xs in (self.keys, self.grad_keys))
+        return Statistics(rows, grad_rows, keys, grad_keys)
+
 
 class Reduction(ABC):
     """Reduction of the score matrix to statistics per row and per key."""
@@ -52,6 +58,12 @@ class Reduction(ABC):
 
 class PairSum(Reduction):
     """Sum over keys of a function of each pair."""
+
+    @property
+    def expression(self) -> tuple[str, float] | None:
+        """Name in `pairwise.kernels` of the same function of all but own pairs, and its parameter;
+        None: it has no kernel."""
+        return None
 
     @property
     def joins(self) -> Joins:

@@ -106,6 +106,7 @@ class ContrastiveForce(PairLoss):
     """
 
     takes = "points"
+    has_kernels = False
 
     class Config(PairLoss.Config):
         """The force of data and of other generated points on generated points."""

@@ -1,0 +1,258 @@
+"""What a kernel becomes on a card that need not be there: compiled ahead of time, its code read.
+
+    python benchmarks/gpu/static.py [--cards 80 90 100] [--dim 768] [--dtypes bf16 fp32]
+
+Triton compiles without a GPU and brings the tools that list machine code. Of each kernel with its
+tile the table has registers of a thread, bytes spilled, shared memory, blocks that an SM holds,
+instructions of tensor cores, and a bound on time for one tile: cycles of the product on the tensor
+cores beside cycles of what follows it (exponentials and logarithms, or the issue of instructions,
+whichever takes longer). Two blocks on an SM can overlap these, one cannot. Nothing here has been
+measured on a card. Of sm_100 loops are not told apart, and its cycles are left out.
+"""
+
+import argparse
+import dataclasses
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dist_contrastive.pairwise import kernels
+from dist_contrastive.pairwise.kernel_calls import TILES, TileShape
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TENSOR_CORES = {"HMMA", "HGMMA", "QMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "OMMA"}
+_LABEL = re.compile(r"^(\.L_\w+):")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+
+
+class Card(NamedTuple):
+    """What one SM has, and dense operations that its tensor cores do in a cycle."""
+
+    registers: int
+    shared: int
+    threads: int
+    blocks: int
+    bf16: int
+
+
+CARDS = {
+    80: Card(65536, 164 << 10, 2048, 32, 2048),
+    90: Card(65536, 228 << 10, 2048, 32, 4096),
+    100: Card(65536, 228 << 10, 2048, 32, 8192),
+}
+
+
+class Part(NamedTuple):
+    """Instructions of a warp at one depth of loops, once through."""
+
+    depth: int
+    instructions: int
+    tensor: int
+    special: int
+
+
+class Report(NamedTuple):
+    """One kernel on one card."""
+
+    registers: int
+    spilled: int
+    shared: int
+    threads: int
+    blocks: int
+    ptx: str
+    ttir: str
+    parts: list[Part]
+
+    @property
+    def tensor(self) -> int:
+        """Instructions of tensor cores."""
+        return sum(part.tensor for part in self.parts)
+
+    def epilogue(self, steps: int) -> float:
+        """Cycles of an SM for what follows the product of a tile, of so many steps."""
+        product = max(self.parts, key=lambda part: part.tensor).depth
+        rest = [part for part in self.parts if part.depth < product]
+        # Tiles of a loop over keys stand at depth 1; what runs once a program counts little.
+        runs = [part for part in rest if part.depth == product - 1]
+        issue = sum(part.instructions for part in runs) * self.threads / 32 / 4
+        special = sum(part.special for part in runs) * self.threads / 16
+        return max(issue, special)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A kernel, and what it is compiled for."""
+
+    name: str
+    constants: dict[str, Any]
+    ids: bool = False
+
+    def signature(self, operand: str) -> dict[str, str]:
+        """Triton's type of each argument that is no constant."""
+        ids = "*i32" if self.ids else f"*{operand}"
+        types = dict.fromkeys(("X", "Y", "G"), f"*{operand}")
+        types |= dict.fromkeys(("ROW_IDS", "KEY_IDS"), ids)
+        types |= dict.fromkeys(("REPEAT", "FAR"), "*i32")
+        types |= dict.fromkeys(("M", "N", "own", "stride"), "i32")
+        types["parameter"] = "fp32"
+        kernel = getattr(kernels, f"{self.name}_kernel")
+        return {name: types.get(name, "*fp32") for name in kernel.arg_names}
+
+
+def _lse(name: str, leave_out: str = "nothing", **more: Any) -> Variant:
+    flags = {"BOTH": False, "WITH_POSITIVES": False, "RUNNING": False} | more
+    if name != "lse":
+        del flags["RUNNING"]
+    with_ids = leave_out == "similar" or flags["WITH_POSITIVES"]
+    return Variant(name, {"LEAVE_OUT": leave_out, **flags}, with_ids)
+
+
+def _pair(name: str, expression: str, ids: bool) -> Variant:
+    return Variant(name, {"EXPRESSION": getattr(kernels, expression), "HAS_IDS": ids}, ids)
+
+
+VARIANTS = {
+    "InfoNCE, symmetric": _lse("lse", BOTH=True),
+    "InfoNCE": _lse("lse"),
+    "NT-Xent": _lse("lse", "own"),
+    "DCL": _lse("lse", "similar"),
+    "SupCon": _lse("lse", "own", WITH_POSITIVES=True),
+    "any range": _lse("lse", RUNNING=True),
+    "SigLIP": _pair("pair_sum", "softplus", False),
+    "cosine embedding": _pair("pair_sum", "cosine_embedding", True),
+    "InfoNCE, symmetric, gradient": _lse("lse_gradient", BOTH=True),
+    "InfoNCE, gradient": _lse("lse_gradient"),
+    "NT-Xent, gradient": _lse("lse_gradient", "own"),
+    "DCL, gradient": _lse("lse_gradient", "similar"),
+    "SupCon, gradient": _lse("lse_gradient", "own", WITH_POSITIVES=True),
+    "SigLIP, gradient": _pair("pair_gradient", "softplus", False),
+    "cosine embedding, gradient": _pair("pair_gradient", "cosine_embedding", True),
+}
+"""The kernel of each loss."""
+
+
+def compiled(
+    variant: Variant,
+    card: int,
+    dim: int = 768,
+    dtype: str = "bf16",
+    tile: TileShape | None = None,
+    factors: bool | None = None,
+    precision: str | None = None,
+) -> Report:
+    """The kernel of a variant on a card, with its tile of the table unless one is given."""
+    tile = tile or TILES[variant.name, 4 if dtype == "fp32" else 2]
+    kernel = getattr(kernels, f"{variant.name}_kernel")
+    constants = {**variant.constants, "D": dim, "BM": tile.rows, "BN": tile.keys, "BK": tile.dims}
+    constants["HAS_FACTORS"] = dtype != "fp32" if factors is None else factors
+    constants["PRECISION"] = precision or ("tf32x3" if dtype == "fp32" else "ieee")
+    constants |= {"GROUP": 8} if "gradient" in variant.name else {}
+    names, types = kernel.arg_names, variant.signature(dtype)
+    types |= dict.fromkeys(constants, "constexpr")
+    aligned = [name for name in names if types[name].startswith("*") or name == "stride"]
+    source = ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return _report(
+        triton.compile(source, target=GPUTarget("cuda", card, 32), options=options), card
+    )
+
+
+def _report(built: Any, card: int) -> Report:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True)
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    assert found, usage.stderr
+    registers, spilled = map(int, found.groups())
+    threads, shared, sm = 32 * built.metadata.num_warps, built.metadata.shared, CARDS[card]
+    in_eights = -(-registers // 8) * 8
+    blocks = min(
+        sm.blocks,
+        sm.threads // threads,
+        sm.registers // (in_eights * threads),
+        sm.shared // (shared + 1024),
+    )
+    texts = built.asm["ptx"], built.asm["ttir"]
+    return Report(registers, spilled, shared, threads, blocks, *texts, _parts(code.stdout))
+
+
+def _parts(code: str) -> list[Part]:
+    """Instructions by depth of loops, which are the jumps back."""
+    labels: dict[str, int] = {}
+    lines: list[tuple[str, str]] = []
+    for line in code.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(lines)
+        elif instruction := _INSTRUCTION.match(line):
+            lines.append((instruction[1].split(".")[0], instruction[2]))
+    loops = list(_loops(lines, labels))
+    depths = [sum(first <= at <= last for first, last in loops) for at in range(len(lines))]
+    return [
+        Part(depth, len(ops), sum(op in TENSOR_CORES for op in ops), ops.count("MUFU"))
+        for depth in range(max(depths, default=0) + 1)
+        for ops in [[op for (op, _), at in zip(lines, depths, strict=True) if at == depth]]
+    ]
+
+
+def _loops(lines: list[tuple[str, str]], labels: dict[str, int]) -> Iterator[tuple[int, int]]:
+    for last, (op, target) in enumerate(lines):
+        label = re.search(r"\.L_\w+", target)
+        if op == "BRA" and label and labels.get(label[0], last) < last - 2:  # 0: the end of code
+            yield labels[label[0]], last
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cards", type=int, nargs="+", default=[90], choices=[*CARDS])
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--only", default="", help="kernels whose name has this in it")
+    parser.add_argument("--tile", help="rows,keys,dims,warps,stages in the place of the table's")
+    args = parser.parse_args()
+    shape = TileShape(*map(int, args.tile.split(","))) if args.tile else None
+    print(f"{'kernel':30} card dtype {'tile':>17} regs spill shared blocks  mma product  rest")
+    for card, dtype in ((card, dtype) for card in args.cards for dtype in args.dtypes):
+        for name, variant in VARIANTS.items():
+            if args.only in name:
+                print(line(name, variant, card, args.dim, dtype, shape), flush=True)
+
+
+def line(
+    name: str, variant: Variant, card: int, dim: int, dtype: str, shape: TileShape | None
+) -> str:
+    """A line of the table."""
+    tile = shape or TILES[variant.name, 4 if dtype == "fp32" else 2]
+    text = "x".join(map(str, dataclasses.astuple(tile)))
+    try:
+        found = compiled(variant, card, dim, dtype, tile)
+    except Exception as error:  # one that does not compile must not end the table
+        return f"{name:30} {card:4} {dtype:5} {text:>17} {type(error).__name__}"
+    operations = 2 * tile.rows * tile.keys * dim
+    product = operations / CARDS[card].bf16 * (6 if dtype == "fp32" else 1)  # three of tf32
+    cycles = f"{product:7.0f} {found.epilogue(-(-dim // tile.dims)):5.0f}" if card < 100 else ""
+    return (
+        f"{name:30} {card:4} {dtype:5} {text:>17} {found.registers:4} {found.spilled:5} "
+        f"{found.shared >> 10:5}K {found.blocks:6} {found.tensor:4} {cycles}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Calls of the Triton kernels: where they can run, their tiles, and their operands."""
+
+import functools
+import importlib.util
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_contrastive.pairwise.keys import Block
+from dist_contrastive.pairwise.pairs import Pairs
+from dist_contrastive.pairwise.reductions import (
+    LogSumExp,
+    LogSumExpAndPositives,
+    PairSum,
+    Reduction,
+)
+
+_LOG2E = 1 / math.log(2)
+_OLDEST = (8, 0)  # compute capability: the first with products of bf16
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# fp32 operands in three products of tensor cores, or in fp32 arithmetic; never in one of tf32.
+_FP32_PRODUCT = "tf32x3"
+_PROGRAMS = 264  # that keys are split among, where rows are few: two for each SM of a large card
+_LARGEST = 80.0  # power of 2 that no exponential exceeds: a sum of 2^40 of them is finite
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Rows, keys and dimensions of a step of the product; warps; steps that are loaded ahead."""
+
+    rows: int
+    keys: int
+    dims: int
+    warps: int
+    stages: int
+
+    def row_grid(self, num_rows: int, num_keys: int) -> tuple[int, int]:
+        """Grid of a program for each block of rows and part of the keys, which is all of them
+        unless rows are few."""
+        blocks = -(-num_rows // self.rows)
+        return blocks, max(1, min(-(-num_keys // self.keys), _PROGRAMS // blocks))
+
+    def tile_grid(self, num_rows: int, num_keys: int) -> tuple[int]:
+        """Grid of a program for each tile."""
+        return (-(-num_rows // self.rows) * -(-num_keys // self.keys),)
+
+
+TILES = {  # by kernel and bytes of an operand: a table, since timing would differ between ranks
+    ("lse", 2): TileShape(128, 256, 64, 8, 3),
+    ("lse_gradient", 2): TileShape(128, 256, 64, 8, 3),
+    ("pair_sum", 2): TileShape(128, 128, 64, 8, 3),
+    ("pair_gradient", 2): TileShape(128, 128, 64, 8, 3),
+    ("lse", 4): TileShape(128, 128, 32, 8, 3),
+    ("lse_gradient", 4): TileShape(128, 128, 32, 8, 3),
+    ("pair_sum", 4): TileShape(128, 128, 32, 8, 3),
+    ("pair_gradient", 4): TileShape(128, 128, 32, 8, 3),
+}
+
+
+def unfit(reduction: Reduction, pairs: Pairs) -> str | None:
+    """Why kernels cannot reduce these pairs; None if they can."""
+    if (reason := _no_place(pairs.rows.device)) is not None:
+        return reason
+    if pairs.rows.dtype not in _DTYPES:
+        return f"rows are {pairs.rows.dtype}, and kernels take float32, bfloat16 and float16"
+    if isinstance(reduction, PairSum):
+        known = reduction.expression is not None
+    else:
+        known = type(reduction) in (LogSumExp, LogSumExpAndPositives) and pairs.bias is None
+    if not known:
+        return f"{type(reduction).__name__} has no kernel"
+    if pairs.tags is not None and pairs.tags.dim() > 1:
+        return "labels are continuous, and kernels compare whole ones"
+    return None
+
+
+def is_interpreted() -> bool:
+    """Whether kernels are interpreted, on a CPU: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _no_place(device: torch.device) -> str | None:
+    """Why kernels do not run on a device; None if they do."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if is_interpreted():
+        return None
+    if device.type != "cuda":
+        return f"rows are on {device.type}, and kernels run on CUDA"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        has, needed = (".".join(map(str, x)) for x in (capability, _OLDEST))
+        return f"the compute capability of {device} is {has}, and kernels need {needed}"
+    return None
+
+
+def launch(
+    name: str, grid: tuple[int, ...], tile: TileShape, *arguments: Any, **constants: Any
+) -> None:
+    """Run the kernel `name` of `kernels`: the only place where one is started."""
+    from dist_contrastive.pairwise import kernels
+
+    if "EXPRESSION" in constants:
+        constants["EXPRESSION"] = getattr(kernels, constants["EXPRESSION"])
+    getattr(kernels, f"{name}_kernel")[grid](
+        *arguments,
+        **constants,
+        **{"BM": tile.rows, "BN": tile.keys, "BK": tile.dims},
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Rows and keys of a block as kernels take them."""
+
+    rows: Tensor  # [b, D]
+    keys: Tensor  # [k, D]
+    factors: tuple[Tensor, Tensor] | None  # of rows [b] and keys [k], fp32
+    ids: tuple[Tensor, Tensor] | None  # of rows [b] and keys [k], int32
+    own: int  # the number in the block of the first row's own key
+    bias: Tensor | None = None  # one number, fp32
+
+    @classmethod
+    def of(cls, pairs: Pairs, block: Block) -> "Operands":
+        """Those of this rank's rows and a block of keys."""
+        factors = ids = None
+        if pairs.factors is not None and block.factors is not None:
+            factors = pairs.factors[0].contiguous(), block.factors.contiguous()
+        if pairs.tags is not None and block.tags is not None:
+            ids = _ids(pairs.tags[: len(pairs.rows)], block.tags)
+        own, bias = pairs.start - block.first, pairs.bias
+        bias = None if bias is None else bias.float()
+        return cls(pairs.rows.contiguous(), block.keys.contiguous(), factors, ids, own, bias)
+
+    def transposed(self) -> "Operands":
+        """Keys as rows, rows as keys."""
+        factors, ids = (x and (x[1], x[0]) for x in (self.factors, self.ids))
+        return Operands(self.keys, self.rows, factors, ids, -self.own)
+
+    def tile(self, kernel: str) -> TileShape:
+        """The tile of a kernel for operands of this dtype."""
+        return TILES[kernel, self.rows.element_size()]
+
+    def tensors(self, r: slice) -> tuple[Tensor, ...]:
+        """Of rows r, in the order of the kernels; where there are none, others, never read."""
+        row_factors, key_factors = self.factors or (self.rows, self.keys)
+        row_ids, key_ids = self.ids or (self.rows, self.keys)
+        return self.rows[r], self.keys, row_factors[r], key_factors, row_ids[r], key_ids
+
+    def sizes(self, r: slice) -> tuple[int, int, int]:
+        """M, N and own of rows r."""
+        return r.stop - r.start, len(self.keys), self.own + r.start
+
+    def constants(self) -> dict[str, Any]:
+        """What kernels are compiled for."""
+        precision = _FP32_PRODUCT if self.rows.dtype == torch.float32 else "ieee"
+        dim, has_factors = self.rows.shape[1], self.factors is not None
+        return {"D": dim, "HAS_FACTORS": has_factors, "PRECISION": precision}
+
+    def shift(self) -> Tensor:
+        """What is taken off scores in powers of 2, so that no exponential is too large: scalar."""
+        lengths = [
+            torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) * factors
+            for x, factors in zip((self.rows, self.keys), self.all_factors(), strict=True)
+        ]
+        return (lengths[0].amax() * lengths[1].amax() * _LOG2E - _LARGEST).clamp(min=0)
+
+    def own_pairs(self, r: slice) -> tuple[slice, slice]:
+        """Those of rows r whose own key is in the block, and these keys."""
+        first = min(max(r.start, -self.own), r.stop)
+        last = max(first, min(r.stop, len(self.keys) - self.own))
+        return slice(first, last), slice(first + self.own, last + self.own)
+
+    def all_factors(self) -> tuple[Tensor, Tensor]:
+        """Factors of rows [b] and keys [k]; 1 where there are none."""
+        if self.factors is not None:
+            return self.factors
+        one = self.rows.new_ones((), dtype=torch.float32)
+        return one.expand(len(self.rows)), one.expand(len(self.keys))
+
+
+def _ids(row_tags: Tensor, key_tags: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [b], [k] in int32 that are equal where tags are; of keys like no row -1."""
+    known = row_tags.sort().values
+    row_ids, key_ids = (torch.searchsorted(known, x, out_int32=True) for x in (row_tags, key_tags))
+    found = known[key_ids.clamp(max=len(known) - 1)]
+    return row_ids, torch.where(found == key_tags, key_ids, -1)
+
+
+def in_half_precision(pairs: Pairs) -> Pairs:
+    """Pairs of what rows and keys are multiples of, and the factors, if that is half precision."""
+    if pairs.multiples_of is None:
+        return pairs
+    rows, keys = (x.detach() for x in pairs.multiples_of)
+    if rows.dtype != keys.dtype or rows.dtype.itemsize != 2:
+        return pairs
+    factors = _factors(pairs.rows, rows), _factors(pairs.keys, keys)
+    return replace(pairs, rows=rows, keys=keys, factors=factors)
+
+
+@torch.no_grad()
+def _factors(multiples: Tensor, x: Tensor) -> Tensor:
+    """Factors [n] of the rows of x; 1 where they are 0."""
+    length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+    ratio = torch.linalg.vector_norm(multiples, dim=1) / length
+    return torch.where(length > 0, ratio, 1.0)
