@@ -108,9 +108,8 @@ class Variant:
 
 
 def _lse(name: str, leave_out: str = "nothing", **more: Any) -> Variant:
-    flags = {"BOTH": False, "WITH_POSITIVES": False, "RUNNING": False} | more
-    if name != "lse":
-        del flags["RUNNING"]
+    flags = {"BOTH": False, "WITH_POSITIVES": False, **more}
+    flags |= {"RUNNING": False} | more if name == "lse" else {"SHARED": True} | more
     with_ids = leave_out == "similar" or flags["WITH_POSITIVES"]
     return Variant(name, {"LEAVE_OUT": leave_out, **flags}, with_ids)
 
@@ -129,6 +128,7 @@ VARIANTS = {
     "SigLIP": _pair("pair_sum", "softplus", False),
     "cosine embedding": _pair("pair_sum", "cosine_embedding", True),
     "InfoNCE, symmetric, gradient": _lse("lse_gradient", BOTH=True),
+    "any range, gradient": _lse("lse_gradient", BOTH=True, SHARED=False),
     "InfoNCE, gradient": _lse("lse_gradient"),
     "NT-Xent, gradient": _lse("lse_gradient", "own"),
     "DCL, gradient": _lse("lse_gradient", "similar"),
@@ -147,6 +147,7 @@ def compiled(
     tile: TileShape | None = None,
     factors: bool | None = None,
     precision: str | None = None,
+    **more: Any,
 ) -> Report:
     """The kernel of a variant on a card, with its tile of the table unless one is given."""
     tile = tile or TILES[variant.name, 4 if dtype == "fp32" else 2]
@@ -164,7 +165,7 @@ def compiled(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **more}
     return _report(
         triton.compile(source, target=GPUTarget("cuda", card, 32), options=options), card
     )

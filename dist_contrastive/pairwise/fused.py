@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.pairwise.chunked import Grads, Results
-from dist_contrastive.pairwise.kernel_calls import Operands, launch
+from dist_contrastive.pairwise.kernel_calls import Operands, launch, num_similar
 from dist_contrastive.pairwise.keys import Block
 from dist_contrastive.pairwise.pairs import Pairs, chunks
 from dist_contrastive.pairwise.reductions import (
@@ -126,11 +126,11 @@ def _shifted_sums(
     of_rows = []
     for r in chunks(whole, at_a_time):
         grid = tile.row_grid(*operands.sizes(r)[:2])
-        sums = shift.new_empty(3 if has_positives else 1, grid[1], r.stop - r.start)
+        sums = shift.new_empty(2 if has_positives else 1, grid[1], r.stop - r.start)
         key_sums = shift.new_empty(grid[0], num_keys) if reduction.both else sums
         launch(
             *("lse", grid, tile, *operands.tensors(r), shift, shift, sums[0], sums, key_sums),
-            *(*(sums[1:] if has_positives else (sums, sums)), *operands.sizes(r)),
+            *(sums[-1], *operands.sizes(r)),
             LEAVE_OUT=reduction.leave_out,
             BOTH=reduction.both,
             WITH_POSITIVES=has_positives,
@@ -141,6 +141,8 @@ def _shifted_sums(
         if of_keys is not None:
             of_keys += key_sums.sum(0, dtype=torch.float64)
     row_sums, *positives = torch.cat(of_rows, 1)
+    if has_positives:
+        positives.append(num_similar(operands))
     return row_sums, of_keys, tuple(positives)
 
 
@@ -150,7 +152,7 @@ def _running_lse(reduction: LogSumExp, operands: Operands, repeat: Tensor) -> Te
     grid = tile.row_grid(*operands.sizes(r)[:2])
     sums, tops = operands.rows.new_empty(2, grid[1], r.stop, dtype=torch.float32)
     launch(
-        *("lse", grid, tile, *operands.tensors(r), sums, repeat, sums, tops, sums, sums, sums),
+        *("lse", grid, tile, *operands.tensors(r), sums, repeat, sums, tops, sums, sums),
         *operands.sizes(r),
         LEAVE_OUT=reduction.leave_out,
         BOTH=False,
@@ -215,48 +217,50 @@ def _pair_gradients(reduction: PairSum, operands: Operands, statistics: Statisti
 
 def _lse_gradients(reduction: LogSumExp, operands: Operands, statistics: Statistics) -> _GradScores:
     tile, shift = operands.tile("lse_gradient"), operands.shift()
+    lse = [statistics.rows[0], *statistics.keys]
     grads = [statistics.grad_rows[0], *statistics.grad_keys]
     by_positives = statistics.grad_rows[1:2]
     unit = _unit(operands, *grads, *by_positives)
-    lse, weights, far = _softmax_weights(
-        [statistics.rows[0], *statistics.keys], [x / unit for x in grads], shift, reduction.both
-    )
-    positives = [(x / unit).float() for x in by_positives] or weights
-    own = weights[0].new_zeros(len(weights[0])) if reduction.leave_out == "nothing" else None
+    powers = [torch.where(x == -torch.inf, torch.inf, x * _LOG2E) for x in lse]
+    far = _far(powers, shift)
+    rounded = [x.float() for x in powers]
+    each = [_weights(x, grad / unit, r) for x, grad, r in zip(powers, grads, rounded, strict=True)]
+    shared = [_weights(x, grad / unit, shift) for x, grad in zip(powers, grads, strict=True)]
+    positives = [(x / unit).float() for x in by_positives] or each
+    own = each[0].new_zeros(len(each[0])) if reduction.leave_out == "nothing" else None
+    constants = {
+        "LEAVE_OUT": reduction.leave_out,
+        "BOTH": reduction.both,
+        "WITH_POSITIVES": bool(by_positives),
+        "GROUP": _GROUP,
+        **operands.constants(),
+    }
 
     def fill(r: slice, g: Tensor) -> None:
-        of_rows = lse[0][r], weights[0][r]
-        of_keys = lse[-1], weights[-1]
+        grid, tensors = tile.tile_grid(*g.shape), operands.tensors(r)
         outputs = g, g if own is None else own[r], *operands.sizes(r), g.stride(0)
-        launch(
-            *("lse_gradient", tile.tile_grid(*g.shape), tile, *operands.tensors(r), shift, far),
-            *(*of_rows, *of_keys, positives[0][r], *outputs),
-            LEAVE_OUT=reduction.leave_out,
-            BOTH=reduction.both,
-            WITH_POSITIVES=bool(by_positives),
-            GROUP=_GROUP,
-            **operands.constants(),
-        )
+        for is_shared, weights in ((True, shared), (False, each))[not reduction.both :]:
+            launch(
+                *("lse_gradient", grid, tile, *tensors, shift, far, rounded[0][r], weights[0][r]),
+                *(rounded[-1], weights[-1], positives[0][r], *outputs),
+                SHARED=is_shared,
+                **constants,
+            )
 
     return _GradScores(unit, fill, own)
 
 
-def _softmax_weights(
-    lse: list[Tensor], grads: list[Tensor], shift: Tensor, both: bool
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Log-sum-exps of rows and keys in powers of 2, what multiplies their exponentials, and whether
-    these need one each; see `lse_gradient_kernel`."""
-    powers = [torch.where(x == -torch.inf, torch.inf, x * _LOG2E) for x in lse]
-    near = [((x - shift < _FAR_ABOVE) & (x - shift > -_BELOW)) | (x == torch.inf) for x in powers]
-    far = ~torch.stack([x.all() for x in near]).all()
-    rounded = [x.float() for x in powers]
-    lost = [torch.where(x.isfinite(), r - x, 0.0) for x, r in zip(powers, rounded, strict=True)]
-    exponents = lost
-    if both:
-        pairs = zip(powers, lost, strict=True)
-        exponents = [torch.where(far, rest, shift - x) for x, rest in pairs]
-    weights = [x.exp2() * grad for x, grad in zip(exponents, grads, strict=True)]
-    return rounded, [x.float() for x in weights], far.int()
+def _far(powers: list[Tensor], shift: Tensor) -> Tensor:
+    """Whether a log-sum-exp is too far from the shift, or NaN: a number on the device."""
+    above = [x - shift for x in powers]
+    near = [((x < _FAR_ABOVE) & (x > -_BELOW)) | (x == torch.inf) for x in above]
+    return (~torch.stack([x.all() for x in near]).all()).int()
+
+
+def _weights(power: Tensor, grad: Tensor, shift: Tensor) -> Tensor:
+    """What ``2^(z - shift)`` is multiplied by, for a log-sum-exp and the gradient by it."""
+    difference = torch.where(power.isfinite(), shift - power, -torch.inf)
+    return (difference.exp2() * grad).float()
 
 
 def _rows_at_a_time(operands: Operands) -> int:

@@ -186,6 +186,17 @@ class Operands:
         return one.expand(len(self.rows)), one.expand(len(self.keys))
 
 
+def num_similar(operands: Operands) -> Tensor:
+    """Keys that are similar to each row, but its own: [b] fp64."""
+    assert operands.ids is not None, "positives need tags"
+    row_ids, key_ids = operands.ids
+    known, whole = key_ids.sort().values, slice(0, len(row_ids))
+    first, last = (torch.searchsorted(known, row_ids, right=right) for right in (False, True))
+    count = (last - first).double()
+    count[operands.own_pairs(whole)[0]] -= 1
+    return count
+
+
 def _ids(row_tags: Tensor, key_tags: Tensor) -> tuple[Tensor, Tensor]:
     """Ids [b], [k] in int32 that are equal where tags are; of keys like no row -1."""
     known = row_tags.sort().values

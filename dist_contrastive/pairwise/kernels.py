@@ -1,6 +1,6 @@
 """Triton kernels: tiles of scores that are reduced where they are computed, and their gradients.
 
-    lse_kernel            sums of exponentials of rows and of keys; positives summed and counted
+    lse_kernel            sums of exponentials of rows and of keys; positives summed
     lse_gradient_kernel   gradient of the scores, from final log-sum-exps
     pair_sum_kernel       sums over keys of a function of the pair
     pair_gradient_kernel  gradient of the scores, from the function's derivative
@@ -96,7 +96,7 @@ def _store_gradient(G, grad, row, key, M, N, stride):
 @triton.jit(do_not_specialize=_SIZES)
 def lse_kernel(
     X, Y, ROW_FACTORS, KEY_FACTORS, ROW_IDS, KEY_IDS, SHIFT, REPEAT,
-    ROW_SUMS, ROW_TOPS, KEY_SUMS, POSITIVE_SUMS, POSITIVES, M, N, own,
+    ROW_SUMS, ROW_TOPS, KEY_SUMS, POSITIVE_SUMS, M, N, own,
     D: tl.constexpr, LEAVE_OUT: tl.constexpr, BOTH: tl.constexpr, WITH_POSITIVES: tl.constexpr,
     RUNNING: tl.constexpr, HAS_FACTORS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -108,7 +108,7 @@ def lse_kernel(
     maximum. It ends at once unless REPEAT, so that no one waits to know whether it is needed.
 
     Program (i, s) takes rows i BM ... and the s-th part of the keys. ROW_SUMS and ROW_TOPS, the
-    shifts of RUNNING, and those of positives are [parts, M], KEY_SUMS is [cdiv(M, BM), N].
+    shifts of RUNNING, and POSITIVE_SUMS are [parts, M], KEY_SUMS is [cdiv(M, BM), N].
     """
     if RUNNING:  # noqa: SIM102  # a condition of the compiler, and one of the device
         if tl.load(REPEAT) == 0:
@@ -120,7 +120,6 @@ def lse_kernel(
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], -float("inf"), tl.float32)
     positive_sum = tl.zeros([BM], tl.float32)
-    num_positives = tl.zeros([BM], tl.float32)
     shift = tl.load(SHIFT)
     for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
         first_key = block * BN
@@ -128,21 +127,21 @@ def lse_kernel(
         scores = _scores(
             X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, D, HAS_FACTORS, PRECISION, BK
         )
-        holds_own = _holds_own(first_row, first_key, own, BM, BN)
-        if WITH_POSITIVES:
-            positive = _similar(ROW_IDS, KEY_IDS, row, key, M, N)
-            if holds_own:
-                positive = positive & ((row + own)[:, None] != key[None, :])
-            positive_sum += tl.sum(tl.where(positive, scores, 0.0), 1)
-            num_positives += tl.sum(tl.where(positive, 1.0, 0.0), 1)
         z = scores * _LOG2E
+        if WITH_POSITIVES:
+            similar = _similar(ROW_IDS, KEY_IDS, row, key, M, N)
+            positive_sum += tl.sum(tl.where(similar, z, 0.0), 1)
         if LEAVE_OUT == "similar":
             similar = _similar(ROW_IDS, KEY_IDS, row, key, M, N)
             z = tl.where(similar, -float("inf"), z)
+        holds_own = _holds_own(first_row, first_key, own, BM, BN)
         if holds_own | (first_key + BN > N) | (first_row + BM > M):
+            is_own = (row + own)[:, None] == key[None, :]
+            if WITH_POSITIVES:
+                positive_sum -= tl.sum(tl.where(is_own, z, 0.0), 1)
             counts = (row < M)[:, None] & (key < N)[None, :]
             if LEAVE_OUT == "own":
-                counts = counts & ((row + own)[:, None] != key[None, :])
+                counts = counts & ~is_own
             z = tl.where(counts, z, -float("inf"))
         if RUNNING:
             higher = tl.maximum(top, tl.max(z, 1))
@@ -160,8 +159,7 @@ def lse_kernel(
     if RUNNING:
         tl.store(ROW_TOPS + at, top, mask=is_row)
     if WITH_POSITIVES:
-        tl.store(POSITIVE_SUMS + at, positive_sum, mask=is_row)
-        tl.store(POSITIVES + at, num_positives, mask=is_row)
+        tl.store(POSITIVE_SUMS + at, positive_sum * _LN2, mask=is_row)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -169,19 +167,24 @@ def lse_gradient_kernel(
     X, Y, ROW_FACTORS, KEY_FACTORS, ROW_IDS, KEY_IDS, SHIFT, FAR,
     ROW_LSE, ROW_WEIGHTS, KEY_LSE, KEY_WEIGHTS, POSITIVE_WEIGHTS, G, OWN_G, M, N, own, stride,
     D: tl.constexpr, LEAVE_OUT: tl.constexpr, BOTH: tl.constexpr, WITH_POSITIVES: tl.constexpr,
-    HAS_FACTORS: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, HAS_FACTORS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the scores: softmax weights of rows, and of keys (BOTH), and of positives.
 
     G is 0 for own pairs, whose gradient goes to OWN_G [M] in fp32: in a trained model it nearly
-    cancels with that of the positive, and would be lost by rounding. With BOTH one exponential
-    serves rows and keys, ``2^(z - shift) (row weight + key weight)``; where log-sum-exps are FAR
-    from the shift that product leaves the range of fp32, and each has its own.
+    cancels with that of the positive, and would be lost by rounding.
+
+    With BOTH one exponential is SHARED by rows and keys, ``2^(z - shift) (row weight + key
+    weight)``. Where log-sum-exps are FAR from the shift that product leaves the range of fp32: then
+    that kernel ends at once, and in its place does not the one in which each has its own.
 
     *_LSE: in powers of 2. *_WEIGHTS: gradients by log-sum-exps, times what rounding has taken from
-    these; if not FAR, times ``2^(shift - lse)``.
+    these; of SHARED, times ``2^(shift - lse)``.
     """
+    if BOTH:  # noqa: SIM102  # a condition of the compiler, and one of the device
+        if (tl.load(FAR) == 0) != SHARED:
+            return
     first_row, first_key = _tile_of_program(M, N, BM, BN, GROUP)
     row, key = first_row + tl.arange(0, BM), first_key + tl.arange(0, BN)
     scores = _scores(X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, D, HAS_FACTORS, PRECISION, BK)
@@ -189,7 +192,7 @@ def lse_gradient_kernel(
     row_weight = tl.load(ROW_WEIGHTS + row, mask=row < M, other=0.0)[:, None]
     if BOTH:
         key_weight = tl.load(KEY_WEIGHTS + key, mask=key < N, other=0.0)[None, :]
-        if tl.load(FAR) == 0:
+        if SHARED:
             grad = tl.exp2(z - tl.load(SHIFT)) * (row_weight + key_weight)
         else:
             row_lse = tl.load(ROW_LSE + row, mask=row < M, other=0.0)[:, None]
