@@ -3,11 +3,13 @@
     pairs.py       rows of this rank and keys of all ranks, and which pairs are similar
     keys.py        blocks of keys (gather, ring, local), reductions over ranks for keys
     reductions.py  statistics of a tile: log-sum-exp, sums over pairs; their derivatives
+    choice.py      which of these ways is taken: dense, chunked, triton
     dense.py       the specification: plain torch on whole matrices
-    chunked.py     the same maths block by block, recomputed in backward: memory linear in the batch
+    chunked.py     block by block of keys, computed again in backward: memory linear in the batch
+    way.py         what a way to compute a block has to do; saved.py what its backward needs
+    tiles.py       a block in tiles of plain torch
     fused.py       a block by Triton kernels, whose scores never reach memory
-    kernel_calls.py  where kernels can run, their tiles and operands
-    kernels.py     the kernels
+    kernel_calls.py, kernels.py  their operands and where they can run; the kernels
     distances.py   Euclidean and cosine distance, rows of unit length
     triplets.py    which triplets of a row count, for every way of mining
     panels.py      losses that need all distances of a row at once
@@ -17,16 +19,10 @@ Where keys come from and how a tile is computed are independent of each other, a
 neither: it names a reduction.
 """
 
-import functools
-import logging
-from dataclasses import replace
-from typing import Literal, get_args
-
 import torch
 
-from dist_contrastive.collectives import accumulation_dtype
-from dist_contrastive.errors import ConfigError
 from dist_contrastive.pairwise import chunked, dense, fused, kernel_calls
+from dist_contrastive.pairwise.choice import IMPLS, Impl, choose
 from dist_contrastive.pairwise.distances import DISTANCES, Distance, DistanceName
 from dist_contrastive.pairwise.nearest import extremes, fetch
 from dist_contrastive.pairwise.pairs import KEYS_FROM, KeysFrom, Pairs, Tile
@@ -38,6 +34,7 @@ from dist_contrastive.pairwise.reductions import (
     Parts,
     Reduction,
 )
+from dist_contrastive.pairwise.tiles import Tiles
 from dist_contrastive.pairwise.triplets import WEIGHTS
 
 __all__ = [
@@ -64,39 +61,6 @@ __all__ = [
     "triplet_sums",
 ]
 
-Impl = Literal["auto", "dense", "chunked", "triton"]
-IMPLS: tuple[Impl, ...] = get_args(Impl)
-
-# Below this many scores one matrix product beats a loop over tiles, and 4 MiB are no matter.
-_DENSE_UP_TO = 2**20
-
-_log = logging.getLogger(__name__)
-
-
-def choose(impl: Impl, num_scores: int, unfit: str | None, cuda: bool = False) -> Impl:
-    """Resolve ``auto``: on CUDA kernels where they can run; else dense for up to 2**20 scores, and
-    chunked for more.
-
-    Args:
-        unfit: why kernels cannot run; None: they can.
-    """
-    if impl not in IMPLS:
-        raise ConfigError(f"impl={impl!r} is not known; use one of {', '.join(IMPLS)}")
-    if impl == "triton" and unfit is not None:
-        raise ConfigError(f"impl='triton' cannot be used: {unfit}; use auto, dense or chunked")
-    if impl != "auto":
-        return impl
-    if cuda:
-        if unfit is None:
-            return "triton"
-        _say_once(f"no kernels, hence slower on a GPU: {unfit}")
-    return "dense" if num_scores <= _DENSE_UP_TO else "chunked"
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    _log.warning(message)
-
 
 def reduce(
     reduction: Reduction, pairs: Pairs, impl: Impl = "auto", chunk_size: int | None = None
@@ -121,7 +85,7 @@ def reduce(
     Results of keys cost gather two all-reduces of [B] and in backward two all-gathers (one more
     all-reduce of dense); they cost ring W shifts of [n], and in backward travel with the keys.
     """
-    pairs = _in_full_precision(pairs)
+    pairs = pairs.in_full_precision()
     # Mixed precision would compute the scores in bf16: at scale 100 its spacing there is 0.5.
     with torch.autocast(pairs.rows.device.type, enabled=False):
         # By the largest rank's scores: the ways exchange different things, so all take the same.
@@ -132,18 +96,8 @@ def reduce(
             way = fused.Kernels(chunk_size)
             return chunked.reduce(reduction, pairs, kernel_calls.in_half_precision(pairs), way)
         if how == "chunked":
-            return chunked.reduce(reduction, pairs, pairs, chunked.Tiles(chunk_size))
+            return chunked.reduce(reduction, pairs, pairs, Tiles(chunk_size))
         if pairs.keys_from == "ring":  # whole blocks as tiles
-            whole = chunked.Tiles(max(1, *pairs.sizes))
+            whole = Tiles(max(1, *pairs.sizes))
             return chunked.reduce(reduction, pairs, pairs, whole)
         return dense.reduce(reduction, pairs)
-
-
-def _in_full_precision(pairs: Pairs) -> Pairs:
-    """Rows and keys in fp32 or fp64; what they were in half precision stays beside them."""
-    rows, keys = pairs.rows, pairs.keys
-    dtype = accumulation_dtype(rows.dtype)
-    if dtype == rows.dtype:
-        return pairs
-    full = rows.to(dtype), keys.to(dtype)
-    return replace(pairs, rows=full[0], keys=full[1], multiples_of=(rows, keys))

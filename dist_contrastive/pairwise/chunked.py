@@ -4,45 +4,17 @@ Memory is a few tiles plus the inputs and their gradients: linear in rows + keys
 computed is one of two ways: in tiles of plain torch, or by kernels.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.pairwise.keys import SUM, Block, KeySource, open_keys, recall, remember
-from dist_contrastive.pairwise.pairs import Pairs, Tile, chunks
+from dist_contrastive.pairwise.keys import SUM, KeySource, open_keys
+from dist_contrastive.pairwise.pairs import Pairs
 from dist_contrastive.pairwise.reductions import Reduction, Statistics
-
-Results = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # statistics of rows, of keys
-
-
-class Grads(NamedTuple):
-    """Sums that gradients are added to, in place; None where none is wanted."""
-
-    rows: Tensor  # [b, D]
-    keys: Tensor | None  # of a block [k, D]
-    bias: Tensor | None  # scalar
-
-
-class Way(Protocol):
-    """Computation of the pairs of all rows and a block of keys."""
-
-    def add_statistics(
-        self, reduction: Reduction, pairs: Pairs, block: Block, totals: Results
-    ) -> None:
-        """Join the block's statistics, in place, to those of rows [b] and of its keys [k]."""
-
-    def add_gradients(
-        self,
-        reduction: Reduction,
-        pairs: Pairs,
-        block: Block,
-        statistics: Statistics,
-        grads: Grads,
-    ) -> None:
-        """Add the block's gradients; those of its keys are 0 before."""
+from dist_contrastive.pairwise.saved import recall, remember
+from dist_contrastive.pairwise.way import Grads, Results, Way
 
 
 def reduce(reduction: Reduction, pairs: Pairs, operands: Pairs, way: Way) -> Results:
@@ -116,48 +88,3 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
             over_ranks.add((grad_keys,))
     bias = None if sums.bias is None else sums.bias.to(dtype).view_as(pairs.bias)
     return sums.rows, over_ranks.finish()[0] if over_ranks else None, bias
-
-
-class Tiles:
-    """A block in tiles of plain torch.
-
-    Args:
-        chunk_size: rows and keys of a tile; None chooses.
-    """
-
-    def __init__(self, chunk_size: int | None) -> None:
-        self._chunk_size = chunk_size
-
-    def add_statistics(
-        self, reduction: Reduction, pairs: Pairs, block: Block, totals: Results
-    ) -> None:
-        """Those of one tile after the other."""
-        for r, k, tile in self._tiles(pairs, block):
-            parts = reduction.fast_parts(tile)
-            for where, *of_kind in zip((r, k), reduction.joins, totals, parts, strict=True):
-                for join, total, part in zip(*of_kind, strict=True):
-                    total[where] = join.combine(total[where], part.double())
-
-    def add_gradients(
-        self,
-        reduction: Reduction,
-        pairs: Pairs,
-        block: Block,
-        statistics: Statistics,
-        grads: Grads,
-    ) -> None:
-        """Scores again, their gradients, and two products."""
-        for r, k, tile in self._tiles(pairs, block):
-            grad_scores = reduction.grad_scores(tile, statistics.of(r, k))
-            grads.rows[r].addmm_(grad_scores, block.keys[k])
-            if grads.keys is not None:
-                grads.keys[k].addmm_(grad_scores.T, pairs.rows[r])
-            if grads.bias is not None:
-                grads.bias.add_(grad_scores.sum())
-
-    def _tiles(self, pairs: Pairs, block: Block) -> Iterator[tuple[slice, slice, Tile]]:
-        """Tiles of a block, each with its slice of rows and of the block's keys."""
-        for r in chunks(slice(0, len(pairs.rows)), self._chunk_size):
-            for k in chunks(slice(0, len(block.keys)), self._chunk_size):
-                tags = None if block.tags is None else block.tags[k]
-                yield r, k, pairs.tile(r, block.first + k.start, block.keys[k], tags)

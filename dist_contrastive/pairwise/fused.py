@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_contrastive.pairwise.chunked import Grads, Results
 from dist_contrastive.pairwise.kernel_calls import Operands, launch, num_similar
 from dist_contrastive.pairwise.keys import Block
 from dist_contrastive.pairwise.pairs import Pairs, chunks
@@ -23,6 +22,7 @@ from dist_contrastive.pairwise.reductions import (
     Reduction,
     Statistics,
 )
+from dist_contrastive.pairwise.way import Grads, Results
 
 _LOG2E = 1 / math.log(2)
 # Powers of 2 around the shift: below which a sum of 2^20 exponentials may have lost digits to terms
@@ -141,9 +141,10 @@ def _shifted_sums(
         if of_keys is not None:
             of_keys += key_sums.sum(0, dtype=torch.float64)
     row_sums, *positives = torch.cat(of_rows, 1)
-    if has_positives:
-        positives.append(num_similar(operands))
-    return row_sums, of_keys, tuple(positives)
+    if not has_positives:
+        return row_sums, of_keys, ()
+    count = num_similar(operands)
+    return row_sums, of_keys, ((positives[0] + shift * count) / _LOG2E, count)
 
 
 def _running_lse(reduction: LogSumExp, operands: Operands, repeat: Tensor) -> Tensor:

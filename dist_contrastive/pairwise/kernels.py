@@ -35,9 +35,10 @@ _SIZES = ["M", "N", "own"]
 @triton.jit
 def _scores(
     X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N,
-    D: tl.constexpr, HAS_FACTORS: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, HAS_FACTORS: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    """Scores of rows and keys by their numbers: fp32; 0 beyond the last of them."""
+    """Scores of rows and keys by their numbers, times UNIT: fp32; 0 beyond the last of them."""
     dim = tl.arange(0, BK)
     # 64-bit before the product: 2^31 elements are 2,097,152 rows of 1,024 dimensions.
     x_at = X + row[:, None].to(tl.int64) * D + dim[None, :]
@@ -55,10 +56,11 @@ def _scores(
         if _IS_INTERPRETED:  # it has no products of bf16; those in fp32 are the same, being exact
             x, y = x.to(tl.float32), y.to(tl.float32)
         scores = tl.dot(x, tl.trans(y), scores, input_precision=PRECISION)
-    if HAS_FACTORS:
-        scores *= tl.load(ROW_FACTORS + row, mask=row < M, other=0.0)[:, None]
-        scores *= tl.load(KEY_FACTORS + key, mask=key < N, other=0.0)[None, :]
-    return scores
+    if not HAS_FACTORS:
+        return scores * UNIT
+    row_factor = tl.load(ROW_FACTORS + row, mask=row < M, other=0.0) * UNIT
+    key_factor = tl.load(KEY_FACTORS + key, mask=key < N, other=0.0)
+    return scores * row_factor[:, None] * key_factor[None, :]
 
 
 @triton.jit
@@ -86,11 +88,15 @@ def _tile_of_program(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constex
 
 
 @triton.jit
-def _store_gradient(G, grad, row, key, M, N, stride):
-    """Gradient of a tile of scores into G [M, N], in its dtype."""
+def _store_gradient(G, grad, row, key, M, stride):
+    """Gradient of a tile of scores into the first keys of G [M, stride], in its dtype.
+
+    What lies beyond them is written too: of a stride that is a multiple of 16 the compiler knows
+    that eight numbers at a time are inside.
+    """
     at = G + row[:, None].to(tl.int64) * stride + key[None, :]
-    is_pair = (row < M)[:, None] & (key < N)[None, :]
-    tl.store(at, grad.to(G.dtype.element_ty), mask=is_pair)
+    is_inside = (row < M)[:, None] & (key < stride)[None, :]
+    tl.store(at, grad.to(G.dtype.element_ty), mask=is_inside)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -101,14 +107,14 @@ def lse_kernel(
     RUNNING: tl.constexpr, HAS_FACTORS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of ``2^(score log2(e) - shift)``; of LEAVE_OUT: "nothing", "own" or "similar" pairs.
+    """Sums of ``2^z``, z = score log2(e) - shift, but of LEAVE_OUT: nothing, own or similar pairs.
 
     One exponential a pair serves rows and keys (BOTH), which is right while their sums stay in
     range. RUNNING, of rows alone, is right at any range: its shift is each row's own running
     maximum. It ends at once unless REPEAT, so that no one waits to know whether it is needed.
 
     Program (i, s) takes rows i BM ... and the s-th part of the keys. ROW_SUMS and ROW_TOPS, the
-    shifts of RUNNING, and POSITIVE_SUMS are [parts, M], KEY_SUMS is [cdiv(M, BM), N].
+    shifts of RUNNING, and POSITIVE_SUMS, of z, are [parts, M], KEY_SUMS is [cdiv(M, BM), N].
     """
     if RUNNING:  # noqa: SIM102  # a condition of the compiler, and one of the device
         if tl.load(REPEAT) == 0:
@@ -124,10 +130,11 @@ def lse_kernel(
     for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
         first_key = block * BN
         key = first_key + tl.arange(0, BN)
-        scores = _scores(
-            X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, D, HAS_FACTORS, PRECISION, BK
+        z = _scores(
+            X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, _LOG2E, D, HAS_FACTORS, PRECISION, BK
         )
-        z = scores * _LOG2E
+        if not RUNNING:
+            z -= shift
         if WITH_POSITIVES:
             similar = _similar(ROW_IDS, KEY_IDS, row, key, M, N)
             positive_sum += tl.sum(tl.where(similar, z, 0.0), 1)
@@ -136,10 +143,10 @@ def lse_kernel(
             z = tl.where(similar, -float("inf"), z)
         holds_own = _holds_own(first_row, first_key, own, BM, BN)
         if holds_own | (first_key + BN > N) | (first_row + BM > M):
+            counts = (row < M)[:, None] & (key < N)[None, :]
             is_own = (row + own)[:, None] == key[None, :]
             if WITH_POSITIVES:
-                positive_sum -= tl.sum(tl.where(is_own, z, 0.0), 1)
-            counts = (row < M)[:, None] & (key < N)[None, :]
+                positive_sum -= tl.sum(tl.where(counts & is_own, z, 0.0), 1)
             if LEAVE_OUT == "own":
                 counts = counts & ~is_own
             z = tl.where(counts, z, -float("inf"))
@@ -149,7 +156,7 @@ def lse_kernel(
             total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(z - finite[:, None]), 1)
             top = higher
         else:
-            e = tl.exp2(z - shift)
+            e = tl.exp2(z)
             total += tl.sum(e, 1)
             if BOTH:
                 key_at = KEY_SUMS + tl.program_id(0).to(tl.int64) * N + key
@@ -159,7 +166,7 @@ def lse_kernel(
     if RUNNING:
         tl.store(ROW_TOPS + at, top, mask=is_row)
     if WITH_POSITIVES:
-        tl.store(POSITIVE_SUMS + at, positive_sum * _LN2, mask=is_row)
+        tl.store(POSITIVE_SUMS + at, positive_sum, mask=is_row)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -187,8 +194,9 @@ def lse_gradient_kernel(
             return
     first_row, first_key = _tile_of_program(M, N, BM, BN, GROUP)
     row, key = first_row + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    scores = _scores(X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, D, HAS_FACTORS, PRECISION, BK)
-    z = scores * _LOG2E
+    z = _scores(
+        X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, _LOG2E, D, HAS_FACTORS, PRECISION, BK
+    )
     row_weight = tl.load(ROW_WEIGHTS + row, mask=row < M, other=0.0)[:, None]
     if BOTH:
         key_weight = tl.load(KEY_WEIGHTS + key, mask=key < N, other=0.0)[None, :]
@@ -216,7 +224,7 @@ def lse_gradient_kernel(
             own_grad = tl.sum(tl.where(is_own, grad, 0.0), 1)
             tl.store(OWN_G + row, own_grad, mask=has_own & (row + own < N))
         grad = tl.where(is_own, 0.0, grad)
-    _store_gradient(G, grad, row, key, M, N, stride)
+    _store_gradient(G, grad, row, key, M, stride)
 
 
 @triton.jit
@@ -279,7 +287,7 @@ def pair_sum_kernel(
         first_key = block * BN
         key = first_key + tl.arange(0, BN)
         scores = _scores(
-            X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, D, HAS_FACTORS, PRECISION, BK
+            X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, 1.0, D, HAS_FACTORS, PRECISION, BK
         )
         if HAS_BIAS:
             scores += tl.load(BIAS)
@@ -306,7 +314,9 @@ def pair_gradient_kernel(
     """
     first_row, first_key = _tile_of_program(M, N, BM, BN, GROUP)
     row, key = first_row + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    scores = _scores(X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, D, HAS_FACTORS, PRECISION, BK)
+    scores = _scores(
+        X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, 1.0, D, HAS_FACTORS, PRECISION, BK
+    )
     if HAS_BIAS:
         scores += tl.load(BIAS)
     similar = _similar(ROW_IDS, KEY_IDS, row, key, M, N) if HAS_IDS else None
@@ -321,4 +331,4 @@ def pair_gradient_kernel(
     if HAS_FACTORS:
         grad *= tl.load(ROW_FACTORS + row, mask=row < M, other=0.0)[:, None]
         grad *= tl.load(KEY_FACTORS + key, mask=key < N, other=0.0)[None, :]
-    _store_gradient(G, grad, row, key, M, N, stride)
+    _store_gradient(G, grad, row, key, M, stride)

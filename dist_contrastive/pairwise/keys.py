@@ -10,8 +10,8 @@ memory does not depend on the number of ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -88,30 +88,6 @@ def open_keys(pairs: Pairs) -> KeySource:
     keys, tags, factors = (None if x is None else gathered(pairs, x) for x in local)
     assert keys is not None
     return WholeKeys(pairs, keys, tags, factors)
-
-
-def remember(ctx: Any, pairs: Pairs, source: KeySource, *others: Tensor) -> None:
-    """Keep all that `recall` returns as saved tensors, which autograd frees after backward."""
-    held: tuple[Tensor | None, ...] = (None, None, None)
-    if isinstance(source, WholeKeys):
-        held = source.keys, source.tags, source.factors
-    factors = pairs.factors or (None, None)
-    own = pairs.rows, pairs.keys, pairs.tags, pairs.bias, *factors
-    ctx.save_for_backward(*own, *held, *others)
-    nothing = pairs.rows.new_empty(0)
-    without = dict.fromkeys(("tags", "bias", "multiples_of", "factors"))
-    ctx.setting = replace(pairs, rows=nothing, keys=nothing, **without)
-
-
-def recall(ctx: Any) -> tuple[Pairs, KeySource, tuple[Tensor, ...]]:
-    """Pairs, gathered keys and tensors that `remember` kept. Collectives: none."""
-    rows, keys, tags, bias, *factors = ctx.saved_tensors[:6]
-    saved = ctx.saved_tensors[6:]
-    given = {"factors": None if factors[0] is None else tuple(factors), "bias": bias}
-    pairs = replace(ctx.setting, rows=rows, keys=keys, tags=tags, **given)
-    whole = pairs.keys_from != "ring"
-    source = WholeKeys(pairs, *saved[:3]) if whole else RingKeys(pairs)
-    return pairs, source, saved[3:]
 
 
 def gathered(pairs: Pairs, x: Tensor) -> Tensor:

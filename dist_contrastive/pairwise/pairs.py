@@ -1,7 +1,7 @@
 """Pairs of rows of this rank and keys of all ranks, and which of them are similar."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -50,6 +50,15 @@ class Pairs:
     def num_keys(self) -> int:
         """How many keys each row is compared with."""
         return len(self.keys) if self.keys_from == "local" else sum(self.sizes)
+
+    def in_full_precision(self) -> "Pairs":
+        """In fp32 or fp64; what rows and keys were in half precision stays beside them."""
+        rows, keys = self.rows, self.keys
+        dtype = collectives.accumulation_dtype(rows.dtype)
+        if dtype == rows.dtype:
+            return self
+        full = rows.to(dtype), keys.to(dtype)
+        return replace(self, rows=full[0], keys=full[1], multiples_of=(rows, keys))
 
     def own(self, r: slice, first: int, last: int) -> Tensor | None:
         """Which of the keys first to last are rows' own: bool [r, last - first], None for none."""

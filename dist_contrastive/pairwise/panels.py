@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dist_contrastive import collectives
 from dist_contrastive.pairwise.distances import Distance
-from dist_contrastive.pairwise.keys import SUM, KeySource, gathered, open_keys, recall, remember
+from dist_contrastive.pairwise.keys import SUM, KeySource, gathered, open_keys
 from dist_contrastive.pairwise.pairs import Pairs
+from dist_contrastive.pairwise.saved import recall, remember
 from dist_contrastive.pairwise.triplets import TripletWeights
 
 # Scores of a panel; some ten arrays of this size are in use at a time.
