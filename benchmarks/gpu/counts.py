@@ -29,6 +29,7 @@ _INDEXED = {"index", "index_put", "index_put_", "_unsafe_index"}
 _VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"}
 _VIEWS |= {"slice", "select", "narrow", "split", "split_with_sizes", "unbind", "chunk", "diagonal"}
 _VIEWS |= {"detach", "alias", "as_strided", "lift_fresh", "unfold"}
+_HOST = {"device", "promote_types", "scalar_tensor"}  # questions and numbers of the host
 _ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 
@@ -64,7 +65,7 @@ class Counts(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in WAITS or (name in _INDEXED and _by_mask(args[1])):
             self.waits[f"{_place()} {name}"] += 1
-        elif name not in _VIEWS | _ALLOCATIONS:
+        elif name not in _VIEWS | _ALLOCATIONS | _HOST:
             self.operators[name] += 1
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):

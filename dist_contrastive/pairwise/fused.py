@@ -49,9 +49,9 @@ class Kernels:
         self, reduction: Reduction, pairs: Pairs, block: Block, totals: Results
     ) -> None:
         """Those of the block as a whole."""
-        operands = Operands.of(pairs, block)
-        if 0 in (len(operands.rows), len(operands.keys)):
+        if 0 in (len(pairs.rows), len(block.keys)):
             return
+        operands = Operands.of(pairs, block)
         if isinstance(reduction, PairSum):
             parts: Results = (_pair_sums(reduction, operands),), ()
         else:
@@ -70,9 +70,9 @@ class Kernels:
         grads: Grads,
     ) -> None:
         """Gradients of the scores of some rows at a time, and two products of each."""
-        operands = Operands.of(pairs, block)
-        if 0 in (len(operands.rows), len(operands.keys)):
+        if 0 in (len(pairs.rows), len(block.keys)):
             return
+        operands = Operands.of(pairs, block)
         if isinstance(reduction, PairSum):
             scores = _pair_gradients(reduction, operands, statistics)
         else:
@@ -102,26 +102,28 @@ def _pair_sums(reduction: PairSum, operands: Operands) -> Tensor:
 def _lse_parts(reduction: LogSumExp, operands: Operands) -> Results:
     """Log-sum-exps of rows and keys in fp64, and what there is of positives."""
     shift = operands.shift()
-    row_sums, key_sums, positives = _shifted_sums(reduction, operands, shift)
-    powers = [shift + x.log2() for x in (row_sums, key_sums) if x is not None]
-    in_range = torch.stack([(x >= shift - _BELOW).all() for x in powers]).all()
+    sums, positives = _shifted_sums(reduction, operands, shift)
+    powers = shift + torch.cat(sums).log2()
+    in_range = (powers >= shift - _BELOW).all()
     repeat = (~in_range).int()  # also where there is a NaN, or nothing to sum
-    lse = [
-        torch.where(in_range, power, _running_lse(reduction, way, repeat)) / _LOG2E
-        for power, way in zip(powers, (operands, operands.transposed()), strict=False)
+    again = [
+        _running_lse(reduction, way, repeat)
+        for way, _ in zip((operands, operands.transposed()), sums, strict=False)
     ]
-    return (lse[0], *positives), tuple(lse[1:])
+    lse = torch.where(in_range, powers, torch.cat(again)) / _LOG2E
+    of_rows, *of_keys = lse.split([len(x) for x in sums])
+    return (of_rows, *positives), tuple(of_keys)
 
 
 def _shifted_sums(
     reduction: LogSumExp, operands: Operands, shift: Tensor
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Sums of ``2^(z - shift)`` of rows [b] and keys [k]; sums and numbers of positives [b]."""
     tile, whole = operands.tile("lse"), slice(0, len(operands.rows))
     num_keys, at_a_time = len(operands.keys), len(operands.rows)
-    has_positives, of_keys = isinstance(reduction, LogSumExpAndPositives), None
+    has_positives, of_keys = isinstance(reduction, LogSumExpAndPositives), []
     if reduction.both:
-        of_keys = shift.new_zeros(num_keys, dtype=torch.float64)
+        of_keys = [shift.new_zeros(num_keys, dtype=torch.float64)]
         at_a_time = max(1, _KEY_SUMS // num_keys) * tile.rows
     of_rows = []
     for r in chunks(whole, at_a_time):
@@ -138,13 +140,13 @@ def _shifted_sums(
             **operands.constants(),
         )
         of_rows.append(sums.sum(1, dtype=torch.float64))
-        if of_keys is not None:
-            of_keys += key_sums.sum(0, dtype=torch.float64)
+        for total in of_keys:
+            total += key_sums.sum(0, dtype=torch.float64)
     row_sums, *positives = torch.cat(of_rows, 1)
     if not has_positives:
-        return row_sums, of_keys, ()
+        return [row_sums, *of_keys], ()
     count = num_similar(operands)
-    return row_sums, of_keys, ((positives[0] + shift * count) / _LOG2E, count)
+    return [row_sums, *of_keys], ((positives[0] + shift * count) / _LOG2E, count)
 
 
 def _running_lse(reduction: LogSumExp, operands: Operands, repeat: Tensor) -> Tensor:
@@ -183,9 +185,9 @@ class _GradScores:
     """Parts of their sum, without factors; None: there is no bias."""
 
 
-def _unit(operands: Operands, *grads: Tensor) -> Tensor:
+def _unit(operands: Operands, grads: Tensor) -> Tensor:
     """The largest of the gradients by statistics, times the largest factors: fp64 scalar."""
-    largest = torch.stack([x.abs().amax().double() for x in grads]).amax()
+    largest = grads.abs().amax().double()
     unit = torch.where(largest > 0, largest, 1.0)
     return unit * math.prod(x.amax() for x in operands.factors or ())
 
@@ -218,15 +220,15 @@ def _pair_gradients(reduction: PairSum, operands: Operands, statistics: Statisti
 
 def _lse_gradients(reduction: LogSumExp, operands: Operands, statistics: Statistics) -> _GradScores:
     tile, shift = operands.tile("lse_gradient"), operands.shift()
-    lse = [statistics.rows[0], *statistics.keys]
-    grads = [statistics.grad_rows[0], *statistics.grad_keys]
+    lse = torch.cat([statistics.rows[0], *statistics.keys])  # of rows and keys, in one go
+    grads = torch.cat([statistics.grad_rows[0], *statistics.grad_keys])
     by_positives = statistics.grad_rows[1:2]
-    unit = _unit(operands, *grads, *by_positives)
-    powers = [torch.where(x == -torch.inf, torch.inf, x * _LOG2E) for x in lse]
-    far = _far(powers, shift)
-    rounded = [x.float() for x in powers]
-    each = [_weights(x, grad / unit, r) for x, grad, r in zip(powers, grads, rounded, strict=True)]
-    shared = [_weights(x, grad / unit, shift) for x, grad in zip(powers, grads, strict=True)]
+    unit = _unit(operands, torch.cat([grads, *by_positives]))
+    powers = torch.where(lse == -torch.inf, torch.inf, lse * _LOG2E)
+    rounded, far = powers.float(), _far(powers, shift)
+    each, shared = (_weights(powers, grads / unit, x) for x in (rounded, shift))
+    of_rows, of_keys = slice(0, len(operands.rows)), slice(-len(operands.keys), None)
+    rounded, each, shared = ((x[of_rows], x[of_keys]) for x in (rounded, each, shared))
     positives = [(x / unit).float() for x in by_positives] or each
     own = each[0].new_zeros(len(each[0])) if reduction.leave_out == "nothing" else None
     constants = {
@@ -251,17 +253,17 @@ def _lse_gradients(reduction: LogSumExp, operands: Operands, statistics: Statist
     return _GradScores(unit, fill, own)
 
 
-def _far(powers: list[Tensor], shift: Tensor) -> Tensor:
+def _far(powers: Tensor, shift: Tensor) -> Tensor:
     """Whether a log-sum-exp is too far from the shift, or NaN: a number on the device."""
-    above = [x - shift for x in powers]
-    near = [((x < _FAR_ABOVE) & (x > -_BELOW)) | (x == torch.inf) for x in above]
-    return (~torch.stack([x.all() for x in near]).all()).int()
+    above = powers - shift
+    near = ((above < _FAR_ABOVE) & (above > -_BELOW)) | (powers == torch.inf)
+    return (~near.all()).int()
 
 
-def _weights(power: Tensor, grad: Tensor, shift: Tensor) -> Tensor:
-    """What ``2^(z - shift)`` is multiplied by, for a log-sum-exp and the gradient by it."""
-    difference = torch.where(power.isfinite(), shift - power, -torch.inf)
-    return (difference.exp2() * grad).float()
+def _weights(powers: Tensor, grads: Tensor, shift: Tensor) -> Tensor:
+    """What ``2^(z - shift)`` is multiplied by, for log-sum-exps and the gradients by them."""
+    differences = (shift - powers).nan_to_num(nan=-torch.inf)  # 0 where nothing is counted
+    return (differences.exp2() * grads).float()
 
 
 def _rows_at_a_time(operands: Operands) -> int:
@@ -281,16 +283,15 @@ def _add_products(operands: Operands, scores: _GradScores, at_a_time: int, grads
     for r in chunks(slice(0, len(rows)), at_a_time):
         grad_scores = buffer[: r.stop - r.start, : len(keys)]
         scores.fill(r, grad_scores)
-        by_rows = _product(grad_scores, keys)
+        grads.rows[r].addcmul_(_product(grad_scores, keys), of_rows[r])
         if grad_keys is not None:
             grad_keys += _product(grad_scores.T, rows[r])
-        if scores.own is not None:
-            has_own, own = operands.own_pairs(r)
-            by_own = scores.own[has_own, None]
-            by_rows[has_own.start - r.start : has_own.stop - r.start].addcmul_(by_own, keys[own])
-            if grad_keys is not None:
-                grad_keys[own].addcmul_(by_own, rows[has_own])
-        grads.rows[r].addcmul_(by_rows, of_rows[r])
+    if scores.own is not None:
+        has_own, own = operands.own_pairs()
+        by_own = scores.own[has_own, None]
+        grads.rows[has_own].addcmul_(by_own * of_rows[has_own], keys[own])
+        if grad_keys is not None:
+            grad_keys[own].addcmul_(by_own, rows[has_own])
     if grad_keys is not None:
         grad_keys *= of_keys
     if grads.bias is not None and scores.bias is not None:

@@ -172,10 +172,10 @@ class Operands:
         ]
         return (lengths[0].amax() * lengths[1].amax() * _LOG2E - _LARGEST).clamp(min=0)
 
-    def own_pairs(self, r: slice) -> tuple[slice, slice]:
-        """Those of rows r whose own key is in the block, and these keys."""
-        first = min(max(r.start, -self.own), r.stop)
-        last = max(first, min(r.stop, len(self.keys) - self.own))
+    def own_pairs(self) -> tuple[slice, slice]:
+        """Rows whose own key is in the block, and these keys."""
+        first = min(max(0, -self.own), len(self.rows))
+        last = max(first, min(len(self.rows), len(self.keys) - self.own))
         return slice(first, last), slice(first + self.own, last + self.own)
 
     def all_factors(self) -> tuple[Tensor, Tensor]:
@@ -190,10 +190,10 @@ def num_similar(operands: Operands) -> Tensor:
     """Keys that are similar to each row, but its own: [b] fp64."""
     assert operands.ids is not None, "positives need tags"
     row_ids, key_ids = operands.ids
-    known, whole = key_ids.sort().values, slice(0, len(row_ids))
+    known = key_ids.sort().values
     first, last = (torch.searchsorted(known, row_ids, right=right) for right in (False, True))
     count = (last - first).double()
-    count[operands.own_pairs(whole)[0]] -= 1
+    count[operands.own_pairs()[0]] -= 1
     return count
 
 
