@@ -95,6 +95,12 @@ class Variant:
     constants: dict[str, Any]
     ids: bool = False
 
+    def tile(self, dtype: str) -> TileShape:
+        """Its tile of the table."""
+        sums_positives = self.name == "lse" and self.constants["WITH_POSITIVES"]
+        name = "lse_positives" if sums_positives else self.name
+        return TILES[name, 4 if dtype == "fp32" else 2]
+
     def signature(self, operand: str) -> dict[str, str]:
         """Triton's type of each argument that is no constant."""
         ids = "*i32" if self.ids else f"*{operand}"
@@ -115,7 +121,8 @@ def _lse(name: str, leave_out: str = "nothing", **more: Any) -> Variant:
 
 
 def _pair(name: str, expression: str, ids: bool) -> Variant:
-    return Variant(name, {"EXPRESSION": getattr(kernels, expression), "HAS_IDS": ids}, ids)
+    flags = {"HAS_IDS": ids, "HAS_BIAS": not ids}
+    return Variant(name, {"EXPRESSION": getattr(kernels, expression), **flags}, ids)
 
 
 VARIANTS = {
@@ -147,10 +154,10 @@ def compiled(
     tile: TileShape | None = None,
     factors: bool | None = None,
     precision: str | None = None,
-    **more: Any,
+    **options: Any,
 ) -> Report:
     """The kernel of a variant on a card, with its tile of the table unless one is given."""
-    tile = tile or TILES[variant.name, 4 if dtype == "fp32" else 2]
+    tile = tile or variant.tile(dtype)
     kernel = getattr(kernels, f"{variant.name}_kernel")
     constants = {**variant.constants, "D": dim, "BM": tile.rows, "BN": tile.keys, "BK": tile.dims}
     constants["HAS_FACTORS"] = dtype != "fp32" if factors is None else factors
@@ -165,7 +172,7 @@ def compiled(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, **more}
+    options |= {"num_warps": tile.warps, "num_stages": tile.stages}
     return _report(
         triton.compile(source, target=GPUTarget("cuda", card, 32), options=options), card
     )
@@ -240,7 +247,7 @@ def line(
     name: str, variant: Variant, card: int, dim: int, dtype: str, shape: TileShape | None
 ) -> str:
     """A line of the table."""
-    tile = shape or TILES[variant.name, 4 if dtype == "fp32" else 2]
+    tile = shape or variant.tile(dtype)
     text = "x".join(map(str, dataclasses.astuple(tile)))
     try:
         found = compiled(variant, card, dim, dtype, tile)

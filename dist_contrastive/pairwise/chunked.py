@@ -86,5 +86,7 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
         ctx.way.add_gradients(ctx.reduction, pairs, block, statistics, sums)
         if over_ranks and grad_keys is not None:
             over_ranks.add((grad_keys,))
-    bias = None if sums.bias is None else sums.bias.to(dtype).view_as(pairs.bias)
+    bias = None
+    if sums.bias is not None and pairs.bias is not None:
+        bias = sums.bias.to(pairs.bias.dtype).view_as(pairs.bias)
     return sums.rows, over_ranks.finish()[0] if over_ranks else None, bias

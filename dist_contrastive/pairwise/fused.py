@@ -89,8 +89,9 @@ def _pair_sums(reduction: PairSum, operands: Operands) -> Tensor:
     grid = tile.row_grid(*operands.sizes(r)[:2])
     sums = operands.rows.new_empty(grid[1], r.stop, dtype=torch.float32)
     launch(
-        *("pair_sum", grid, tile, *operands.tensors(r), sums if bias is None else bias, sums),
-        *(*operands.sizes(r), parameter),
+        *("pair_sum", grid, tile),
+        [*operands.tensors(r), sums if bias is None else bias, sums],
+        [*operands.sizes(r), parameter],
         EXPRESSION=expression,
         HAS_IDS=operands.ids is not None,
         HAS_BIAS=bias is not None,
@@ -119,20 +120,21 @@ def _shifted_sums(
     reduction: LogSumExp, operands: Operands, shift: Tensor
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Sums of ``2^(z - shift)`` of rows [b] and keys [k]; sums and numbers of positives [b]."""
-    tile, whole = operands.tile("lse"), slice(0, len(operands.rows))
-    num_keys, at_a_time = len(operands.keys), len(operands.rows)
     has_positives, of_keys = isinstance(reduction, LogSumExpAndPositives), []
+    tile = operands.tile("lse_positives" if has_positives else "lse")
+    num_keys, at_a_time = len(operands.keys), len(operands.rows)
     if reduction.both:
         of_keys = [shift.new_zeros(num_keys, dtype=torch.float64)]
         at_a_time = max(1, _KEY_SUMS // num_keys) * tile.rows
     of_rows = []
-    for r in chunks(whole, at_a_time):
+    for r in chunks(slice(0, len(operands.rows)), at_a_time):
         grid = tile.row_grid(*operands.sizes(r)[:2])
         sums = shift.new_empty(2 if has_positives else 1, grid[1], r.stop - r.start)
         key_sums = shift.new_empty(grid[0], num_keys) if reduction.both else sums
         launch(
-            *("lse", grid, tile, *operands.tensors(r), shift, shift, sums[0], sums, key_sums),
-            *(sums[-1], *operands.sizes(r)),
+            *("lse", grid, tile),
+            [*operands.tensors(r), shift, shift, sums[0], sums, key_sums, sums[-1]],
+            operands.sizes(r),
             LEAVE_OUT=reduction.leave_out,
             BOTH=reduction.both,
             WITH_POSITIVES=has_positives,
@@ -155,8 +157,9 @@ def _running_lse(reduction: LogSumExp, operands: Operands, repeat: Tensor) -> Te
     grid = tile.row_grid(*operands.sizes(r)[:2])
     sums, tops = operands.rows.new_empty(2, grid[1], r.stop, dtype=torch.float32)
     launch(
-        *("lse", grid, tile, *operands.tensors(r), sums, repeat, sums, tops, sums, sums),
-        *operands.sizes(r),
+        *("lse", grid, tile),
+        [*operands.tensors(r), sums, repeat, sums, tops, sums, sums],
+        operands.sizes(r),
         LEAVE_OUT=reduction.leave_out,
         BOTH=False,
         WITH_POSITIVES=False,
@@ -202,12 +205,13 @@ def _pair_gradients(reduction: PairSum, operands: Operands, statistics: Statisti
     by_bias = None if bias is None else weights.new_empty(num_parts * len(weights))
 
     def fill(r: slice, g: Tensor) -> None:
-        grid, tensors, g_bias = tile.tile_grid(*g.shape), operands.tensors(r), g
+        g_bias = g
         if by_bias is not None:
             g_bias = by_bias[num_parts * r.start : num_parts * r.stop]
         launch(
-            *("pair_gradient", grid, tile, *tensors, g if bias is None else bias, weights[r]),
-            *(g, g_bias, *operands.sizes(r), g.stride(0), parameter),
+            *("pair_gradient", tile.tile_grid(*g.shape), tile),
+            [*operands.tensors(r), g if bias is None else bias, weights[r], g, g_bias],
+            [*operands.sizes(r), g.stride(0), parameter],
             EXPRESSION=expression,
             HAS_IDS=operands.ids is not None,
             HAS_BIAS=bias is not None,
@@ -219,7 +223,7 @@ def _pair_gradients(reduction: PairSum, operands: Operands, statistics: Statisti
 
 
 def _lse_gradients(reduction: LogSumExp, operands: Operands, statistics: Statistics) -> _GradScores:
-    tile, shift = operands.tile("lse_gradient"), operands.shift()
+    tile, shift, num_keys = operands.tile("lse_gradient"), operands.shift(), len(operands.keys)
     lse = torch.cat([statistics.rows[0], *statistics.keys])  # of rows and keys, in one go
     grads = torch.cat([statistics.grad_rows[0], *statistics.grad_keys])
     by_positives = statistics.grad_rows[1:2]
@@ -227,10 +231,8 @@ def _lse_gradients(reduction: LogSumExp, operands: Operands, statistics: Statist
     powers = torch.where(lse == -torch.inf, torch.inf, lse * _LOG2E)
     rounded, far = powers.float(), _far(powers, shift)
     each, shared = (_weights(powers, grads / unit, x) for x in (rounded, shift))
-    of_rows, of_keys = slice(0, len(operands.rows)), slice(-len(operands.keys), None)
-    rounded, each, shared = ((x[of_rows], x[of_keys]) for x in (rounded, each, shared))
-    positives = [(x / unit).float() for x in by_positives] or each
-    own = each[0].new_zeros(len(each[0])) if reduction.leave_out == "nothing" else None
+    positives = (by_positives[0] / unit).float() if by_positives else each
+    own = each.new_zeros(len(operands.rows)) if reduction.leave_out == "nothing" else None
     constants = {
         "LEAVE_OUT": reduction.leave_out,
         "BOTH": reduction.both,
@@ -239,13 +241,16 @@ def _lse_gradients(reduction: LogSumExp, operands: Operands, statistics: Statist
         **operands.constants(),
     }
 
+    kernels = [(True, shared), (False, each)] if reduction.both else [(False, each)]
+
     def fill(r: slice, g: Tensor) -> None:
-        grid, tensors = tile.tile_grid(*g.shape), operands.tensors(r)
-        outputs = g, g if own is None else own[r], *operands.sizes(r), g.stride(0)
-        for is_shared, weights in ((True, shared), (False, each))[not reduction.both :]:
+        outputs = g, g if own is None else own[r]
+        for is_shared, weights in kernels:
+            of_pairs = rounded[r], weights[r], rounded[-num_keys:], weights[-num_keys:]
             launch(
-                *("lse_gradient", grid, tile, *tensors, shift, far, rounded[0][r], weights[0][r]),
-                *(rounded[-1], weights[-1], positives[0][r], *outputs),
+                *("lse_gradient", tile.tile_grid(*g.shape), tile),
+                [*operands.tensors(r), shift, far, *of_pairs, positives[r], *outputs],
+                [*operands.sizes(r), g.stride(0)],
                 SHARED=is_shared,
                 **constants,
             )

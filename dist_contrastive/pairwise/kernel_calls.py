@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,12 +50,16 @@ class TileShape:
         return (-(-num_rows // self.rows) * -(-num_keys // self.keys),)
 
 
-TILES = {  # by kernel and bytes of an operand: a table, since timing would differ between ranks
+# By kernel and bytes of an operand: as large as spills no register. A table, since what timing
+# chooses would differ between ranks, and with it their last digits.
+TILES = {
     ("lse", 2): TileShape(128, 256, 64, 8, 3),
-    ("lse_gradient", 2): TileShape(128, 256, 64, 8, 3),
+    ("lse_positives", 2): TileShape(128, 128, 64, 8, 3),
+    ("lse_gradient", 2): TileShape(128, 128, 64, 8, 3),
     ("pair_sum", 2): TileShape(128, 128, 64, 8, 3),
     ("pair_gradient", 2): TileShape(128, 128, 64, 8, 3),
     ("lse", 4): TileShape(128, 128, 32, 8, 3),
+    ("lse_positives", 4): TileShape(128, 128, 32, 8, 3),
     ("lse_gradient", 4): TileShape(128, 128, 32, 8, 3),
     ("pair_sum", 4): TileShape(128, 128, 32, 8, 3),
     ("pair_gradient", 4): TileShape(128, 128, 32, 8, 3),
@@ -100,7 +105,12 @@ def _no_place(device: torch.device) -> str | None:
 
 
 def launch(
-    name: str, grid: tuple[int, ...], tile: TileShape, *arguments: Any, **constants: Any
+    name: str,
+    grid: tuple[int, ...],
+    tile: TileShape,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    **constants: Any,
 ) -> None:
     """Run the kernel `name` of `kernels`: the only place where one is started."""
     from dist_contrastive.pairwise import kernels
@@ -108,7 +118,8 @@ def launch(
     if "EXPRESSION" in constants:
         constants["EXPRESSION"] = getattr(kernels, constants["EXPRESSION"])
     getattr(kernels, f"{name}_kernel")[grid](
-        *arguments,
+        *tensors,
+        *numbers,
         **constants,
         **{"BM": tile.rows, "BN": tile.keys, "BK": tile.dims},
         num_warps=tile.warps,
@@ -145,7 +156,7 @@ class Operands:
         return Operands(self.keys, self.rows, factors, ids, -self.own)
 
     def tile(self, kernel: str) -> TileShape:
-        """The tile of a kernel for operands of this dtype."""
+        """The tile of a kernel of `TILES` for operands of this dtype."""
         return TILES[kernel, self.rows.element_size()]
 
     def tensors(self, r: slice) -> tuple[Tensor, ...]:

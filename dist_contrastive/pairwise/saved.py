@@ -18,8 +18,9 @@ def remember(ctx: Any, pairs: Pairs, source: KeySource, *others: Tensor) -> None
     own = pairs.rows, pairs.keys, pairs.tags, pairs.bias, *factors
     ctx.save_for_backward(*own, *held, *others)
     nothing = pairs.rows.new_empty(0)
-    without = dict.fromkeys(("tags", "bias", "multiples_of", "factors"))
-    ctx.setting = replace(pairs, rows=nothing, keys=nothing, **without)
+    ctx.setting = replace(
+        pairs, rows=nothing, keys=nothing, tags=None, bias=None, multiples_of=None, factors=None
+    )
 
 
 def recall(ctx: Any) -> tuple[Pairs, KeySource, tuple[Tensor, ...]]:
