@@ -117,14 +117,15 @@ def launch(
 
     if "EXPRESSION" in constants:
         constants["EXPRESSION"] = getattr(kernels, constants["EXPRESSION"])
-    getattr(kernels, f"{name}_kernel")[grid](
-        *tensors,
-        *numbers,
-        **constants,
-        **{"BM": tile.rows, "BN": tile.keys, "BK": tile.dims},
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    with torch.cuda.device_of(tensors[0]):  # Triton starts a kernel on the current one
+        getattr(kernels, f"{name}_kernel")[grid](
+            *tensors,
+            *numbers,
+            **constants,
+            **{"BM": tile.rows, "BN": tile.keys, "BK": tile.dims},
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
 
 
 @dataclass(frozen=True)
