@@ -64,8 +64,7 @@ class PairLoss(nn.Module):
         tiles (memory linear in the batch), triton likewise by kernels, on a GPU. auto takes these
         where they run, and elsewhere chooses by size."""
         chunk_size: PositiveInt | None = None
-        """Rows and keys of a tile of chunked, rows at a time in backward of triton; null chooses.
-        """
+        """Rows and keys of a tile of chunked, rows of one of triton in backward; null chooses."""
 
         def check_run(self) -> None:
             """Refuse what the training loop of this package cannot use. Raises: ValueError."""

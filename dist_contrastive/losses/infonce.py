@@ -15,6 +15,7 @@ from dist_contrastive.losses.base import (
     not_below_zero,
 )
 from dist_contrastive.pairwise import LogSumExp, Pairs
+from dist_contrastive.pairwise.distances import joined_rows
 
 
 class InfoNCE(TemperatureLoss):
@@ -74,7 +75,7 @@ class InfoNCE(TemperatureLoss):
             rows = collectives.check_inputs(inputs, self.group)
             num_keys = rows["n"]
             if negatives is not None:
-                keys = torch.cat([keys, negatives])
+                keys = joined_rows(keys, negatives)
                 num_keys = tuple(map(sum, zip(rows["n"], rows["m"], strict=True)))
         self.check_batch(num_keys)
         q, k = normalised(queries, keys)

@@ -2,7 +2,6 @@
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from dist_contrastive.losses.base import (
     not_below_zero,
 )
 from dist_contrastive.pairwise import LogSumExp
+from dist_contrastive.pairwise.distances import joined_rows
 
 
 class NTXent(TemperatureLoss):
@@ -42,7 +42,7 @@ class NTXent(TemperatureLoss):
     def forward(self, view_a: Tensor, view_b: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""
         sizes = self.check_rows(sizes, view_a=view_a, view_b=view_b)
-        views = torch.cat([view_a, view_b])
+        views = joined_rows(view_a, view_b)
         (z,) = normalised(views)
         scaled = z * self.scale()
         positive = (scaled * z.roll(len(view_a), 0)).sum(-1)

@@ -98,6 +98,5 @@ def reduce(
         if how == "chunked":
             return chunked.reduce(reduction, pairs, pairs, Tiles(chunk_size))
         if pairs.keys_from == "ring":  # whole blocks as tiles
-            whole = Tiles(max(1, *pairs.sizes))
-            return chunked.reduce(reduction, pairs, pairs, whole)
+            return chunked.reduce(reduction, pairs, pairs, Tiles(max(1, *pairs.sizes)))
         return dense.reduce(reduction, pairs)

@@ -31,6 +31,13 @@ def unit_rows(x: Tensor) -> Tensor:
     return bounded(x / length.clamp(min=_NO_LENGTH), length)
 
 
+def joined_rows(*inputs: Tensor) -> Tensor:
+    """Rows of all inputs, one after the other, in a dtype that holds them; not by autocast, which
+    refuses some."""
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return torch.cat(inputs)
+
+
 def bounded(x: Tensor, length: Tensor) -> Tensor:
     """x, a function of lengths whose gradient grows as 1 / length: below 1e-3 it is made to shrink
     with the length instead, so that a row near 0, or near another one, moves no others. A graph of

@@ -84,10 +84,9 @@ def open_keys(pairs: Pairs) -> KeySource:
     """Keys as `pairs.keys_from` names them. Collectives: gather all-gathers keys, tags, factors."""
     if pairs.keys_from == "ring":
         return RingKeys(pairs)
-    local = pairs.keys, pairs.tags, pairs.factors and pairs.factors[1]
-    keys, tags, factors = (None if x is None else gathered(pairs, x) for x in local)
-    assert keys is not None
-    return WholeKeys(pairs, keys, tags, factors)
+    others = pairs.tags, pairs.factors and pairs.factors[1]
+    tags, factors = (None if x is None else gathered(pairs, x) for x in others)
+    return WholeKeys(pairs, gathered(pairs, pairs.keys), tags, factors)
 
 
 def gathered(pairs: Pairs, x: Tensor) -> Tensor:
