@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dist_contrastive.pairwise import kernels
-from dist_contrastive.pairwise.kernel_calls import TILES, TileShape
+from dist_contrastive.pairwise.kernel_calls import TileShape, tile_of
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORES = {"HMMA", "HGMMA", "QMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "OMMA"}
@@ -95,11 +95,14 @@ class Variant:
     constants: dict[str, Any]
     ids: bool = False
 
-    def tile(self, dtype: str) -> TileShape:
+    def tile(self, dtype: str, card: int) -> TileShape:
         """Its tile of the table."""
-        sums_positives = self.name == "lse" and self.constants["WITH_POSITIVES"]
-        name = "lse_positives" if sums_positives else self.name
-        return TILES[name, 4 if dtype == "fp32" else 2]
+        name, constants = self.name, self.constants
+        if name == "lse" and constants["WITH_POSITIVES"]:
+            name = "lse_positives"
+        elif name == "lse_gradient" and constants["BOTH"] and not constants["SHARED"]:
+            name = "lse_gradient_each"
+        return tile_of(name, 4 if dtype == "fp32" else 2, card // 10)
 
     def signature(self, operand: str) -> dict[str, str]:
         """Triton's type of each argument that is no constant."""
@@ -157,7 +160,7 @@ def compiled(
     **options: Any,
 ) -> Report:
     """The kernel of a variant on a card, with its tile of the table unless one is given."""
-    tile = tile or variant.tile(dtype)
+    tile = tile or variant.tile(dtype, card)
     kernel = getattr(kernels, f"{variant.name}_kernel")
     constants = {**variant.constants, "D": dim, "BM": tile.rows, "BN": tile.keys, "BK": tile.dims}
     constants["HAS_FACTORS"] = dtype != "fp32" if factors is None else factors
@@ -247,7 +250,7 @@ def line(
     name: str, variant: Variant, card: int, dim: int, dtype: str, shape: TileShape | None
 ) -> str:
     """A line of the table."""
-    tile = shape or variant.tile(dtype)
+    tile = shape or variant.tile(dtype, card)
     text = "x".join(map(str, dataclasses.astuple(tile)))
     try:
         found = compiled(variant, card, dim, dtype, tile)

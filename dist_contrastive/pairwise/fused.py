@@ -223,7 +223,7 @@ def _pair_gradients(reduction: PairSum, operands: Operands, statistics: Statisti
 
 
 def _lse_gradients(reduction: LogSumExp, operands: Operands, statistics: Statistics) -> _GradScores:
-    tile, shift, num_keys = operands.tile("lse_gradient"), operands.shift(), len(operands.keys)
+    shift, num_keys = operands.shift(), len(operands.keys)
     lse = torch.cat([statistics.rows[0], *statistics.keys])  # of rows and keys, in one go
     grads = torch.cat([statistics.grad_rows[0], *statistics.grad_keys])
     by_positives = statistics.grad_rows[1:2]
@@ -241,11 +241,14 @@ def _lse_gradients(reduction: LogSumExp, operands: Operands, statistics: Statist
         **operands.constants(),
     }
 
-    kernels = [(True, shared), (False, each)] if reduction.both else [(False, each)]
+    kernels = [(False, each, operands.tile("lse_gradient"))]
+    if reduction.both:
+        tile = operands.tile("lse_gradient_each")
+        kernels = [(True, shared, kernels[0][2]), (False, each, tile)]
 
     def fill(r: slice, g: Tensor) -> None:
         outputs = g, g if own is None else own[r]
-        for is_shared, weights in kernels:
+        for is_shared, weights, tile in kernels:
             of_pairs = rounded[r], weights[r], rounded[-num_keys:], weights[-num_keys:]
             launch(
                 *("lse_gradient", tile.tile_grid(*g.shape), tile),

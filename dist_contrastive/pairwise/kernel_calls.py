@@ -56,14 +56,31 @@ TILES = {
     ("lse", 2): TileShape(128, 256, 64, 8, 3),
     ("lse_positives", 2): TileShape(128, 128, 64, 8, 3),
     ("lse_gradient", 2): TileShape(128, 128, 64, 8, 3),
+    ("lse_gradient_each", 2): TileShape(128, 128, 64, 8, 3),
     ("pair_sum", 2): TileShape(128, 128, 64, 8, 3),
     ("pair_gradient", 2): TileShape(128, 128, 64, 8, 3),
     ("lse", 4): TileShape(128, 128, 32, 8, 3),
     ("lse_positives", 4): TileShape(128, 128, 32, 8, 3),
     ("lse_gradient", 4): TileShape(128, 128, 32, 8, 3),
+    ("lse_gradient_each", 4): TileShape(128, 128, 32, 8, 3),
     ("pair_sum", 4): TileShape(128, 128, 32, 8, 3),
     ("pair_gradient", 4): TileShape(128, 128, 32, 8, 3),
 }
+_HOPPER = 9
+OTHER_TILES = {  # those of other generations that differ, by the first digit of the capability
+    (8, "lse", 2): TileShape(128, 128, 32, 8, 3),
+    (8, "lse_positives", 2): TileShape(128, 128, 32, 8, 3),
+    (10, "lse", 2): TileShape(128, 128, 64, 8, 3),
+    (10, "lse_gradient_each", 2): TileShape(128, 64, 64, 8, 3),
+    **{(8, name, 4): TileShape(128, 64, 32, 8, 3) for name, size in TILES if size == 4},
+}
+
+
+def tile_of(name: str, operand_bytes: int, generation: int) -> TileShape:
+    """The tile of a kernel on a card; of unknown ones as on the oldest, which need least."""
+    generation = generation if generation in (_HOPPER, 10) else 8
+    other = OTHER_TILES.get((generation, name, operand_bytes))
+    return other or TILES[name, operand_bytes]
 
 
 def unfit(reduction: Reduction, pairs: Pairs) -> str | None:
@@ -156,9 +173,12 @@ class Operands:
         factors, ids = (x and (x[1], x[0]) for x in (self.factors, self.ids))
         return Operands(self.keys, self.rows, factors, ids, -self.own)
 
-    def tile(self, kernel: str) -> TileShape:
-        """The tile of a kernel of `TILES` for operands of this dtype."""
-        return TILES[kernel, self.rows.element_size()]
+    def tile(self, name: str) -> TileShape:
+        """The tile of a kernel of `TILES`, for this card and dtype."""
+        generation = _HOPPER
+        if self.rows.is_cuda:
+            generation = torch.cuda.get_device_capability(self.rows.device)[0]
+        return tile_of(name, self.rows.element_size(), generation)
 
     def tensors(self, r: slice) -> tuple[Tensor, ...]:
         """Of rows r, in the order of the kernels; where there are none, others, never read."""
