@@ -73,6 +73,7 @@ OTHER_TILES = {  # those of other generations that differ, by the first digit of
     (10, "lse", 2): TileShape(128, 128, 64, 8, 3),
     (10, "lse_gradient_each", 2): TileShape(128, 64, 64, 8, 3),
     **{(8, name, 4): TileShape(128, 64, 32, 8, 3) for name, size in TILES if size == 4},
+    (8, "lse", 4): TileShape(128, 64, 16, 8, 3),
 }
 
 
