@@ -46,8 +46,8 @@ FAULTS = [
     (
         "rows without a positive count in the mean",
         f"{LOSSES}/supcon.py",
-        "return self.mean(loss[has_positive].sum(), has_positive.sum())",
-        "return self.mean(loss[has_positive].sum(), len(loss))",
+        "return self.mean(torch.where(has_positive, loss, 0.0).sum(), has_positive.sum())",
+        "return self.mean(torch.where(has_positive, loss, 0.0).sum(), len(loss))",
         ("tests/test_objectives.py::test_formula_with_labels",),
     ),
     (
@@ -80,16 +80,16 @@ FAULTS = [
     ),
     (
         "tiles of a block have the first tile's keys as their own",
-        f"{PAIRWISE}/chunked.py",
+        f"{PAIRWISE}/tiles.py",
         "pairs.tile(r, block.first + k.start, block.keys[k], tags)",
         "pairs.tile(r, block.first, block.keys[k], tags)",
         (f"{SHORT}_chunked_equals_dense",),
     ),
     (
         "gradients of keys lack those by the rows",
-        f"{PAIRWISE}/chunked.py",
-        "grad_keys[k].addmm_(grad_scores.T, pairs.rows[r])",
-        "grad_keys[k] = grad_scores.T @ pairs.rows[r]",
+        f"{PAIRWISE}/tiles.py",
+        "grads.keys[k].addmm_(grad_scores.T, pairs.rows[r])",
+        "grads.keys[k] = grad_scores.T @ pairs.rows[r]",
         (f"{SHORT}_chunked_equals_dense",),
     ),
     (
