@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dist_contrastive.pairwise import kernels
-from dist_contrastive.pairwise.kernel_calls import TileShape, tile_of
+from dist_contrastive.pairwise.kernel_calls import TileShape, kernel_of, tile_of
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORES = {"HMMA", "HGMMA", "QMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "OMMA"}
@@ -98,7 +98,9 @@ class Variant:
     def tile(self, dtype: str, card: int) -> TileShape:
         """Its tile of the table."""
         name, constants = self.name, self.constants
-        if name == "lse" and constants["WITH_POSITIVES"]:
+        if name == "running_lse":
+            name = "lse"
+        elif name == "lse" and constants["WITH_POSITIVES"]:
             name = "lse_positives"
         elif name == "lse_gradient" and constants["BOTH"] and not constants["SHARED"]:
             name = "lse_gradient_each"
@@ -112,13 +114,13 @@ class Variant:
         types |= dict.fromkeys(("REPEAT", "FAR"), "*i32")
         types |= dict.fromkeys(("M", "N", "own", "stride"), "i32")
         types["parameter"] = "fp32"
-        kernel = getattr(kernels, f"{self.name}_kernel")
+        kernel = kernel_of(self.name)
         return {name: types.get(name, "*fp32") for name in kernel.arg_names}
 
 
 def _lse(name: str, leave_out: str = "nothing", **more: Any) -> Variant:
     flags = {"BOTH": False, "WITH_POSITIVES": False, **more}
-    flags |= {"RUNNING": False} | more if name == "lse" else {"SHARED": True} | more
+    flags |= {} if name == "lse" else {"SHARED": True} | more
     with_ids = leave_out == "similar" or flags["WITH_POSITIVES"]
     return Variant(name, {"LEAVE_OUT": leave_out, **flags}, with_ids)
 
@@ -134,7 +136,7 @@ VARIANTS = {
     "NT-Xent": _lse("lse", "own"),
     "DCL": _lse("lse", "similar"),
     "SupCon": _lse("lse", "own", WITH_POSITIVES=True),
-    "any range": _lse("lse", RUNNING=True),
+    "any range": Variant("running_lse", {"LEAVE_OUT": "nothing"}),
     "SigLIP": _pair("pair_sum", "softplus", False),
     "cosine embedding": _pair("pair_sum", "cosine_embedding", True),
     "InfoNCE, symmetric, gradient": _lse("lse_gradient", BOTH=True),
@@ -161,7 +163,7 @@ def compiled(
 ) -> Report:
     """The kernel of a variant on a card, with its tile of the table unless one is given."""
     tile = tile or variant.tile(dtype, card)
-    kernel = getattr(kernels, f"{variant.name}_kernel")
+    kernel = kernel_of(variant.name)
     constants = {**variant.constants, "D": dim, "BM": tile.rows, "BN": tile.keys, "BK": tile.dims}
     constants["HAS_FACTORS"] = dtype != "fp32" if factors is None else factors
     constants["PRECISION"] = precision or ("tf32x3" if dtype == "fp32" else "ieee")

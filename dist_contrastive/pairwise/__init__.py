@@ -9,7 +9,7 @@
     way.py         what a way to compute a block has to do; saved.py what its backward needs
     tiles.py       a block in tiles of plain torch
     fused.py       a block by Triton kernels, whose scores never reach memory
-    kernel_calls.py, kernels.py  their operands and where they can run; the kernels
+    kernels.py, lse_kernels.py, kernel_calls.py  the kernels; their operands, where they can run
     distances.py   Euclidean and cosine distance, rows of unit length
     triplets.py    which triplets of a row count, for every way of mining
     panels.py      losses that need all distances of a row at once

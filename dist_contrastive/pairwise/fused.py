@@ -133,12 +133,11 @@ def _shifted_sums(
         key_sums = shift.new_empty(grid[0], num_keys) if reduction.both else sums
         launch(
             *("lse", grid, tile),
-            [*operands.tensors(r), shift, shift, sums[0], sums, key_sums, sums[-1]],
+            [*operands.tensors(r), shift, sums[0], key_sums, sums[-1]],
             operands.sizes(r),
             LEAVE_OUT=reduction.leave_out,
             BOTH=reduction.both,
             WITH_POSITIVES=has_positives,
-            RUNNING=False,
             **operands.constants(),
         )
         of_rows.append(sums.sum(1, dtype=torch.float64))
@@ -157,13 +156,10 @@ def _running_lse(reduction: LogSumExp, operands: Operands, repeat: Tensor) -> Te
     grid = tile.row_grid(*operands.sizes(r)[:2])
     sums, tops = operands.rows.new_empty(2, grid[1], r.stop, dtype=torch.float32)
     launch(
-        *("lse", grid, tile),
-        [*operands.tensors(r), sums, repeat, sums, tops, sums, sums],
+        *("running_lse", grid, tile),
+        [*operands.tensors(r), repeat, sums, tops],
         operands.sizes(r),
         LEAVE_OUT=reduction.leave_out,
-        BOTH=False,
-        WITH_POSITIVES=False,
-        RUNNING=True,
         **operands.constants(),
     )
     powers = tops.double() + sums.double().log2()

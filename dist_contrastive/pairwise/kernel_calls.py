@@ -130,13 +130,13 @@ def launch(
     numbers: Sequence[float],
     **constants: Any,
 ) -> None:
-    """Run the kernel `name` of `kernels`: the only place where one is started."""
+    """Run a kernel: the only place where one is started."""
     from dist_contrastive.pairwise import kernels
 
     if "EXPRESSION" in constants:
         constants["EXPRESSION"] = getattr(kernels, constants["EXPRESSION"])
     with torch.cuda.device_of(tensors[0]):  # Triton starts a kernel on the current one
-        getattr(kernels, f"{name}_kernel")[grid](
+        kernel_of(name)[grid](
             *tensors,
             *numbers,
             **constants,
@@ -144,6 +144,13 @@ def launch(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
+
+
+def kernel_of(name: str) -> Any:
+    """The kernel of that name."""
+    from dist_contrastive.pairwise import kernels, lse_kernels
+
+    return getattr(lse_kernels if "lse" in name else kernels, f"{name}_kernel")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Triton kernels: tiles of scores that are reduced where they are computed, and their gradients.
 
-    lse_kernel            sums of exponentials of rows and of keys; positives summed
-    lse_gradient_kernel   gradient of the scores, from final log-sum-exps
     pair_sum_kernel       sums over keys of a function of the pair
     pair_gradient_kernel  gradient of the scores, from the function's derivative
+
+and what all kernels share; those of log-sum-exps are in lse_kernels.py.
 
 Scores are fp32 and never reach memory; gradients of the scores of some rows do, in the dtype of the
 operands, for the two products that follow. A pair is known by integers alone: `ids` are equal where
@@ -21,23 +21,31 @@ import triton
 import triton.language as tl
 
 _IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
-_NO_ROW, _NO_KEY = (
-    tl.constexpr(-3),
-    tl.constexpr(-2),
-)  # ids beyond the last row and key: never equal
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Ids beyond the last row and key: never equal.
+_NO_ROW, _NO_KEY = tl.constexpr(-3), tl.constexpr(-2)
 
 # Batches differ in these from step to step; a kernel for each would be compiled again and again.
-_SIZES = ["M", "N", "own"]
+SIZES = ["M", "N", "own"]
 
 
 @triton.jit
-def _scores(
-    X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N,
-    UNIT: tl.constexpr, D: tl.constexpr, HAS_FACTORS: tl.constexpr, PRECISION: tl.constexpr,
+def tile_scores(
+    X,
+    Y,
+    ROW_FACTORS,
+    KEY_FACTORS,
+    row,
+    key,
+    M,
+    N,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BK: tl.constexpr,
-):  # fmt: skip
+):
     """Scores of rows and keys by their numbers, times UNIT: fp32; 0 beyond the last of them."""
     dim = tl.arange(0, BK)
     # 64-bit before the product: 2^31 elements are 2,097,152 rows of 1,024 dimensions.
@@ -64,7 +72,7 @@ def _scores(
 
 
 @triton.jit
-def _similar(ROW_IDS, KEY_IDS, row, key, M, N):
+def similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N):
     """Which pairs are similar, own pairs among them; none beyond the last row or key."""
     row_id = tl.load(ROW_IDS + row, mask=row < M, other=_NO_ROW)
     key_id = tl.load(KEY_IDS + key, mask=key < N, other=_NO_KEY)
@@ -72,13 +80,13 @@ def _similar(ROW_IDS, KEY_IDS, row, key, M, N):
 
 
 @triton.jit
-def _holds_own(first_row, first_key, own, BM: tl.constexpr, BN: tl.constexpr):
+def holds_own(first_row, first_key, own, BM: tl.constexpr, BN: tl.constexpr):
     """Whether a tile has pairs of a row and its own key; most have none, and skip their masks."""
     return (first_row + own < first_key + BN) & (first_key < first_row + own + BM)
 
 
 @triton.jit
-def _tile_of_program(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+def tile_of_program(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """First row and key of the program's tile; GROUP blocks of rows share keys in the cache."""
     program, num_rows, num_keys = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
     group = program // (GROUP * num_keys)
@@ -88,7 +96,7 @@ def _tile_of_program(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constex
 
 
 @triton.jit
-def _store_gradient(G, grad, row, key, M, stride):
+def store_gradient(G, grad, row, key, M, stride):
     """Gradient of a tile of scores into the first keys of G [M, stride], in its dtype.
 
     What lies beyond them is written too: of a stride that is a multiple of 16 the compiler knows
@@ -97,134 +105,6 @@ def _store_gradient(G, grad, row, key, M, stride):
     at = G + row[:, None].to(tl.int64) * stride + key[None, :]
     is_inside = (row < M)[:, None] & (key < stride)[None, :]
     tl.store(at, grad.to(G.dtype.element_ty), mask=is_inside)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def lse_kernel(
-    X, Y, ROW_FACTORS, KEY_FACTORS, ROW_IDS, KEY_IDS, SHIFT, REPEAT,
-    ROW_SUMS, ROW_TOPS, KEY_SUMS, POSITIVE_SUMS, M, N, own,
-    D: tl.constexpr, LEAVE_OUT: tl.constexpr, BOTH: tl.constexpr, WITH_POSITIVES: tl.constexpr,
-    RUNNING: tl.constexpr, HAS_FACTORS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Sums of ``2^z``, z = score log2(e) - shift, but of LEAVE_OUT: nothing, own or similar pairs.
-
-    One exponential a pair serves rows and keys (BOTH), which is right while their sums stay in
-    range. RUNNING, of rows alone, is right at any range: its shift is each row's own running
-    maximum. It ends at once unless REPEAT, so that no one waits to know whether it is needed.
-
-    Program (i, s) takes rows i BM ... and the s-th part of the keys. ROW_SUMS and ROW_TOPS, the
-    shifts of RUNNING, and POSITIVE_SUMS, of z, are [parts, M], KEY_SUMS is [cdiv(M, BM), N].
-    """
-    if RUNNING:  # noqa: SIM102  # a condition of the compiler, and one of the device
-        if tl.load(REPEAT) == 0:
-            return
-    first_row, part = tl.program_id(0) * BM, tl.program_id(1)
-    row = first_row + tl.arange(0, BM)
-    num_blocks = tl.cdiv(N, BN)
-    in_part = tl.cdiv(num_blocks, tl.num_programs(1))
-    total = tl.zeros([BM], tl.float32)
-    top = tl.full([BM], -float("inf"), tl.float32)
-    positive_sum = tl.zeros([BM], tl.float32)
-    shift = tl.load(SHIFT)
-    for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
-        first_key = block * BN
-        key = first_key + tl.arange(0, BN)
-        z = _scores(
-            X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, _LOG2E, D, HAS_FACTORS, PRECISION, BK
-        )
-        if not RUNNING:
-            z -= shift
-        if WITH_POSITIVES:
-            similar = _similar(ROW_IDS, KEY_IDS, row, key, M, N)
-            positive_sum += tl.sum(tl.where(similar, z, 0.0), 1)
-        if LEAVE_OUT == "similar":
-            similar = _similar(ROW_IDS, KEY_IDS, row, key, M, N)
-            z = tl.where(similar, -float("inf"), z)
-        holds_own = _holds_own(first_row, first_key, own, BM, BN)
-        if holds_own | (first_key + BN > N) | (first_row + BM > M):
-            counts = (row < M)[:, None] & (key < N)[None, :]
-            is_own = (row + own)[:, None] == key[None, :]
-            if WITH_POSITIVES:
-                positive_sum -= tl.sum(tl.where(counts & is_own, z, 0.0), 1)
-            if LEAVE_OUT == "own":
-                counts = counts & ~is_own
-            z = tl.where(counts, z, -float("inf"))
-        if RUNNING:
-            higher = tl.maximum(top, tl.max(z, 1))
-            finite = tl.where(higher == -float("inf"), 0.0, higher)
-            total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(z - finite[:, None]), 1)
-            top = higher
-        else:
-            e = tl.exp2(z)
-            total += tl.sum(e, 1)
-            if BOTH:
-                key_at = KEY_SUMS + tl.program_id(0).to(tl.int64) * N + key
-                tl.store(key_at, tl.sum(e, 0), mask=key < N)
-    at, is_row = part.to(tl.int64) * M + row, row < M
-    tl.store(ROW_SUMS + at, total, mask=is_row)
-    if RUNNING:
-        tl.store(ROW_TOPS + at, top, mask=is_row)
-    if WITH_POSITIVES:
-        tl.store(POSITIVE_SUMS + at, positive_sum, mask=is_row)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def lse_gradient_kernel(
-    X, Y, ROW_FACTORS, KEY_FACTORS, ROW_IDS, KEY_IDS, SHIFT, FAR,
-    ROW_LSE, ROW_WEIGHTS, KEY_LSE, KEY_WEIGHTS, POSITIVE_WEIGHTS, G, OWN_G, M, N, own, stride,
-    D: tl.constexpr, LEAVE_OUT: tl.constexpr, BOTH: tl.constexpr, WITH_POSITIVES: tl.constexpr,
-    SHARED: tl.constexpr, HAS_FACTORS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Gradient of the scores: softmax weights of rows, and of keys (BOTH), and of positives.
-
-    G is 0 for own pairs, whose gradient goes to OWN_G [M] in fp32: in a trained model it nearly
-    cancels with that of the positive, and would be lost by rounding.
-
-    With BOTH one exponential is SHARED by rows and keys, ``2^(z - shift) (row weight + key
-    weight)``. Where log-sum-exps are FAR from the shift that product leaves the range of fp32: then
-    that kernel ends at once, and in its place does not the one in which each has its own.
-
-    *_LSE: in powers of 2. *_WEIGHTS: gradients by log-sum-exps, times what rounding has taken from
-    these; of SHARED, times ``2^(shift - lse)``.
-    """
-    if BOTH:  # noqa: SIM102  # a condition of the compiler, and one of the device
-        if (tl.load(FAR) == 0) != SHARED:
-            return
-    first_row, first_key = _tile_of_program(M, N, BM, BN, GROUP)
-    row, key = first_row + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    z = _scores(
-        X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, _LOG2E, D, HAS_FACTORS, PRECISION, BK
-    )
-    row_weight = tl.load(ROW_WEIGHTS + row, mask=row < M, other=0.0)[:, None]
-    if BOTH:
-        key_weight = tl.load(KEY_WEIGHTS + key, mask=key < N, other=0.0)[None, :]
-        if SHARED:
-            grad = tl.exp2(z - tl.load(SHIFT)) * (row_weight + key_weight)
-        else:
-            row_lse = tl.load(ROW_LSE + row, mask=row < M, other=0.0)[:, None]
-            key_lse = tl.load(KEY_LSE + key, mask=key < N, other=0.0)[None, :]
-            grad = tl.exp2(z - row_lse) * row_weight + tl.exp2(z - key_lse) * key_weight
-    else:
-        row_lse = tl.load(ROW_LSE + row, mask=row < M, other=0.0)[:, None]
-        grad = tl.exp2(z - row_lse) * row_weight
-    if LEAVE_OUT == "similar":
-        grad = tl.where(_similar(ROW_IDS, KEY_IDS, row, key, M, N), 0.0, grad)
-    if WITH_POSITIVES:
-        weight = tl.load(POSITIVE_WEIGHTS + row, mask=row < M, other=0.0)[:, None]
-        grad += tl.where(_similar(ROW_IDS, KEY_IDS, row, key, M, N), weight, 0.0)
-    if HAS_FACTORS:
-        grad *= tl.load(ROW_FACTORS + row, mask=row < M, other=0.0)[:, None]
-        grad *= tl.load(KEY_FACTORS + key, mask=key < N, other=0.0)[None, :]
-    if _holds_own(first_row, first_key, own, BM, BN):
-        is_own = (row + own)[:, None] == key[None, :]
-        if LEAVE_OUT == "nothing":
-            has_own = (row < M) & (row + own >= first_key) & (row + own < first_key + BN)
-            own_grad = tl.sum(tl.where(is_own, grad, 0.0), 1)
-            tl.store(OWN_G + row, own_grad, mask=has_own & (row + own < N))
-        grad = tl.where(is_own, 0.0, grad)
-    _store_gradient(G, grad, row, key, M, stride)
 
 
 @triton.jit
@@ -248,13 +128,13 @@ def _log1p(x):
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + x], dtype=tl.float32, is_pure=True, pack=1
         )
     series = x * (1.0 - x * (0.5 - x * (0.33333334 - x * 0.25)))
-    return tl.where(x < 0.03125, series, log2 * _LN2)
+    return tl.where(x < 0.03125, series, log2 * LN2)
 
 
 @triton.jit
 def softplus(scores, similar, parameter):
     """``log(1 + e^score)`` and its derivative: a pair that should not belong together."""
-    e = tl.exp2(-tl.abs(scores) * _LOG2E)
+    e = tl.exp2(-tl.abs(scores) * LOG2E)
     sigmoid = tl.where(scores > 0, 1.0, e) * _reciprocal(1.0 + e)
     return tl.maximum(scores, 0.0) + _log1p(e), sigmoid
 
@@ -267,13 +147,30 @@ def cosine_embedding(scores, similar, parameter):
     return value, tl.where(similar, -1.0, tl.where(apart > 0, 1.0, 0.0))
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "parameter"])
+@triton.jit(do_not_specialize=[*SIZES, "parameter"])
 def pair_sum_kernel(
-    X, Y, ROW_FACTORS, KEY_FACTORS, ROW_IDS, KEY_IDS, BIAS, ROW_SUMS, M, N, own, parameter,
-    D: tl.constexpr, EXPRESSION: tl.constexpr, HAS_IDS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_FACTORS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    X,
+    Y,
+    ROW_FACTORS,
+    KEY_FACTORS,
+    ROW_IDS,
+    KEY_IDS,
+    BIAS,
+    ROW_SUMS,
+    M,
+    N,
+    own,
+    parameter,
+    D: tl.constexpr,
+    EXPRESSION: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Sums over keys of EXPRESSION's value, own pairs left out: ROW_SUMS [parts, M].
 
     Program (i, s) takes rows i BM ... and the s-th part of the keys.
@@ -286,43 +183,63 @@ def pair_sum_kernel(
     for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
         first_key = block * BN
         key = first_key + tl.arange(0, BN)
-        scores = _scores(
+        scores = tile_scores(
             X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, 1.0, D, HAS_FACTORS, PRECISION, BK
         )
         if HAS_BIAS:
             scores += tl.load(BIAS)
-        similar = _similar(ROW_IDS, KEY_IDS, row, key, M, N) if HAS_IDS else None
+        similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N) if HAS_IDS else None
         value, _ = EXPRESSION(scores, similar, parameter)
-        if _holds_own(first_row, first_key, own, BM, BN) | (first_key + BN > N):
+        if holds_own(first_row, first_key, own, BM, BN) | (first_key + BN > N):
             counts = (key < N)[None, :] & ((row + own)[:, None] != key[None, :])
             value = tl.where(counts, value, 0.0)
         total += tl.sum(value, 1)
     tl.store(ROW_SUMS + part.to(tl.int64) * M + row, total, mask=row < M)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "parameter"])
+@triton.jit(do_not_specialize=[*SIZES, "parameter"])
 def pair_gradient_kernel(
-    X, Y, ROW_FACTORS, KEY_FACTORS, ROW_IDS, KEY_IDS, BIAS, WEIGHTS, G, BIAS_G,
-    M, N, own, stride, parameter,
-    D: tl.constexpr, EXPRESSION: tl.constexpr, HAS_IDS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_FACTORS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    X,
+    Y,
+    ROW_FACTORS,
+    KEY_FACTORS,
+    ROW_IDS,
+    KEY_IDS,
+    BIAS,
+    WEIGHTS,
+    G,
+    BIAS_G,
+    M,
+    N,
+    own,
+    stride,
+    parameter,
+    D: tl.constexpr,
+    EXPRESSION: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Gradient of the scores: EXPRESSION's derivative times WEIGHTS [M]; 0 for own pairs.
 
     BIAS_G [cdiv(N, BN), M]: its sums over the keys of a tile, the gradient of a bias.
     """
-    first_row, first_key = _tile_of_program(M, N, BM, BN, GROUP)
+    first_row, first_key = tile_of_program(M, N, BM, BN, GROUP)
     row, key = first_row + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    scores = _scores(
+    scores = tile_scores(
         X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, 1.0, D, HAS_FACTORS, PRECISION, BK
     )
     if HAS_BIAS:
         scores += tl.load(BIAS)
-    similar = _similar(ROW_IDS, KEY_IDS, row, key, M, N) if HAS_IDS else None
+    similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N) if HAS_IDS else None
     _, grad = EXPRESSION(scores, similar, parameter)
     grad *= tl.load(WEIGHTS + row, mask=row < M, other=0.0)[:, None]
-    if _holds_own(first_row, first_key, own, BM, BN):
+    if holds_own(first_row, first_key, own, BM, BN):
         grad = tl.where((row + own)[:, None] == key[None, :], 0.0, grad)
     if HAS_BIAS:
         if first_key + BN > N:
@@ -331,4 +248,4 @@ def pair_gradient_kernel(
     if HAS_FACTORS:
         grad *= tl.load(ROW_FACTORS + row, mask=row < M, other=0.0)[:, None]
         grad *= tl.load(KEY_FACTORS + key, mask=key < N, other=0.0)[None, :]
-    _store_gradient(G, grad, row, key, M, stride)
+    store_gradient(G, grad, row, key, M, stride)

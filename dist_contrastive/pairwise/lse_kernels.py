@@ -1,0 +1,229 @@
+"""Triton kernels of log-sum-exps over pairs; shapes and names as in kernels.py.
+
+lse_kernel            sums of exponentials of rows and of keys; positives summed
+running_lse_kernel    the same of rows alone, at any range of scores
+lse_gradient_kernel   gradient of the scores, from final log-sum-exps
+"""
+
+import triton
+import triton.language as tl
+
+from dist_contrastive.pairwise.kernels import (
+    LOG2E,
+    SIZES,
+    holds_own,
+    similar_pairs,
+    store_gradient,
+    tile_of_program,
+    tile_scores,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def lse_kernel(
+    X,
+    Y,
+    ROW_FACTORS,
+    KEY_FACTORS,
+    ROW_IDS,
+    KEY_IDS,
+    SHIFT,
+    ROW_SUMS,
+    KEY_SUMS,
+    POSITIVE_SUMS,
+    M,
+    N,
+    own,
+    D: tl.constexpr,
+    LEAVE_OUT: tl.constexpr,
+    BOTH: tl.constexpr,
+    WITH_POSITIVES: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Sums of ``2^z``, z = score log2(e) - shift, but of LEAVE_OUT: nothing, own or similar pairs.
+
+    One exponential a pair serves rows and keys (BOTH), which is right while their sums stay in
+    range.
+
+    Program (i, s) takes rows i BM ... and the s-th part of the keys. ROW_SUMS and POSITIVE_SUMS, of
+    z, are [parts, M], KEY_SUMS is [cdiv(M, BM), N].
+    """
+    first_row, part = tl.program_id(0) * BM, tl.program_id(1)
+    row = first_row + tl.arange(0, BM)
+    num_blocks = tl.cdiv(N, BN)
+    in_part = tl.cdiv(num_blocks, tl.num_programs(1))
+    total = tl.zeros([BM], tl.float32)
+    positive_sum = tl.zeros([BM], tl.float32)
+    shift = tl.load(SHIFT)
+    for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
+        first_key = block * BN
+        key = first_key + tl.arange(0, BN)
+        z = tile_scores(
+            X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, LOG2E, D, HAS_FACTORS, PRECISION, BK
+        )
+        z -= shift
+        if WITH_POSITIVES:
+            similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
+            positive_sum += tl.sum(tl.where(similar, z, 0.0), 1)
+        if LEAVE_OUT == "similar":
+            similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
+            z = tl.where(similar, -float("inf"), z)
+        meets_own = holds_own(first_row, first_key, own, BM, BN)
+        if meets_own | (first_key + BN > N) | (first_row + BM > M):
+            counts = (row < M)[:, None] & (key < N)[None, :]
+            is_own = (row + own)[:, None] == key[None, :]
+            if WITH_POSITIVES:
+                positive_sum -= tl.sum(tl.where(counts & is_own, z, 0.0), 1)
+            if LEAVE_OUT == "own":
+                counts = counts & ~is_own
+            z = tl.where(counts, z, -float("inf"))
+        e = tl.exp2(z)
+        total += tl.sum(e, 1)
+        if BOTH:
+            key_at = KEY_SUMS + tl.program_id(0).to(tl.int64) * N + key
+            tl.store(key_at, tl.sum(e, 0), mask=key < N)
+    at, is_row = part.to(tl.int64) * M + row, row < M
+    tl.store(ROW_SUMS + at, total, mask=is_row)
+    if WITH_POSITIVES:
+        tl.store(POSITIVE_SUMS + at, positive_sum, mask=is_row)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def running_lse_kernel(
+    X,
+    Y,
+    ROW_FACTORS,
+    KEY_FACTORS,
+    ROW_IDS,
+    KEY_IDS,
+    REPEAT,
+    ROW_SUMS,
+    ROW_TOPS,
+    M,
+    N,
+    own,
+    D: tl.constexpr,
+    LEAVE_OUT: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """`lse_kernel` of rows, whose shift is each row's own running maximum: ROW_TOPS [parts, M].
+
+    It ends at once unless REPEAT, so that no one waits to know whether it is needed.
+    """
+    if tl.load(REPEAT) == 0:
+        return
+    first_row, part = tl.program_id(0) * BM, tl.program_id(1)
+    row = first_row + tl.arange(0, BM)
+    num_blocks = tl.cdiv(N, BN)
+    in_part = tl.cdiv(num_blocks, tl.num_programs(1))
+    total = tl.zeros([BM], tl.float32)
+    top = tl.full([BM], -float("inf"), tl.float32)
+    for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
+        key = block * BN + tl.arange(0, BN)
+        z = tile_scores(
+            X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, LOG2E, D, HAS_FACTORS, PRECISION, BK
+        )
+        counts = (row < M)[:, None] & (key < N)[None, :]
+        if LEAVE_OUT == "similar":
+            counts = counts & ~similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
+        if LEAVE_OUT == "own":
+            counts = counts & ((row + own)[:, None] != key[None, :])
+        z = tl.where(counts, z, -float("inf"))
+        higher = tl.maximum(top, tl.max(z, 1))
+        finite = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(z - finite[:, None]), 1)
+        top = higher
+    at, is_row = part.to(tl.int64) * M + row, row < M
+    tl.store(ROW_SUMS + at, total, mask=is_row)
+    tl.store(ROW_TOPS + at, top, mask=is_row)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def lse_gradient_kernel(
+    X,
+    Y,
+    ROW_FACTORS,
+    KEY_FACTORS,
+    ROW_IDS,
+    KEY_IDS,
+    SHIFT,
+    FAR,
+    ROW_LSE,
+    ROW_WEIGHTS,
+    KEY_LSE,
+    KEY_WEIGHTS,
+    POSITIVE_WEIGHTS,
+    G,
+    OWN_G,
+    M,
+    N,
+    own,
+    stride,
+    D: tl.constexpr,
+    LEAVE_OUT: tl.constexpr,
+    BOTH: tl.constexpr,
+    WITH_POSITIVES: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Gradient of the scores: softmax weights of rows, and of keys (BOTH), and of positives.
+
+    G is 0 for own pairs, whose gradient goes to OWN_G [M] in fp32: in a trained model it nearly
+    cancels with that of the positive, and would be lost by rounding.
+
+    With BOTH one exponential is SHARED by rows and keys, ``2^(z - shift) (row weight + key
+    weight)``. Where log-sum-exps are FAR from the shift that product leaves the range of fp32: then
+    that kernel ends at once, and in its place does not the one in which each has its own.
+
+    *_LSE: in powers of 2. *_WEIGHTS: gradients by log-sum-exps, times what rounding has taken from
+    these; of SHARED, times ``2^(shift - lse)``.
+    """
+    if BOTH:  # noqa: SIM102  # a condition of the compiler, and one of the device
+        if (tl.load(FAR) == 0) != SHARED:
+            return
+    first_row, first_key = tile_of_program(M, N, BM, BN, GROUP)
+    row, key = first_row + tl.arange(0, BM), first_key + tl.arange(0, BN)
+    z = tile_scores(
+        X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, LOG2E, D, HAS_FACTORS, PRECISION, BK
+    )
+    row_weight = tl.load(ROW_WEIGHTS + row, mask=row < M, other=0.0)[:, None]
+    if BOTH:
+        key_weight = tl.load(KEY_WEIGHTS + key, mask=key < N, other=0.0)[None, :]
+        if SHARED:
+            grad = tl.exp2(z - tl.load(SHIFT)) * (row_weight + key_weight)
+        else:
+            row_lse = tl.load(ROW_LSE + row, mask=row < M, other=0.0)[:, None]
+            key_lse = tl.load(KEY_LSE + key, mask=key < N, other=0.0)[None, :]
+            grad = tl.exp2(z - row_lse) * row_weight + tl.exp2(z - key_lse) * key_weight
+    else:
+        row_lse = tl.load(ROW_LSE + row, mask=row < M, other=0.0)[:, None]
+        grad = tl.exp2(z - row_lse) * row_weight
+    if LEAVE_OUT == "similar":
+        grad = tl.where(similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N), 0.0, grad)
+    if WITH_POSITIVES:
+        weight = tl.load(POSITIVE_WEIGHTS + row, mask=row < M, other=0.0)[:, None]
+        grad += tl.where(similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N), weight, 0.0)
+    if HAS_FACTORS:
+        grad *= tl.load(ROW_FACTORS + row, mask=row < M, other=0.0)[:, None]
+        grad *= tl.load(KEY_FACTORS + key, mask=key < N, other=0.0)[None, :]
+    if holds_own(first_row, first_key, own, BM, BN):
+        is_own = (row + own)[:, None] == key[None, :]
+        if LEAVE_OUT == "nothing":
+            has_own = (row < M) & (row + own >= first_key) & (row + own < first_key + BN)
+            own_grad = tl.sum(tl.where(is_own, grad, 0.0), 1)
+            tl.store(OWN_G + row, own_grad, mask=has_own & (row + own < N))
+        grad = tl.where(is_own, 0.0, grad)
+    store_gradient(G, grad, row, key, M, stride)
