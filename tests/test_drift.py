@@ -167,7 +167,7 @@ def right(cases) -> list[Trained]:
 
 
 @pytest.fixture(
-    scope="module", params=[1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+    scope="module", params=[2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))]
 )
 def ranks(request, cases) -> list[OnRank]:
     return run_ranks(on_rank, request.param, cases)

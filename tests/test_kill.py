@@ -65,14 +65,14 @@ def kill_after(options: list[str], ranks: int, run_dir: Path, wait_s: float) -> 
     ],
 )
 def test_legs_end_with_the_weights_of_one_run(changing, tmp_path, overrides, uninterrupted):
-    """Every step saves, so that most kills fall into a save. Ten legs in all, on 2 ranks, and on
-    1 to 3."""
-    chance, legs = random.Random(changing), 5
+    """Every step saves, so that most kills fall into a save. Eight legs in all, on 2 ranks, and
+    on 1 to 3."""
+    chance, legs = random.Random(changing), 4
     ranks = [chance.choice([1, 2, 3]) if changing else 2 for _ in range(legs)]
     run_dir = tmp_path / "legs"
     options = overrides(run_dir, *OPTIONS)
     killed = [kill_after(options, n, run_dir, chance.uniform(0, 0.15)) for n in ranks[:-1]]
-    assert sum(killed) >= 3, "killed too late to prove anything"
+    assert sum(killed) >= 2, "killed too late to prove anything"
     done = run_forked("train", CONFIG, *options, number=ranks[-1])
     assert done.returncode == 0, done.stderr
     expected, found = weights(uninterrupted), weights(run_dir)

@@ -198,6 +198,7 @@ def test_what_is_refused_before_it_waits(flags, sentence, slurm, tmp_path, overr
     assert not (tmp_path / "run" / "jobs.jsonl").exists()
 
 
+@pytest.mark.slow  # what SLURM tells a rank: test_launch.py; nodes that meet: above
 def test_srun_alone(slurm, tmp_path, overrides):
     """Without our script: ranks find each other by what SLURM tells them."""
     argv = command("train", ENCODER, *overrides(tmp_path / "run", *SMALL))

@@ -52,7 +52,10 @@ REMEMBERED = (  # what a generator's next step takes from those before it, besid
 RESUMED = ("encoder", "generator", "semisupervised", "moco", "hybrid")
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x == "semisupervised")) for x in RESUMED],
+)  # a hybrid, too
 def test_stopped_and_resumed_bitwise(name, tmp_path, overrides, generator_features):
     """Three legs, stopped between and at checkpoints, end with the weights of one."""
     path = CONFIGS / f"digits_{name}.yaml"
