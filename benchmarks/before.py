@@ -156,8 +156,9 @@ def run(checkout: Path, argv: list[str], folder: str) -> float:
 
 
 def environment(checkout: Path) -> dict[str, str]:
-    """Of a process that imports the package from a checkout."""
-    return {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    """Of a process that imports the package from a checkout, which keeps its bytecode."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
 
 
 if __name__ == "__main__":
