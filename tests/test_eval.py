@@ -197,7 +197,9 @@ def test_eval_of_captions(data, request, overrides, tmp_path):
     assert found["class by its texts"]["value"] == pytest.approx(naive_zero_shot(task, train, test))
 
 
-@pytest.mark.parametrize("name", LEARNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param("digits_captions", marks=pytest.mark.slow), "digits_profiles"]
+)
 def test_eval_of_partners(name, some_digits, overrides, tmp_path):
     """Each other's are an image and the text or the profile of its own sample, or an equal text."""
     found, task, _, test = evaluated(name, some_digits, overrides, tmp_path, *LEARNS[name])

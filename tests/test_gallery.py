@@ -80,6 +80,7 @@ def test_only_the_groups_differ(setup, tmp_path):
     assert group_size.SETUPS["digits"].interacting(8) == 1  # 64 points of 10 classes in 8 groups
 
 
+@pytest.mark.slow
 def test_a_sweep_is_drawn_and_not_done_twice(setup, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "sweep.png"
     arguments = ["--tiny", "--seeds", "1", "--folder", str(tmp_path), "--picture", str(picture)]

@@ -49,7 +49,7 @@ print(is_kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 
     ("how", "variable", "is_kept"),
     [
         ("keep", "GLIBC_TUNABLES=glibc.pthread.rseq=1", True),  # of something else
-        ("leave", None, False),
+        pytest.param("leave", None, False, marks=pytest.mark.slow),
         # The user has said what shall be.
         pytest.param("keep", "MALLOC_MMAP_MAX_=65536", False, marks=pytest.mark.slow),
         ("keep", "GLIBC_TUNABLES=glibc.malloc.trim_threshold=131072", False),

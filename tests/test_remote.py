@@ -202,7 +202,8 @@ def test_the_cache_stays_below_its_limit(folder: Path, tmp_path: Path):
             most = max(most, cached_bytes(cache))
         assert sum(server.requests.values()) > num_blocks(folder)
     assert rows == read(folder)
-    assert BLOCK < most <= 3 * BLOCK
+    # A look takes time: it may count a block that goes and one that comes in its place.
+    assert BLOCK < most <= 4 * BLOCK
 
 
 def test_blocks_that_were_used_lately_stay(tmp_path: Path):
