@@ -80,11 +80,8 @@ def work(folder: str) -> dict[str, Callable[[], object]]:
         return torch.randn(number, dim, requires_grad=True)
 
     def infonce(impl: str, number: int) -> Callable[[], object]:
-        loss, a, b = (
-            losses.InfoNCE(0.1, symmetric=True, impl=impl),
-            rows(number, 256),
-            rows(number, 256),
-        )
+        loss = losses.InfoNCE(0.1, symmetric=True, impl=impl)
+        a, b = rows(number, 256), rows(number, 256)
         return lambda: loss(a, b).backward()
 
     def stream() -> None:
@@ -93,11 +90,8 @@ def work(folder: str) -> dict[str, Callable[[], object]]:
         )
         assert sum(len(batch["png"]) for batch in found) >= 2 * 1400
 
-    force, negative, positive = (
-        losses.ContrastiveForce(preset="drift"),
-        rows(1024, 64),
-        rows(1024, 64),
-    )
+    force = losses.ContrastiveForce(preset="drift")
+    negative, positive = rows(1024, 64), rows(1024, 64)
     return {
         "InfoNCE, symmetric, dense, 2,048 x 256": infonce("dense", 2048),
         "InfoNCE, symmetric, chunked, 4,096 x 256": infonce("chunked", 4096),

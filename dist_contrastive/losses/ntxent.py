@@ -6,11 +6,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from dist_contrastive.collectives import Sizes
-from dist_contrastive.losses.base import (
-    TemperatureLoss,
-    normalised,
-    not_below_zero,
-)
+from dist_contrastive.losses.base import TemperatureLoss, normalised, not_below_zero
 from dist_contrastive.pairwise import LogSumExp
 from dist_contrastive.pairwise.distances import joined_rows
 
