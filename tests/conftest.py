@@ -156,6 +156,17 @@ def run(argv: list[str], **options) -> subprocess.CompletedProcess[str]:
     )
 
 
+def wait_for(
+    condition: Callable[[], object], timeout_s: float = 240.0, story: Callable[[], str] = lambda: ""
+) -> None:
+    """Look again and again; the limit ends a hang, and is many times what it takes."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not seen in {timeout_s:g} s; {story()}")
+        time.sleep(0.05)
+
+
 ranks.PRELOADED += ["dist_contrastive.trainer", "dist_contrastive.cli", "deepspeed"]
 
 

@@ -6,13 +6,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from conftest import wait_for
 
 from launch.slurm.__main__ import main
 from launch.slurm.cluster import last_record
@@ -96,13 +95,3 @@ def last_step(run_dir: Path) -> int:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
     return json.loads(whole[-1])["step"] if whole else 0
-
-
-def wait_for(
-    condition: Callable[[], Any], timeout_s: float, story: Callable[[], str] = lambda: ""
-) -> None:
-    """Look again and again."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"not seen in {timeout_s} s; {story()}"
-        time.sleep(0.1)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from conftest import (
     run,
     run_forked,
     run_with_fault,
+    wait_for,
     with_fault,
 )
 
@@ -718,10 +718,7 @@ def submit_here(overrides: list[str], *flags: str, ranks: int = 2) -> None:
 
 
 def await_step(run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 240  # against hangs: ten times the usual
-    while progress.read_progress(run_dir).step < step:
-        assert time.monotonic() < deadline, told_by(run_dir)
-        time.sleep(0.05)
+    wait_for(lambda: progress.read_progress(run_dir).step >= step, story=lambda: told_by(run_dir))
 
 
 @pytest.mark.slow  # a job that is told to save goes on below, and on a real SLURM in test_slurm.py
@@ -802,10 +799,7 @@ def resume_here(run_dir: Path, *more: str) -> None:
 
 
 def await_end(run_dir: Path) -> None:
-    deadline = time.monotonic() + 240
-    while not job_state(last_record(run_dir)).has_ended:
-        assert time.monotonic() < deadline, told_by(run_dir)
-        time.sleep(0.05)
+    wait_for(lambda: job_state(last_record(run_dir)).has_ended, story=lambda: told_by(run_dir))
 
 
 def test_a_change_that_was_submitted_and_never_begun_is_not_forgotten(tmp_path, overrides):

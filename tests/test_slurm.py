@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, command, global_batches, run_forked
-from slurm_cluster import Cluster, cluster, last_step, submit, wait_for
+from conftest import CONFIGS, command, global_batches, run_forked, wait_for
+from slurm_cluster import Cluster, cluster, last_step, submit
 
 from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
