@@ -69,8 +69,13 @@ def learning_rate(
     return largest * (settings.final_lr_ratio + (1 - settings.final_lr_ratio) * cosine)
 
 
-def build_optimizer(module: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: nn.Module, settings: OptimConfig, fused: bool = False
+) -> torch.optim.Optimizer:
     """Optimiser of the module's trainable parameters; vectors and scalars are not decayed.
+
+    Args:
+        fused: adamw and sgd update all parameters in one kernel.
 
     References:
         lion: Chen et al. 2023, arXiv 2302.06675; lars: You et al. 2017, arXiv 1708.03888, vectors
@@ -85,17 +90,19 @@ def build_optimizer(module: nn.Module, settings: OptimConfig) -> torch.optim.Opt
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return _build([group for group in groups if group["params"]], settings)
+    return _build([group for group in groups if group["params"]], settings, fused)
 
 
-def _build(groups: list[dict[str, Any]], settings: OptimConfig) -> torch.optim.Optimizer:
+def _build(
+    groups: list[dict[str, Any]], settings: OptimConfig, fused: bool
+) -> torch.optim.Optimizer:
     lr, eps = settings.lr, settings.eps
     betas = settings.betas or _BETAS.get(settings.name, (0.9, 0.999))
     match settings.name:
         case "adamw":
-            return torch.optim.AdamW(groups, lr, betas, eps)
+            return torch.optim.AdamW(groups, lr, betas, eps, fused=fused or None)
         case "sgd":
-            return torch.optim.SGD(groups, lr, betas[0], nesterov=betas[0] > 0)
+            return torch.optim.SGD(groups, lr, betas[0], nesterov=betas[0] > 0, fused=fused or None)
     import pytorch_optimizer as more  # takes a second or two
 
     match settings.name:

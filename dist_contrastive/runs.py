@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dist_contrastive import atomic, checkpoint, metrics, report, tables
 from dist_contrastive import config as configs
+from dist_contrastive.backend import compute_device
 from dist_contrastive.checkpoint import WEIGHTS, Checkpoint
 from dist_contrastive.config import KeepBestSettings, RunConfig
 from dist_contrastive.data.fields import Fields
@@ -98,10 +99,8 @@ def evaluate_runs(runs: list[Path], is_trusted: bool = False) -> Iterator[Measur
 
 
 def print_table(results: Iterable[Measurement | LeftOut]) -> None:
-    """One table of all measurements on stdout, what was left out, the folders of the pictures.
-
-    What came before an error is printed too.
-    """
+    """One table of all measurements on stdout, what was left out, the folders of the pictures; also
+    of what came before an error."""
     found: list[Measurement | LeftOut] = []
     try:
         found.extend(results)
@@ -232,7 +231,7 @@ def _measure(run: Path, table: Table, is_trusted: bool) -> None:
     if not os.access(run, os.W_OK):
         raise _not_writable(run, "it may only be read")
     splits = read_splits(config, table)
-    task = config.build_task(splits.train).eval()
+    task = config.build_task(splits.train).eval().to(compute_device(config.backend))
     _check_shapes(task, splits)
     if isinstance(task, Drift):
         _measure_drift(task, config, splits, table)
@@ -240,7 +239,7 @@ def _measure(run: Path, table: Table, is_trusted: bool) -> None:
         load_weights(task, run)
         if isinstance(task, ImageTask):
             measure_encoder(task, splits, run, table)
-    measure_own(config.evaluate, task, splits, table)
+    measure_own(config.evaluate, task.cpu(), splits, table)
     if not table.lines:
         why = "; ".join(f"{what}: {reason}" for what, reason in table.left_out)
         raise ConfigError(
@@ -334,7 +333,7 @@ def write_samples(
     index = join_sources(config.data.open_train())
     fields = with_class_names(config.fields, index)
     example, names = first_sample(fields, index, len(index)), fields.class_names(index)
-    task = config.build_task(example).eval()
+    task = config.build_task(example).eval().to(compute_device(config.backend))
     if not isinstance(task, Drift):
         raise ConfigError(
             f"{run} is a run of task {config.task.name!r}, which trains no generator; sample a run "

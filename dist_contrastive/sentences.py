@@ -35,6 +35,7 @@ _BOUNDS = {"ge": "{} or more", "gt": "more than {}", "le": "{} or less", "lt": "
 _THEIRS = {
     # settings
     "activation_checkpointing": "gradient_checkpointing",
+    "tf32": "allow_tf32 float32_matmul_precision",
     "betas": "momentum",
     "blocks": "depth",
     "blur_sigma": "blur gaussian_blur",

@@ -12,9 +12,10 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +25,7 @@ _READ = {"_local_scalar_dense", "is_nonzero", "equal"}
 _SIZED_BY_DATA = {"nonzero", "argwhere", "masked_select", "bincount", "histc", "unique_dim"}
 _SIZED_BY_DATA |= {"_unique2", "unique_consecutive", "repeat_interleave"}
 WAITS = _READ | _SIZED_BY_DATA
+_COPIES = {"tolist", "numpy", "cpu"}  # methods that read a tensor of the CPU by no operator
 _INDEXED = {"index", "index_put", "index_put_", "_unsafe_index"}
 
 _VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"}
@@ -49,6 +51,15 @@ class Counts(TorchDispatchMode):
         self.peak = self._alive = 0
         self._known: set[int] = set()
         self._lock = threading.RLock()  # frees come from any thread, and from inside of it
+        self._copies = _Copies(self.waits)
+
+    def __enter__(self) -> Self:
+        self._copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._copies.__exit__(*error)
 
     @property
     def launches(self) -> int:
@@ -87,6 +98,25 @@ class Counts(TorchDispatchMode):
         with self._lock:
             self._known.discard(key)
             self._alive -= size
+
+
+class _Copies(TorchFunctionMode):
+    """Counts of the methods that copy a tensor to the host."""
+
+    def __init__(self, waits: collections.Counter[str]) -> None:
+        super().__init__()
+        self._waits = waits
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__name__", "") in _COPIES:
+            self._waits[f"{_place()} {func.__name__}"] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _by_mask(index: Sequence[torch.Tensor | None]) -> bool:

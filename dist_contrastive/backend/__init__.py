@@ -8,11 +8,19 @@ trackers.py    TensorBoard, Weights & Biases, Trackio
 """
 
 from dist_contrastive.backend.engine import Engine, Step
-from dist_contrastive.backend.process import Backend
+from dist_contrastive.backend.process import Backend, compute_device
 from dist_contrastive.backend.trackers import TrackerName, Trackers
 from dist_contrastive.errors import retired
 from dist_contrastive.random_states import seed_everything
 
-__all__ = ["Backend", "Engine", "Step", "TrackerName", "Trackers", "seed_everything"]
+__all__ = [
+    "Backend",
+    "Engine",
+    "Step",
+    "TrackerName",
+    "Trackers",
+    "compute_device",
+    "seed_everything",
+]
 
 __getattr__ = retired(__name__, {"BackendSettings": "dist_contrastive.backend.Backend.Config"})

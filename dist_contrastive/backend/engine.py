@@ -22,7 +22,7 @@ class Step(NamedTuple):
     """Result of an update."""
 
     grad_norm: float  # of the gradient averaged over ranks, before clipping
-    applied: bool  # False: it was not finite, and nothing has changed
+    applied: bool  # False: it or the loss was not finite, and nothing has changed
     rescaled: bool = False  # not finite in fp16; the next loss is scaled less
 
 
@@ -74,9 +74,14 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, lr: float) -> Step:
+    def step(self, lr: float, loss: Tensor | None = None) -> Step:
         """Gradient clipping and update of the parameters; the gradient is used up. A gradient that
-        is not finite, on any rank, updates nothing on all."""
+        is not finite, on any rank, updates nothing on all.
+
+        Args:
+            loss: the scalar that it is of, equal on all ranks; if it is not finite, nothing is
+                updated either. It is read with the norm, where the host waits for the GPU once.
+        """
 
     @abstractmethod
     def gradient(self, parameter: nn.Parameter) -> Tensor:
@@ -136,11 +141,35 @@ def load_group_counts(optimizer: torch.optim.Optimizer, groups: list[dict[str, A
 
 
 def to_cpu(value: Any) -> Any:
-    """Copy of a tensor on the CPU; a number unchanged."""
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+    """Copy of a tensor on the CPU; a number unchanged. From a GPU it is on its way into pinned
+    memory until `finish_copies`."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type != "cuda":
+        return value.detach().to("cpu", copy=True)
+    copy = torch.empty_like(value, device="cpu", pin_memory=True, requires_grad=False)
+    return copy.copy_(value.detach(), non_blocking=True)
 
 
-# ------------------------------------------------------------------ activation checkpointing
+def finish_copies(device: torch.device) -> None:
+    """Wait for the copies of `to_cpu`."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+# ------------------------------------------------------------------ memory of networks
+
+
+def put_channels_last(module: nn.Module) -> None:
+    """Weights of convolutions, and images that the module is given, with their channels last."""
+
+    def last(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(
+            x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs
+        )
+
+    module.to(memory_format=torch.channels_last)
+    module.register_forward_pre_hook(last)
 
 
 def recompute_blocks(module: nn.Module) -> None:

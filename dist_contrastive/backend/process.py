@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from dist_contrastive import collectives, ranks
-from dist_contrastive.backend.engine import Engine, recompute_blocks
+from dist_contrastive.backend.engine import Engine, put_channels_last, recompute_blocks
 from dist_contrastive.backend.replicated import Replicated
 from dist_contrastive.backend.zero import Zero, forget_switches, zero_accelerator
 from dist_contrastive.errors import ConfigError, LostRankError
@@ -50,6 +50,12 @@ class Backend:
         optimizer state, 2: gradients too, 3: weights too."""
         compile: bool = False
         """Compile the networks with torch.compile, which takes a while and makes steps faster."""
+        tf32: bool = False
+        """On a GPU, products of fp32 numbers in the networks are of TF32 (10 bits after the point),
+        several times as fast. Losses keep fp32."""
+        channels_last: bool = False
+        """Images, and weights of convolutions, have their channels last in memory (NHWC), which
+        tensor cores read faster. Results are the same but for rounding."""
         activation_checkpointing: bool = False
         """Compute the insides of blocks of networks again in the backward pass instead of keeping
         them: less memory for a third more time."""
@@ -61,6 +67,10 @@ class Backend:
         self.settings = settings
         keep_freed_memory()
         self._owns_group = not dist.is_initialized()
+        # Without a word torch takes TF32 for convolutions, and fp32 for other products.
+        self._products_before = [(x, x.fp32_precision) for x in _fp32_products()]
+        for products in _fp32_products():
+            products.fp32_precision = "tf32" if settings.tf32 else "ieee"
         self._accelerator = _accelerator(settings)
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
@@ -84,6 +94,13 @@ class Backend:
         """
         if self.settings.activation_checkpointing:
             recompute_blocks(module)
+        if self.settings.channels_last:
+            if self.settings.zero_stage:
+                raise ConfigError(
+                    f"backend.channels_last=true with backend.zero_stage={self.settings.zero_stage}"
+                    f": DeepSpeed keeps weights in flat pieces; leave it out, or set zero_stage=0"
+                )
+            put_channels_last(module)
         if self.settings.compile:
             module.forward = torch.compile(module.forward)
         engine = Zero if self.settings.zero_stage else Replicated
@@ -92,11 +109,25 @@ class Backend:
 
     def close(self) -> None:
         """Leave the process group; another run may start in this process."""
+        for products, precision in self._products_before:
+            products.fp32_precision = precision
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
         forget_switches()
         # Accelerate keeps the settings of the first Accelerator of a process for all later ones.
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def compute_device(settings: Backend.Config) -> torch.device:
+    """Where one process alone computes: a GPU if there is one and it is wanted."""
+    on_gpu = settings.device == "auto" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def _fp32_products() -> list[Any]:
+    """What holds the precision in which a GPU multiplies fp32 numbers: in matrix products, and in
+    convolutions."""
+    return [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
 
 
 def _accelerator(settings: Backend.Config) -> Accelerator:
@@ -106,11 +137,9 @@ def _accelerator(settings: Backend.Config) -> Accelerator:
     if has_ranks and torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ:
         os.environ["LOCAL_RANK"] = "0"  # SLURM shows a task nothing but its own GPU
     timeout_s = settings.timeout_s + _GRACE_S
-    process_group = InitProcessGroupKwargs(
-        backend="gloo" if cpu else "nccl", timeout=datetime.timedelta(seconds=timeout_s)
-    )
     if has_ranks:
         with _waiting_for_ranks(timeout_s):
+            process_group = _process_group(cpu, timeout_s)
             if settings.zero_stage:
                 return zero_accelerator(settings.zero_stage, settings.precision, process_group, cpu)
             return Accelerator(cpu=cpu, kwargs_handlers=[process_group])
@@ -128,6 +157,18 @@ def _accelerator(settings: Backend.Config) -> Accelerator:
         )
     # Given a backend, Accelerate expects a process group even where there is one process.
     return Accelerator(cpu=cpu)
+
+
+def _process_group(cpu: bool, timeout_s: float) -> InitProcessGroupKwargs:
+    """The process group of all ranks, and what Accelerate is told of it.
+
+    On GPUs it has gloo beside NCCL: what only the host knows, as whether to stop, is exchanged
+    without waiting for what the GPU has yet to do.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if cpu else "cpu:gloo,cuda:nccl", timeout=timeout)
+    return InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timeout)
 
 
 @contextmanager

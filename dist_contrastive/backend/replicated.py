@@ -13,6 +13,7 @@ from dist_contrastive.backend.engine import (
     Engine,
     OptimizerState,
     Step,
+    finish_copies,
     group_counts,
     in_full_precision,
     load_group_counts,
@@ -49,21 +50,23 @@ class Replicated(Engine):
                 self._scaler.scale(losses(part)).backward()
         self._count_reduction()
 
-    def step(self, lr: float) -> Step:
+    def step(self, lr: float, loss: Tensor | None = None) -> Step:
         self._set_lr(lr)
         self._scaler.unscale_(self.optimizer)
-        norm = self._clip()
-        applied = math.isfinite(norm)
+        norm, *losses = self._clip([] if loss is None else [loss])
+        applied = all(map(math.isfinite, (norm, *losses)))
+        scale = 0.0
         if applied:
             self._scaler.step(self.optimizer)
-        scale = self._scaler.get_scale()
+        elif all(map(math.isfinite, losses)):
+            scale = self._scaler.get_scale()
         self._scaler.update()
         # A CPU keeps them until backward writes new ones: without them nothing is left between
         # steps, the heap is given back, and each of its pages is mapped anew, 5 % of a step.
         if self._device.type != "cpu":
             self.discard_gradients()
         # Below 1 the scale is not what makes it infinite.
-        return Step(norm, applied, rescaled=1 <= self._scaler.get_scale() < scale)
+        return Step(norm, applied, rescaled=scale > 1 and 1 <= self._scaler.get_scale() < scale)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         grad = parameter.grad
@@ -76,7 +79,9 @@ class Replicated(Engine):
     def weights(self) -> dict[str, Tensor]:
         if not self._accelerator.is_main_process:
             return {}
-        return {name: to_cpu(value) for name, value in self.module.state_dict().items()}
+        weights = {name: to_cpu(value) for name, value in self.module.state_dict().items()}
+        finish_copies(self._device)
+        return weights
 
     def optimizer_state(self) -> OptimizerState:
         if not self._accelerator.is_main_process:
@@ -86,16 +91,20 @@ class Replicated(Engine):
             names[parameter]: {key: to_cpu(value) for key, value in values.items()}
             for parameter, values in self.optimizer.state.items()
         }
+        finish_copies(self._device)
         groups = group_counts(self.optimizer)
         return {"state": state, "groups": groups, "scaler": self._scaler.state_dict()}
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
+        is_fused = bool(self.optimizer.defaults.get("fused"))
         for name, parameter in self.module.named_parameters():
             for key, value in state["state"].get(name, {}).items():
                 if isinstance(value, Tensor):
-                    # torch's optimizers keep the step counter on the CPU, whatever the device.
-                    device = value.device if key == "step" else parameter.device
-                    value = value.to(device, copy=True)
+                    # torch's optimizers keep the step counter on the CPU unless they are fused.
+                    on_cpu = key == "step" and not is_fused
+                    value = value.to("cpu" if on_cpu else parameter.device, copy=True)
+                    if value.shape == parameter.shape and value.stride() != parameter.stride():
+                        value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
                 self.optimizer.state[parameter][key] = value
         load_group_counts(self.optimizer, state["groups"])
         if state["scaler"]:  # empty of a run that was not in fp16, or by ZeRO
@@ -105,13 +114,14 @@ class Replicated(Engine):
         trained = [p.detach() for p in self.module.parameters() if p.requires_grad]
         return float(nn.utils.get_total_norm(trained))
 
-    def _clip(self) -> float:
-        """Norm of the gradient before it is scaled down to `clip_norm`."""
+    def _clip(self, others: list[Tensor]) -> list[float]:
+        """Norm of the gradient before it is scaled down to `clip_norm`, and the other scalars."""
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         if self._clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.module.parameters(), self._clip_norm, norm)
-        return float(norm)
+        read = torch.stack([x.detach().to(self._device, torch.float64) for x in (norm, *others)])
+        return list(read.tolist())
 
     def _count_reduction(self) -> None:
         """DDP's own measure, of the step before this one. A hook that measured would run Python in

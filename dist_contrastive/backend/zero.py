@@ -20,6 +20,7 @@ from dist_contrastive.backend.engine import (
     Engine,
     OptimizerState,
     Step,
+    finish_copies,
     group_counts,
     in_full_precision,
     load_group_counts,
@@ -156,7 +157,10 @@ class Zero(Engine):
         self._has_gradients = True
         self.reduce_s += time.perf_counter() - begin
 
-    def step(self, lr: float) -> Step:
+    def step(self, lr: float, loss: Tensor | None = None) -> Step:
+        if loss is not None and not loss.isfinite():
+            self.discard_gradients()
+            return Step(math.nan, applied=False)
         self._set_lr(lr)
         self.wrapped.step()
         self._has_gradients = False
@@ -191,6 +195,7 @@ class Zero(Engine):
             with self._gathered([value]):
                 if collectives.rank() == 0:
                     weights[name] = to_cpu(value)
+        finish_copies(self._device)
         return weights
 
     def optimizer_state(self) -> OptimizerState:
@@ -201,6 +206,7 @@ class Zero(Engine):
             values = {key: value for key, value in values.items() if value is not None}
             if values:
                 state[self._names[parameter]] = values
+        finish_copies(self._device)
         if collectives.rank():
             return {}
         return {"state": state, "groups": group_counts(self.optimizer), "scaler": {}}

@@ -50,6 +50,12 @@ def rank(group: Group = None) -> int:
     return dist.get_rank(group) if _has_group() else 0
 
 
+def host_device(group: Group = None) -> torch.device:
+    """Device for exchanges of what the host knows: the CPU where the group reaches it (gloo beside
+    NCCL), so that nobody waits for a GPU; else the GPU."""
+    return torch.device("cpu" if "cpu:" in dist.get_backend_config(group) else "cuda")
+
+
 def global_rank(group: Group, number: int) -> int:
     """The number among all ranks of the group's member `number`."""
     return number if group is None else dist.get_global_rank(group, number)

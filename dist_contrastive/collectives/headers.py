@@ -21,6 +21,7 @@ from dist_contrastive.collectives.group import (
     Group,
     accumulation_dtype,
     all_gather_single,
+    host_device,
     is_distributed,
     world_size,
 )
@@ -93,14 +94,14 @@ def exchange_headers(
             header without dtype, so that no rank stops while others wait.
         values: measures by name, to be sent with the headers.
 
-    Collectives: one all-gather of a few numbers (none without other ranks), which waits for the
-        device, as every size that is needed to allocate memory does.
+    Collectives: one all-gather of a few numbers (none without other ranks), by the CPU; in a group
+        that has none, as of NCCL alone, it waits for the device.
     """
     values = values or {}
     lines = [[*_encoded(x), *astuple(values.get(name, Values()))] for name, x in tensors.items()]
     codes = torch.tensor(lines, dtype=torch.int64)
     if world_size(group) > 1:
-        local = codes.flatten().to(_device_of([*tensors.values()], group))
+        local = codes.flatten().to(host_device(group))
         gathered = local.new_empty(world_size(group) * len(local))
         all_gather_single(gathered, local, group=group)
         codes = gathered.view(world_size(group), len(tensors), -1).transpose(0, 1)
@@ -148,15 +149,6 @@ def bad_rows(x: Any, row_dim: int = 0) -> int:
 
 def _can_be_sent(x: Any) -> bool:
     return isinstance(x, Tensor) and x.layout == torch.strided and x.dtype in DTYPES
-
-
-def _device_of(tensors: list[Any], group: Group) -> torch.device:
-    """Device from which headers are sent: that of the tensors."""
-    for x in tensors:
-        for y in x if isinstance(x, Sequence) else (x,):
-            if isinstance(y, Tensor):
-                return y.device
-    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
 def _encoded(x: Tensors | None) -> list[int]:

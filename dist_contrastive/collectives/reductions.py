@@ -6,7 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_contrastive.collectives.group import Group, is_distributed, refuse_graph, world_size
+from dist_contrastive.collectives.group import (
+    Group,
+    host_device,
+    is_distributed,
+    refuse_graph,
+    world_size,
+)
 
 GradReduction = Literal["mean", "sum"]
 
@@ -28,9 +34,11 @@ def _all_reduce(x: Tensor, op: Any, group: Group) -> Tensor:
     return total
 
 
-def max_over_ranks(value: int, device: torch.device, group: Group = None) -> int:
-    """The largest of the ranks' values. Collectives: one all-reduce of one number."""
-    return int(all_reduce_max(torch.tensor(value, device=device), group))
+def max_over_ranks(value: int, group: Group = None) -> int:
+    """The largest of the ranks' values. Collectives: one all-reduce of one number, by the CPU."""
+    if not is_distributed(group):
+        return value
+    return int(all_reduce_max(torch.tensor(value, device=host_device(group)), group))
 
 
 def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:

@@ -187,6 +187,7 @@ MAY_CHANGE = (
     "backend.zero_stage",
     "backend.compile",
     "backend.activation_checkpointing",
+    "backend.channels_last",
     "backend.timeout_s",
     "evaluate",
 )
@@ -208,6 +209,7 @@ CHANGEABLE = (
     "optim.trust_coefficient",
     "optim.clip_norm",
     "backend.precision",
+    "backend.tf32",
 )
 
 _PATHS = ("run_dir", "init_from", "pretrained")

@@ -1,7 +1,7 @@
 """Numbers that a run reports while it trains.
 
 log.py     rows of metrics, where they go, and the ledger of keys
-step.py    time and memory of a step, geometry of its embeddings
+step.py    time and memory of a step, terms of its loss, geometry of its embeddings
 """
 
 from dist_contrastive.metrics.log import JsonLines, Ledger, MetricsLog, forget_steps, read_rows
@@ -11,6 +11,7 @@ from dist_contrastive.metrics.step import (
     duplicates,
     geometry,
     peak_memory_mb,
+    term_metrics,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "geometry",
     "peak_memory_mb",
     "read_rows",
+    "term_metrics",
 ]

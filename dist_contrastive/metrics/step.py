@@ -1,9 +1,10 @@
 """Numbers of a step: where its time went, its memory, and the geometry of its embeddings."""
 
+import math
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +84,24 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def term_metrics(embeddings: Sequence[Tensor], terms: Mapping[str, Tensor]) -> dict[str, float]:
+    """Value of each term, and the norm of its gradient by the embeddings of the global batch.
+
+    A second backward pass through the comparison for each term.
+
+    Collectives: a sum over ranks for each term.
+    """
+    metrics: dict[str, float] = {}
+    inputs = [x for x in embeddings if x.requires_grad]
+    for name, term in terms.items():
+        grads = torch.autograd.grad(term, inputs, retain_graph=True, allow_unused=True)
+        squares = sum((x.double().square().sum() for x in grads if x is not None), torch.zeros(()))
+        # Backward leaves each rank its share times the number of ranks.
+        total = collectives.all_reduce_sum(squares).item() / collectives.world_size() ** 2
+        metrics |= {f"loss/{name}": term.item(), f"embedding_grad_norm/{name}": math.sqrt(total)}
+    return metrics
 
 
 @torch.no_grad()

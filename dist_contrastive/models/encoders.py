@@ -5,10 +5,10 @@ dropout, so that the same rows give the same result however they are shared out 
 work for b = 0 too, forward and backward, since a rank may have no rows.
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -213,7 +213,7 @@ class VectorEncoder(Encoder):
         self.dim, self.num_features = config.out, num_features
         widths = [num_features, *[config.hidden] * (config.layers - 1), config.out]
         layers: list[nn.Module] = []
-        for width_in, width_out in pairwise(widths):
+        for width_in, width_out in itertools.pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.LayerNorm(width_out), nn.SiLU()]
         self.net = nn.Sequential(*layers[:-2])
 
@@ -238,7 +238,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         widths = [dim, *[config.hidden] * (config.layers - 1), config.out]
         layers: list[nn.Module] = []
-        for width_in, width_out in pairwise(widths):
+        for width_in, width_out in itertools.pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.SiLU()]
         self.net = nn.Sequential(*layers[:-1])
         self.dim = config.out
@@ -253,6 +253,13 @@ def frozen(module: nn.Module) -> nn.Module:
 
 
 def representations_of(encoder: nn.Module, inputs: Tensor, chunk: int = 1024) -> Tensor:
-    """Representations of all inputs [n, ...] without gradients, `chunk` rows at a time."""
+    """Representations of all inputs [n, ...] without gradients, `chunk` rows at a time, computed
+    where the encoder is and returned to where the inputs are."""
+    there, here = device_of(encoder, inputs.device), inputs.device
     with torch.no_grad():
-        return torch.cat([encoder(part) for part in inputs.split(chunk)])
+        return torch.cat([encoder(part.to(there)).to(here) for part in inputs.split(chunk)])
+
+
+def device_of(module: nn.Module, default: torch.device) -> torch.device:
+    """Device of a module's weights; `default` if it has none."""
+    return next((x.device for x in itertools.chain(module.parameters(), module.buffers())), default)

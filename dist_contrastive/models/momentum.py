@@ -41,20 +41,23 @@ class MomentumCopy(nn.Module):
         return self.module(*inputs)
 
     @torch.no_grad()
-    def update(self, source: nn.Module, momentum: float) -> None:
+    def update(self, source: nn.Module, momentum: float | Tensor) -> None:
         """p <- momentum p + (1 - momentum) source's p for parameters; buffers are copied.
 
         Every rank computes the same where `source` is the same on every rank; nothing is sent.
 
         Args:
             source: the copied module, not wrapped for ranks.
-            momentum: 1 leaves the parameters as they are, 0 copies.
+            momentum: 1 leaves the parameters as they are, 0 copies; a scalar tensor need not be
+                read from its device.
         Raises:
             ValueError: the source has not as many parameters or buffers as the copy.
         """
+        weight = 1 - momentum
         parameters = zip(self.module.parameters(), source.parameters(), strict=True)
         for average, current in list(parameters):  # all paired before the first of them changes
-            average.lerp_(current.to(average.dtype), 1 - momentum)
+            rate = weight.to(average.dtype) if isinstance(weight, Tensor) else weight
+            average.lerp_(current.to(average.dtype), rate)
         buffers = zip(self.module.buffers(), source.buffers(), strict=True)
         for buffer, newer in list(buffers):
             buffer.copy_(newer)
@@ -73,16 +76,17 @@ def momentum_at(progress: float, start: float) -> float:
     return 1 - (1 - start) * (1 + math.cos(math.pi * done)) / 2
 
 
-def ema_decay_at(step: int, decay: float) -> float:
+def ema_decay_at(step: int | Tensor, decay: float) -> Tensor:
     """Momentum of an average over a training's weights that does not dwell on the first ones.
 
-    min(decay, (1 + step) / (10 + step)) with `step` the optimiser steps before this one: it
-    begins at 0.1 and reaches 0.999 after 8990 steps.
+    min(decay, (1 + step) / (10 + step)), a scalar in fp64 on the device of `step`, the optimiser
+    steps before this one: it begins at 0.1 and reaches 0.999 after 8990 steps.
 
     References:
         `ExponentialMovingAverage` of TensorFlow 1.
     """
-    return min(decay, (1 + step) / (10 + step))
+    done = torch.as_tensor(step, dtype=torch.float64)
+    return ((1 + done) / (10 + done)).clamp(max=decay)
 
 
 def check_row_independent(module: nn.Module, why: str) -> None:

@@ -75,7 +75,7 @@ class SampleBank(nn.Module):
             self.samples[label, slots[kept] % self.capacity] = newest[kept]
             self.added[label] += len(newest)
 
-    def draw(self, key: tuple[int, ...], label: int | None, count: int) -> Tensor:
+    def draw(self, key: tuple[int | Tensor, ...], label: int | None, count: int) -> Tensor:
         """Places [n] of up to `count` different samples of a class, or of all (label None).
 
         Args:

@@ -33,14 +33,14 @@ class Subgroups:
     """
 
     local: Tensor  # [b] int64, of this rank's rows
-    counts: list[int]  # rows of each subgroup, over all ranks
+    counts: Tensor  # rows of each subgroup, over all ranks
     num_classes: int
     are_whole: bool  # whether every rank holds whole groups, and as many as the others
 
     @property
     def present(self) -> list[int]:
         """Subgroups that have rows."""
-        return [subgroup for subgroup, count in enumerate(self.counts) if count]
+        return [int(subgroup) for subgroup in self.counts.nonzero()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +253,7 @@ class Drift(Task):
         """The average follows; this step's data go into the bank."""
         super().finish_step(embeddings, samples, context)
         if self.average is not None and self.config.ema is not None:
-            decay = ema_decay_at(int(self.steps_done), self.config.ema)
+            decay = ema_decay_at(self.steps_done, self.config.ema)
             self.average.update(self.generator, decay)
         if self.bank is not None:
             labels = samples.labels
@@ -267,7 +267,8 @@ class Drift(Task):
     def generate(
         self, labels: Tensor | None, count: int, seed: int, guidance: float = 1.0, chunk: int = 1024
     ) -> Tensor:
-        """`count` samples, by the averaged generator if there is one; for the same seed the same.
+        """`count` samples on the CPU, by the averaged generator if there is one; for the same seed
+        the same.
 
         Args:
             labels: classes [count], or None for a generator without.
@@ -285,9 +286,9 @@ class Drift(Task):
         parts = []
         for rows in torch.arange(count, device=device).split(chunk):
             noise = keyed_random.normal(keys[rows], self.generator.noise_dim)
-            row_labels = None if labels is None else labels[rows]
+            row_labels = None if labels is None else labels.to(device)[rows]
             strength = noise.new_full((len(rows),), guidance) if self.generator.guided else None
-            parts.append(generator(noise, row_labels, strength))
+            parts.append(generator(noise, row_labels, strength).cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -300,7 +301,7 @@ class Drift(Task):
         """Strength of guidance of some subgroups in this step: float32, the shape of subgroups."""
         assert self.config.guidance is not None
         (low, high), power = self.config.guidance.strengths, self.config.guidance.power
-        keys = keyed_random.combine(self.seed, _GUIDANCE_STREAM, int(self.steps_done), subgroups)
+        keys = keyed_random.combine(self.seed, _GUIDANCE_STREAM, self.steps_done, subgroups)
         uniform = keyed_random.uniform(keys, 1)[:, 0]
         if power == 1:
             return low * (high / low) ** uniform
@@ -325,7 +326,7 @@ class Drift(Task):
         places, numbers, sizes = [], [], []
         for subgroup in subgroups.present:
             label = subgroup % subgroups.num_classes if of_class else None
-            key = self.seed, stream, int(self.steps_done), subgroup
+            key = self.seed, stream, self.steps_done, subgroup
             drawn = self.bank.draw(key, label, count)
             places.append(drawn)
             numbers.append(torch.full_like(drawn, subgroup))
@@ -334,7 +335,7 @@ class Drift(Task):
         place, number, size = (torch.cat(x)[share] for x in (places, numbers, sizes))
         weights = torch.ones(len(place), device=place.device)
         if not of_class:
-            generated = torch.tensor(subgroups.counts, device=place.device)[number]
+            generated = subgroups.counts[number]
             weights = (self._strengths(number) - 1) * (generated - 1) / size
         return _BankRows(self.bank.take(place), number, weights)
 
@@ -379,10 +380,10 @@ def _subgroups(labels: Tensor, num_classes: int, groups: int) -> Subgroups:
     gathered = collectives.gather_rows(labels, sizes)
     group = torch.arange(len(gathered), device=labels.device) * groups // max(1, len(gathered))
     subgroups = group * num_classes + gathered
-    start = sum(sizes[: collectives.rank()])
+    start, ones = sum(sizes[: collectives.rank()]), torch.ones_like(subgroups)
     return Subgroups(
         subgroups[start : start + len(labels)],
-        subgroups.bincount(minlength=groups * num_classes).tolist(),
+        subgroups.new_zeros(groups * num_classes).scatter_add_(0, subgroups, ones),
         num_classes,
         len(set(sizes)) == 1 and groups % len(sizes) == 0,
     )

@@ -19,6 +19,7 @@ from dist_contrastive.losses.hierarchy import Hierarchy
 from dist_contrastive.losses.policy_gradient import PolicyGradient
 from dist_contrastive.losses.rewards import load_reward
 from dist_contrastive.losses.supcon import LabelledLoss
+from dist_contrastive.models import device_of
 from dist_contrastive.schedule import Points, Schedule, value_at
 from dist_contrastive.settings import Count, Settings
 from dist_contrastive.tasks.base import (
@@ -193,7 +194,8 @@ class Hybrid(ImageTask):
     def classify(self, images: Tensor) -> Tensor:
         """Log-probabilities of the classes: [n, C, H, W] to [n, num_classes]."""
         with torch.no_grad():
-            return self.hierarchy.log_probabilities(self.classifier(self.represent(images)))
+            rows = self.represent(images).to(device_of(self, images.device))
+            return self.hierarchy.log_probabilities(self.classifier(rows)).to(images.device)
 
     @torch.no_grad()
     def scalars(self, context: StepContext) -> dict[str, float]:

@@ -13,6 +13,7 @@ from dist_contrastive.models import (
     AnyPairEncoder,
     ProjectionHead,
     build_pair_encoder,
+    device_of,
     representations_of,
 )
 from dist_contrastive.settings import Settings
@@ -90,9 +91,13 @@ class Paired(ContrastiveTask):
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
         """[n, C, H, W] as they are to [n, D] in the common space."""
-        return self.head(self.represent(images))
+        there = device_of(self, images.device)
+        return self.head(self.represent(images).to(there)).to(images.device)
 
     @torch.no_grad()
     def embed_pair(self, pair: Tensor | Sequence[str]) -> Tensor:
         """Contents of the second field to [n, D] in the common space."""
-        return self.pair_head(representations_of(self.pair_encoder, self.as_input(pair)))
+        inputs = self.as_input(pair)
+        there = device_of(self, inputs.device)
+        rows = representations_of(self.pair_encoder, inputs)
+        return self.pair_head(rows.to(there)).to(inputs.device)

@@ -26,7 +26,7 @@ from dist_contrastive.metrics import peak_memory_mb
 from dist_contrastive.ranks import RankError, run_ranks
 from dist_contrastive.tasks import Task
 from dist_contrastive.trainer.run import Run, check_changes, open_run, open_training_data
-from dist_contrastive.trainer.step import backward
+from dist_contrastive.trainer.step import backward, check_finite
 
 _TIMEOUT_S = 600.0
 _ROWS = 4  # of each rank, or a few more
@@ -81,9 +81,10 @@ def self_check(run: Run) -> str:
     with _eval_mode(run.task):
         begin = time.perf_counter()
         context = run.task.begin_step(local, progress=progress, micro_batch_size=half)
-        backward(run, local, context)
+        _, terms, _ = backward(run, local, context)
         gradients = [run.engine.gradient(p).cpu() for p in parameters.values()]
         run.engine.discard_gradients()
+        check_finite(terms)
         took_s = max(collectives.gather_objects(time.perf_counter() - begin))
     if took_s * run.backend.world_size > _LONGEST_S:
         return f"not looked at: one process would take longer than {_LONGEST_S:g} s"
@@ -312,8 +313,9 @@ def _step(run: Run, local: Samples) -> float:
     begin, train = time.perf_counter(), run.config.train
     progress = run.progress.step / train.steps
     context = run.task.begin_step(local, progress=progress, micro_batch_size=train.micro_batch_size)
-    backward(run, local, context)
+    _, terms, _ = backward(run, local, context)
     run.engine.step(0.0)
+    check_finite(terms)
     return time.perf_counter() - begin
 
 

@@ -138,7 +138,7 @@ def _next_batch(
         error = caught
     local_skipped = batch.skipped if batch else []
     vote = _FAILED if error else _STOP if batch is None else _SKIPPED if local_skipped else _GO
-    verdict = collectives.max_over_ranks(vote, run.backend.device)
+    verdict = collectives.max_over_ranks(vote)
     if verdict == _FAILED:
         expected = collectives.gather_objects(error is None or isinstance(error, UserError))
         if all(expected):  # what is being trained is sound

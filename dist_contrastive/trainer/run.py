@@ -128,7 +128,8 @@ def open_run(
     with collectives.raised_together():
         task = modules.task(config, data)
         _check_row_independent(task, config, backend.world_size)
-        optimizer = optim.build_optimizer(task, config.optim)
+        fused = backend.device.type == "cuda" and not config.backend.zero_stage
+        optimizer = optim.build_optimizer(task, config.optim, fused)
         if resumed:
             _load_weights(task, resumed)
         elif config.init_from is not None:

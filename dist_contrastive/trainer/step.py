@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_contrastive import collectives, optim
+from dist_contrastive import optim
 from dist_contrastive.backend import seed_everything
 from dist_contrastive.checkpoint import Progress
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.errors import ConfigError, NonFiniteError
 from dist_contrastive.grad_cache import GradCache
-from dist_contrastive.metrics import duplicates, geometry
+from dist_contrastive.metrics import duplicates, geometry, term_metrics
 from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
 from dist_contrastive.trainer.run import Run
 
@@ -46,13 +46,18 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
         micro_batch_size=config.train.micro_batch_size,
     )
     try:
-        embeddings, row = backward(run, samples, context)
+        embeddings, terms, row = backward(run, samples, context)
         with run.clock.spent("optimizer"):
-            update = run.engine.step(lr)
+            update = run.engine.step(lr, _total(terms))
         if update.rescaled:  # the search for a loss scale: no bad step
             run.progress = replace(run.progress, step=step + 1, consumed=consumed)
             return {}
-        _check_gradient(run, update.grad_norm)
+        if not update.applied:
+            check_finite(terms)
+            raise NonFiniteError(
+                f"the gradient averaged over all {run.backend.world_size} ranks has norm "
+                f"{update.grad_norm}; lower optim.lr"
+            )
     except NonFiniteError as error:
         _skip_update(run, consumed, error)
         return {}
@@ -71,15 +76,15 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
 
 def backward(
     run: Run, samples: Samples, context: StepContext
-) -> tuple[Embeddings, dict[str, float]]:
+) -> tuple[Embeddings, Terms, dict[str, float]]:
     """Gradient of a step, left in the engine.
 
     Returns:
-        Embeddings of this rank's rows without their graph, and the loss, with its terms if the step
-        is logged.
+        Embeddings of this rank's rows and terms of the loss, without their graphs; of a logged
+        step, the row of the loss and its terms.
 
     Raises:
-        NonFiniteError: embeddings or loss are not finite, on any rank.
+        NonFiniteError: embeddings are not finite, on any rank.
     """
     clock, engine = run.clock, run.engine
     parts = _MicroBatches(run, samples, context)
@@ -87,19 +92,21 @@ def backward(
         with clock.spent("embed"):
             embeddings = parts.embed(0)
         with clock.spent("compare"):
-            loss, row = _compare(run, embeddings, samples, context)
+            terms, row = _compare(run, embeddings, samples, context)
         with clock.spent("replay"):
+            loss = _total(terms)
             engine.backward(lambda _: loss)
     else:
         with clock.spent("embed"):
             cache = GradCache(parts.embed, len(parts))
         embeddings = cache.embeddings
         with clock.spent("compare"):
-            loss, row = _compare(run, embeddings, samples, context)
-            cache.compared(loss, [p for p in run.task.parameters() if p.requires_grad])
+            terms, row = _compare(run, embeddings, samples, context)
+            cache.compared(_total(terms), [p for p in run.task.parameters() if p.requires_grad])
         with clock.spent("replay"):
             engine.backward(cache.replay, len(parts))
-    return tuple(x.detach() for x in embeddings), row
+    without_graph = {name: term.detach() for name, term in terms.items()}
+    return tuple(x.detach() for x in embeddings), without_graph, row
 
 
 class _MicroBatches:
@@ -130,46 +137,27 @@ class _MicroBatches:
 
 def _compare(
     run: Run, embeddings: Embeddings, samples: Samples, context: StepContext
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss, and for a logged step the loss and its terms as numbers."""
+) -> tuple[Terms, dict[str, float]]:
+    """Terms of the loss, and for a logged step the loss and its terms as numbers."""
     terms = run.task.compare(embeddings, samples, context)
+    if torch.is_grad_enabled() and not any(term.requires_grad for term in terms.values()):
+        raise ConfigError("the loss depends on nothing that is trained; let it, or freeze less")
+    if not context.is_logged:
+        return terms, {}
+    row = {"loss": _total(terms).item()}
+    return terms, row | (term_metrics(embeddings, terms) if len(terms) > 1 else {})
+
+
+def _total(terms: Terms) -> Tensor:
+    """The loss."""
+    return torch.stack(list(terms.values())).sum()
+
+
+def check_finite(terms: Terms) -> None:
+    """Raise NonFiniteError where a term is not finite, on all ranks alike; waits for the device."""
     for name, term in terms.items():
         if not term.isfinite():
             raise NonFiniteError(f"{name} of finite embeddings is {term.item()}")
-    loss = torch.stack(list(terms.values())).sum()
-    if torch.is_grad_enabled() and not loss.requires_grad:
-        raise ConfigError("the loss depends on nothing that is trained; let it, or freeze less")
-    if not context.is_logged:
-        return loss, {}
-    row = {"loss": loss.item()}
-    return loss, row | (_term_metrics(embeddings, terms) if len(terms) > 1 else {})
-
-
-def _term_metrics(embeddings: Embeddings, terms: Terms) -> dict[str, float]:
-    """Value of each term, and the norm of its gradient by the embeddings of the global batch.
-
-    A second backward pass through the comparison for each term.
-
-    Collectives: a sum over ranks for each term.
-    """
-    metrics: dict[str, float] = {}
-    inputs = [x for x in embeddings if x.requires_grad]
-    for name, term in terms.items():
-        grads = torch.autograd.grad(term, inputs, retain_graph=True, allow_unused=True)
-        squares = sum((x.double().square().sum() for x in grads if x is not None), torch.zeros(()))
-        # Backward leaves each rank its share times the number of ranks.
-        total = collectives.all_reduce_sum(squares).item() / collectives.world_size() ** 2
-        metrics |= {f"loss/{name}": term.item(), f"embedding_grad_norm/{name}": math.sqrt(total)}
-    return metrics
-
-
-def _check_gradient(run: Run, norm: float) -> None:
-    """Refuse a norm that is not finite; it is the same number on all ranks."""
-    if not math.isfinite(norm):
-        raise NonFiniteError(
-            f"the gradient averaged over all {run.backend.world_size} ranks has norm {norm}; lower "
-            f"optim.lr"
-        )
 
 
 def _skip_update(run: Run, consumed: int, error: NonFiniteError) -> None:
