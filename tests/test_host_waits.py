@@ -1,5 +1,6 @@
 """What a GPU would wait for in a step, and the settings of a run that are meant for GPUs."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dist_contrastive.errors import ConfigError
 from dist_contrastive.optim import OptimConfig
 from dist_contrastive.testing import run_ranks
 from dist_contrastive.trainer.run import Run, open_run
-from dist_contrastive.trainer.step import train_step
+from dist_contrastive.trainer.step import backward, train_step
 
 # Losses, and the checks of their inputs, are counted in test_kernels.py, in the way a GPU takes.
 LOSSES = tuple(f"{counts.PACKAGE}/{folder}/" for folder in ("losses", "pairwise", "collectives"))
@@ -64,6 +65,30 @@ def test_a_read_of_the_task_is_seen(overrides, tmp_path):
 
     config = config_of("two_view", overrides, tmp_path / "run")
     assert sum(waits_of_a_step(config, is_logged=False, spoil=spoil).values()) == 2
+
+
+def updates_by_a_loss(config) -> list[bool]:
+    """Whether a step changed weights whose gradient was finite: its loss inf, then 1."""
+    backend = Backend(config.backend)
+    run = open_run(config, backend)
+    found = []
+    for batch, loss in zip(run.data.batches(backend.device), (math.inf, 1.0), strict=False):
+        context = run.task.begin_step(batch.samples)
+        backward(run, batch.samples, context)
+        before = run.engine.weights()
+        update = run.engine.step(0.1, torch.tensor(loss))
+        same = all(torch.equal(x, before[name]) for name, x in run.engine.weights().items())
+        assert update.applied is not same
+        found.append(update.applied)
+    backend.close()
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_loss_that_is_not_finite_updates_nothing(stage, overrides, tmp_path):
+    options = f"backend.zero_stage={stage}", "backend.precision=fp32"
+    config = config_of("two_view", overrides, tmp_path / "run", *options)
+    assert run_ranks(updates_by_a_loss, 1, config) == [[False, True]]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ FAULTS = [
     (
         "a momentum copy takes the weights of its source",
         "dist_contrastive/models/momentum.py",
-        "average.lerp_(current.to(average.dtype), 1 - momentum)",
-        "average.lerp_(current.to(average.dtype), momentum)",
+        "weight = 1 - momentum",
+        "weight = momentum",
         (f"{MOMENTUM}::test_update_by_hand",),
     ),
     (

@@ -3,6 +3,7 @@
 CHECKPOINT = "dist_contrastive/checkpoint.py"
 BACKEND, TRAINER = "dist_contrastive/backend/", "dist_contrastive/trainer/"
 ON_DISK, ENGINES = "tests/test_checkpoint.py::", "tests/test_engines.py::"
+WAITS = "tests/test_host_waits.py::"
 
 FAULTS = [
     (
@@ -57,8 +58,8 @@ FAULTS = [
     (
         "backend: a scale that stays counts as one that is being looked for",
         f"{BACKEND}replicated.py",
-        "rescaled=1 <= self._scaler.get_scale() < scale",
-        "rescaled=self._scaler.get_scale() < scale",
+        "rescaled=scale > 1 and 1 <= self._scaler.get_scale() < scale",
+        "rescaled=scale > 0 and self._scaler.get_scale() < scale",
         (f"{ENGINES}test_fp16_that_never_works_stops",),
     ),
     (
@@ -158,5 +159,26 @@ FAULTS = [
         '_TOLERANCE = {"fp32": 1e-2,',
         '_TOLERANCE = {"fp32": 2.0,',
         ("tests/test_self_check.py::test_what_is_wrong_is_refused_on_all_ranks[0]",),
+    ),
+    (
+        "backend: a loss that is not finite is followed where its gradient is",
+        f"{BACKEND}replicated.py",
+        "applied = all(map(math.isfinite, (norm, *losses)))",
+        "applied = math.isfinite(norm)",
+        (f"{WAITS}test_a_loss_that_is_not_finite_updates_nothing",),
+    ),
+    (
+        "trainer: a step reads its loss before the norm of its gradient",
+        f"{TRAINER}step.py",
+        "    without_graph = {name: term.detach()",
+        "    check_finite(terms)\n    without_graph = {name: term.detach()",
+        (f"{WAITS}test_a_step_reads_the_device_once",),
+    ),
+    (
+        "backend: TF32 stays when a run has ended",
+        f"{BACKEND}process.py",
+        "            products.fp32_precision = precision\n",
+        "            pass\n",
+        (f"{WAITS}test_tf32_is_a_setting_for_the_time_of_a_run",),
     ),
 ]
