@@ -17,9 +17,10 @@ from dist_contrastive import config as configs
 from dist_contrastive import report, trainer
 from dist_contrastive.data import pack_toy
 from dist_contrastive.data.packing.toys import TOYS
+from dist_contrastive.evaluate import read_splits
 from dist_contrastive.evaluation.generators import FIELD_POINTS, force_field
 from dist_contrastive.report import Panel
-from dist_contrastive.runs import load_weights, read_splits
+from dist_contrastive.runs import load_weights
 from dist_contrastive.tasks import Drift
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -30,8 +30,9 @@ from dist_contrastive import evaluation, trainer
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data import pack_digits, pack_toy
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.evaluate import read_splits
 from dist_contrastive.evaluation.splits import Splits, labels_of
-from dist_contrastive.runs import load_weights, read_splits
+from dist_contrastive.runs import load_weights
 from dist_contrastive.tasks import Drift
 
 CONFIGS = Path(__file__).parents[1] / "configs"

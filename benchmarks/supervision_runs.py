@@ -157,7 +157,7 @@ def of_classifier(task: ImageTask | None, config: RunConfig) -> Results:
     """Accuracy of the class that is decided for, and of the group that it is in."""
     assert isinstance(task, Hybrid)
     _, test = both_splits(config)
-    decided = task.classify(test.images).argmax(1)
+    decided = task.classify(task.represent(test.images)).argmax(1)
     matched = task.hierarchy.matched_levels(decided, labels_of(test))
     right = {"class": matched == task.hierarchy.depth, "group": matched >= 1}
     return {name: is_right.double().mean().item() for name, is_right in right.items()}

@@ -32,6 +32,7 @@ LAYERS = [
     {"evaluation"},
     {"config"},
     {"trainer", "runs"},
+    {"evaluate"},
     {"cli"},
     {"__main__", "launch"},
 ]

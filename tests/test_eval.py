@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ from dist_contrastive.config import RunConfig
 from dist_contrastive.data import index_folder, keyed_random, load_index
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.shards.tars import write_samples
+from dist_contrastive.evaluate import read_splits
+from dist_contrastive.evaluation.encoders import encode
+from dist_contrastive.evaluation.splits import EvalOptions, Split, Table
 from dist_contrastive.tasks import Drift
 from dist_contrastive.tasks.drift import NOISE_STREAM
 
@@ -312,7 +316,7 @@ def test_measures_of_too_few_samples_are_left_out(digits, overrides, tmp_path, c
     for size, label, code, words in (
         ((1, 16, 16), False, 0, "what goes by labels: samples of data.test have no field 'json'"),
         ((1, 16, 16), True, 0, "linear probe, all labels: a probe needs"),
-        ((3, 8, 8), True, 64, "shape [1, 8, 8] and those of data.test [3, 8, 8]"),
+        ((3, 8, 8), True, 64, "cannot read samples of data.test of the shape [3, 8, 8]"),
     ):
         for sample in samples:
             sample |= {"png": np.zeros(size, np.uint8), "json": {"label": 3}}
@@ -508,3 +512,74 @@ def blueness(picture: Path) -> np.ndarray:
     """Blue less red, of every pixel."""
     pixels = pixels_of(picture)
     return pixels[..., 2] - pixels[..., 0]
+
+
+# ------------------------------------------------------------------------------- options
+
+
+@pytest.fixture(scope="module")
+def two_view_run(some_digits, overrides, tmp_path_factory) -> Path:
+    """A short run of an encoder."""
+    folder = tmp_path_factory.mktemp("two_view") / "run"
+    data = [f"data.train={some_digits}/train", f"data.test={some_digits}/test"]
+    config = load("digits_encoder", overrides, folder, *LESSONS, *data, "train.steps=2")
+    assert trainer.train(config) == trainer.EXIT_DONE
+    return folder
+
+
+def names_in(run: Path) -> list[str]:
+    return [line["name"] for line in json.loads((run / "eval.json").read_text())]
+
+
+def test_only_some_measures(two_view_run, capsys):
+    assert main(["eval", str(two_view_run), "--only", "probe, knn"]) == 0
+    assert names_in(two_view_run) == ["kNN accuracy, k = 5", "linear probe, all labels"]
+    assert "measuring a map" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(("--only", "knn,nkk"), "nkk"), (("--limit", "0"), "limit 0")],
+)
+def test_options_that_mean_nothing(flags, words, two_view_run, capsys):
+    assert main(["eval", str(two_view_run), *flags]) == 64
+    assert words in capsys.readouterr().err
+
+
+def test_a_limit_takes_samples_all_over_each_split(two_view_run, some_digits):
+    """Of 150 and 120 samples every third: 40 are 120 / 3, and 50 would be 150 / 3."""
+    config = configs.load_run(two_view_run)
+    table = Table(options=EvalOptions(limit=40))
+    splits = read_splits(config, table)
+    assert splits.test.index.tolist() == list(range(0, 120, 3))
+    assert splits.train.index.tolist() == [number * 150 // 40 for number in range(40)]
+
+
+def test_encoded_samples_are_those_of_the_network(two_view_run, monkeypatch):
+    """Batches, of which the last is smaller, against all samples at once; pixels beyond the limit
+    are left out, unless they are asked for."""
+    config = configs.load_run(two_view_run)
+    whole = read_splits(config).train
+    index = load_index(config.data.train)
+    task = config.build_task(whole.rows(torch.arange(1))).eval()
+    split = Split(config.fields, index, "data.train")
+    monkeypatch.setattr(evaluation.splits, "_BATCH", 64)
+    for most, baselines, kept in ((2**24, False, True), (6000, False, False), (6000, True, True)):
+        monkeypatch.setattr(evaluation.splits, "_MOST_PIXELS", most)
+        found, reasons = split.encoded(partial(encode, task), baselines)
+        assert reasons == []
+        assert (found.pixels is not None) is kept
+        torch.testing.assert_close(found.features, task.represent(whole.images))
+        assert torch.equal(found.labels, whole.labels)
+        assert torch.equal(found.index, whole.index)
+        if kept:
+            assert torch.equal(found.pixels, whole.images)
+
+
+def test_many_pixels_are_named_where_they_are_left_out(two_view_run, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation.splits, "_MOST_PIXELS", 6000)
+    for flags, beside in (((), {}), (("--baselines",), {"raw pixels"})):
+        assert main(["eval", str(two_view_run), "--only", "knn", *flags]) == 0
+        assert ("left out" in capsys.readouterr().out) is not bool(beside)
+        (line,) = json.loads((two_view_run / "eval.json").read_text())
+        assert set(line["beside"]) == set(beside)

@@ -3,10 +3,12 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch import Tensor
 from torch.nn import functional as F
@@ -271,3 +273,18 @@ def test_picture_of_one_row_or_none(tmp_path: Path) -> None:
     report.loss_curves([{"step": 0, "loss": 1.0}], tmp_path / "one.png")
     report.loss_curves([], tmp_path / "none.png")
     check_png(tmp_path / "one.png")
+
+
+def test_a_probe_of_few_wide_samples_is_scikit_learns() -> None:
+    """Of 12 samples in 60 dimensions, as few images are, against its fit in all of them."""
+    draw = np.random.default_rng(0)
+    labels = np.arange(72) % 3
+    x = draw.normal(size=(72, 60)) + 4 * np.eye(60)[labels]
+    train, test = torch.tensor(x[:12]), torch.tensor(x[12:])
+    mean = x[:12].mean(0)
+    scale = (x[:12] - mean).std()
+    model = LogisticRegression(max_iter=5000, tol=1e-8).fit((x[:12] - mean) / scale, labels[:12])
+    expected = model.score((x[12:] - mean) / scale, labels[12:])
+    assert 0.4 < expected < 1
+    found = linear_probe(train, torch.tensor(labels[:12]), test, torch.tensor(labels[12:]))
+    assert found == pytest.approx(expected)

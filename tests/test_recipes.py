@@ -21,7 +21,7 @@ from dist_contrastive.data import ShardStream, index_folder
 from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.data.views import make_view
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.runs import read_splits
+from dist_contrastive.evaluate import read_splits
 
 # ---------------------------------------------------------------------------- a data source
 

@@ -103,16 +103,35 @@ def _doctor(
     return 0 if is_fine else ConfigError.exit_code
 
 
-@app.command("eval", epilog=examples("dist-contrastive eval runs/digits_encoder runs/other"))
+@app.command(
+    "eval",
+    epilog=examples(
+        "dist-contrastive eval runs/digits_encoder runs/other",
+        "dist-contrastive eval runs/photos --only knn,probe --limit 20000",
+    ),
+)
 def _evaluate(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")],
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="MEASURE,...", help="Measures.", show_default="all that apply"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Samples of each split, spread evenly.", show_default="all"),
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Measure raw pixels however many there are.")
+    ] = False,
     trust: _Trust = False,
 ) -> None:
     """Measure trained runs, print one table."""
     with quick_imports():
-        from dist_contrastive.runs import evaluate_runs, print_table
+        from dist_contrastive.evaluate import evaluate_runs, print_table
+        from dist_contrastive.evaluation.splits import eval_options
 
-    print_table(evaluate_runs(runs, trust))
+    options = eval_options(only, limit, baselines)
+    print_table(evaluate_runs(runs, trust, options))
 
 
 @app.command(

@@ -1,5 +1,6 @@
 """Measures of an encoder, of its classifier, and of two towers, and a map of representations."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,15 @@ from dist_contrastive.evaluation.neighbours import (
     zero_shot_accuracy,
 )
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
-from dist_contrastive.evaluation.splits import Line, Splits, Table, labels_of, with_labels
+from dist_contrastive.evaluation.splits import (
+    Encoded,
+    Line,
+    MeasureName,
+    Splits,
+    Table,
+    labels_of,
+    with_labels,
+)
 from dist_contrastive.tasks.hybrid import Hybrid
 from dist_contrastive.tasks.images import ImageTask
 from dist_contrastive.tasks.paired import Paired
@@ -26,7 +35,28 @@ DRAWS = 20
 NEIGHBOURS = 5
 
 
-def measure_encoder(task: ImageTask, splits: Splits, run: Path, table: Table) -> None:
+_BY_LABELS: tuple[MeasureName, ...] = ("knn", "probe", "few", "classifier", "zero-shot", "map")
+
+
+@torch.no_grad()
+def encode(task: ImageTask, samples: Samples) -> Encoded:
+    """What the measures of an encoder take of some samples."""
+    partners = texts = None
+    if isinstance(task, Paired) and samples.pair is not None:
+        partners = task.embed_pair(samples.pair)
+        texts = samples.pair if isinstance(samples.pair, tuple) else None
+    return Encoded(
+        index=samples.index,
+        labels=samples.labels,
+        features=task.represent(samples.images),
+        image_shape=tuple(samples.images.shape[1:]),
+        pixels=samples.images,
+        partners=partners,
+        texts=texts,
+    )
+
+
+def measure_encoder(task: ImageTask, splits: Splits[Encoded], run: Path, table: Table) -> None:
     """Classes or values of labels from the representation, retrieval, and a map of it.
 
     Args:
@@ -34,35 +64,63 @@ def measure_encoder(task: ImageTask, splits: Splits, run: Path, table: Table) ->
         table: that the lines are added to.
     """
     if isinstance(task, Paired):
-        table.measure("retrieval", partial(_retrieval, task, splits))
+        table.measure("retrieval", "retrieval", partial(_retrieval, task, splits))
         if splits.train.labels is None:
             return
-    table.measure("what goes by labels", partial(_by_labels, task, splits, run, table))
+    wanted = [name for name in _BY_LABELS if table.wants(name)]
+    if wanted:
+        by_labels = partial(_by_labels, task, splits, run, table)
+        table.measure(wanted[0], "what goes by labels", by_labels)
 
 
-def _by_labels(task: ImageTask, splits: Splits, run: Path, table: Table) -> list[Line]:
+def _by_labels(task: ImageTask, splits: Splits[Encoded], run: Path, table: Table) -> list[Line]:
     splits = with_labels(splits, table)
     train, test = splits.train, splits.test
-    pixels, labels = (train.images, test.images), (labels_of(train), labels_of(test))
-    features = task.represent(train.images), task.represent(test.images)
+    labels, features = (labels_of(train), labels_of(test)), (train.features, test.features)
+    pixels = _pixels(train, test, table)
     if labels[0].is_floating_point():
         _regression(features, pixels, labels, table)
     else:
         _classification(features, pixels, labels, table)
     if isinstance(task, Hybrid) and task.classifies:
-        table.measure("classifier accuracy", partial(_classifier_by_level, task, test))
-    if isinstance(task, Paired) and isinstance(train.pair, tuple):
-        table.measure("class by its texts", partial(_zero_shot, task, splits))
-    title = "held-out samples in the representation"
-    path = run / "plots" / "embedding.png"
-    report.embedding_map(features[1], labels[1], path, title, names=splits.classes)
+        by_level = partial(_classifier_by_level, task, test)
+        table.measure("classifier", "classifier accuracy", by_level)
+    if isinstance(task, Paired) and train.texts is not None:
+        table.measure("zero-shot", "class by its texts", partial(_zero_shot, task, splits))
+
+    def embedding_map() -> list[Line]:
+        title = "held-out samples in the representation"
+        path = run / "plots" / "embedding.png"
+        report.embedding_map(features[1], labels[1], path, title, names=splits.classes)
+        return []
+
+    table.measure("map", "a map of held-out samples", embedding_map)
     return []  # each measure has added its own
 
 
 Pair = tuple[Tensor, Tensor]  # of training and of held-out samples
 
 
-def _classification(features: Pair, pixels: Pair, labels: Pair, table: Table) -> None:
+def _pixels(train: Encoded, test: Encoded, table: Table) -> Pair | None:
+    """Raw pixels to compare with; None where held-out images have another size, or where there are
+    so many that their measures would take longer than all others."""
+    if train.image_shape != test.image_shape:
+        return None
+    if train.pixels is not None and test.pixels is not None:
+        return train.pixels, test.pixels
+    if table.wants("knn", "probe", "few"):
+        numbers = math.prod(train.image_shape)
+        table.left_out.append(
+            (
+                "raw pixels to compare with",
+                f"{len(train.index)} images of {numbers} numbers take long to measure; "
+                f"--baselines does it all the same",
+            )
+        )
+    return None
+
+
+def _classification(features: Pair, pixels: Pair | None, labels: Pair, table: Table) -> None:
     few = min(PER_CLASS, int(labels[0].unique(return_counts=True)[1].min()))
 
     def knn(x: Pair) -> float:
@@ -74,27 +132,27 @@ def _classification(features: Pair, pixels: Pair, labels: Pair, table: Table) ->
     def few_labels(x: Pair) -> float:
         return few_label_probe(x[0], labels[0], x[1], labels[1], few, DRAWS).mean
 
-    for name, measure in (
-        (f"kNN accuracy, k = {NEIGHBOURS}", knn),
-        ("linear probe, all labels", linear),
-        (f"linear probe, {few} labels a class, mean of {DRAWS} draws", few_labels),
-    ):
-        table.measure(name, partial(_beside_pixels, name, measure, features, pixels))
+    measures: tuple[tuple[MeasureName, str, Callable[[Pair], float]], ...] = (
+        ("knn", f"kNN accuracy, k = {NEIGHBOURS}", knn),
+        ("probe", "linear probe, all labels", linear),
+        ("few", f"linear probe, {few} labels a class, mean of {DRAWS} draws", few_labels),
+    )
+    for name, title, measure in measures:
+        table.measure(name, title, partial(_beside_pixels, title, measure, features, pixels))
 
 
 def _beside_pixels(
-    name: str, measure: Callable[[Pair], float], features: Pair, pixels: Pair
+    title: str, measure: Callable[[Pair], float], features: Pair, pixels: Pair | None
 ) -> list[Line]:
-    return [(name, measure(features), _pixel_reference(measure, pixels))]
+    return [(title, measure(features), _pixel_reference(measure, pixels))]
 
 
-def _pixel_reference(measure: Callable[[Pair], float], pixels: Pair) -> dict[str, float]:
-    """The same measure of raw pixels; none where held-out images have another size."""
-    alike = pixels[0].shape[1:] == pixels[1].shape[1:]
-    return {"raw pixels": measure(pixels)} if alike else {}
+def _pixel_reference(measure: Callable[[Pair], float], pixels: Pair | None) -> dict[str, float]:
+    """The same measure of raw pixels, where there are some."""
+    return {} if pixels is None else {"raw pixels": measure(pixels)}
 
 
-def _regression(features: Pair, pixels: Pair, labels: Pair, table: Table) -> None:
+def _regression(features: Pair, pixels: Pair | None, labels: Pair, table: Table) -> None:
     name = f"mean absolute error of kNN, k = {NEIGHBOURS}"
 
     def lines() -> list[Line]:
@@ -105,13 +163,13 @@ def _regression(features: Pair, pixels: Pair, labels: Pair, table: Table) -> Non
         beside = {**_pixel_reference(knn, pixels), "one value for all": constant}
         return [(name, knn(features), beside)]
 
-    table.measure(name, lines)
+    table.measure("knn", name, lines)
 
 
-def _classifier_by_level(task: Hybrid, test: Samples) -> list[Line]:
+def _classifier_by_level(task: Hybrid, test: Encoded) -> list[Line]:
     """Accuracy of the decided path, down to each level of the hierarchy."""
     truth, depth = labels_of(test), task.hierarchy.depth
-    matched = task.hierarchy.matched_levels(task.classify(test.images).argmax(1), truth)
+    matched = task.hierarchy.matched_levels(task.classify(test.features).argmax(1), truth)
     nodes = task.hierarchy.ancestors(truth)
     lines: list[Line] = []
     for level in range(1, depth + 1):
@@ -121,15 +179,14 @@ def _classifier_by_level(task: Hybrid, test: Samples) -> list[Line]:
     return lines
 
 
-def _retrieval(task: Paired, splits: Splits) -> list[Line]:
+def _retrieval(task: Paired, splits: Splits[Encoded]) -> list[Line]:
     """Recall of the other half of a pair; equal texts are equally right."""
-    pair = splits.test.pair
-    assert pair is not None
-    groups = None
-    if not isinstance(pair, Tensor):
-        numbers = {text: number for number, text in enumerate(dict.fromkeys(pair))}
-        groups = torch.tensor([numbers[text] for text in pair])
-    images, partners = task.embed_images(splits.test.images), task.embed_pair(pair)
+    test, groups = splits.test, None
+    assert test.partners is not None
+    if test.texts is not None:
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(test.texts))}
+        groups = torch.tensor([numbers[text] for text in test.texts])
+    images, partners = task.embed_representations(test.features), test.partners
     chance = {"the most frequent": 1 / len(images) if groups is None else _largest_share(groups)}
     return [
         ("image finds its partner, recall at 1", recall_at_k(images, partners, 1, groups), chance),
@@ -137,19 +194,20 @@ def _retrieval(task: Paired, splits: Splits) -> list[Line]:
     ]
 
 
-def _zero_shot(task: Paired, splits: Splits) -> list[Line]:
+def _zero_shot(task: Paired, splits: Splits[Encoded]) -> list[Line]:
     """Zero-shot accuracy by the training texts of each class; other classes are left out."""
     train, test = splits.train, splits.test
-    assert train.pair is not None
+    assert train.partners is not None
     present, number = labels_of(train).unique(return_inverse=True)
-    embedded = torch.nn.functional.normalize(task.embed_pair(train.pair), dim=1)
+    embedded = torch.nn.functional.normalize(train.partners, dim=1)
     class_means = torch.stack([embedded[number == c].mean(0) for c in range(len(present))])
     truth = labels_of(test)
     known = torch.isin(truth, present).nonzero().flatten()
     if not len(known):
         return []
     truth = torch.searchsorted(present, truth[known])
-    accuracy = zero_shot_accuracy(task.embed_images(test.images[known]), truth, class_means)
+    images = task.embed_representations(test.features[known])
+    accuracy = zero_shot_accuracy(images, truth, class_means)
     return [("class by its texts", accuracy, {"the most frequent": _largest_share(truth)})]
 
 

@@ -32,7 +32,12 @@ Space = Callable[[Tensor], Tensor]
 
 
 def measure_generator(
-    task: Drift, before: Tensor, labels: Tensor | None, splits: Splits, run: Path, table: Table
+    task: Drift,
+    before: Tensor,
+    labels: Tensor | None,
+    splits: Splits[Samples],
+    run: Path,
+    table: Table,
 ) -> None:
     """Distances to held-out data, class agreement, precision, copies; pictures of samples.
 
@@ -53,9 +58,10 @@ def measure_generator(
     if labels is not None:
         _class_agreement(generated, labels, train, test, table)
     manifold = partial(_manifold, generated, labels, train, test, table)
-    table.measure("precision, recall, density and coverage", manifold)
-    table.measure("copies", partial(_copies, generated, train, test))
-    _draw(task, generated, labels, splits, run)
+    table.measure("manifold", "precision, recall, density and coverage", manifold)
+    table.measure("copies", "copies", partial(_copies, generated, train, test))
+    if table.wants("samples"):
+        _draw(task, generated, labels, splits, run)
 
 
 def _distances(name: str, sets: list[Tensor], table: Table) -> None:
@@ -63,7 +69,7 @@ def _distances(name: str, sets: list[Tensor], table: Table) -> None:
     data; Fréchet and sliced Wasserstein distances need sets of one size."""
     generated, _, data, real = sets
     few = min(len(real), len(data), len(generated))
-    table.measure(f"energy distance, {name}", partial(_energy, name, *sets))
+    table.measure("distances", f"energy distance, {name}", partial(_energy, name, *sets))
 
     def line(title: str, measure: Callable[[Tensor, Tensor], float]) -> list[Line]:
         beside = {"train data": measure(data[:few], real[:few])}
@@ -72,12 +78,12 @@ def _distances(name: str, sets: list[Tensor], table: Table) -> None:
     def mmd_line() -> list[Line]:
         return line(f"MMD^2, {name}", partial(mmd, bandwidth=_bandwidth(real)))
 
-    table.measure(f"MMD^2, {name}", mmd_line)
+    table.measure("distances", f"MMD^2, {name}", mmd_line)
     for title, measure in (
         (f"sliced Wasserstein, {name}", sliced_wasserstein),
         (f"Fréchet distance, {name}", frechet_distance),
     ):
-        table.measure(title, partial(line, title, measure))
+        table.measure("distances", title, partial(line, title, measure))
 
 
 def _energy(
@@ -126,7 +132,7 @@ def _class_agreement(
 
     for name, fitted in (("classifier", classifier), ("kNN", neighbours)):
         title = f"{name} agrees with the class asked for"
-        table.measure(title, partial(line, title, fitted))
+        table.measure("classes", title, partial(line, title, fitted))
 
 
 def _manifold(
@@ -194,7 +200,9 @@ def _copies(generated: Tensor, train: Samples, test: Samples) -> list[Line]:
     ]
 
 
-def _draw(task: Drift, generated: Tensor, labels: Tensor | None, splits: Splits, run: Path) -> None:
+def _draw(
+    task: Drift, generated: Tensor, labels: Tensor | None, splits: Splits[Samples], run: Path
+) -> None:
     images, path = splits.test.images, run / "plots" / "samples.png"
     if report.are_images(generated):
         real_labels = torch.zeros(len(images), dtype=torch.int64)

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from functools import partial
 from typing import Annotated, Any
 
+from dist_contrastive.data.fields import Samples
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.splits import Line, Splits, Table
 from dist_contrastive.settings import Choice, ComponentSettings, Settings
@@ -25,7 +26,7 @@ class Measure(ABC):
         self.config = config
 
     @abstractmethod
-    def lines(self, task: Task, splits: Splits) -> list[Line]:
+    def lines(self, task: Task, splits: Splits[Samples]) -> list[Line]:
         """Rows of the table: (name, value, reference values by name).
 
         Args:
@@ -44,7 +45,9 @@ class EvaluateSettings(Settings):
     """Measures of your own, by import path, each with its settings."""
 
 
-def measure_own(settings: EvaluateSettings, task: Task, splits: Splits, table: Table) -> None:
+def measure_own(
+    settings: EvaluateSettings, task: Task, splits: Splits[Samples], table: Table
+) -> None:
     """Add the lines of the configured measures to the table, in their order.
 
     Raises:
@@ -52,12 +55,14 @@ def measure_own(settings: EvaluateSettings, task: Task, splits: Splits, table: T
     """
     for config in settings.measures:
         returned: list[Any] = []  # not checked inside: what is no data's fault is not left out
-        table.measure(config.name, partial(_call, config, task, splits, returned))
+        table.measure("own", config.name, partial(_call, config, task, splits, returned))
         for lines in returned:
             table.add(_checked(config, lines))
 
 
-def _call(config: Measure.Config, task: Task, splits: Splits, returned: list[Any]) -> list[Line]:
+def _call(
+    config: Measure.Config, task: Task, splits: Splits[Samples], returned: list[Any]
+) -> list[Line]:
     returned.append(_MEASURE.build(config).lines(task, splits))
     return []
 

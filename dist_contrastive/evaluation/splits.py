@@ -1,10 +1,14 @@
-"""Training and held-out samples of an evaluation, and the table of its measures."""
+"""Training and held-out samples of an evaluation, read whole or encoded batch by batch, and the
+table of its measures."""
 
+import itertools
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as fields_of
+from typing import Any, Generic, Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 from dist_contrastive.data.collate import collate
@@ -21,16 +25,76 @@ from dist_contrastive.errors import (
 
 _logger = logging.getLogger(__name__)
 
+_BATCH = 256  # samples that are decoded and encoded at a time
+_MOST_PIXELS = 2**24  # numbers of raw pixels of a split that are kept for a baseline: 64 MiB
+_Encoders = Literal["knn", "probe", "few", "classifier", "retrieval", "zero-shot", "map"]
+_Generators = Literal["distances", "classes", "manifold", "copies", "samples"]
+MeasureName = _Encoders | _Generators | Literal["own"]  # own: those of evaluate.measures
+MEASURES: tuple[MeasureName, ...] = (*get_args(_Encoders), *get_args(_Generators), "own")
+
 Line = tuple[str, float, dict[str, float]]
 """Name of a measure, its value, and reference values by name, as the same measure of raw pixels."""
 
 
 @dataclass(frozen=True)
-class Splits:
+class EvalOptions:
+    """What of an evaluation is wanted."""
+
+    only: frozenset[MeasureName] = frozenset(MEASURES)
+    limit: int | None = None
+    """Samples of each split, spread evenly over it; None: all."""
+    baselines: bool = False
+    """Raw pixels are measured however many there are."""
+
+
+def eval_options(only: str | None, limit: int | None, baselines: bool) -> EvalOptions:
+    """Options as they are written: names with commas between.
+
+    Raises:
+        ConfigError: a name or number is none of those that there are.
+    """
+    names = MEASURES if only is None else tuple(name.strip() for name in only.split(","))
+    chosen = frozenset(name for name in MEASURES if name in names)
+    if unknown := sorted(set(names) - chosen):
+        raise ConfigError(
+            f"--only {','.join(unknown)} is no measure; name some of {', '.join(MEASURES)}"
+        )
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit} leaves nothing to measure; give 1 or more")
+    return EvalOptions(chosen, limit, baselines)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What networks make of the samples of a split; their images are let go of."""
+
+    index: Tensor  # [n] int64, numbers in the data set
+    labels: Tensor | None  # as of `Samples`
+    features: Tensor  # [n, D], representations
+    image_shape: tuple[int, ...]
+    pixels: Tensor | None = None  # [n, ...], the images; None where they are too many
+    partners: Tensor | None = None  # [n, E], embeddings of the second modality
+    texts: tuple[str, ...] | None = None
+
+    def rows(self, numbers: Tensor) -> "Encoded":
+        """Some of the samples, by their rows, int64 [n]."""
+        chosen: dict[str, Any] = {
+            name: x[numbers] for name, x in vars(self).items() if isinstance(x, Tensor)
+        }
+        if self.texts is not None:
+            chosen["texts"] = tuple(self.texts[number] for number in numbers.tolist())
+        return replace(self, **chosen)
+
+
+Rows = TypeVar("Rows", Samples, Encoded)
+
+
+@dataclass(frozen=True)
+class Splits(Generic[Rows]):
     """All samples of data.train and data.test, with the labels that training was not to use."""
 
-    train: Samples
-    test: Samples
+    train: Rows
+    test: Rows
     classes: Mapping[int, str] = field(
         default_factory=dict
     )  # names by number, where they are known
@@ -42,12 +106,19 @@ class Table:
 
     changed: Callable[["Table"], None] = lambda _: None
     """Called after each measure, as to write what there is."""
+    options: EvalOptions = EvalOptions()
     lines: list[Line] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """What, and why."""
 
-    def measure(self, what: str, lines: Callable[[], list[Line]]) -> None:
-        """Add the lines, or leave `what` out where they cannot be computed."""
+    def wants(self, *names: MeasureName) -> bool:
+        """Whether one of these is wanted."""
+        return not self.options.only.isdisjoint(names)
+
+    def measure(self, name: MeasureName, what: str, lines: Callable[[], list[Line]]) -> None:
+        """Add the lines if they are wanted, or leave `what` out where they cannot be computed."""
+        if name not in self.options.only:
+            return
         _logger.info("measuring %s", what)
         try:
             self.add(lines())
@@ -61,39 +132,134 @@ class Table:
         self.changed(self)
 
 
-def usable_samples(fields: Fields, index: Source, what: str) -> tuple[Samples, list[str]]:
-    """All samples of a data set that can be used, and why each of the others cannot.
+@dataclass(frozen=True)
+class Split:
+    """A data set that an evaluation reads."""
 
-    Args:
-        what: the data set is, beside the progress bar.
+    fields: Fields
+    source: Source
+    what: str  # it is, beside the progress bar
+    limit: int | None = None
 
-    Raises:
-        DataError: no sample has one of the fields, or none can be used.
-    """
-    fields.check(index, len(index) - 1)
-    rows, shapes, reasons = [], [], []
-    for number in progress_bar(range(len(index)), len(index), f"reading {what}"):
-        try:
-            row = fields.row(index, number)
-            shape = _shape(fields.samples(collate([row])))
-        except UnreachableError:
-            raise
-        except DataError as error:
-            reasons.append(str(error))
+    def usable_rows(self, reasons: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
+        """Each sample that can be used, and its shape.
+
+        Args:
+            reasons: gets a sentence for each of the others.
+
+        Raises:
+            DataError: no sample has one of the fields.
+        """
+        fields, count = self.fields, len(self.source)
+        fields.check(self.source, count - 1)
+        wanted = count if self.limit is None else min(self.limit, count)
+        numbers = (number * count // wanted for number in range(wanted))
+        for number in progress_bar(numbers, wanted, f"reading {self.what}"):
+            try:
+                row = fields.row(self.source, number)
+                yield row, _shape(fields.samples(collate([row])))
+            except UnreachableError:
+                raise
+            except DataError as error:
+                reasons.append(str(error))
+
+    def usual_shape(self, keys: dict[str, list[str]], reasons: list[str]) -> str:
+        """The shape that most samples have; those of other shapes cannot be used either.
+
+        Args:
+            keys: of the samples of each shape.
+
+        Raises:
+            DataError: none can be used.
+        """
+        if not keys:
+            raise DataError(
+                f"none of {len(self.source)} samples can be used; the first: {reasons[0]}"
+            )
+        usual = max(keys, key=lambda shape: len(keys[shape]))
+        reasons += [
+            f"sample {key} has the shape {shape} and most have {usual}; set data.image_size and "
+            f"data.image_channels"
+            for shape, of_shape in keys.items()
+            for key in of_shape
+            if shape != usual
+        ]
+        return usual
+
+    def samples(self) -> tuple[Samples, list[str]]:
+        """All samples that can be used, in memory, and why each of the others cannot; DataError as
+        `usable_rows` and `usual_shape`."""
+        reasons: list[str] = []
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for row, shape in self.usable_rows(reasons):
+            rows.setdefault(shape, []).append(row)
+        usual = self.usual_shape(
+            {shape: [row["__key__"] for row in alike] for shape, alike in rows.items()}, reasons
+        )
+        return self.fields.samples(collate(rows[usual])), reasons
+
+    def encoded(
+        self, encode: Callable[[Samples], Encoded], baselines: bool
+    ) -> tuple[Encoded, list[str]]:
+        """The same samples, of which only what networks make of them stays in memory.
+
+        Args:
+            encode: what is kept of some samples.
+            baselines: their pixels are kept, however many there are.
+
+        Raises:
+            DataError: as `samples`. ConfigError: networks cannot take them.
+        """
+        reasons: list[str] = []
+        parts: dict[str, list[Encoded]] = {}
+        keys: dict[str, list[str]] = {}
+        refused: dict[str, Exception] = {}
+        for batch in _batched(self.usable_rows(reasons), _BATCH):
+            by_shape: dict[str, list[dict[str, Any]]] = {}
+            for row, shape in batch:
+                by_shape.setdefault(shape, []).append(row)
+            for shape, alike in by_shape.items():
+                keys.setdefault(shape, []).extend(row["__key__"] for row in alike)
+                try:
+                    part = encode(self.fields.samples(collate(alike)))
+                except (RuntimeError, ValueError) as error:
+                    refused[shape] = error
+                    continue
+                of_shape = parts.setdefault(shape, [])
+                of_shape.append(part)
+                if not baselines and _num_pixels(of_shape) > _MOST_PIXELS:
+                    parts[shape] = [replace(x, pixels=None) for x in of_shape]
+        usual = self.usual_shape(keys, reasons)
+        if usual in refused:
+            raise ConfigError(
+                f"the encoder cannot read samples of {self.what} of the shape {usual}: "
+                f"{str(refused[usual]).splitlines()[0]}; set data.image_size and "
+                f"data.image_channels, or hold out others"
+            )
+        return _joined(parts[usual]), reasons
+
+
+def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def _num_pixels(parts: list[Encoded]) -> int:
+    return sum(0 if x.pixels is None else x.pixels.numel() for x in parts)
+
+
+def _joined(parts: list[Encoded]) -> Encoded:
+    """One after the other; what a part lacks the whole lacks."""
+    whole: dict[str, Any] = {"image_shape": parts[0].image_shape}
+    for name in (f.name for f in fields_of(Encoded) if f.name not in whole):
+        values = [getattr(part, name) for part in parts]
+        if any(x is None for x in values):
+            whole[name] = None
+        elif name == "texts":
+            whole[name] = tuple(itertools.chain.from_iterable(values))
         else:
-            rows.append(row)
-            shapes.append(shape)
-    if not rows:
-        raise DataError(f"none of {len(index)} samples can be used; the first: {reasons[0]}")
-    usual = Counter(shapes).most_common(1)[0][0]
-    reasons += [
-        f"sample {row['__key__']} has the shape {shape} and most have {usual}; set "
-        f"data.image_size and data.image_channels"
-        for row, shape in zip(rows, shapes, strict=True)
-        if shape != usual
-    ]
-    alike = [row for row, shape in zip(rows, shapes, strict=True) if shape == usual]
-    return fields.samples(collate(alike)), reasons
+            whole[name] = torch.cat(values)
+    return Encoded(**whole)
 
 
 def _shape(sample: Samples) -> str:
@@ -102,7 +268,7 @@ def _shape(sample: Samples) -> str:
     return " and ".join(str(list(x.shape[1:])) for x in both)
 
 
-def with_labels(splits: Splits, table: Table) -> Splits:
+def with_labels(splits: Splits[Rows], table: Table) -> Splits[Rows]:
     """Labelled samples of both splits; the table tells how many are left out.
 
     Raises:
@@ -110,20 +276,20 @@ def with_labels(splits: Splits, table: Table) -> Splits:
     """
     train, test = _labelled(splits.train, "train"), _labelled(splits.test, "test")
     for name, all_of, kept in (("train", splits.train, train), ("test", splits.test, test)):
-        missing = len(all_of.images) - len(kept.images)
+        missing = len(all_of.index) - len(kept.index)
         if missing:
-            reason = f"{missing} of {len(all_of.images)} have no label, by which is measured"
+            reason = f"{missing} of {len(all_of.index)} have no label, by which is measured"
             table.left_out.append((f"samples of data.{name}", reason))
     return replace(splits, train=train, test=test)
 
 
-def labels_of(samples: Samples) -> Tensor:
+def labels_of(samples: Samples | Encoded) -> Tensor:
     """Labels of samples that have them."""
     assert samples.labels is not None
     return samples.labels
 
 
-def _labelled(samples: Samples, name: str) -> Samples:
+def _labelled(samples: Rows, name: str) -> Rows:
     labels = samples.labels
     if labels is None:
         raise ConfigError(

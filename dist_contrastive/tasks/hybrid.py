@@ -191,11 +191,11 @@ class Hybrid(ImageTask):
         """Whether a term trains the classifier."""
         return "supervised" in self._weights or "reward" in self._weights
 
-    def classify(self, images: Tensor) -> Tensor:
-        """Log-probabilities of the classes: [n, C, H, W] to [n, num_classes]."""
-        with torch.no_grad():
-            rows = self.represent(images).to(device_of(self, images.device))
-            return self.hierarchy.log_probabilities(self.classifier(rows)).to(images.device)
+    @torch.no_grad()
+    def classify(self, representations: Tensor) -> Tensor:
+        """Log-probabilities of the classes, of representations: [n, D] to [n, num_classes]."""
+        scores = self.classifier(representations.to(device_of(self, representations.device)))
+        return self.hierarchy.log_probabilities(scores).to(representations.device)
 
     @torch.no_grad()
     def scalars(self, context: StepContext) -> dict[str, float]:

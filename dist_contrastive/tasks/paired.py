@@ -91,8 +91,13 @@ class Paired(ContrastiveTask):
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
         """[n, C, H, W] as they are to [n, D] in the common space."""
-        there = device_of(self, images.device)
-        return self.head(self.represent(images).to(there)).to(images.device)
+        return self.embed_representations(self.represent(images))
+
+    @torch.no_grad()
+    def embed_representations(self, representations: Tensor) -> Tensor:
+        """Representations of images [n, D'] to [n, D] in the common space."""
+        there = device_of(self, representations.device)
+        return self.head(representations.to(there)).to(representations.device)
 
     @torch.no_grad()
     def embed_pair(self, pair: Tensor | Sequence[str]) -> Tensor:
