@@ -6,7 +6,7 @@ place of generated samples.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,7 @@ from dist_contrastive import atomic, metrics, report, tables
 from dist_contrastive import config as configs
 from dist_contrastive.backend import compute_device
 from dist_contrastive.config import RunConfig
-from dist_contrastive.data.fields import Fields, Samples
-from dist_contrastive.data.labels import refuse_other_classes, with_class_names
-from dist_contrastive.data.places import place_of_label
-from dist_contrastive.data.source import Source
-from dist_contrastive.data.sources import join_sources
+from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.training import first_sample
 from dist_contrastive.errors import ConfigError, UserError
 from dist_contrastive.evaluation.encoders import encode, measure_encoder
@@ -28,11 +24,13 @@ from dist_contrastive.evaluation.measure import measure_own
 from dist_contrastive.evaluation.splits import (
     Encoded,
     EvalOptions,
+    OpenSplits,
     Rows,
     Split,
     Splits,
     Table,
     labels_of,
+    open_splits,
     with_labels,
 )
 from dist_contrastive.runs import load_weights
@@ -123,27 +121,14 @@ def read_splits(config: RunConfig, table: Table | None = None) -> Splits[Samples
     return Splits(train, test, opened.classes)
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """The splits of a run before they are read."""
-
-    train: Split
-    test: Split
-    classes: Mapping[int, str]
-
-
-def _open_splits(config: RunConfig, table: Table | None) -> _Opened:
-    if config.data.test is None:
-        raise ConfigError("eval needs data.test, a folder of held-out shards; set it for the run")
-    opened = {"train": config.data.open_train(), "test": config.data.open_test()}
-    refuse_other_classes(config.data.label, [*opened["train"], *opened["test"]])
-    indexes = {name: join_sources(sources) for name, sources in opened.items()}
-    fields = with_class_names(config.fields, indexes["train"])
-    if isinstance(config.task, Paired.Config) and table is not None:
-        fields = _labels_that_are_there(fields, indexes, table)
+def _open_splits(config: RunConfig, table: Table | None) -> OpenSplits:
     limit = table.options.limit if table is not None else None
-    train, test = (Split(fields, indexes[name], f"data.{name}", limit) for name in indexes)
-    return _Opened(train, test, fields.class_names(indexes["train"]))
+    left_out = table.left_out if table is not None and _is_paired(config) else None
+    return open_splits(config.data, config.fields, limit, left_out)
+
+
+def _is_paired(config: RunConfig) -> bool:
+    return isinstance(config.task, Paired.Config)
 
 
 def _name_left_out(split: Split, read: tuple[Rows, list[str]], table: Table | None) -> Rows:
@@ -154,17 +139,6 @@ def _name_left_out(split: Split, read: tuple[Rows, list[str]], table: Table | No
         reason = f"{len(reasons)} of {of} cannot be used; the first: {reasons[0]}"
         table.left_out.append((f"samples of {split.what}", reason))
     return samples
-
-
-def _labels_that_are_there(fields: Fields, indexes: Mapping[str, Source], table: Table) -> Fields:
-    """Without labels where a split has none; partners find each other all the same."""
-    place = None if fields.label is None else place_of_label(fields.label)[0]
-    without = [f"data.{n}" for n, x in indexes.items() if place and not x.has_field(place)]
-    if not without:
-        return fields
-    reason = f"samples of {' and '.join(without)} have no field {place!r}"
-    table.left_out.append(("what goes by labels", reason))
-    return fields.model_copy(update={"label": None})
 
 
 def _evaluate(run: Path, is_trusted: bool, options: EvalOptions) -> Iterator[Measurement | LeftOut]:
@@ -210,7 +184,7 @@ def _measure(run: Path, table: Table, is_trusted: bool) -> None:
     _draw_curves(run)
 
 
-def _encoded(task: ImageTask, opened: _Opened, table: Table) -> Splits[Encoded]:
+def _encoded(task: ImageTask, opened: OpenSplits, table: Table) -> Splits[Encoded]:
     train, test = (
         _name_left_out(split, split.encoded(partial(encode, task), table.options.baselines), table)
         for split in (opened.train, opened.test)

@@ -53,7 +53,13 @@ FIRST = [  # the files that take longest, so that all workers of pytest-xdist en
 TOGETHER = {  # the files whose module has a fixture of seconds: a single worker makes it
     *("test_slurm", "test_engines", "test_tasks", "test_hostile", "test_trainer", "test_drift"),
     *("test_kill", "test_force_ranks", "test_eval", "test_recipes", "test_sample", "test_fuzz"),
-    *("test_against_packages", "test_glyphs", "test_unreadable", "test_evaluation"),
+    *(
+        "test_against_packages",
+        "test_glyphs",
+        "test_unreadable",
+        "test_evaluation",
+        "test_evaluating",
+    ),
 }
 
 

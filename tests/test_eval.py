@@ -563,7 +563,7 @@ def test_encoded_samples_are_those_of_the_network(two_view_run, monkeypatch):
     index = load_index(config.data.train)
     task = config.build_task(whole.rows(torch.arange(1))).eval()
     split = Split(config.fields, index, "data.train")
-    monkeypatch.setattr(evaluation.splits, "_BATCH", 64)
+    monkeypatch.setattr(evaluation.splits, "BATCH", 64)
     for most, baselines, kept in ((2**24, False, True), (6000, False, False), (6000, True, True)):
         monkeypatch.setattr(evaluation.splits, "_MOST_PIXELS", most)
         found, reasons = split.encoded(partial(encode, task), baselines)

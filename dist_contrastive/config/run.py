@@ -17,7 +17,7 @@ from dist_contrastive.losses import PairLoss
 from dist_contrastive.models.allocation import BoundedAllocation
 from dist_contrastive.optim import LAYERWISE, OptimConfig
 from dist_contrastive.settings import Settings
-from dist_contrastive.tasks import AnyTask, DataInfo, Task, build_task
+from dist_contrastive.tasks import AnyTask, DataInfo, ImageTask, Paired, Task, build_task
 
 
 class KeepBestSettings(Settings):
@@ -113,6 +113,28 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _task_fits_data(self) -> Self:
         self.task.check(self.data)
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_evaluated(self) -> Self:
+        """What is measured during training must be there."""
+        evaluate, data = self.evaluate, self.data
+        if evaluate.every is None:
+            return self
+        by_labels = [name for name in evaluate.during if name != "retrieval"]
+        lacks = {
+            "data.test, a folder of held-out shards": data.test is None,
+            "a task with an encoder of images": not isinstance(self.task, ImageTask.Config),
+            f"data.label, by which {' and '.join(by_labels)} goes": by_labels and not data.label,
+            "the task paired, for retrieval": (
+                "retrieval" in evaluate.during and not isinstance(self.task, Paired.Config)
+            ),
+        }
+        if missing := [what for what, is_missing in lacks.items() if is_missing]:
+            raise ValueError(
+                f"evaluate.every={evaluate.every} needs {missing[0]}; set that, or leave "
+                f"evaluate.every out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -181,11 +181,8 @@ def _classifier_by_level(task: Hybrid, test: Encoded) -> list[Line]:
 
 def _retrieval(task: Paired, splits: Splits[Encoded]) -> list[Line]:
     """Recall of the other half of a pair; equal texts are equally right."""
-    test, groups = splits.test, None
+    test, groups = splits.test, splits.test.groups()
     assert test.partners is not None
-    if test.texts is not None:
-        numbers = {text: number for number, text in enumerate(dict.fromkeys(test.texts))}
-        groups = torch.tensor([numbers[text] for text in test.texts])
     images, partners = task.embed_representations(test.features), test.partners
     chance = {"the most frequent": 1 / len(images) if groups is None else _largest_share(groups)}
     return [

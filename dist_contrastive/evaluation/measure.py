@@ -2,7 +2,9 @@
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+
+from pydantic import PositiveInt
 
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.errors import ConfigError
@@ -35,12 +37,21 @@ class Measure(ABC):
         """
 
 
+DuringName = Literal["knn", "probe", "retrieval"]
 _MEASURE = Choice("measure", Measure, {})
 
 
 class EvaluateSettings(Settings):
-    """What `eval` measures beside the measures of the task."""
+    """What is measured during training, and what `eval` measures beside those of the task."""
 
+    every: PositiveInt | None = None
+    """Steps from one measurement of an encoder during training to the next, and the last step;
+    null: none. Its numbers, as eval/knn, are in the row of metrics of that step."""
+    during: tuple[DuringName, ...] = ("knn",)
+    """What is measured then: knn (k = 5) and probe (linear, C = 1) learn classes from data.train
+    and are tested on data.test, retrieval finds partners in data.test (task paired)."""
+    limit: PositiveInt | None = 10_000
+    """Samples of each split that are measured then, spread evenly over it; null: all."""
     measures: tuple[Annotated[Measure.Config, _MEASURE], ...] = ()
     """Measures of your own, by import path, each with its settings."""
 

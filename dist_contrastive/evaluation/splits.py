@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.data.collate import collate
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields, Samples
+from dist_contrastive.data.labels import refuse_other_classes, with_class_names
+from dist_contrastive.data.places import place_of_label
 from dist_contrastive.data.progress import progress_bar
 from dist_contrastive.data.source import Source
+from dist_contrastive.data.sources import join_sources
 from dist_contrastive.errors import (
     ConfigError,
     DataError,
@@ -25,7 +29,7 @@ from dist_contrastive.errors import (
 
 _logger = logging.getLogger(__name__)
 
-_BATCH = 256  # samples that are decoded and encoded at a time
+BATCH = 256  # samples that are decoded and encoded at a time
 _MOST_PIXELS = 2**24  # numbers of raw pixels of a split that are kept for a baseline: 64 MiB
 _Encoders = Literal["knn", "probe", "few", "classifier", "retrieval", "zero-shot", "map"]
 _Generators = Literal["distances", "classes", "manifold", "copies", "samples"]
@@ -75,6 +79,13 @@ class Encoded:
     pixels: Tensor | None = None  # [n, ...], the images; None where they are too many
     partners: Tensor | None = None  # [n, E], embeddings of the second modality
     texts: tuple[str, ...] | None = None
+
+    def groups(self) -> Tensor | None:
+        """Numbers [n] of equal texts; None without texts."""
+        if self.texts is None:
+            return None
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(self.texts))}
+        return torch.tensor([numbers[text] for text in self.texts])
 
     def rows(self, numbers: Tensor) -> "Encoded":
         """Some of the samples, by their rows, int64 [n]."""
@@ -140,6 +151,8 @@ class Split:
     source: Source
     what: str  # it is, beside the progress bar
     limit: int | None = None
+    rank: int = 0
+    world_size: int = 1  # ranks that share the samples
 
     def usable_rows(self, reasons: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
         """Each sample that can be used, and its shape.
@@ -153,11 +166,12 @@ class Split:
         fields, count = self.fields, len(self.source)
         fields.check(self.source, count - 1)
         wanted = count if self.limit is None else min(self.limit, count)
-        numbers = (number * count // wanted for number in range(wanted))
-        for number in progress_bar(numbers, wanted, f"reading {self.what}"):
+        local = range(self.rank, wanted, self.world_size)
+        numbers = (number * count // wanted for number in local)
+        for number in progress_bar(numbers, len(local), f"reading {self.what}"):
             try:
                 row = fields.row(self.source, number)
-                yield row, _shape(fields.samples(collate([row])))
+                yield row, shape_of(fields.samples(collate([row])))
             except UnreachableError:
                 raise
             except DataError as error:
@@ -214,7 +228,7 @@ class Split:
         parts: dict[str, list[Encoded]] = {}
         keys: dict[str, list[str]] = {}
         refused: dict[str, Exception] = {}
-        for batch in _batched(self.usable_rows(reasons), _BATCH):
+        for batch in batched(self.usable_rows(reasons), BATCH):
             by_shape: dict[str, list[dict[str, Any]]] = {}
             for row, shape in batch:
                 by_shape.setdefault(shape, []).append(row)
@@ -236,10 +250,52 @@ class Split:
                 f"{str(refused[usual]).splitlines()[0]}; set data.image_size and "
                 f"data.image_channels, or hold out others"
             )
-        return _joined(parts[usual]), reasons
+        return joined(parts[usual]), reasons
 
 
-def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+@dataclass(frozen=True)
+class OpenSplits:
+    """Both splits of a run before they are read, and names of classes by number."""
+
+    train: Split
+    test: Split
+    classes: Mapping[int, str]
+
+
+def open_splits(
+    data: DataConfig,
+    fields: Fields,
+    limit: int | None = None,
+    left_out: list[tuple[str, str]] | None = None,
+) -> OpenSplits:
+    """Splits of data.train and data.test, of which nothing is read yet.
+
+    Args:
+        limit: as of `Split`.
+        left_out: is told where a split has no labels, which are then read of neither; None: labels
+            must be there.
+
+    Raises:
+        ConfigError: there is no data.test.
+    """
+    if data.test is None:
+        raise ConfigError("eval needs data.test, a folder of held-out shards; set it for the run")
+    opened = {"train": data.open_train(), "test": data.open_test()}
+    refuse_other_classes(data.label, [*opened["train"], *opened["test"]])
+    indexes = {name: join_sources(sources) for name, sources in opened.items()}
+    fields = with_class_names(fields, indexes["train"])
+    place = None if fields.label is None else place_of_label(fields.label)[0]
+    without = [f"data.{n}" for n, x in indexes.items() if place and not x.has_field(place)]
+    if without and left_out is not None:
+        reason = f"samples of {' and '.join(without)} have no field {place!r}"
+        left_out.append(("what goes by labels", reason))
+        fields = fields.model_copy(update={"label": None})
+    train, test = (Split(fields, indexes[name], f"data.{name}", limit) for name in indexes)
+    return OpenSplits(train, test, fields.class_names(indexes["train"]))
+
+
+def batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items; the last may be shorter."""
     while batch := list(itertools.islice(items, size)):
         yield batch
 
@@ -248,7 +304,7 @@ def _num_pixels(parts: list[Encoded]) -> int:
     return sum(0 if x.pixels is None else x.pixels.numel() for x in parts)
 
 
-def _joined(parts: list[Encoded]) -> Encoded:
+def joined(parts: list[Encoded]) -> Encoded:
     """One after the other; what a part lacks the whole lacks."""
     whole: dict[str, Any] = {"image_shape": parts[0].image_shape}
     for name in (f.name for f in fields_of(Encoded) if f.name not in whole):
@@ -262,7 +318,7 @@ def _joined(parts: list[Encoded]) -> Encoded:
     return Encoded(**whole)
 
 
-def _shape(sample: Samples) -> str:
+def shape_of(sample: Samples) -> str:
     """Shape of an image, and of the array beside it."""
     both = [x for x in (sample.images, sample.pair) if isinstance(x, Tensor)]
     return " and ".join(str(list(x.shape[1:])) for x in both)

@@ -123,7 +123,8 @@ def display(num_steps: int, done: int) -> Display:
 
 
 def _text(row: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {row[name]:.4g}" for name in _SHOWN if name in row)
+    names = [*_SHOWN, *(name for name in row if name.startswith("eval/"))]
+    return "  ".join(f"{name} {row[name]:.4g}" for name in names if name in row)
 
 
 class _Bar:
@@ -143,7 +144,7 @@ class _Bar:
 
 
 class _Lines:
-    """Lines for the first step, the next row, each tenth of the steps, and for each minute."""
+    """Lines for the first step, the next row, each tenth of the steps, a minute, and measures."""
 
     def __init__(self, num_steps: int, done: int) -> None:
         self._num_steps, self._first = num_steps, done + 1
@@ -152,7 +153,8 @@ class _Lines:
 
     def show(self, row: dict[str, Any]) -> None:
         is_due = row["step"] >= self._next or time.monotonic() - self._last_s >= _LINE_S
-        if is_due or row["step"] == self._num_steps:
+        is_measured = any(name.startswith("eval/") for name in row)
+        if is_due or is_measured or row["step"] == self._num_steps:
             _log.info("step %d/%d  %s", row["step"], self._num_steps, _text(row))
             self._last_s = time.monotonic()
             if row["step"] != self._first:

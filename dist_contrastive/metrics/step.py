@@ -55,6 +55,10 @@ class Clock:
             torch.cuda.synchronize(self._device)
         self._spent_s[name] += time.perf_counter() - begin
 
+    def leave_out(self, seconds: float) -> None:
+        """Seconds that are no part of the training, as of a measurement."""
+        self._start += seconds
+
     def rates(self, consumed: int, reduce_s: float) -> dict[str, Any]:
         """Row of throughput, times per step and memory since the last call, on this rank.
 

@@ -78,7 +78,7 @@ def self_check(run: Run) -> str:
     parameters = _some_parameters(run.task)
     progress = run.progress.step / run.config.train.steps
     half = None if micro is None else min(micro, math.ceil(count / 2))
-    with _eval_mode(run.task):
+    with eval_mode(run.task):
         begin = time.perf_counter()
         context = run.task.begin_step(local, progress=progress, micro_batch_size=half)
         _, terms, _ = backward(run, local, context)
@@ -145,7 +145,7 @@ def _some_parameters(task: Task) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def _eval_mode(task: Task) -> Iterator[None]:
+def eval_mode(task: Task) -> Iterator[None]:
     """In training mode dropout would draw other masks for other ranks."""
     mode = task.training
     task.eval()

@@ -13,6 +13,7 @@ from dist_contrastive.optim import learning_rate
 from dist_contrastive.signals import stop_flag
 from dist_contrastive.tasks import Drift
 from dist_contrastive.trainer.checks import self_check
+from dist_contrastive.trainer.evaluating import Evaluator
 from dist_contrastive.trainer.recording import Recorder
 from dist_contrastive.trainer.run import OwnModules, Run, open_run
 from dist_contrastive.trainer.run_dir import SkippedLog, locked
@@ -55,6 +56,7 @@ def run_loop(
         Watchdog(config.backend.timeout_s, backend.rank) as watchdog,
         Prefetcher(run.data.batches(backend.device), _PREFETCHED) as batches,
     ):
+        evaluator = Evaluator(run, watchdog.heartbeat)
         while run.progress.step < stop_at:
             watchdog.heartbeat()
             batch = _next_batch(run, batches, signals, saver, skipped)
@@ -64,7 +66,8 @@ def run_loop(
                 self_check(run)  # after workers are forked: its backward pass starts threads
 
             step = run.progress.step + 1
-            is_logged = step % config.train.log_every == 0 or step == steps
+            is_evaluated = evaluator.is_due(step)
+            is_logged = step % config.train.log_every == 0 or step == steps or is_evaluated
             is_shown = is_logged or step == first + 1  # so that a wait has an end
             recorder.begin_step(batch.keys)
             row = train_step(run, batch.samples, batch.consumed, is_shown)
@@ -72,6 +75,7 @@ def run_loop(
             if row:
                 rates = run.clock.rates(run.progress.consumed, run.engine.reduce_s)
                 row = {**row, **rates, **saver.timing(), "skipped": len(skipped)}
+                row |= evaluator.measure() if is_evaluated else {}
                 recorder.show(row)
                 skipped.report()
             if row and is_logged:

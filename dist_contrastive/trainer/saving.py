@@ -49,6 +49,8 @@ class Saver:
         """
         if self._best is None:
             return
+        if self._best.metric.startswith("eval/") and self._best.metric not in row:
+            return  # it is measured every so many steps
         if self._best.metric not in row:
             raise ConfigError(
                 f"train.keep_best.metric={self._best.metric} is not measured; choose one of "
