@@ -32,7 +32,7 @@ LAYERS = [
     {"evaluation"},
     {"config"},
     {"trainer", "runs"},
-    {"evaluate"},
+    {"embed", "evaluate"},
     {"cli"},
     {"__main__", "launch"},
 ]

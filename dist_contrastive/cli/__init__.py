@@ -157,6 +157,33 @@ def _export(
 
 
 @app.command(
+    "embed",
+    epilog=examples(
+        "dist-contrastive embed runs/photos data/photos/test --out vectors.npy",
+        "torchrun --nproc-per-node 8 -m dist_contrastive embed RUN SHARDS --out vectors.parquet",
+    ),
+)
+def _embed(
+    run: _Run,
+    source: Annotated[str, typer.Argument(help="Folder, pattern or URL of shards.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="New file, .npy or .parquet.")],
+    what: Annotated[
+        Literal["representation", "embedding", "partner"],
+        typer.Option(help="Of the encoder, after its head, or of the second modality."),
+    ] = "representation",
+    trust: _Trust = False,
+) -> None:
+    """Write vectors of a data set, with their keys."""
+    with quick_imports():
+        from dist_contrastive.embed import embed
+
+    embedded = embed(run, source, out, what, trust)
+    for reason in embedded.left_out[:3]:
+        print(f"left out: {reason}")
+    print(f"{embedded.rows} vectors in {out}, {len(embedded.left_out)} samples left out")
+
+
+@app.command(
     "sample",
     cls=SeveralValues,
     epilog=examples(

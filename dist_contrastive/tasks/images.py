@@ -13,6 +13,7 @@ from dist_contrastive.models import (
     Encoder,
     ProjectionHead,
     build_encoder,
+    device_of,
     representations_of,
 )
 from dist_contrastive.tasks.base import (
@@ -64,6 +65,12 @@ class ImageTask(Task):
     def represent(self, images: Tensor) -> Tensor:
         """Representations (before the head) of images as they are: [n, C, H, W] to [n, D]."""
         return representations_of(self.encoder, self.as_seen(images))
+
+    @torch.no_grad()
+    def embed_representations(self, representations: Tensor) -> Tensor:
+        """Representations [n, D'] to what the loss compares [n, D]."""
+        there = device_of(self, representations.device)
+        return self.head(representations.to(there)).to(representations.device)
 
     def as_seen(self, images: Tensor) -> Tensor:
         """Images of the size that the encoder was trained on, otherwise unchanged."""

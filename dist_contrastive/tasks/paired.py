@@ -94,12 +94,6 @@ class Paired(ContrastiveTask):
         return self.embed_representations(self.represent(images))
 
     @torch.no_grad()
-    def embed_representations(self, representations: Tensor) -> Tensor:
-        """Representations of images [n, D'] to [n, D] in the common space."""
-        there = device_of(self, representations.device)
-        return self.head(representations.to(there)).to(representations.device)
-
-    @torch.no_grad()
     def embed_pair(self, pair: Tensor | Sequence[str]) -> Tensor:
         """Contents of the second field to [n, D] in the common space."""
         inputs = self.as_input(pair)
