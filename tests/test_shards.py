@@ -4,12 +4,14 @@ import gc
 import io
 import itertools
 import json
+import mmap
 import os
 import pickle
 import shutil
 import subprocess
 import tarfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +314,72 @@ def test_index_survives_saving(folder: Path):
     save_index(built, folder / "index.npz")
     assert (folder / "index.npz").read_bytes() == before
     assert sorted(os.listdir(folder)) == ["a.tar", "b.tar", "c.tar", "index.npz"]
+
+
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every index file counts as large."""
+    monkeypatch.setattr("dist_contrastive.data.shards.index_file._MAPPED", 0)
+
+
+def is_mapped(array: np.ndarray) -> bool:
+    while isinstance(array, np.ndarray) and array.base is not None:
+        array = array.base
+    return isinstance(array, memoryview) and isinstance(array.obj, mmap.mmap)
+
+
+def test_a_large_index_is_mapped(folder: Path, mapped: None):
+    built, loaded = build_index(folder), load_index(folder)
+    for name in ("sample_offset", "member_start", "member_header", "member_size", "member_crc32"):
+        assert is_mapped(getattr(loaded, name))
+        assert np.array_equal(getattr(loaded, name), getattr(built, name))
+    assert not loaded.member_size.flags.writeable
+    assert [loaded.read(n) for n in range(7)] == [built.read(n) for n in range(7)]
+    copy = pickle.loads(pickle.dumps(loaded))
+    assert copy.read(6) == built.read(6)
+    index_folder(folder)  # takes its place, and not that of what is mapped
+    assert loaded.read(5) == built.read(5)
+
+
+def test_a_mapped_index_that_is_wrong(folder: Path, mapped: None):
+    """Of a part beyond its end, and of a place outside of its shard, which is found by reading."""
+    content = (folder / "index.npz").read_bytes()
+    with np.load(folder / "index.npz") as stored:
+        arrays = dict(stored)
+    for name in ("sample_offset", "shard_samples"):
+        np.savez(folder / "index.npz", **{**arrays, name: arrays[name][:-1]})
+        with refused(DataError, "index.npz", "do not fit each other"):
+            load_index(folder)
+    for cut in (len(content) // 2, 40):
+        (folder / "index.npz").write_bytes(content[:cut])
+        with refused(DataError, "index.npz cannot be read"):
+            load_index(folder)
+    first_part = content.index(b"sample_offset")
+    (folder / "index.npz").write_bytes(
+        content[: first_part - 30] + b"PK\x03\x05" + content[first_part - 26 :]
+    )
+    with refused(DataError, "index.npz cannot be read", "is not inside of it"):
+        load_index(folder)
+    offsets = arrays["sample_offset"].copy()
+    offsets[1:3] = -1, 2**40
+    np.savez(folder / "index.npz", **{**arrays, "sample_offset": offsets})
+    wrong = load_index(folder)
+    for number in (1, 2):
+        with refused(UnreadableSample, f"sample {number}", "a.tar", "index it again"):
+            wrong.read(number)
+    assert wrong.read(0)["__key__"] == "s000"
+
+
+def test_samples_that_lack_a_field_are_found_part_by_part(folder, monkeypatch):
+    index = load_index(folder)
+    starts = index.member_start.copy()
+    cls, txt = (index.fields.index(name) for name in ("cls", "txt"))
+    starts[[0, 3, 6], cls] = starts[[3, 4], txt] = np.iinfo(np.uint32).max
+    index = replace(index, member_start=starts)
+    monkeypatch.setattr("dist_contrastive.data.shards.index._ROWS", 2)
+    assert index.lacking("cls").tolist() == [0, 3, 6]
+    assert index.lacking("txt").tolist() == [3, 4]
+    assert index.lacking("cls;txt").tolist() == [3]
 
 
 def test_index_can_be_sent_to_a_process(folder: Path):

@@ -203,13 +203,16 @@ def _decode_array(data: bytes) -> np.ndarray:
     return stored_array(data).copy()
 
 
-def stored_array(data: bytes) -> np.ndarray:
+_NPY_HEADER = 1 << 17  # bytes, more than the header of an npy file of version 1 or 2 has
+
+
+def stored_array(data: bytes | memoryview) -> np.ndarray:
     """Array in the bytes of an npy file, without a copy of them.
 
     Raises:
         ValueError: it holds objects, or another number of bytes than its header tells of.
     """
-    stream = io.BytesIO(data)
+    stream = io.BytesIO(data[:_NPY_HEADER])
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_2_0
     if version == (1, 0):

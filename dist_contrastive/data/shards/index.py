@@ -22,6 +22,7 @@ from dist_contrastive.data.shards.tars import member_key
 from dist_contrastive.data.source import Source, alternatives
 from dist_contrastive.errors import DataError, UnreadableSample
 
+_ROWS = 1 << 20  # samples that are looked through at a time
 _ATTEMPTS = 4  # to receive the right bytes from a server
 ARRAYS = {
     "shard_bytes": np.int64,
@@ -45,7 +46,8 @@ def index_command(location: str) -> str:
 class ShardIndex(Source):
     """S shards and their n samples, numbered through all of them in order.
 
-    It takes 8 + 14 F bytes of memory a sample, F being the number of fields.
+    It takes 8 + 14 F bytes a sample, F being the number of fields; of a large index file they are
+    mapped, and shared by all processes of a machine.
 
     Attributes:
         shards: S paths or URLs.
@@ -99,7 +101,11 @@ class ShardIndex(Source):
     def lacking(self, name: str) -> NDArray[np.int64]:
         """Numbers of the samples without a field, or without any of several alternatives."""
         columns = [self.fields.index(one) for one in alternatives(name) if one in self.fields]
-        return np.flatnonzero((self.member_start[:, columns] == ABSENT).all(axis=1))
+        found = []
+        for first in range(0, len(self), _ROWS):  # which needs little memory
+            starts = self.member_start[first : first + _ROWS][:, columns]
+            found.append(first + np.flatnonzero((starts == ABSENT).all(axis=1)))
+        return np.concatenate([np.zeros(0, np.int64), *found])
 
     def field_counts(self) -> NDArray[np.int64]:
         """Number of samples of each shard that have each field, int64 [S, F]."""
@@ -219,7 +225,13 @@ class ShardIndex(Source):
         """First byte in the tar and number of bytes that hold these fields."""
         first, last = self._start(number, columns), columns[-1]
         stop = int(self.member_start[number, last]) + self._member_bytes(number, last)
-        return int(self.sample_offset[number]) + first, stop - first
+        offset, shard = int(self.sample_offset[number]), self.shard_of(number)
+        if not 0 <= offset <= offset + stop <= self.shard_bytes[shard]:
+            raise UnreadableSample(
+                f"sample {number} is at bytes {offset + first} to {offset + stop} by the index, "
+                f"and {self.shards[shard]} has {self.shard_bytes[shard]}; index it again"
+            )
+        return offset + first, stop - first
 
     def _problem(self, number: int, columns: Sequence[int], data: bytes) -> str | None:
         """Sentence about the first of these fields whose bytes are wrong."""

@@ -1,13 +1,19 @@
-"""The file of an index, `index.npz`: written atomically, read without trust in what it tells."""
+"""The file of an index, `index.npz`: written atomically, read without trust in what it tells.
+
+Its arrays lie in it as they are in memory. Those of a large file are mapped, not read: all
+processes of a machine share them, and what is never used is never read. Then the checks of a
+sample's place come when it is read.
+"""
 
 import errno
 import io
 import json
+import mmap
 import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_STORED, BadZipFile, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 import psutil
@@ -30,6 +36,8 @@ from dist_contrastive.sentences import shown
 
 _VERSION = 2
 _CHECKED_AT_ONCE = 1 << 18  # samples
+_MAPPED = 1 << 26  # bytes of a file from which on it is mapped
+_LOCAL_HEADER = 30  # bytes of what stands before a member of a zip file, without its name
 # What NumPy and `zipfile` raise for damaged files.
 _DAMAGE = (
     *(OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, BadZipFile),
@@ -85,10 +93,20 @@ def _stored_name(folder: str, shard: str) -> str:
     return Path(shard).name if folder_of(shard) == folder else str(Path(shard).resolve())
 
 
-def read_index(file: Path) -> bytes:
-    """Content of an index file of this machine. Raises: DataError."""
+class _Mapped(mmap.mmap):
+    """A file in memory that `zipfile` can read."""
+
+    def seekable(self) -> bool:
+        return True
+
+
+def read_index(file: Path) -> bytes | mmap.mmap:
+    """Content of an index file of this machine, mapped if it is large. Raises: DataError."""
     try:
         size, free = file.stat().st_size, psutil.virtual_memory().available
+        if size >= _MAPPED and file.is_file():
+            with file.open("rb") as opened:
+                return _Mapped(opened.fileno(), 0, access=mmap.ACCESS_READ)
         if size > free // 2:
             raise OSError(errno.EFBIG, f"it has {size} bytes, and the free memory {free}")
         return file.read_bytes()
@@ -99,20 +117,22 @@ def read_index(file: Path) -> bytes:
         ) from error
 
 
-def parse_index(data: bytes, file: str, files: ShardFiles) -> ShardIndex:
-    """Index from the bytes of an index file.
+def parse_index(data: bytes | mmap.mmap, file: str, files: ShardFiles) -> ShardIndex:
+    """Index from the bytes of an index file, or from such a file that is mapped.
 
     Raises:
         DataError: they hold none, or one of another version.
     """
     folder = folder_of(file)
     try:
-        with ZipFile(io.BytesIO(data)) as archive:
+        stream: Any = io.BytesIO(data) if isinstance(data, bytes) else data
+        with ZipFile(stream) as archive:
             version = _read_array(archive, "version").tolist()
             if version != _VERSION:
                 raise ValueError(f"it has format {version}, this version reads {_VERSION}")
             arrays: dict[str, Any] = {
-                name: _read_array(archive, name, t) for name, t in ARRAYS.items()
+                name: _read_array(archive, name, t, None if isinstance(data, bytes) else data)
+                for name, t in ARRAYS.items()
             }
             shards, sums, fields = (
                 tuple(_read_array(archive, name, np.str_).tolist())
@@ -127,6 +147,8 @@ def parse_index(data: bytes, file: str, files: ShardFiles) -> ShardIndex:
                 **arrays,
             )
             _check_shapes(index)
+            if isinstance(data, bytes):
+                _check_places(index)
             return index
     except _DAMAGE as error:
         raise DataError(
@@ -145,17 +167,34 @@ def _notes(archive: ZipFile) -> dict[str, Any]:
     return {"classes": {int(n): str(x) for n, x in classes.items()}, "shard_left_out": left_out}
 
 
-def _read_array(archive: ZipFile, name: str, kind: Any = None) -> NDArray[Any]:
-    """Array of an index file, which holds it as it is: nothing inflates."""
+def _read_array(
+    archive: ZipFile, name: str, kind: Any = None, mapped: mmap.mmap | None = None
+) -> NDArray[Any]:
+    """Array of an index file, which holds it as it is: nothing inflates.
+
+    Args:
+        mapped: the file, in which the array stays.
+    """
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type != ZIP_STORED:
         raise ValueError(f"its part {name} is compressed")
-    array = stored_array(archive.read(entry))
+    array = stored_array(archive.read(entry) if mapped is None else _inside(mapped, entry))
     if kind is not None and not np.issubdtype(array.dtype, kind):
         raise ValueError(f"its part {name} holds {array.dtype}")
     if kind is np.str_ and array.ndim != 1:
         raise ValueError(f"its part {name} has {array.ndim} dimensions")
     return array
+
+
+def _inside(mapped: mmap.mmap, entry: ZipInfo) -> memoryview:
+    """Bytes of a member, where they lie in the file."""
+    at = entry.header_offset
+    header = mapped[at : at + _LOCAL_HEADER]
+    lengths = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))  # of name and extras
+    begin = at + _LOCAL_HEADER + sum(lengths)
+    if header[:4] != b"PK\x03\x04" or begin + entry.file_size > len(mapped):
+        raise ValueError(f"its part {entry.filename} is not inside of it")
+    return memoryview(mapped)[begin : begin + entry.file_size]
 
 
 def _check_shapes(index: ShardIndex) -> None:
@@ -173,6 +212,10 @@ def _check_shapes(index: ShardIndex) -> None:
         or len(set(index.shards)) < shards
     ):
         raise ValueError("its parts do not fit each other")
+
+
+def _check_places(index: ShardIndex) -> None:
+    samples = len(index)
     limits = np.repeat(index.shard_bytes, index.shard_samples)
     for first in range(0, samples, _CHECKED_AT_ONCE):
         rows = slice(first, first + _CHECKED_AT_ONCE)

@@ -113,7 +113,7 @@ def _read_index(file: str, location: str, files: ShardFiles) -> ShardIndex:
                 f"{folder} has {count} shards but no {Path(file).name}; run "
                 f"`{index_command(folder)}`"
             )
-        data = read_index(Path(file))
+        return parse_index(read_index(Path(file)), file, files)
     return parse_index(data, file, files)
 
 
