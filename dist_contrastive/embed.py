@@ -24,6 +24,7 @@ from dist_contrastive.backend import Backend
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.collate import collate
 from dist_contrastive.data.fields import Fields, Samples
+from dist_contrastive.data.folder import ImageFolder
 from dist_contrastive.data.progress import map_in_threads
 from dist_contrastive.data.source import Source
 from dist_contrastive.data.sources import configs_of, join_sources, open_source
@@ -60,7 +61,8 @@ def embed(
     interrupted, the same call goes on.
 
     Args:
-        source: as `data.train` of a config: a folder, pattern or URL of shards.
+        source: as `data.train` of a config: a folder, pattern or URL of shards; or a folder of
+            images.
 
     Raises:
         ConfigError, DataError: on all ranks: the run, the source or OUT cannot be used.
@@ -109,7 +111,7 @@ class _Work:
         with collectives.raised_together():
             opened = [
                 open_source(one, config.data.cache, config.data.background)
-                for one in configs_of(source)
+                for one in _sources(source)
             ]
             joined = join_sources(opened)
             wanted = {"label": None} if what == "partner" else {"label": None, "pair": None}
@@ -208,6 +210,14 @@ class _Work:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:07d}.npz"
+
+
+def _sources(source: str) -> tuple[Source.Config, ...]:
+    """A folder without shards is one of images."""
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        return (ImageFolder.Config(path=source),)
+    return configs_of(source)
 
 
 def _bytes_of(x: Tensor) -> bytes:

@@ -165,7 +165,9 @@ def _export(
 )
 def _embed(
     run: _Run,
-    source: Annotated[str, typer.Argument(help="Folder, pattern or URL of shards.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder, pattern or URL of shards, or a folder of images.")
+    ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="New file, .npy or .parquet.")],
     what: Annotated[
         Literal["representation", "embedding", "partner"],

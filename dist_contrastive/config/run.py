@@ -235,7 +235,7 @@ CHANGEABLE = (
 )
 
 _PATHS = ("run_dir", "init_from", "pretrained")
-_DATA_PATHS = ("train", "test", "shards")
+_DATA_PATHS = ("train", "test", "shards", "path")
 
 
 def changed(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

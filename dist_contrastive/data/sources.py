@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
+from dist_contrastive.data.folder import ImageFolder
 from dist_contrastive.data.shards.encoding import WHITE
 from dist_contrastive.data.shards.index import ShardIndex, concatenate
 from dist_contrastive.data.shards.indexing import load_index
@@ -15,7 +16,8 @@ from dist_contrastive.data.source import JoinedSource, Source
 from dist_contrastive.errors import ConfigError, is_redacted
 from dist_contrastive.settings import Choice
 
-SOURCE = Choice("data source", Source, {"shards": ShardIndex}, default="shards")
+_KNOWN = {"shards": ShardIndex, "folder": ImageFolder}
+SOURCE = Choice("data source", Source, _KNOWN, default="shards")
 
 AnySource = Annotated[Source.Config, SOURCE]
 AnySources = Annotated[
@@ -45,6 +47,8 @@ def open_source(config: Source.Config, cache: BlockCache.Config, background: str
                 f"write the whole URL in its place"
             )
         return replace(load_index(config.shards, cache), background=background)
+    if isinstance(config, ImageFolder.Config):
+        return ImageFolder(config, background)
     return SOURCE.build(config)
 
 

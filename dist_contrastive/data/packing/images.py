@@ -7,8 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,36 +73,19 @@ def pack_images(
     options = options or PackOptions()
     check_target(folder, options)
     check_image_field(field)
-    source = Path(source)
-    if not source.is_dir():
-        problem = "is a file" if source.exists() else "does not exist"
-        raise DataError(f"the image folder {source} {problem}; give a folder of images")
-    found = _find(source)
-    paths, keys = found.images, _keys(found.images)
-    numbers = _class_numbers(found, classes)
+    found = find_images(source, classes)
 
     def make(number: int) -> dict[str, Any]:
-        path = paths[number]
-        by_format, data = read_image(source / path, f"image {path}", options.verify)
-        details: dict[str, Any] = {"path": path}
-        sample: dict[str, Any] = {
-            "__key__": keys[number],
-            field or by_format: data,
-            "json": details,
-        }
-        if path in found.texts and (text := _read_text(source, found.texts[path])).strip():
-            sample["txt"] = text
-        if numbers:
-            name = path.partition("/")[0]
-            sample["cls"] = numbers[name]
-            details.update({"label": numbers[name], "class": name})
-        return sample
+        path = found.paths[number]
+        by_format, data = read_image(found.source / path, f"image {path}", options.verify)
+        sample = {"__key__": found.keys[number], field or by_format: data, **found.beside(number)}
+        return {name: value for name, value in sample.items() if value is not None}
 
-    names = {number: name for name, number in numbers.items()}
-    held = {path.partition("/")[0] for path in paths}
-    if empty := {number: name for number, name in names.items() if name not in held}:
+    held = {path.partition("/")[0] for path in found.paths}
+    if empty := {number: name for number, name in found.classes.items() if name not in held}:
         _log.warning("classes without images: %s", named_classes(empty))
-    packed = pack_samples(order(len(paths), options), make, folder, options, len(paths), names)
+    count = len(found.paths)
+    packed = pack_samples(order(count, options), make, folder, options, count, found.classes)
     lost = len(found.texts) - packed.field_counts().get("txt", 0)
     others = found.others + Counter({"texts that are blank or of images that were left out": lost})
     return replace(packed, not_packed=others)
@@ -123,13 +107,55 @@ def class_names(location: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Files of a folder; paths are seen from it."""
+class FolderOfImages:
+    """Images of a folder and what stands beside them; paths are seen from the folder."""
 
-    images: list[str]
+    source: Path
+    paths: list[str]
+    keys: list[str]
     texts: dict[str, str]  # by the image beside which they lie
-    folders: list[str]  # directly in it
+    classes: dict[int, str]  # names by number
     others: Counter[str]  # all other files, by kind
+
+    def beside(self, number: int) -> dict[str, Any]:
+        """Fields of a sample beside its image: json, and cls and txt, None where it has none.
+
+        Raises:
+            UnreadableSample: the text cannot be read.
+        """
+        path = self.paths[number]
+        details: dict[str, Any] = {"path": path}
+        label = text = None
+        if self.classes:
+            name = path.partition("/")[0]
+            label = self._numbers[name]
+            details |= {"label": label, "class": name}
+        if path in self.texts:
+            text = _read_text(self.source, self.texts[path])
+        return {"json": details, "cls": label, "txt": text if text and text.strip() else None}
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in self.classes.items()}
+
+
+def find_images(source: Path | str, classes: Sequence[str] | None = None) -> FolderOfImages:
+    """The images of a folder, in the order of their paths. Args, Raises: as `pack_images`."""
+    source = Path(source)
+    if not source.is_dir():
+        problem = "is a file" if source.exists() else "does not exist"
+        raise DataError(f"the image folder {source} {problem}; give a folder of images")
+    found = _find(source)
+    names = {number: name for name, number in _class_numbers(found, classes).items()}
+    keys = _keys(found.images)
+    return FolderOfImages(source, found.images, keys, found.texts, names, found.others)
+
+
+class _Found(NamedTuple):
+    images: list[str]
+    texts: dict[str, str]
+    folders: list[str]  # directly in it
+    others: Counter[str]
 
 
 def _find(source: Path) -> _Found:
@@ -272,11 +298,16 @@ def check_image_field(name: str | None) -> None:
 
 def read_image(path: Path, what: str, verify: str) -> tuple[str, bytes]:
     """Field and bytes of an image file. Args and raises: as `image_field`."""
+    data = read_file(path, what)
+    return image_field(data, what, verify), data
+
+
+def read_file(path: Path, what: str) -> bytes:
+    """Content of a file. Raises: UnreadableSample."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UnreadableSample(f"{what} cannot be read ({error.strerror})") from error
-    return image_field(data, what, verify), data
 
 
 def image_field(data: bytes, what: str, verify: str) -> str:

@@ -199,7 +199,10 @@ def _checked(names: list[str], folder: str) -> list[str]:
     for name in [] if is_url(folder) else _names(folder):
         _refuse_compressed(f"{folder}/{name}")
     below = [] if is_url(folder) else _tars_below(folder)
-    fix = "pack some with `dist-contrastive shards pack`"
+    fix = (
+        "pack some with `dist-contrastive shards pack`, or let a folder of images be read as it "
+        "is: {name: folder, path: FOLDER}"
+    )
     if is_url(folder):
         fix = "its server may not list files: name them, as in train-{00000..00099}.tar"
     if below:

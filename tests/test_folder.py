@@ -1,0 +1,138 @@
+"""A folder of images as it lies, against the same images packed."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_engines import config_of
+
+from dist_contrastive import checkpoint, trainer
+from dist_contrastive import config as configs
+from dist_contrastive.data import ShardStream, load_index, pack_images
+from dist_contrastive.data.folder import ImageFolder
+from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
+from dist_contrastive.testing import run_ranks
+
+STEPS = ("train.steps=3", "train.save_every=2", "data.image=png", "data.label=cls")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, digits) -> Path:
+    """120 digits as files, in the folders of their classes, some with texts, some as JPEG."""
+    root = tmp_path_factory.mktemp("folder") / "images"
+    index = load_index(digits / "train")
+    for number in range(120):
+        sample = index.read(number)
+        place = root / f"class {sample['cls'] if 'cls' in sample else sample['json']['label']}"
+        place.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(sample["png"][0].numpy())
+        image.save(place / (f"{number}.jpg" if number % 5 == 0 else f"{number}.png"))
+        if number % 4:
+            (place / f"{number}.txt").write_text(" " if number % 12 == 1 else sample["txt"])
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(folder, tmp_path_factory) -> Path:
+    """The same packed, with the fields of the formats under one name."""
+    packed = tmp_path_factory.mktemp("shards") / "packed"
+    pack_images(folder, packed, field="png")
+    return packed
+
+
+def read_in(folder: Path, *more: str) -> tuple[str, ...]:
+    name = f"{{name: folder, path: '{folder}'}}"
+    return (f"data.train={name}", f"data.test={name}", *more)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_batches_are_those_of_the_packed_images(world_size, folder, shards):
+    settings = {"global_batch_size": 24, "lanes": 6, "seed": 7, "epochs": 2, "num_workers": 0}
+    for rank in range(world_size):
+        ranks = {"rank": rank, "world_size": world_size, "only": {"png", "cls", "json"}}
+        packed = ShardStream(shards, **settings, **ranks)
+        files = ShardStream(ImageFolder(ImageFolder.Config(path=str(folder))), **settings, **ranks)
+        count = 0
+        for a, b in zip(packed, files, strict=True):
+            count += 1
+            assert a.keys() == b.keys()
+            assert a["__key__"] == b["__key__"]
+            assert a["json"] == b["json"]
+            assert all(torch.equal(a[name], b[name]) for name in ("png", "cls", "__index__"))
+        assert count == 10
+
+
+def test_what_lies_beside_an_image(folder, shards):
+    source, index = ImageFolder(ImageFolder.Config(path=str(folder))), load_index(shards)
+    assert len(source) == len(index) == 120
+    assert source.classes == index.classes
+    blank = {f"{number}" for number in range(120) if number % 12 == 1}
+    for number in range(120):
+        packed, file = index.read(number), source.read(number)
+        assert file.keys() == packed.keys()
+        assert file.get("txt") == packed.get("txt")
+        if Path(source.key(number)).name in blank:
+            with pytest.raises(UnreadableSample, match="txt"):
+                source.read(number, {"txt"})
+    without = {source.key(number) for number in source.lacking("txt")}
+    assert without == {source.key(n) for n in range(120) if int(Path(source.key(n)).name) % 4 == 0}
+
+
+def trained(config) -> dict[str, torch.Tensor]:
+    assert trainer.train(config) == 0
+    return checkpoint.newest(config.run_dir / "checkpoints").weights()
+
+
+def test_a_run_on_files_is_the_run_on_shards(folder, shards, overrides, tmp_path):
+    """Bitwise; and it goes on with another number of ranks."""
+    packed = f"data.train={shards}", f"data.test={shards}"
+    expected = trained(config_of("labelled", overrides, tmp_path / "a", *STEPS, *packed))
+    config = config_of("labelled", overrides, tmp_path / "b", *STEPS, *read_in(folder))
+    found = trained(config)
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+    config = config_of("labelled", overrides, tmp_path / "c", *STEPS, *read_in(folder))
+    trainer.train(config, stop_after=1)
+    assert run_ranks(trainer.train, 2, config) == [0, 0]
+    assert configs.load_run(tmp_path / "c").data.train.path == str(folder)
+    for name, x in checkpoint.newest(tmp_path / "c" / "checkpoints").weights().items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_another_image_is_another_data_set(folder, overrides, tmp_path):
+    """A resumed run must find the same; what is unreadable is replaced as in shards."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    changed = next(copy.glob("*/*.png"))
+    changed.write_bytes(changed.read_bytes()[:60])
+    none = "data.max_skipped=0"
+    config = config_of("two_view", overrides, tmp_path / "run", *STEPS, *read_in(copy, none))
+    with pytest.raises(DataError, match=changed.stem):
+        trainer.train(config)
+    more = config_of(
+        "two_view", overrides, tmp_path / "run2", *STEPS, *read_in(copy, "data.max_skipped=1")
+    )
+    trainer.train(more, stop_after=1)
+    next(copy.glob("*/*.jpg")).unlink()
+    with pytest.raises(ConfigError, match="samples"):
+        trainer.train(more)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("{name: folder}", "path"),
+        ("{name: folder, path: nowhere}", "does not exist"),
+        ("{name: folder, path: FOLDER, classes: [class 1]}", "none of the 1 classes"),
+        ("{name: folder, path: EMPTY}", "0 images"),
+    ],
+)
+def test_folders_that_cannot_be_used(settings, words, folder, overrides, tmp_path):
+    (tmp_path / "empty").mkdir()
+    settings = settings.replace("FOLDER", f"'{folder}'").replace("EMPTY", f"'{tmp_path}/empty'")
+    with pytest.raises((ConfigError, DataError), match=words):
+        trainer.train(
+            config_of("two_view", overrides, tmp_path / "run", *STEPS, f"data.train={settings}")
+        )
