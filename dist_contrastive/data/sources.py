@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Discriminator, Tag
 
 from dist_contrastive.data.folder import ImageFolder
+from dist_contrastive.data.rows_source import Rows
 from dist_contrastive.data.shards.encoding import WHITE
 from dist_contrastive.data.shards.index import ShardIndex, concatenate
 from dist_contrastive.data.shards.indexing import load_index
@@ -16,7 +17,7 @@ from dist_contrastive.data.source import JoinedSource, Source
 from dist_contrastive.errors import ConfigError, is_redacted
 from dist_contrastive.settings import Choice
 
-_KNOWN = {"shards": ShardIndex, "folder": ImageFolder}
+_KNOWN = {"shards": ShardIndex, "folder": ImageFolder, "rows": Rows}
 SOURCE = Choice("data source", Source, _KNOWN, default="shards")
 
 AnySource = Annotated[Source.Config, SOURCE]
@@ -49,6 +50,8 @@ def open_source(config: Source.Config, cache: BlockCache.Config, background: str
         return replace(load_index(config.shards, cache), background=background)
     if isinstance(config, ImageFolder.Config):
         return ImageFolder(config, background)
+    if isinstance(config, Rows.Config):
+        return Rows(config, background)
     return SOURCE.build(config)
 
 

@@ -46,9 +46,30 @@ def pack_rows(
         ConfigError: as `field_makers`.
         DataError: as `pack_samples`; rows that cannot be used.
     """
-    fields = field_makers(table, columns, field, options.verify)
+    make = sample_maker(
+        *(table, columns, field, options.verify),
+        is_text_needed=is_text_needed,
+        is_numbered=is_numbered,
+    )
+    _check(table, columns, _text_maker(table, columns.text, is_text_needed), options)
+    return pack_samples(order(len(table), options), make, folder, options, len(table))
+
+
+def sample_maker(
+    table: Table,
+    columns: Columns,
+    field: str | None,
+    verify: str,
+    *,
+    is_text_needed: bool,
+    is_numbered: bool,
+) -> Callable[[int], dict[str, Any]]:
+    """Function from the number of a row to its sample, which raises UnreadableSample.
+
+    Args: those of `pack_rows`; verify as of `image_field`.
+    """
+    fields = field_makers(table, columns, field, verify)
     text_of = _text_maker(table, columns.text, is_text_needed)
-    _check(table, columns, text_of, options)
     label_of = None if columns.label is None else label_maker(table, columns.label)
 
     def make(number: int) -> dict[str, Any]:
@@ -67,7 +88,7 @@ def pack_rows(
                 sample["cls"] = number_of_class
         return sample
 
-    return pack_samples(order(len(table), options), make, folder, options, len(table))
+    return make
 
 
 def _check(

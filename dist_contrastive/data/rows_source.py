@@ -1,0 +1,118 @@
+"""Rows of a table, or of a data set of the library `datasets`, as a data source without packing."""
+
+import hashlib
+from collections.abc import Collection
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from dist_contrastive.data.keyed_random import keyed_permutation
+from dist_contrastive.data.packing.columns import choose_columns
+from dist_contrastive.data.packing.hub import open_table
+from dist_contrastive.data.packing.rows import sample_maker
+from dist_contrastive.data.packing.writer import encoded
+from dist_contrastive.data.shards.encoding import WHITE, decode_or_explain
+from dist_contrastive.data.source import Source, alternatives
+from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
+
+_PART = 10_000  # samples; as many as `shards pack` puts into a shard
+_SEED = 0  # of their order, as of `shards pack`
+_PROBED = 64  # rows, spread evenly, that tell the fields and what a table is recognised by
+
+
+class Rows(Source):
+    """The rows of a table in the samples and the order that `shards pack dataset` would write, with
+    its image in the field png: batches are the same, packed or not.
+
+    Args:
+        background: colour behind images that are transparent in places.
+
+    Raises:
+        ConfigError, DataError: as `pack_dataset`; no row can be read.
+    """
+
+    class Config(Source.Config):
+        """Settings of a table."""
+
+        name: Literal["rows"] = "rows"
+        path: str
+        """A folder written by `save_to_disk`; a file .parquet, .json, .jsonl, .csv, .tsv or .arrow,
+        or a folder of such; or a name of the hub."""
+        split: str | None = None
+        """Which; null if there is one only."""
+        subset: str | None = None
+        """Of a data set of the hub that has several: its config."""
+        image: str | None = None
+        """Column of images, of their bytes, or of their paths, seen from the file's folder; null
+        finds it, "-" is none."""
+        text: str | None = None
+        """Column of texts; null finds it, "-" is none."""
+        label: str | None = None
+        """Column of labels; null finds it, "-" is none."""
+        drop: tuple[str, ...] = ()
+        """Columns that are not read."""
+
+    def __init__(self, config: Config, background: str = WHITE) -> None:
+        table = open_table(config.path, config.split, config.subset)
+        wanted = {"image": config.image, "text": config.text, "label": config.label}
+        columns = choose_columns(table, wanted, config.drop)
+        table.leave_out(config.drop)
+        self._make = sample_maker(
+            *(table, columns, "png", "open"), is_text_needed=False, is_numbered=True
+        )
+        self._path, self._background = config.path, background
+        self._order = keyed_permutation(len(table), _SEED)
+        if not len(self._order):
+            raise DataError(f"{config.path} has no rows; give a table that has some")
+        count = len(self._order)
+        spans = [(first, min(first + _PART, count)) for first in range(0, count, _PART)]
+        self.shards = tuple(f"{config.path}[{first}:{stop}]" for first, stop in spans)
+        self.shard_samples = np.array([stop - first for first, stop in spans])
+        self.fields = tuple(sorted({name for sample in self._probed for name in sample}))
+
+    @cached_property
+    def _probed(self) -> list[dict[str, bytes]]:
+        """Some rows as bytes. Raises: DataError, none can be read."""
+        count = len(self._order)
+        found, problem = [], ""
+        for number in sorted({number * count // _PROBED for number in range(_PROBED)}):
+            try:
+                sample = encoded(self._make(number))
+            except UnreadableSample as error:
+                problem = str(error)
+                continue
+            del sample["__key__"]
+            found.append(sample)
+        if not found:
+            raise DataError(
+                f"none of {min(_PROBED, count)} rows that were tried is read: {problem}"
+            )
+        return found
+
+    def read(self, sample_number: int, only: Collection[str] | None = None) -> dict[str, Any]:
+        """As `Source.read`."""
+        if not 0 <= sample_number < len(self):
+            raise IndexError(f"sample {sample_number} is outside 0..{len(self) - 1}")
+        try:
+            sample = encoded(self._make(int(self._order[sample_number])))
+        except ConfigError as error:  # a value that no field can hold
+            raise UnreadableSample(str(error)) from error
+        key = sample.pop("__key__")
+        decoded: dict[str, Any] = {"__key__": key}
+        for name in sample if only is None else only:
+            field = next((one for one in alternatives(name) if one in sample), None)
+            if field is None:
+                raise UnreadableSample(f"row {key} of {self._path} has no field {name!r}")
+            decoded[name] = decode_or_explain(
+                field, sample[field], key, self._path, self._background
+            )
+        return decoded
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Checksum of the number of rows and of some, spread evenly over the table."""
+        digest = hashlib.sha256(repr((len(self), self.fields)).encode())
+        for sample in self._probed:
+            digest.update(repr(sorted(sample.items())).encode())
+        return digest.hexdigest()
