@@ -1,6 +1,7 @@
 # make demo    train an encoder and a generator on real digits over two ranks, and evaluate them
 # make test    prove the contracts          make test-all   with what takes long
 # make check   format, lint, types
+# make test-gpu      on a machine with a GPU: losses, groups, graphs and commands there
 # make slurm   install SLURM for its tests (Debian, as root); without it they are skipped
 # make test-slurm    all of them: also dead nodes, time limits, accounting (a quarter of an hour)
 # make bench   memory, speed, precision, the stream, what each supervision and larger groups are worth (hours)
@@ -14,7 +15,7 @@ BIN := .venv/bin
 # Tests start hundreds of processes, each of which would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-slurm slurm check format bench clean
+.PHONY: demo test test-all test-slurm test-gpu slurm check format bench clean
 
 demo: .venv/stamp
 	$(BIN)/dist-contrastive shards pack digits data/digits
@@ -30,6 +31,9 @@ test-all: .venv/stamp
 
 test-slurm: .venv/stamp
 	$(BIN)/python -m pytest tests/test_slurm.py -m "slow or not slow"
+
+test-gpu: .venv/stamp
+	$(BIN)/python -m pytest tests/test_gpu.py -m gpu
 
 slurm:
 	tests/slurm/install.sh

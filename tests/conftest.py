@@ -63,6 +63,11 @@ TOGETHER = {  # the files whose module has a fixture of seconds: a single worker
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "where tests of a GPU run; cpu: whether they are right themselves"
+    parser.addoption("--device", default="cuda", choices=["cuda", "cpu"], help=text)
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
     return Scheduling(config, log)
 

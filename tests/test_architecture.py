@@ -19,7 +19,8 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 LAYERS = [
     {"errors"},
     {"sentences"},
-    {"atomic", "malloc", "pack_options", "random_states", "ranks", "schedule", "signals"},
+    {"atomic", "malloc", "pack_options", "planner_constants", "random_states", "ranks"},
+    {"planner", "schedule", "signals"},
     {"records", "tables", "yaml_files"},
     {"changes", "imports"},
     {"settings"},

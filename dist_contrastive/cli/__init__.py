@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dist_contrastive import __version__
-from dist_contrastive.cli import shards
+from dist_contrastive.cli import planning, shards
 from dist_contrastive.cli.app import (
     MOST_RANKS,
     ConfigFile,
@@ -96,11 +96,16 @@ def _doctor(
     loaded = load(config, overrides or [])
     summary = f"{config}: task {loaded.task.name}, {loaded.train.steps} steps"
     print(Finding("config", True, summary))
+    if planned := planning.plan_of_run(loaded, ranks):
+        print(Finding("plan", True, planning.line(planned)))
     is_fine = True
     for finding in examine(loaded, ranks, change=change):
         is_fine = is_fine and finding.is_fine
         print(finding)
     return 0 if is_fine else ConfigError.exit_code
+
+
+app.command("plan", epilog=examples(*planning.EXAMPLES))(planning.plan)
 
 
 @app.command(

@@ -1,0 +1,285 @@
+"""What is expected of a card, before there is one: times from cycles, launches and bytes.
+
+    python benchmarks/gpu/predict.py [--card h100]     # the table of docs/gpu.md
+    python benchmarks/gpu/predict.py --constants       # tables of planner_constants.py
+    ... --write                                        # either into its place
+
+Times are those of the planner. Its constants are read here from the machine code of kernels
+compiled for sm_90 (static.py) and from steps without data (fake.py); none was timed on a card.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dist_contrastive import planner, planner_constants
+from dist_contrastive.planner import Asked, plan
+from dist_contrastive.planner_constants import ASSUMED, CARDS, SPECS, Cost, Kernel, Numbers
+
+sys.path.append(str(Path(__file__).parent))
+
+CONSTANTS = Path(planner_constants.__file__)
+DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
+TABLE = re.compile(r"(<!-- predicted -->\n).*?(<!-- end -->)", re.DOTALL)
+VIT_B_FLOP = 3 * 35.2e9  # forward and backward of an image of 224 x 224
+VIT_B_RATE = 0.4  # of the data sheet's, as training loops reach it
+KERNELS_OF = {  # names in static.py
+    "infonce": ("InfoNCE", "InfoNCE, gradient"),
+    "infonce, symmetric": ("InfoNCE, symmetric", "InfoNCE, symmetric, gradient"),
+    "ntxent": ("NT-Xent", "NT-Xent, gradient"),
+    "dcl": ("DCL", "DCL, gradient"),
+    "siglip": ("SigLIP", "SigLIP, gradient"),
+    "self_diagonal": ("InfoNCE", "InfoNCE, gradient"),
+    "supcon": ("SupCon", "SupCon, gradient"),
+    "cosine_embedding": ("cosine embedding", "cosine embedding, gradient"),
+}
+
+
+def main() -> None:
+    """Print what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--card", default="h100", choices=[*CARDS])
+    parser.add_argument("--write", action="store_true", help="into its place")
+    parser.add_argument("--constants", action="store_true", help="read them again")
+    args = parser.parse_args()
+    if args.constants:
+        source = constants()
+        if args.write:
+            before = CONSTANTS.read_text().partition("KERNELS: ")[0]
+            CONSTANTS.write_text(before + source)  # to be formatted
+        print(source)
+        return
+    table = "\n".join(table_of(args.card)) + "\n"
+    if args.write:
+        document = TABLE.sub(rf"\g<1>{table}\g<2>", DOCUMENT.read_text())
+        DOCUMENT.write_text(document)
+    print(table)
+
+
+# ------------------------------------------------------------------ the table
+
+
+def table_of(card: str) -> Iterator[str]:
+    """A line for each thing that a card is to show."""
+    yield f"| on one card ({card}) | to be reached | predicted | measured |"
+    yield "| --- | --- | --- | --- |"
+    for what, limit, found in (*pair_rows(card), *force_rows(card), *step_rows(card)):
+        yield f"| {what} | {limit} | {found} | |"
+
+
+def pair_rows(card: str) -> Iterator[tuple[str, str, str]]:
+    """Pair losses."""
+    clip = Asked("infonce", 65536, 768, card=card, symmetric=True)
+    siglip = replace(clip, loss="siglip", symmetric=False)
+    base = plan(clip).total_s
+    for name, asked, limit, products in (
+        ("symmetric InfoNCE", clip, "55 ms (aim 45), 1.5 GiB", 8),
+        ("SigLIP, gradients of scale and bias", siglip, "45 ms (aim 40)", 6),
+    ):
+        found = plan(asked)
+        kind = "50 %" if products == 8 else "45 %"
+        beyond = found.total_memory - found.memory["inputs and their gradients"]
+        yield f"{name}, bf16, 65,536 x 768", limit, f"{ms(found.total_s)}, {gib(beyond)}"
+        rate = products * 65536**2 * 768 / found.total_s / bf16_rate(card)
+        yield f"its part of the card's bf16 rate ({products} B²D)", kind, f"{100 * rate:.0f} %"
+    for loss in ("ntxent", "dcl", "supcon", "cosine_embedding", "self_diagonal"):
+        samples = 65536 // SPECS[loss].rows
+        found = plan(Asked(loss, samples, 768, card=card))
+        yield (
+            *(f"{loss}, 65,536 rows of scores", "1.3 x symmetric InfoNCE"),
+            f"{ms(found.total_s)}, {found.total_s / base:.2f} x",
+        )
+    exact = replace(clip, global_batch=32768, dtype="fp32")
+    ours, dense = plan(exact).total_s, dense_s(exact)
+    yield (
+        *("symmetric InfoNCE, fp32, 32,768 x 768", "1.5 x dense fp32 code"),
+        f"{ms(ours)}; dense {ms(dense)}: {dense / ours:.1f} x",
+    )
+    yield from million_rows(card)
+
+
+def million_rows(card: str) -> Iterator[tuple[str, str, str]]:
+    """Batches whose matrix of scores would be 2 TB."""
+    asked = Asked("infonce", 2**20, 512, card=card, symmetric=True)
+    large, small = plan(asked), plan(replace(asked, global_batch=2**16))
+    slope = torch.tensor(large.total_memory / small.total_memory).log2().item() / 4
+    memory = f"{gib(large.total_memory)}, slope {slope:.2f}"
+    name = "symmetric InfoNCE, bf16, 1,048,576 x 512"
+    yield name, "completes, slope at most 1.05", f"{large.total_s:.1f} s, {memory}"
+    for ranks in (64, 1024):
+        for keys_from in ("gather", "ring"):
+            found = plan(replace(asked, dim=768, ranks=ranks, keys_from=keys_from))
+            sent = gib(sum(found.sent.values()))
+            yield (
+                f"the same x 768 over {ranks} ranks, {keys_from} (not on one card)",
+                "linear, stated",
+                f"{ms(found.total_s)}, {gib(found.total_memory)}, sends {sent}",
+            )
+
+
+def force_rows(card: str) -> Iterator[tuple[str, str, str]]:
+    """The force with five temperatures."""
+    for points, dim, limit in (
+        (32768, 1024, "0.35 s (aim 0.2)"),
+        (8192, 256, "10 x the seed's dense code, 5 x KeOps"),
+    ):
+        found = plan(Asked("force", points, dim, dtype="fp32", card=card))
+        more = ""
+        if points == 8192:
+            dense = dense_force_s(points, dim, card)
+            more = f"; dense {ms(dense)}: {dense / found.total_s:.0f} x"
+        yield f"force, M = N = {points:,}, D = {dim:,}", limit, f"{ms(found.total_s)}{more}"
+    one = plan(Asked("force", 64, 1024, dtype="fp32", card=card))
+    seconds = sum(s for part, s in one.seconds.items() if part != "launches")
+    together = 4000 * seconds + one.seconds["launches"]
+    dense = 4000 * 128 * 128 * 4 * 60 / (CARDS[card].bandwidth * ASSUMED.bandwidth)
+    yield (
+        *("force, 4,000 groups of 64 + 64, D = 1,024, batched", "beside dense code"),
+        f"{ms(together)}; dense, batched {ms(together + dense)}",
+    )
+
+
+def step_rows(card: str) -> Iterator[tuple[str, str, str]]:
+    """What holds beside the losses."""
+    yield "host waits of a loss, forward and backward", "0", "0 (counted)"
+    loss = plan(Asked("ntxent", 256, 128, card=card)).total_s
+    step = 512 * VIT_B_FLOP / (VIT_B_RATE * CARDS[card].sms * CARDS[card].clock * CARDS[card].half)
+    yield (
+        *("ViT-B/16 SimCLR step, bf16, 256 samples", "overhead at most 3 %"),
+        f"{ms(step)}, of which the loss {100 * loss / step:.1f} %",
+    )
+
+
+def dense_s(asked: Asked) -> float:
+    """Seconds of dense code in fp32: three products without tensor cores, and some ten passes over
+    the matrix of scores."""
+    card, n = CARDS[asked.card], asked.global_batch
+    products = 6 * n**2 * asked.dim / (card.fp32 * ASSUMED.products)
+    return products + 10 * 4 * n**2 / (card.bandwidth * ASSUMED.bandwidth)
+
+
+def dense_force_s(points: int, dim: int, card: str) -> float:
+    """Seconds of the seed's code: five temperatures, each with distances of its own in fp32, three
+    products, and some 25 passes over the matrix."""
+    has, n = CARDS[card], 2 * points
+    products = 5 * 3 * 2 * n**2 * dim / (has.fp32 * ASSUMED.products)
+    return products + 5 * 25 * 4 * n**2 / (has.bandwidth * ASSUMED.bandwidth)
+
+
+def bf16_rate(card: str) -> float:
+    """What the card is expected to reach in a product."""
+    has = CARDS[card]
+    return has.sms * has.clock * has.half * ASSUMED.products
+
+
+def ms(seconds: float) -> str:
+    """In ms, or in s."""
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2g} s"
+
+
+def gib(num_bytes: float) -> str:
+    """In GiB."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+# ------------------------------------------------------------------ the constants
+
+
+def constants() -> str:
+    """Source of the tables of constants, read again."""
+    kernels = [f"{key!r}: {of_loss!r}," for key, of_loss in kernel_table().items()]
+    costs = [f"{key!r}: {cost!r}," for key, cost in cost_table().items()]
+    kinds = "Mapping[tuple[str, str], tuple[Kernel, Kernel]]", "Mapping[tuple[str, str, str], Cost]"
+    parts = [f"KERNELS: {kinds[0]} = {{", *kernels, "}", f"COSTS: {kinds[1]} = {{", *costs, "}", ""]
+    return re.sub(r"\b[a-z]\w*=", "", "\n".join(parts))  # without the names of fields
+
+
+def kernel_table() -> dict[tuple[str, str], tuple[Kernel, Kernel]]:
+    """Cycles of the epilogues, by loss and kind of dtype."""
+    return {
+        (loss, kind): (read_kernel(names[0], kind), read_kernel(names[1], kind))
+        for loss, names in KERNELS_OF.items()
+        for kind in ("half", "fp32")
+    }
+
+
+def read_kernel(name: str, kind: str) -> Kernel:
+    """From the machine code for sm_90, at 768 dimensions."""
+    import static
+
+    dtype = "fp32" if kind == "fp32" else "bf16"
+    variant = static.VARIANTS[name]
+    tile = variant.tile(dtype, 90)
+    report = static.compiled(variant, 90, 768, dtype, tile)
+    cycles = report.epilogue(-(-768 // tile.dims)) / (tile.rows * tile.keys) * 1024
+    return Kernel(round(cycles, 1), report.blocks)
+
+
+def cost_table() -> dict[tuple[str, str, str], Cost]:
+    """Bytes and launches, by loss, kind of dtype and source of keys."""
+    return {
+        (loss, kind, keys_from): read_cost(loss, kind, keys_from)
+        for loss in SPECS
+        for kind in ("half", "fp32")
+        for keys_from in ("gather", "ring")
+    }
+
+
+SHAPES = (  # rows of a rank, dimensions, ranks
+    *((65536, 768, 1), (65536, 512, 1), (32768, 768, 1), (32768, 256, 1)),
+    *((16384, 768, 4), (16384, 512, 16), (32768, 1024, 8), (8192, 768, 8), (65536, 256, 4)),
+)
+
+
+def read_cost(loss: str, kind: str, keys_from: str) -> Cost:
+    """Numbers that give what is counted at several shapes, by least squares."""
+    import fake
+
+    size, dtype = (4, "fp32") if kind == "fp32" else (2, "bf16")
+    shapes = [s for s in SHAPES if keys_from == "gather" or s[2] > 1]
+    lines, peaks, moved, launches, steps = [], [], [], [], []
+    for rows, dim, ranks in shapes:
+        found = fake.counted(loss, rows // SPECS[loss].rows, dim, dtype, ranks, keys_from)
+        keys = rows * ranks if keys_from == "gather" else rows
+        at_a_time = planner.rows_at_a_time(keys, size)
+        lines.append([rows * dim, ranks * rows * dim, rows, ranks * rows])
+        known = planner.buffer_bytes(rows, keys, size) + planner.bias_bytes(loss, rows, keys)
+        known += planner.gathered_bytes(rows, dim, ranks, keys_from, size)
+        peaks.append(found.peak - known)
+        blocks = 1 if keys_from == "gather" else ranks
+        chunks = blocks * -(-rows // at_a_time)
+        moved.append(found.moved - planner.added_bytes(chunks, keys, dim))
+        steps.append([1, blocks, chunks])
+        launches.append(found.launches + len(found.kernels))
+    return Cost(
+        memory=fitted(lines, peaks, keys_from == "ring"),
+        moved=fitted(lines, moved, False),
+        launches=tuple(map(round, solved(steps, launches))),
+    )
+
+
+def fitted(lines: list[list[int]], values: list[int], of_rows_alone: bool) -> Numbers:
+    """Bytes for each number; of rows alone, where keys are as many."""
+    if of_rows_alone:
+        lines = [[line[0], line[2]] for line in lines]
+        of_rows, row = map(round, solved(lines, values))
+        return Numbers(of_rows, 0, row, 0)
+    return Numbers(*map(round, solved(lines, values)))
+
+
+def solved(lines: list[list[int]], values: list[int]) -> list[float]:
+    """Least squares of relative errors."""
+    weights = 1 / torch.tensor(values, dtype=torch.float64)
+    matrix = torch.tensor(lines, dtype=torch.float64) * weights[:, None]
+    scale = matrix.norm(dim=0)
+    found = torch.linalg.lstsq(matrix / scale, torch.ones(len(values), 1, dtype=torch.float64))
+    return (found.solution[:, 0] / scale).tolist()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""Plan of a loss: time, memory and bytes on the wire of one step of one rank, by formula.
+
+    n rows of this rank, N keys of all ranks, D dimensions
+
+- kernels: n N scores, each 2 D operations of the tensor cores and what follows them, twice
+  (forward, and gradients of the scores), then two matrix products of 2 n N D operations each
+- memory: so many bytes for each number of rows and keys, and a buffer of gradients of scores
+- wire: what the collectives of `pairwise` are given, see `wire`
+
+Nothing is run. Constants stand in planner_constants.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.planner_constants import (
+    ASSUMED,
+    CARDS,
+    COSTS,
+    FORCE_ROUNDS,
+    FORCE_TEMPERATURES,
+    KERNELS,
+    SPECS,
+    Assumed,
+    Card,
+    Spec,
+)
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+KeysFrom = Literal["gather", "ring"]
+
+MOST_ROWS, MOST_DIM, MOST_RANKS = 2**31, 2**16, 2**20
+LOSSES = (*(name for name in SPECS if "," not in name), "force")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be planned: one step of a loss over the global batch.
+
+    Attributes:
+        global_batch: samples of all ranks, as many on each; of the force generated points, to which
+            as many of data come.
+        dim: dimensions of an embedding, or of a point.
+        dtype: of the embeddings; the force computes in fp32.
+    """
+
+    loss: str
+    global_batch: int
+    dim: int
+    ranks: int = 1
+    dtype: Dtype = "bf16"
+    keys_from: KeysFrom = "gather"
+    card: str = "h100"
+    symmetric: bool = False
+
+    def check(self) -> None:
+        """Refuse what cannot be. Raises: ConfigError."""
+        if self.loss not in LOSSES:
+            raise ConfigError(f"loss {self.loss!r} is not planned; give {', '.join(LOSSES)}")
+        if self.card not in CARDS:
+            raise ConfigError(f"card {self.card!r} is not known; give {', '.join(CARDS)}")
+        if self.symmetric and self.loss != "infonce":
+            raise ConfigError(f"symmetric is of infonce, not of {self.loss}; leave it out")
+        for name, value, least, most in (
+            ("global batch", self.global_batch, 2, MOST_ROWS),
+            ("dim", self.dim, 1, MOST_DIM),
+            ("ranks", self.ranks, 1, MOST_RANKS),
+        ):
+            if not least <= value <= most:
+                raise ConfigError(f"{name} {value} is not {least} to {most:,}; give one of these")
+        if self.global_batch % self.ranks:
+            below = self.global_batch // self.ranks * self.ranks
+            near = f"{below or self.ranks} or {below + self.ranks}" if below else f"{self.ranks}"
+            raise ConfigError(
+                f"global batch {self.global_batch} is not divisible by {self.ranks} ranks; give "
+                f"{near}"
+            )
+        if self.keys_from == "ring" and self.ranks == 1:
+            raise ConfigError("a ring of 1 rank exchanges nothing; give gather, or more ranks")
+
+    @property
+    def name(self) -> str:
+        """The loss by its name in the tables."""
+        return f"{self.loss}, symmetric" if self.symmetric else self.loss
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Time in seconds, memory and what a rank sends in bytes, each by its parts."""
+
+    asked: Asked
+    rows: int  # of this rank
+    keys: int  # of all ranks
+    seconds: dict[str, float]
+    memory: dict[str, int]
+    sent: dict[str, int]
+    launches: int
+    source: str  # of the card's constants
+
+    @property
+    def total_s(self) -> float:
+        """Of a step: what the card computes, or the host starts, whichever takes longer. Of a ring
+        keys travel meanwhile, a gather comes before."""
+        on_card = sum(s for part, s in self.seconds.items() if part not in ("launches", "wire"))
+        busy, wire = max(on_card, self.seconds["launches"]), self.seconds["wire"]
+        return max(busy, wire) if self.asked.keys_from == "ring" else busy + wire
+
+    @property
+    def total_memory(self) -> int:
+        """Of the card, at the peak, without networks and optimizer."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a card has so much memory."""
+        return self.total_memory <= CARDS[self.asked.card].memory
+
+
+def plan(asked: Asked) -> Plan:
+    """Plan of a step. Raises: ConfigError."""
+    asked.check()
+    return _force(asked) if asked.loss == "force" else _pairs(asked)
+
+
+# ------------------------------------------------------------------ pair losses
+
+
+def _pairs(asked: Asked) -> Plan:
+    spec, cost = SPECS[asked.name], COSTS[asked.name, _kind(asked), asked.keys_from]
+    rows = spec.rows * asked.global_batch // asked.ranks
+    keys, size, dim = rows * asked.ranks, 4 if asked.dtype == "fp32" else 2, asked.dim
+    block = keys if asked.keys_from == "gather" else rows  # keys that are there at a time
+    num_blocks = keys // block
+    chunks = num_blocks * -(-rows // rows_at_a_time(block, size))
+    of_step, of_block, of_chunk = cost.launches
+    launches = of_step + num_blocks * of_block + chunks * of_chunk
+    given = spec.inputs * rows // spec.rows * dim * size
+    sent = wire(spec, rows, dim, asked.ranks, asked.keys_from, size)
+    card, assumed = _rates(asked.card)
+    moved = cost.moved.bytes(rows, keys, dim) + added_bytes(chunks, block, dim)
+    moved += 3 * rows * keys * size  # gradients of scores: written once, read twice
+    seconds = {
+        **_kernel_seconds(asked, rows * keys, card, assumed),
+        "rows": moved / (card.bandwidth * assumed.bandwidth),
+        "wire": _wire_seconds(asked, sum(sent.values())),
+        "launches": launches * assumed.launch_s,
+    }
+    memory = {
+        "inputs and their gradients": 2 * given,
+        "rows and keys": cost.memory.bytes(rows, block, dim),
+        "gathered keys": gathered_bytes(rows, dim, asked.ranks, asked.keys_from, size),
+        "gradients of scores": buffer_bytes(rows, block, size),
+        "sums of the bias": bias_bytes(asked.name, rows, block),
+    }
+    return Plan(asked, rows, keys, seconds, memory, sent, launches, card.source)
+
+
+def _kind(asked: Asked) -> str:
+    return "fp32" if asked.dtype == "fp32" else "half"
+
+
+def _rates(name: str) -> tuple[Card, Assumed]:
+    card = CARDS[name]
+    return card, ASSUMED if card.source == "data sheet" else ASSUMED._replace(
+        products=1.0, bandwidth=1.0
+    )
+
+
+def _kernel_seconds(asked: Asked, scores: int, card: Card, assumed: Assumed) -> dict[str, float]:
+    """Scores forward, their gradients, and the two products of these."""
+    passes = 6 if asked.dtype == "fp32" else 1  # three in TF32, which has half the rate
+    product = 1024 * 2 * asked.dim * passes / card.half
+    sm_s = card.sms * card.clock * assumed.products
+    times = [
+        product + x.cycles if x.blocks < 2 else max(product, x.cycles)
+        for x in KERNELS[asked.name, _kind(asked)]
+    ]
+    forward, gradient = (scores / 1024 * cycles / sm_s for cycles in times)
+    rate = card.fp32 if asked.dtype == "fp32" else card.sms * card.clock * card.half
+    products = 4 * scores * asked.dim / (rate * assumed.products)
+    return {"scores": forward, "gradients of scores": gradient, "products": products}
+
+
+def rows_at_a_time(keys: int, size: int) -> int:
+    """Rows whose gradients of scores are kept at a time, of so many bytes each: `fused` has it."""
+    return min(4096, max(1, 2**29 // (keys * size * 128)) * 128)
+
+
+def added_bytes(chunks: int, keys: int, dim: int) -> int:
+    """Bytes that are moved where the gradients of keys of each chunk of rows are added up."""
+    return chunks * keys * dim * 12  # fp32: read both, write one
+
+
+def buffer_bytes(rows: int, keys: int, size: int) -> int:
+    """Bytes of the gradients of scores of so many rows, whose lines are filled up."""
+    return min(rows, rows_at_a_time(keys, size)) * (-(-keys // 16) * 16) * size
+
+
+def gathered_bytes(rows: int, dim: int, ranks: int, keys_from: KeysFrom, size: int) -> int:
+    """Bytes of the keys of all ranks, which one rank alone has already."""
+    return rows * ranks * dim * size if ranks > 1 and keys_from == "gather" else 0
+
+
+def bias_bytes(name: str, rows: int, keys: int) -> int:
+    """Bytes of the parts of the gradient of a bias: one of each row and tile of keys."""
+    return 4 * rows * -(-keys // 128) if name == "siglip" else 0
+
+
+def wire(
+    spec: Spec, rows: int, dim: int, ranks: int, keys_from: KeysFrom, size: int
+) -> dict[str, int]:
+    """Bytes that a rank sends in a step, forward and backward, where all-gathers, reduce-scatters
+    and all-reduces are rings.
+
+    Args:
+        rows: of each rank. size: bytes of a number of the embeddings.
+    """
+    others = ranks - 1
+    of_keys = rows * (dim * size + 8 * spec.has_tags + 4 * (size == 2))  # and factors of these
+    sums = 2 * others * (16 + 8 * spec.counts) // ranks
+    gradients = rows * dim * 4
+    if keys_from == "gather":
+        forward = others * of_keys + spec.both * 4 * others * rows * 8
+        backward = others * gradients + spec.both * others * rows * 12
+    elif ranks == 1:
+        forward = backward = 0
+    else:
+        forward = others * of_keys + spec.both * ranks * rows * 8
+        backward = others * (of_keys + spec.both * rows * 12) + ranks * gradients
+    return {"forward": forward + sums, "backward": backward}
+
+
+def _wire_seconds(asked: Asked, sent: int) -> float:
+    card, assumed = _rates(asked.card)
+    rate = card.link if asked.ranks <= assumed.machine else card.network
+    return sent / (rate * assumed.wire)
+
+
+# ------------------------------------------------------------------ the force
+
+
+def _force(asked: Asked) -> Plan:
+    """Preset `drift`: as many points of data as generated ones; distances in fp32 by three products
+    in TF32, weighted sums by one, exponentials at the rate of one a temperature."""
+    card, assumed = _rates(asked.card)
+    generated, dim = asked.global_batch // asked.ranks, asked.dim
+    rows, keys = 2 * generated, 2 * asked.global_batch
+    kept = rows * keys * 4 if rows * keys * 4 <= assumed.free * card.memory else 0
+    if asked.keys_from == "ring":
+        kept = 0
+    rounds = 1 if kept else FORCE_ROUNDS
+    half_s = card.sms * card.clock * card.half * assumed.products
+    distances = rounds * 6 * 2 * rows * keys * dim / half_s
+    sums = 2 * 2 * generated * keys * dim / half_s
+    special = (FORCE_ROUNDS - 1) * FORCE_TEMPERATURES * rows * keys
+    moved = (FORCE_ROUNDS - 1) * kept + 12 * (rows + keys) * dim * 4
+    block = keys if asked.keys_from == "gather" else 2 * rows
+    sent = _force_wire(asked, rows)
+    launches = 400 * (1 if asked.keys_from == "gather" else asked.ranks)
+    seconds = {
+        "distances": distances,
+        "weights": special / (16 * card.sms * card.clock),
+        "weighted sums": sums,
+        "rows": moved / (card.bandwidth * assumed.bandwidth),
+        "wire": _wire_seconds(asked, sum(sent.values())),
+        "launches": launches * assumed.launch_s,
+    }
+    memory = {
+        "inputs and their gradients": 3 * generated * dim * 4,
+        "points": 4 * (4 * rows + block) * dim + 16 * FORCE_TEMPERATURES * (rows + block),
+        "distances": kept,
+    }
+    return Plan(asked, rows, keys, seconds, memory, sent, launches, card.source)
+
+
+def _force_wire(asked: Asked, rows: int) -> dict[str, int]:
+    """Points in fp32 with kind and label; two rounds have numbers of each temperature too."""
+    others = asked.ranks - 1
+    rounds = FORCE_ROUNDS if asked.keys_from == "ring" else 1
+    of_points = rounds * (asked.dim * 4 + 16)
+    of_weights = 2 * 4 * (FORCE_TEMPERATURES + 1)
+    return {"forward": others * rows * (of_points + of_weights), "backward": 0}
