@@ -168,7 +168,7 @@ def _rates(name: str) -> tuple[Card, Assumed]:
 
 
 def _kernel_seconds(asked: Asked, scores: int, card: Card, assumed: Assumed) -> dict[str, float]:
-    """Scores forward, their gradients, and the two products of these."""
+    """Scores and their gradients by kernels, and the two products of these."""
     passes = 6 if asked.dtype == "fp32" else 1  # three in TF32, which has half the rate
     product = 1024 * 2 * asked.dim * passes / card.half
     sm_s = card.sms * card.clock * assumed.products
@@ -176,10 +176,10 @@ def _kernel_seconds(asked: Asked, scores: int, card: Card, assumed: Assumed) -> 
         product + x.cycles if x.blocks < 2 else max(product, x.cycles)
         for x in KERNELS[asked.name, _kind(asked)]
     ]
-    forward, gradient = (scores / 1024 * cycles / sm_s for cycles in times)
+    by_kernels = scores / 1024 * sum(times) / sm_s
     rate = card.fp32 if asked.dtype == "fp32" else card.sms * card.clock * card.half
     products = 4 * scores * asked.dim / (rate * assumed.products)
-    return {"scores": forward, "gradients of scores": gradient, "products": products}
+    return {"scores and their gradients": by_kernels, "products": products}
 
 
 def rows_at_a_time(keys: int, size: int) -> int:

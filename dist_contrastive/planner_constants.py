@@ -97,7 +97,7 @@ SPECS: Mapping[str, Spec] = {
 }
 FORCE_TEMPERATURES, FORCE_ROUNDS = 5, 4
 
-KERNELS: Mapping[tuple[str, str], tuple[Kernel, Kernel]] = {
+KERNELS: Mapping[tuple[str, str], tuple[Kernel, ...]] = {
     ("infonce", "half"): (Kernel(72.8, 1), Kernel(151.2, 2)),
     ("infonce", "fp32"): (Kernel(65.6, 1), Kernel(132.1, 1)),
     ("infonce, symmetric", "half"): (Kernel(130.6, 1), Kernel(172.0, 1)),

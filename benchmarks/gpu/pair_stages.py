@@ -101,6 +101,36 @@ def ceilings(bench: Bench) -> None:
 
 # ------------------------------------------------------------------ losses
 
+ACCURACY = (2048, 768)  # rows and dimensions where errors are measured
+FP32 = ("infonce, symmetric", "siglip")  # at full size
+
+
+def compile_kernels(bench: Bench) -> None:
+    """The kernels of the other stages, by as many processes as there are processors: they are kept
+    by Triton, and each stage finds them."""
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    dims = (64,) if bench.small else (768, 512)
+    shapes = [("bf16", dim) for dim in dims] + [("fp32", dims[0])]
+    jobs = [(name, *shape, bench.device) for name in LOSSES for shape in shapes]
+    workers = min(len(jobs), max(1, (os.cpu_count() or 1) - 1), 12)
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        running = {pool.submit(compile_of, *job): job for job in jobs}
+        for done in as_completed(running):
+            name, dtype, dim, _ = running[done]
+            known = {"loss": name, "dtype": dtype, "dim": dim}
+            bench.attempt(f"compile {name}", lambda d=done: {"seconds": d.result()}, 0.0, **known)
+
+
+def compile_of(name: str, dtype: str, dim: int, device: str) -> float:
+    """Seconds of a first small step."""
+    begin = time.perf_counter()
+    stepper(ours(name, device), inputs_of(name, 256, dim, DTYPES[dtype], device))()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
 
 def inputs_of(name: str, rows: int, dim: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     """Inputs whose matrix of scores has so many rows, near each other in pairs; then labels."""
@@ -138,12 +168,12 @@ def low(loss: Loss) -> Loss:
 
 def losses(bench: Bench) -> None:
     """Each loss x dtype x size, and dense code beside it."""
-    rows = 128 if bench.small else 4096
+    rows, dim = (128, 64) if bench.small else ACCURACY
     for name in LOSSES:
         for dtype in ("bf16", "fp32"):
             bench.attempt(
-                *(f"gradient error {name}", lambda n=name, d=dtype: errors(bench, n, rows, d)),
-                **{"loss": name, "dtype": dtype, "rows": rows, "dim": 256},
+                *(f"gradient error {name}", lambda n=name, d=dtype: errors(bench, n, d)),
+                **{"loss": name, "dtype": dtype, "rows": rows, "dim": dim},
             )
     for what in plan(bench.small):
         measure(bench, *what)
@@ -155,16 +185,13 @@ def plan(small: bool) -> Iterator[tuple[str, str, int, int, str]]:
     for name in LOSSES:
         yield name, "bf16", large, dim, "ours"
     for name in LOSSES:
-        for way in ("ours", "dense", "compiled") if name in QUICK else ("ours", "dense"):
+        for way in ("ours", "dense", "compiled") if name in FP32 else ("ours", "dense"):
             yield name, "bf16", middle, dim, way
     yield "infonce, symmetric", "bf16", middle, dim, "open_clip"
-    for name in QUICK:
+    for name in FP32:
         yield from ((name, "fp32", 2 * middle, dim, way) for way in ("ours", "dense"))
     yield "infonce, symmetric", "bf16", large, dim, "dense"
     yield "infonce, symmetric", "bf16", large, dim, "ring"
-
-
-QUICK = ("infonce, symmetric", "siglip")
 
 
 def measure(bench: Bench, name: str, dtype: str, rows: int, dim: int, way: str) -> None:
@@ -209,9 +236,10 @@ def planned_ms(bench: Bench, name: str, dtype: str, rows: int, dim: int) -> floa
     return 1e3 * planner.plan(asked).total_s
 
 
-def errors(bench: Bench, name: str, rows: int, dtype: str) -> dict[str, Any]:
+def errors(bench: Bench, name: str, dtype: str) -> dict[str, Any]:
     """The largest error of a gradient of ours and of dense code, against fp64 on the same rows."""
-    inputs = inputs_of(name, rows, 256, DTYPES[dtype], bench.device)
+    rows, dim = (128, 64) if bench.small else ACCURACY
+    inputs = inputs_of(name, rows, dim, DTYPES[dtype], bench.device)
     exact = stepper(DENSE[name], in_fp64(inputs))()
     ways = {"ours": ours(name, bench.device), "dense": DENSE[name], "open_clip": low(DENSE[name])}
     return {way: relative(stepper(loss, inputs)(), exact) for way, loss in ways.items()}
@@ -234,8 +262,8 @@ def peers(bench: Bench) -> None:
             continue
 
         def error(name: str = name, make: Callable[[str], Loss] = make) -> dict[str, Any]:
-            rows = 128 if bench.small else 4096
-            inputs = unit_rows(inputs_of(name, rows, 256, torch.bfloat16, bench.device))
+            rows, dim = (128, 64) if bench.small else ACCURACY
+            inputs = unit_rows(inputs_of(name, rows, dim, torch.bfloat16, bench.device))
             exact = stepper(DENSE[name], in_fp64(inputs))()
             return {"error": relative(stepper(make(bench.device), inputs)(), exact)}
 

@@ -194,15 +194,15 @@ def constants() -> str:
     """Source of the tables of constants, read again."""
     kernels = [f"{key!r}: {of_loss!r}," for key, of_loss in kernel_table().items()]
     costs = [f"{key!r}: {cost!r}," for key, cost in cost_table().items()]
-    kinds = "Mapping[tuple[str, str], tuple[Kernel, Kernel]]", "Mapping[tuple[str, str, str], Cost]"
+    kinds = "Mapping[tuple[str, str], tuple[Kernel, ...]]", "Mapping[tuple[str, str, str], Cost]"
     parts = [f"KERNELS: {kinds[0]} = {{", *kernels, "}", f"COSTS: {kinds[1]} = {{", *costs, "}", ""]
     return re.sub(r"\b[a-z]\w*=", "", "\n".join(parts))  # without the names of fields
 
 
-def kernel_table() -> dict[tuple[str, str], tuple[Kernel, Kernel]]:
+def kernel_table() -> dict[tuple[str, str], tuple[Kernel, ...]]:
     """Cycles of the epilogues, by loss and kind of dtype."""
     return {
-        (loss, kind): (read_kernel(names[0], kind), read_kernel(names[1], kind))
+        (loss, kind): tuple(read_kernel(name, kind) for name in names)
         for loss, names in KERNELS_OF.items()
         for kind in ("half", "fp32")
     }
