@@ -2,7 +2,8 @@
 
     python benchmarks/gpu/predict.py [--card h100]     # the table of docs/gpu.md
     python benchmarks/gpu/predict.py --constants       # tables of planner_constants.py
-    ... --write                                        # either into its place
+    ... --measured FILE                                # with what run.py has written there
+    ... --write                                        # into its place
 
 Times are those of the planner. Its constants are read here from the machine code of kernels
 compiled for sm_90 (static.py) and from steps without data (fake.py); none was timed on a card.
@@ -10,18 +11,17 @@ compiled for sm_90 (static.py) and from steps without data (fake.py); none was t
 
 import argparse
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from measure import lines
 
 from dist_contrastive import planner, planner_constants
 from dist_contrastive.planner import Asked, plan
 from dist_contrastive.planner_constants import ASSUMED, CARDS, SPECS, Cost, Kernel, Numbers
-
-sys.path.append(str(Path(__file__).parent))
 
 CONSTANTS = Path(planner_constants.__file__)
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--card", default="h100", choices=[*CARDS])
     parser.add_argument("--write", action="store_true", help="into its place")
+    parser.add_argument("--measured", type=Path, help="lines of benchmarks/gpu/run.py")
     parser.add_argument("--constants", action="store_true", help="read them again")
     args = parser.parse_args()
     if args.constants:
@@ -54,7 +55,7 @@ def main() -> None:
             CONSTANTS.write_text(before + source)  # to be formatted
         print(source)
         return
-    table = "\n".join(table_of(args.card)) + "\n"
+    table = "\n".join(table_of(args.card, args.measured)) + "\n"
     if args.write:
         document = TABLE.sub(rf"\g<1>{table}\g<2>", DOCUMENT.read_text())
         DOCUMENT.write_text(document)
@@ -64,95 +65,129 @@ def main() -> None:
 # ------------------------------------------------------------------ the table
 
 
-def table_of(card: str) -> Iterator[str]:
-    """A line for each thing that a card is to show."""
+class Row(NamedTuple):
+    """A line of the table, and which line of a benchmark on a card has the same."""
+
+    what: str
+    limit: str
+    predicted: str
+    line: Mapping[str, Any] = {}
+    shown: str = "ms"
+
+    def cells(self, found: list[dict[str, Any]]) -> str:
+        """Markdown; the last cell is empty where nothing was measured."""
+        return f"| {self.what} | {self.limit} | {self.predicted} | {self.measured(found)} |"
+
+    def measured(self, found: list[dict[str, Any]]) -> str:
+        """Of the last line that has what `line` has."""
+        same = [x for x in found if self.line and self.line.items() <= x.items()]
+        if not same or self.shown not in same[-1]:
+            return str(same[-1].get("error", ""))[:60] if same else ""
+        value, mib = same[-1][self.shown], same[-1].get("mib")
+        if self.shown != "ms":
+            return f"{100 * value:.0f} %"
+        return ms(value / 1e3) + (f", {gib(mib * 2**20)}" if mib else "")
+
+
+def table_of(card: str, file: Path | None = None) -> Iterator[str]:
+    """A line for each thing that a card is to show.
+
+    Args:
+        file: lines that benchmarks/gpu/run.py has written on such a card.
+    """
+    found = [] if file is None else list(lines(file))
     yield f"| on one card ({card}) | to be reached | predicted | measured |"
     yield "| --- | --- | --- | --- |"
-    for what, limit, found in (*pair_rows(card), *force_rows(card), *step_rows(card)):
-        yield f"| {what} | {limit} | {found} | |"
+    for row in (*pair_rows(card), *force_rows(card), *step_rows(card)):
+        yield row.cells(found)
 
 
-def pair_rows(card: str) -> Iterator[tuple[str, str, str]]:
+def line_of(loss: str, rows: int, dim: int, dtype: str = "bf16", way: str = "ours") -> dict:
+    """What the line of a pair loss has."""
+    return {"loss": loss, "rows": rows, "dim": dim, "dtype": dtype, "way": way}
+
+
+def pair_rows(card: str) -> Iterator[Row]:
     """Pair losses."""
     clip = Asked("infonce", 65536, 768, card=card, symmetric=True)
     siglip = replace(clip, loss="siglip", symmetric=False)
     base = plan(clip).total_s
-    for name, asked, limit, products in (
-        ("symmetric InfoNCE", clip, "55 ms (aim 45), 1.5 GiB", 8),
-        ("SigLIP, gradients of scale and bias", siglip, "45 ms (aim 40)", 6),
+    for name, asked, limit, part, products in (
+        ("symmetric InfoNCE", clip, "55 ms (aim 45), 1.5 GiB", "50 %", 8),
+        ("SigLIP, gradients of scale and bias", siglip, "45 ms (aim 40)", "45 %", 6),
     ):
-        found = plan(asked)
-        kind = "50 %" if products == 8 else "45 %"
+        found, line = plan(asked), line_of(asked.name, 65536, 768)
         beyond = found.total_memory - found.memory["inputs and their gradients"]
-        yield f"{name}, bf16, 65,536 x 768", limit, f"{ms(found.total_s)}, {gib(beyond)}"
+        predicted = f"{ms(found.total_s)}, {gib(beyond)}"
+        yield Row(f"{name}, bf16, 65,536 x 768", limit, predicted, line)
         rate = products * 65536**2 * 768 / found.total_s / bf16_rate(card)
-        yield f"its part of the card's bf16 rate ({products} B²D)", kind, f"{100 * rate:.0f} %"
+        name = f"its part of the card's bf16 rate ({products} B²D)"
+        yield Row(name, part, f"{100 * rate:.0f} %", line, "of_bf16_rate")
     for loss in ("ntxent", "dcl", "supcon", "cosine_embedding", "self_diagonal"):
-        samples = 65536 // SPECS[loss].rows
-        found = plan(Asked(loss, samples, 768, card=card))
-        yield (
-            *(f"{loss}, 65,536 rows of scores", "1.3 x symmetric InfoNCE"),
-            f"{ms(found.total_s)}, {found.total_s / base:.2f} x",
-        )
+        time_s = plan(Asked(loss, 65536 // SPECS[loss].rows, 768, card=card)).total_s
+        predicted, line = f"{ms(time_s)}, {time_s / base:.2f} x", line_of(loss, 65536, 768)
+        yield Row(f"{loss}, 65,536 rows of scores", "1.3 x symmetric InfoNCE", predicted, line)
     exact = replace(clip, global_batch=32768, dtype="fp32")
     ours, dense = plan(exact).total_s, dense_s(exact)
-    yield (
-        *("symmetric InfoNCE, fp32, 32,768 x 768", "1.5 x dense fp32 code"),
-        f"{ms(ours)}; dense {ms(dense)}: {dense / ours:.1f} x",
-    )
+    name = "symmetric InfoNCE, fp32, 32,768 x 768"
+    for way, predicted in (
+        ("ours", f"{ms(ours)}, {dense / ours:.1f} times as fast as dense"),
+        ("dense", ms(dense)),
+    ):
+        limit = "1.5 times as fast as dense" if way == "ours" else ""
+        line = line_of(clip.name, 32768, 768, "fp32", way)
+        yield Row(f"{name}, {way}", limit, predicted, line)
     yield from million_rows(card)
 
 
-def million_rows(card: str) -> Iterator[tuple[str, str, str]]:
+def million_rows(card: str) -> Iterator[Row]:
     """Batches whose matrix of scores would be 2 TB."""
     asked = Asked("infonce", 2**20, 512, card=card, symmetric=True)
     large, small = plan(asked), plan(replace(asked, global_batch=2**16))
     slope = torch.tensor(large.total_memory / small.total_memory).log2().item() / 4
-    memory = f"{gib(large.total_memory)}, slope {slope:.2f}"
-    name = "symmetric InfoNCE, bf16, 1,048,576 x 512"
-    yield name, "completes, slope at most 1.05", f"{large.total_s:.1f} s, {memory}"
+    predicted = f"{large.total_s:.1f} s, {gib(large.total_memory)}, slope {slope:.2f}"
+    name, line = "symmetric InfoNCE, bf16, 1,048,576 x 512", line_of(asked.name, 2**20, 512)
+    yield Row(name, "completes, slope at most 1.05", predicted, line)
     for ranks in (64, 1024):
         for keys_from in ("gather", "ring"):
             found = plan(replace(asked, dim=768, ranks=ranks, keys_from=keys_from))
             sent = gib(sum(found.sent.values()))
-            yield (
-                f"the same x 768 over {ranks} ranks, {keys_from} (not on one card)",
-                "linear, stated",
-                f"{ms(found.total_s)}, {gib(found.total_memory)}, sends {sent}",
-            )
+            name = f"the same x 768 over {ranks} ranks, {keys_from} (of several cards)"
+            predicted = f"{ms(found.total_s)}, {gib(found.total_memory)}, sends {sent}"
+            yield Row(name, "linear, stated", predicted)
 
 
-def force_rows(card: str) -> Iterator[tuple[str, str, str]]:
+def force_rows(card: str) -> Iterator[Row]:
     """The force with five temperatures."""
     for points, dim, limit in (
         (32768, 1024, "0.35 s (aim 0.2)"),
         (8192, 256, "10 x the seed's dense code, 5 x KeOps"),
     ):
-        found = plan(Asked("force", points, dim, dtype="fp32", card=card))
-        more = ""
+        time_s = plan(Asked("force", points, dim, dtype="fp32", card=card)).total_s
+        predicted = ms(time_s)
         if points == 8192:
             dense = dense_force_s(points, dim, card)
-            more = f"; dense {ms(dense)}: {dense / found.total_s:.0f} x"
-        yield f"force, M = N = {points:,}, D = {dim:,}", limit, f"{ms(found.total_s)}{more}"
+            predicted += f"; dense {ms(dense)}: {dense / time_s:.0f} x"
+        line = {"loss": "force", "shape": [points, dim], "way": "ours"}
+        yield Row(f"force, M = N = {points:,}, D = {dim:,}", limit, predicted, line)
     one = plan(Asked("force", 64, 1024, dtype="fp32", card=card))
     seconds = sum(s for part, s in one.seconds.items() if part != "launches")
     together = 4000 * seconds + one.seconds["launches"]
     dense = 4000 * 128 * 128 * 4 * 60 / (CARDS[card].bandwidth * ASSUMED.bandwidth)
-    yield (
-        *("force, 4,000 groups of 64 + 64, D = 1,024, batched", "beside dense code"),
-        f"{ms(together)}; dense, batched {ms(together + dense)}",
-    )
+    predicted = f"{ms(together)}; dense, batched {ms(together + dense)}"
+    line = {"loss": "force", "shape": [4000, 64, 1024], "way": "ours"}
+    name = "force, 4,000 groups of 64 + 64, D = 1,024, batched"
+    yield Row(name, "beside dense code", predicted, line)
 
 
-def step_rows(card: str) -> Iterator[tuple[str, str, str]]:
+def step_rows(card: str) -> Iterator[Row]:
     """What holds beside the losses."""
-    yield "host waits of a loss, forward and backward", "0", "0 (counted)"
+    yield Row("host waits of a pair loss, forward and backward", "0", "0 (counted)")
     loss = plan(Asked("ntxent", 256, 128, card=card)).total_s
     step = 512 * VIT_B_FLOP / (VIT_B_RATE * CARDS[card].sms * CARDS[card].clock * CARDS[card].half)
-    yield (
-        *("ViT-B/16 SimCLR step, bf16, 256 samples", "overhead at most 3 %"),
-        f"{ms(step)}, of which the loss {100 * loss / step:.1f} %",
-    )
+    predicted = f"{ms(step)}, of which the loss {100 * loss / step:.1f} %"
+    name = "ViT-B/16 SimCLR step, bf16, 256 samples"
+    yield Row(name, "overhead at most 3 %", predicted, {"name": "ViT-B/16, trainer"})
 
 
 def dense_s(asked: Asked) -> float:
