@@ -18,6 +18,10 @@ from dist_contrastive.planner_constants import (
     ASSUMED,
     CARDS,
     COSTS,
+    FORCE_CYCLES,
+    FORCE_LAUNCHES,
+    FORCE_NUMBERS,
+    FORCE_PANEL,
     FORCE_ROUNDS,
     FORCE_TEMPERATURES,
     KERNELS,
@@ -241,43 +245,64 @@ def _wire_seconds(asked: Asked, sent: int) -> float:
 
 
 def _force(asked: Asked) -> Plan:
-    """Preset `drift`: as many points of data as generated ones; distances in fp32 by three products
-    in TF32, weighted sums by one, exponentials at the rate of one a temperature."""
+    """Preset `drift`: as many points of data as generated ones. Distances in fp32 by three products
+    in TF32, kept where memory allows; one exponential a temperature; weighted sums in fp32."""
     card, assumed = _rates(asked.card)
-    generated, dim = asked.global_batch // asked.ranks, asked.dim
+    generated, dim, ranks = asked.global_batch // asked.ranks, asked.dim, asked.ranks
     rows, keys = 2 * generated, 2 * asked.global_batch
-    kept = rows * keys * 4 if rows * keys * 4 <= assumed.free * card.memory else 0
-    if asked.keys_from == "ring":
-        kept = 0
+    is_ring = asked.keys_from == "ring"
+    block = rows if is_ring else keys
+    kept = 0 if is_ring else 4 * rows * keys
+    kept = kept if kept <= assumed.kept * card.memory else 0
     rounds = 1 if kept else FORCE_ROUNDS
-    half_s = card.sms * card.clock * card.half * assumed.products
-    distances = rounds * 6 * 2 * rows * keys * dim / half_s
-    sums = 2 * 2 * generated * keys * dim / half_s
-    special = (FORCE_ROUNDS - 1) * FORCE_TEMPERATURES * rows * keys
-    moved = (FORCE_ROUNDS - 1) * kept + 12 * (rows + keys) * dim * 4
-    block = keys if asked.keys_from == "gather" else 2 * rows
-    sent = _force_wire(asked, rows)
-    launches = 400 * (1 if asked.keys_from == "gather" else asked.ranks)
+    at_a_time = min(rows, max(1, FORCE_PANEL // (4 * block * 128)) * 128)
+    sm_s, scores = card.sms * card.clock, rows * keys / 1024
+    product = 1024 * 12 * dim / (card.half * assumed.products)
+    of_all, of_generated = FORCE_CYCLES.passes, FORCE_CYCLES.weights / 2
+    sent, panels = _force_wire(asked, rows), -(-rows // at_a_time) * keys // block
+    launches = _force_launches(ranks, is_ring, panels, kept > 0)
+    # A panel is written, read for close pairs, by three kernels, and of generated points by one,
+    # whose weights are written twice and read.
+    moved = 4 * rows * keys * (2 * rounds + 3.5 + 1.5) + FORCE_NUMBERS.bytes(rows, keys, dim)
     seconds = {
-        "distances": distances,
-        "weights": special / (16 * card.sms * card.clock),
-        "weighted sums": sums,
-        "rows": moved / (card.bandwidth * assumed.bandwidth),
+        "distances": rounds * scores * (product + FORCE_CYCLES.distances) / sm_s,
+        "weights": scores * (of_all + of_generated) / sm_s,
+        "weighted sums": 2 * generated * keys * dim / (card.fp32 * assumed.products),
+        "panels": moved / (card.bandwidth * assumed.bandwidth),
         "wire": _wire_seconds(asked, sum(sent.values())),
         "launches": launches * assumed.launch_s,
     }
     memory = {
         "inputs and their gradients": 3 * generated * dim * 4,
-        "points": 4 * (4 * rows + block) * dim + 16 * FORCE_TEMPERATURES * (rows + block),
-        "distances": kept,
+        "points": rows * (20 * dim + 42),
+        "keys of others": keys_of_others(rows, dim, ranks, is_ring),
+        "distances": kept or 4 * at_a_time * block,
+        "weights": 8 * min(at_a_time, generated) * block,
     }
     return Plan(asked, rows, keys, seconds, memory, sent, launches, card.source)
 
 
+def _force_launches(ranks: int, is_ring: bool, panels: int, is_kept: bool) -> int:
+    has = FORCE_LAUNCHES
+    of_panels = panels * (has.kept_panel if is_kept else has.panel)
+    if ranks == 1:
+        return has.step + of_panels
+    return of_panels + (has.ring + ranks * has.block if is_ring else has.step + has.gather)
+
+
+def keys_of_others(rows: int, dim: int, ranks: int, is_ring: bool) -> int:
+    """Bytes of keys, as they came and sorted; of a ring those that are there, and come."""
+    if ranks == 1:
+        return 0
+    return 7 * rows * dim if is_ring else 8 * rows * ranks * dim
+
+
 def _force_wire(asked: Asked, rows: int) -> dict[str, int]:
-    """Points in fp32 with kind and label; two rounds have numbers of each temperature too."""
+    """Points in fp32 with kind and label; numbers of each temperature in two rounds; and some 256
+    points, whose mean is the origin."""
     others = asked.ranks - 1
     rounds = FORCE_ROUNDS if asked.keys_from == "ring" else 1
     of_points = rounds * (asked.dim * 4 + 16)
     of_weights = 2 * 4 * (FORCE_TEMPERATURES + 1)
-    return {"forward": others * rows * (of_points + of_weights), "backward": 0}
+    center = others * -(-256 // asked.ranks) * asked.dim * 4
+    return {"forward": others * rows * (of_points + of_weights) + center, "backward": 0}

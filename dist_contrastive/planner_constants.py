@@ -39,7 +39,7 @@ class Assumed(NamedTuple):
     wire: float = 0.8
     launch_s: float = 5e-6  # of the host, for a kernel or an operator
     machine: int = 8  # cards that a machine has
-    free: float = 0.5  # part of the memory in which the force keeps distances
+    kept: float = 1 / 3  # part of the memory in which the force keeps distances
 
 
 ASSUMED = Assumed()
@@ -95,7 +95,33 @@ SPECS: Mapping[str, Spec] = {
     "supcon": Spec(inputs=1, has_tags=True, counts=1),
     "cosine_embedding": Spec(inputs=1, has_tags=True),
 }
+
+
+class ForceKernels(NamedTuple):
+    """Cycles of an SM for 1,024 distances, as the machine code for sm_90 has them at five
+    temperatures: estimates, since its loops are not told apart."""
+
+    distances: float  # after their product
+    passes: float  # mean distance, softmaxes, sums of weights
+    weights: float  # of generated points
+
+
+class ForceLaunches(NamedTuple):
+    """Kernels and operators of a step of the force."""
+
+    step: int = 187
+    panel: int = 11  # of four passes over it
+    kept_panel: int = 6  # whose distances are kept
+    gather: int = 26  # more where there are other ranks
+    ring: int = 144  # in the place of a step's
+    block: int = 75  # of the keys of a rank
+
+
 FORCE_TEMPERATURES, FORCE_ROUNDS = 5, 4
+FORCE_PANEL = 2**30  # bytes of distances that are computed at a time
+FORCE_CYCLES = ForceKernels(distances=560, passes=2600, weights=670)
+FORCE_NUMBERS = Numbers(of_rows=128, of_keys=8, row=0, key=0)
+FORCE_LAUNCHES = ForceLaunches()
 
 KERNELS: Mapping[tuple[str, str], tuple[Kernel, ...]] = {
     ("infonce", "half"): (Kernel(72.8, 1), Kernel(151.2, 2)),

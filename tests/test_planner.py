@@ -4,6 +4,7 @@ benchmark for a card, which is not here, runs."""
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,29 @@ def check(name: str, rows: int, dim: int, ranks: int, dtype: str, keys_from: str
     launches = found.launches + len(found.kernels)
     assert planned.launches == pytest.approx(launches, rel=0.05), READ_AGAIN
     assert sum(planned.sent.values()) == pytest.approx(found.sent.total(), rel=0, abs=2)
+
+
+HAS_FORCE = find_spec("dist_contrastive.losses.force.panels") is not None
+
+
+@pytest.mark.skipif(not HAS_FORCE, reason="the force has no kernels")
+@pytest.mark.parametrize(
+    ("points", "dim", "ranks", "keys_from"),
+    [
+        *((32768, 1024, 1, "gather"), (2048, 256, 1, "gather")),
+        *((8192, 512, 8, "gather"), (8192, 512, 8, "ring")),
+    ],
+)
+def test_formulas_of_the_force(points, dim, ranks, keys_from):
+    """Distances are kept, as the planner has it, unless they come in a ring."""
+    planned = planner.plan(Asked("force", points * ranks, dim, ranks, keys_from=keys_from))
+    is_ring = keys_from == "ring"
+    found = fake.force_counted(points, dim, ranks, keys_from, 0.0 if is_ring else 2.0**15)
+    beyond = planned.total_memory - planned.memory["inputs and their gradients"]
+    assert beyond == pytest.approx(found.peak, rel=0.03)
+    launches = found.launches + len(found.kernels)
+    assert planned.launches == pytest.approx(launches, rel=0.1)
+    assert sum(planned.sent.values()) == pytest.approx(found.sent.total(), rel=1e-4)
 
 
 def test_a_ring_does_not_grow_with_its_ranks_and_a_gather_does():

@@ -10,7 +10,7 @@ they would be started; a number that the host reads is an error.
 import argparse
 import collections
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import counts
@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from dist_contrastive import losses
 from dist_contrastive.losses import PairLoss
-from dist_contrastive.pairwise import fused, kernel_calls
+from dist_contrastive.pairwise import fused as pair_kernels
+from dist_contrastive.pairwise import kernel_calls
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -118,7 +119,7 @@ def without_card(kernels: list[str]) -> Iterator[None]:
         return a.new_empty(len(a), b.shape[1], dtype=torch.float32)
 
     with (
-        replaced(fused, launch=launch, _product=product),
+        replaced(pair_kernels, launch=launch, _product=product),
         replaced(kernel_calls, _no_place=lambda device: None),
     ):
         yield
@@ -164,6 +165,36 @@ def counted(
             inputs.append(torch.empty(rows, dtype=torch.int64))
         with found:
             loss(*inputs, sizes=(rows,) * ranks).backward()
+    return found
+
+
+def force_counted(
+    points: int, dim: int, ranks: int = 1, keys_from: str = "gather", cache_mb: float = 0.0
+) -> Traffic:
+    """Forward and backward of the force, preset `drift`.
+
+    Args:
+        points: generated ones of each rank, to which as many of data come.
+    """
+    from dist_contrastive.losses.force import fused, panels, segments, softmaxes
+
+    found = Traffic()
+
+    def launch(name: str, *_: Any, **__: Any) -> None:
+        found.kernels.append(name)
+
+    with ExitStack() as stack:
+        stack.enter_context(fake_ranks(ranks))
+        for module in (fused, panels, segments, softmaxes):
+            stack.enter_context(replaced(module, launch=launch))
+        stack.enter_context(replaced(kernel_calls, _no_place=lambda device: None))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        how: dict[str, Any] = {"impl": "triton", "keys_from": keys_from, "cache_mb": cache_mb}
+        loss = losses.ContrastiveForce(preset="drift", **how)
+        negative, positive = (torch.empty(points, dim) for _ in range(2))
+        with found:
+            counts_of_ranks = [(points, 0, points)] * ranks
+            loss(negative.requires_grad_(), positive, counts=counts_of_ranks).backward()
     return found
 
 

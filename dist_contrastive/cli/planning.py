@@ -59,7 +59,8 @@ def plan(
 def headline(found: Plan) -> str:
     """What is planned."""
     asked = found.asked
-    shape = f"{asked.global_batch:,} x {asked.dim} in {asked.dtype}"
+    dtype = "fp32" if asked.loss == "force" else asked.dtype
+    shape = f"{asked.global_batch:,} x {asked.dim} in {dtype}"
     ranks = f" over {asked.ranks:,} ranks by {asked.keys_from}" if asked.ranks > 1 else ""
     return f"{asked.name}, {shape}{ranks}, on {asked.card} ({found.source})"
 
