@@ -12,6 +12,7 @@ import torch
 from conftest import CONFIGS, refused, run
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "gpu"))
+import draw
 import fake
 import predict
 import tables
@@ -240,6 +241,17 @@ def test_the_benchmark_says_that_there_is_no_card(tmp_path):
 
 def test_its_stages_take_less_than_nine_minutes():
     assert sum(stage.limit_s for stage in STAGES.values()) < 9 * 60
+
+
+def test_a_picture_has_the_ways_side_by_side(tmp_path):
+    known = {"loss": "dcl", "dtype": "bf16", "rows": 8, "dim": 4}
+    found = [{**known, "way": "ours", "ms": 1.5}, {**known, "way": "dense", "ms": 3.0}]
+    file = tmp_path / "gpu.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in [*found, {"name": "copy", "ms": 1}]))
+    assert draw.grouped(list(lines(file))) == {"dcl, bf16, 8 x 4": {"ours": 1.5, "dense": 3.0}}
+    assert draw.draw(file).stat().st_size > 5000
+    file.write_text("")
+    assert draw.draw(file) is None
 
 
 def test_tables_have_every_kind_of_line():

@@ -205,6 +205,7 @@ def step(bench: Bench) -> None:
         for name in ("bare, without a loss", "bare"):
             bench.attempt(f"ViT-B/16, {name}", lambda n=name: _bare(bench, file, n == "bare"), 10.0)
         bench.attempt("ViT-B/16, trainer", lambda: _trained(file, Path(folder) / "run"), 15.0)
+        bench.attempt("ViT-B/16, waits", lambda: _waits_of_trainer(bench, file), 10.0)
 
 
 def _bare(bench: Bench, file: Path, with_loss: bool) -> dict[str, Any]:
@@ -230,6 +231,17 @@ def _bare(bench: Bench, file: Path, with_loss: bool) -> dict[str, Any]:
         optimizer.step()
 
     return bench.timed(one, 3.0, 8)
+
+
+def _waits_of_trainer(bench: Bench, file: Path) -> dict[str, Any]:
+    """Lines of a few steps of `train` that wait, of which the last is logged and saved."""
+    from dist_contrastive import config as configs
+    from dist_contrastive import trainer
+
+    steps = 4 if bench.small else 8
+    changed = [f"run_dir={file.parent}/waits", f"train.steps={steps}", f"train.log_every={steps}"]
+    config = configs.load(file, changed)
+    return {"steps": steps, "lines": _lines_that_wait(bench, lambda: trainer.train(config))}
 
 
 def _trained(file: Path, run_dir: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 
 Each stage is a process of its own with a time limit. What it measures is a line of
 OUT/gpu-CARD-DATE.jsonl at once, so that nothing is lost with a stage that fails or is stopped; at
-the end OUT/gpu-CARD-DATE.md has the tables. Errors are lines too, and the rest goes on.
+the end there are tables and a picture beside it. Errors are lines too, and the rest goes on.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from draw import draw
 from measure import Bench
 from tables import write_tables
 
@@ -69,7 +70,10 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"gpu-{card_name(args.device)}-{time.strftime('%Y-%m-%d')}.jsonl"
     ended = [in_own_process(name, file, args) for name in args.stages]
-    print(f"{file}\n{write_tables(file)}")
+    written = [file, write_tables(file)]
+    with contextlib.suppress(ImportError):  # of matplotlib, which a machine with a card may lack
+        written.append(draw(file))
+    print(*filter(None, written), sep="\n")
     return 0 if all(ended) else 1
 
 

@@ -95,6 +95,9 @@ def _errors(found: list[Line]) -> list[str]:
 def _waits(found: list[Line]) -> list[str]:
     rows: list[list[object]] = []
     for x in found:
+        if "steps" in x and "lines" in x:
+            waits = "; ".join(f"{key} {n}" for key, n in x["lines"].items())
+            rows.append([x["name"], None, None, None, f"{x['steps']} steps: {waits}"])
         if "busy_ms" in x:
             waits = "; ".join(f"{key} {n}" for key, n in {**x["counts"], **x["lines"]}.items())
             rows.append(
