@@ -93,7 +93,7 @@ def check(
     reduction: pairwise.Reduction, pairs: Pairs, chunk_size: int | None = None, rtol: float = 1e-5
 ) -> None:
     """By kernels equals dense code in fp64 on the same numbers, up to rounding of fp32."""
-    double = replace(pairs, rows=pairs.rows.double(), keys=pairs.keys.double(), multiples_of=None)
+    double = replace(pairs, rows=pairs.rows.double(), keys=pairs.keys.double())
     expected = results(reduction, double, "dense")
     found = results(reduction, pairs, "triton", chunk_size)
     for x, exact in zip(found, expected, strict=True):
@@ -194,17 +194,15 @@ def check_half(reduction: pairwise.Reduction, dtype: torch.dtype, scale: float) 
     """Rows in half precision, normalised by factors, against fp64 on the same numbers."""
     torch.manual_seed(0)
     raw = [(torch.randn(n, 24) * torch.rand(n, 1).exp()).to(dtype) for n in (37, 45)]
-    rows, keys = (torch.nn.functional.normalize(x.float(), dim=1) for x in raw)
-    tags = torch.randint(0, 4, (45,))
-    pairs = make_pairs(scale * rows, keys, tags=tags, multiples_of=tuple(raw))
-    double = replace(pairs, rows=pairs.rows.double(), keys=pairs.keys.double(), multiples_of=None)
+    pairs = make_pairs(*raw, tags=torch.randint(0, 4, (45,)), scale=scale)
+    double = replace(pairs, rows=pairs.rows.double(), keys=pairs.keys.double())
     expected = results(reduction, double, "dense")
     found = results(reduction, pairs, "triton", 16)
     for x, exact in zip(found[:-2], expected[:-2], strict=True):
         torch.testing.assert_close(x.double(), exact, rtol=2e-6, atol=2e-6 * scale)
     for x, exact in zip(found[-2:], expected[-2:], strict=True):
-        # Of every number of the sum one rounding, and these fall to all sides.
-        assert (x.double() - exact).norm() < torch.finfo(dtype).eps / 2 * exact.norm()
+        # Of every number of the sum one rounding, these fall to all sides, and one of the sum.
+        assert (x.double() - exact).norm() < torch.finfo(dtype).eps * exact.norm()
 
 
 FP16 = pytest.param(torch.float16, marks=pytest.mark.slow)
@@ -358,21 +356,20 @@ def recorded(monkeypatch) -> Launches:
     """Names and grids of the kernels that would be started."""
     started: Launches = []
 
-    def record(name: str, grid: tuple[int, ...], *_: Any, **__: Any) -> None:
+    def record(name: str, grid: tuple[int, ...], *_: Any) -> None:
         started.append((name, grid))
 
-    def product(a: Tensor, b: Tensor) -> Tensor:  # as on CUDA, which has it in one kernel
+    def product(total: Tensor, a: Tensor, b: Tensor) -> None:  # as on CUDA, where it is one kernel
         started.append(("product", ()))
-        return a.new_empty(len(a), b.shape[1], dtype=torch.float32)
 
-    monkeypatch.setattr(fused, "launch", record)
-    monkeypatch.setattr(fused, "_product", product)
+    monkeypatch.setattr(kernel_calls, "start", record)
+    monkeypatch.setattr(fused, "_add_product", product)
     monkeypatch.setattr(kernel_calls, "_no_place", lambda device: None)
     return started
 
 
 ROWS, DIM = 65536, 768
-LAUNCHES, MEMORY = 300, 2.5 * 2**30  # at the most; it is to be 200 and 1.5 GiB
+LAUNCHES, MEMORY = 200, 1.5 * 2**30  # at the most
 
 
 def counted(name: str, **options: Any) -> counts.Counts:

@@ -11,12 +11,12 @@ measured on a card. Of sm_100 loops are not told apart, and its cycles are left 
 """
 
 import argparse
+import collections
 import dataclasses
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,11 @@ from triton.compiler import ASTSource
 from dist_contrastive.pairwise import kernels
 from dist_contrastive.pairwise.kernel_calls import TileShape, kernel_of, tile_of
 
+LOG2E = 1.4426950408889634
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORES = {"HMMA", "HGMMA", "QMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "OMMA"}
 _LABEL = re.compile(r"^(\.L_\w+):")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 
 
 class Card(NamedTuple):
@@ -50,12 +51,10 @@ CARDS = {
 }
 
 
-class Part(NamedTuple):
-    """Instructions of a warp at one depth of loops, once through."""
+class Way(NamedTuple):
+    """Instructions of a warp on the shortest way through some code."""
 
-    depth: int
     instructions: int
-    tensor: int
     special: int
 
 
@@ -69,22 +68,13 @@ class Report(NamedTuple):
     blocks: int
     ptx: str
     ttir: str
-    parts: list[Part]
+    tensor: int
+    way: Way
 
-    @property
-    def tensor(self) -> int:
-        """Instructions of tensor cores."""
-        return sum(part.tensor for part in self.parts)
-
-    def epilogue(self, steps: int) -> float:
-        """Cycles of an SM for what follows the product of a tile, of so many steps."""
-        product = max(self.parts, key=lambda part: part.tensor).depth
-        rest = [part for part in self.parts if part.depth < product]
-        # Tiles of a loop over keys stand at depth 1; what runs once a program counts little.
-        runs = [part for part in rest if part.depth == product - 1]
-        issue = sum(part.instructions for part in runs) * self.threads / 32 / 4
-        special = sum(part.special for part in runs) * self.threads / 16
-        return max(issue, special)
+    def epilogue(self) -> float:
+        """Cycles of an SM for what is not the product of a tile."""
+        issue = self.way.instructions * self.threads / 32 / 4
+        return max(issue, self.way.special * self.threads / 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +102,7 @@ class Variant:
         types = dict.fromkeys(("X", "Y", "G"), f"*{operand}")
         types |= dict.fromkeys(("ROW_IDS", "KEY_IDS"), ids)
         types |= dict.fromkeys(("REPEAT", "FAR"), "*i32")
-        types |= dict.fromkeys(("M", "N", "own", "stride"), "i32")
+        types |= dict.fromkeys(("M", "N", "own", "shift", "count", "first", "stride"), "i32")
         types["parameter"] = "fp32"
         kernel = kernel_of(self.name)
         return {name: types.get(name, "*fp32") for name in kernel.arg_names}
@@ -120,14 +110,16 @@ class Variant:
 
 def _lse(name: str, leave_out: str = "nothing", **more: Any) -> Variant:
     flags = {"BOTH": False, "WITH_POSITIVES": False, **more}
-    flags |= {} if name == "lse" else {"SHARED": True} | more
+    flags |= {} if name == "lse" else {"SHARED": True, "HAS_PARTNERS": False} | more
     with_ids = leave_out == "similar" or flags["WITH_POSITIVES"]
     return Variant(name, {"LEAVE_OUT": leave_out, **flags}, with_ids)
 
 
-def _pair(name: str, expression: str, ids: bool) -> Variant:
-    flags = {"HAS_IDS": ids, "HAS_BIAS": not ids}
-    return Variant(name, {"EXPRESSION": getattr(kernels, expression), **flags}, ids)
+def _pair(expression: str, values: bool, gradient: bool) -> Variant:
+    ids = expression == "cosine_embedding"
+    flags = {"HAS_IDS": ids, "HAS_BIAS": not ids, "UNIT": 1.0 if ids else -LOG2E}
+    flags |= {"WITH_VALUES": values, "WITH_GRADIENT": gradient}
+    return Variant("pair", {"EXPRESSION": getattr(kernels, expression), **flags}, ids)
 
 
 VARIANTS = {
@@ -137,16 +129,17 @@ VARIANTS = {
     "DCL": _lse("lse", "similar"),
     "SupCon": _lse("lse", "own", WITH_POSITIVES=True),
     "any range": Variant("running_lse", {"LEAVE_OUT": "nothing"}),
-    "SigLIP": _pair("pair_sum", "softplus", False),
-    "cosine embedding": _pair("pair_sum", "cosine_embedding", True),
-    "InfoNCE, symmetric, gradient": _lse("lse_gradient", BOTH=True),
-    "any range, gradient": _lse("lse_gradient", BOTH=True, SHARED=False),
-    "InfoNCE, gradient": _lse("lse_gradient"),
-    "NT-Xent, gradient": _lse("lse_gradient", "own"),
+    "SigLIP": _pair("softplus", True, False),
+    "cosine embedding": _pair("cosine_embedding", True, False),
+    "InfoNCE, symmetric, gradient": _lse("lse_gradient", BOTH=True, HAS_PARTNERS=True),
+    "any range, gradient": _lse("lse_gradient", BOTH=True, SHARED=False, HAS_PARTNERS=True),
+    "InfoNCE, gradient": _lse("lse_gradient", HAS_PARTNERS=True),
+    "NT-Xent, gradient": _lse("lse_gradient", "own", HAS_PARTNERS=True),
     "DCL, gradient": _lse("lse_gradient", "similar"),
     "SupCon, gradient": _lse("lse_gradient", "own", WITH_POSITIVES=True),
-    "SigLIP, gradient": _pair("pair_gradient", "softplus", False),
-    "cosine embedding, gradient": _pair("pair_gradient", "cosine_embedding", True),
+    "SigLIP, value and gradient": _pair("softplus", True, True),
+    "SigLIP, gradient": _pair("softplus", False, True),
+    "cosine embedding, value and gradient": _pair("cosine_embedding", True, True),
 }
 """The kernel of each loss."""
 
@@ -167,7 +160,7 @@ def compiled(
     constants = {**variant.constants, "D": dim, "BM": tile.rows, "BN": tile.keys, "BK": tile.dims}
     constants["HAS_FACTORS"] = dtype != "fp32" if factors is None else factors
     constants["PRECISION"] = precision or ("tf32x3" if dtype == "fp32" else "ieee")
-    constants |= {"GROUP": 8} if "gradient" in variant.name else {}
+    constants |= {"PARTS": tile.parts} if "PARTS" in kernel.arg_names else {}
     names, types = kernel.arg_names, variant.signature(dtype)
     types |= dict.fromkeys(constants, "constexpr")
     aligned = [name for name in names if types[name].startswith("*") or name == "stride"]
@@ -203,32 +196,75 @@ def _report(built: Any, card: int) -> Report:
         sm.shared // (shared + 1024),
     )
     texts = built.asm["ptx"], built.asm["ttir"]
-    return Report(registers, spilled, shared, threads, blocks, *texts, _parts(code.stdout))
+    return Report(registers, spilled, shared, threads, blocks, *texts, *_read(code.stdout))
 
 
-def _parts(code: str) -> list[Part]:
-    """Instructions by depth of loops, which are the jumps back."""
-    labels: dict[str, int] = {}
-    lines: list[tuple[str, str]] = []
-    for line in code.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(lines)
-        elif instruction := _INSTRUCTION.match(line):
-            lines.append((instruction[1].split(".")[0], instruction[2]))
-    loops = list(_loops(lines, labels))
-    depths = [sum(first <= at <= last for first, last in loops) for at in range(len(lines))]
-    return [
-        Part(depth, len(ops), sum(op in TENSOR_CORES for op in ops), ops.count("MUFU"))
-        for depth in range(max(depths, default=0) + 1)
-        for ops in [[op for (op, _), at in zip(lines, depths, strict=True) if at == depth]]
-    ]
+class _Code:
+    """Instructions, and where each can go on."""
+
+    def __init__(self, text: str) -> None:
+        labels: dict[str, int] = {}
+        lines: list[tuple[str, str, str]] = []
+        for line in text.splitlines():
+            if label := _LABEL.match(line):
+                labels[label[1]] = len(lines)
+            elif found := _INSTRUCTION.match(line):
+                lines.append((found[1] or "", found[2].split(".")[0], found[3]))
+        self.ops = [op for _, op, _ in lines]
+        self._next = [self._after(at, *line, labels) for at, line in enumerate(lines)]
+
+    def _after(
+        self, at: int, predicate: str, op: str, rest: str, labels: dict[str, int]
+    ) -> set[int]:
+        label = re.search(r"\.L_\w+", rest) if op == "BRA" else None
+        after = {labels[label[0]]} if label and label[0] in labels else set()
+        is_certain = op in ("BRA", "EXIT") and not predicate and not re.match(r"\s*!?U?P\d", rest)
+        return after if is_certain else after | {at + 1}
+
+    def loops(self) -> list[range]:
+        """Loops, which are the jumps back; the one at the end of all code is none."""
+        back = [(to, at) for at, after in enumerate(self._next) for to in after if to < at - 2]
+        return [range(first, last + 1) for first, last in back]
+
+    def path(self, start: int, ends: set[int]) -> Way:
+        """The shortest way from an instruction to one of the ends: that of a tile inside of the
+        matrix without own pairs, for which nothing is masked."""
+        before, queue = {start: start}, collections.deque([start])
+        while queue:
+            at = queue.popleft()
+            if at in ends:
+                break
+            for to in sorted(self._next[at] - before.keys()):
+                if to < len(self.ops):
+                    before[to] = at
+                    queue.append(to)
+        else:
+            raise ValueError("no way leads there")
+        found = [at]
+        while found[-1] != start:
+            found.append(before[found[-1]])
+        return Way(len(found), sum(self.ops[i] == "MUFU" for i in found))
 
 
-def _loops(lines: list[tuple[str, str]], labels: dict[str, int]) -> Iterator[tuple[int, int]]:
-    for last, (op, target) in enumerate(lines):
-        label = re.search(r"\.L_\w+", target)
-        if op == "BRA" and label and labels.get(label[0], last) < last - 2:  # 0: the end of code
-            yield labels[label[0]], last
+def _read(text: str) -> tuple[int, Way]:
+    """Instructions of tensor cores, and the way around the loop of the product."""
+    code = _Code(text)
+    tensor = [i for i, op in enumerate(code.ops) if op in TENSOR_CORES]
+    loops = code.loops()
+    # The smallest of the loops that hold the most of the products.
+    product = max(
+        loops, key=lambda loop: (sum(i in loop for i in tensor), -len(loop)), default=None
+    )
+    if product is None or not tensor:
+        return len(tensor), Way(0, 0)
+    around = [loop for loop in loops if set(product) < set(loop)]
+    if around:  # a loop over keys, of which a tile is one turn
+        outer = min(around, key=len)
+        first, ends = outer.start, {outer.stop - 1}
+    else:
+        first, ends = 0, {i for i, op in enumerate(code.ops) if op == "EXIT"}
+    ways = code.path(first, {product.start}), code.path(product.stop, ends)
+    return len(tensor), Way(*map(sum, zip(*ways, strict=True)))
 
 
 def main() -> None:
@@ -260,7 +296,7 @@ def line(
         return f"{name:30} {card:4} {dtype:5} {text:>17} {type(error).__name__}"
     operations = 2 * tile.rows * tile.keys * dim
     product = operations / CARDS[card].bf16 * (6 if dtype == "fp32" else 1)  # three of tf32
-    cycles = f"{product:7.0f} {found.epilogue(-(-dim // tile.dims)):5.0f}" if card < 100 else ""
+    cycles = f"{product:7.0f} {found.epilogue():5.0f}" if card < 100 else ""
     return (
         f"{name:30} {card:4} {dtype:5} {text:>17} {found.registers:4} {found.spilled:5} "
         f"{found.shared >> 10:5}K {found.blocks:6} {found.tensor:4} {cycles}"

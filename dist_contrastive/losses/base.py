@@ -140,17 +140,19 @@ class PairLoss(nn.Module):
         tags: Tensor | None = None,
         max_delta: float = 0.0,
         bias: Tensor | None = None,
-        multiples_of: tuple[Tensor, Tensor] | None = None,
+        scale: Tensor | float | None = None,
     ) -> Pairs:
         """This rank's rows against the keys that `keys_from` names; see `pairwise.Pairs`."""
         if self.keys_from == "local":
             sizes = (len(keys),)
         how = self.keys_from, tags, max_delta, self.group
-        return Pairs(rows, keys, sizes, *how, bias, multiples_of)
+        return Pairs(rows, keys, sizes, *how, bias, scale)
 
-    def reduce(self, reduction: Reduction, pairs: Pairs) -> tuple[tuple[Tensor, ...], ...]:
+    def reduce(
+        self, reduction: Reduction, pairs: Pairs, partners: int | None = None
+    ) -> tuple[tuple[Tensor, ...], ...]:
         """`pairwise.reduce` in the way that the options ask for."""
-        return pairwise.reduce(reduction, pairs, self.impl, self.chunk_size)
+        return pairwise.reduce(reduction, pairs, self.impl, self.chunk_size, partners)
 
     def over_ranks(self, x: Tensor) -> Tensor:
         """Sum of a statistic over the ranks that are compared with each other, differentiable."""

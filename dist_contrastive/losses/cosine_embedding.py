@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_contrastive.collectives import Sizes
-from dist_contrastive.losses.base import normalised, not_below_zero
+from dist_contrastive.losses.base import not_below_zero
 from dist_contrastive.losses.supcon import LabelledLoss
 from dist_contrastive.pairwise import PairSum, Tile
 
@@ -51,11 +51,10 @@ class CosineEmbedding(LabelledLoss):
             sizes: b of every rank, of inputs that have been checked.
         """
         features, tags, sizes = self.points(features, labels, sizes)
-        (z,) = normalised(features)
-        max_delta, raw = self.settings.max_delta or 0.0, (features, features)
-        pairs = self.pairs(z, z, sizes, tags, max_delta, multiples_of=raw)
+        max_delta = self.settings.max_delta or 0.0
+        pairs = self.pairs(features, features, sizes, tags, max_delta, scale=1.0)
         (row_sum,), _ = self.reduce(_Embedding(self.settings.margin), pairs)
-        return self.mean(not_below_zero(row_sum).sum(), len(z) * (pairs.num_keys - 1))
+        return self.mean(not_below_zero(row_sum).sum(), len(features) * (pairs.num_keys - 1))
 
 
 @dataclass(frozen=True)

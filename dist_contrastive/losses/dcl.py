@@ -1,5 +1,6 @@
 """Decoupled contrastive loss over the global batch (Yeh et al., arXiv 2110.06848, equation 6)."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.ntxent import NTXent
-from dist_contrastive.pairwise import LogSumExp
+from dist_contrastive.pairwise import LogSumExp, Pairs
 
 
 class DCL(NTXent):
@@ -26,6 +27,7 @@ class DCL(NTXent):
     Collectives are those of `NTXent`.
     """
 
+    reduction = LogSumExp(leave_out="similar")
     is_cross_entropy = False
 
     class Config(NTXent.Config):
@@ -36,11 +38,8 @@ class DCL(NTXent):
 
     settings: Config
 
-    def log_denominator(self, scaled: Tensor, z: Tensor, views: Tensor, sizes: Sizes) -> Tensor:
-        """Log-sum-exp over the views of other samples: [2 * b]."""
+    def compared(self, views: Tensor, sizes: Sizes) -> Pairs:
+        """All pairs of views [2 * b, D]; those of one sample are similar."""
         rank = collectives.rank(self.group)
-        sample = sum(sizes[:rank]) + torch.arange(sizes[rank], device=z.device)
-        num_keys = tuple(2 * size for size in sizes)
-        pairs = self.pairs(scaled, z, num_keys, sample.repeat(2), multiples_of=(views, views))
-        (row_lse,), _ = self.reduce(LogSumExp(leave_out="similar"), pairs)
-        return row_lse
+        sample = sum(sizes[:rank]) + torch.arange(sizes[rank], device=views.device)
+        return replace(super().compared(views, sizes), tags=sample.repeat(2))

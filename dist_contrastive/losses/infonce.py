@@ -8,12 +8,7 @@ from torch import Tensor
 
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Embeddings, Sizes
-from dist_contrastive.losses.base import (
-    TemperatureLoss,
-    in_full_precision,
-    normalised,
-    not_below_zero,
-)
+from dist_contrastive.losses.base import TemperatureLoss, not_below_zero
 from dist_contrastive.pairwise import LogSumExp, Pairs
 from dist_contrastive.pairwise.distances import joined_rows
 
@@ -78,20 +73,17 @@ class InfoNCE(TemperatureLoss):
                 keys = joined_rows(keys, negatives)
                 num_keys = tuple(map(sum, zip(rows["n"], rows["m"], strict=True)))
         self.check_batch(num_keys)
-        q, k = normalised(queries, keys)
-        scaled = q * self.scale()
-        pairs = self.pairs(scaled, k, num_keys, multiples_of=(queries, keys))
-        (row_lse,), key_lse = self.reduce(LogSumExp(both=self.settings.symmetric), pairs)
+        pairs = self.pairs(queries, keys, num_keys, scale=self.scale())
+        reduction = LogSumExp(both=self.settings.symmetric)
+        (row_lse, positive), key_lse = self.reduce(reduction, pairs, partners=0)
         if bank is not None:
-            row_lse = self._with_bank(row_lse, scaled, queries, bank)
-        positive = (scaled * k[: len(q)]).sum(-1)
+            row_lse = self._with_bank(row_lse, queries, bank)
         if self.settings.symmetric:
-            row_lse = (row_lse + key_lse[0][: len(q)]) / 2
-        return self.mean(not_below_zero(row_lse - positive).sum(), len(q))
+            row_lse = (row_lse + key_lse[0][: len(queries)]) / 2
+        return self.mean(not_below_zero(row_lse - positive).sum(), len(queries))
 
-    def _with_bank(self, row_lse: Tensor, scaled: Tensor, queries: Tensor, bank: Tensor) -> Tensor:
+    def _with_bank(self, row_lse: Tensor, queries: Tensor, bank: Tensor) -> Tensor:
         """The log-sum-exp of each row, over the bank as well: [b]."""
-        rows, held = in_full_precision(scaled, *normalised(bank))
-        pairs = Pairs(rows, held, (len(held),), "local", multiples_of=(queries, bank))
+        pairs = Pairs(queries, bank, (len(bank),), "local", scale=self.scale())
         (bank_lse,), _ = self.reduce(LogSumExp(), pairs)
         return torch.logaddexp(row_lse.double(), bank_lse.double()).to(row_lse.dtype)

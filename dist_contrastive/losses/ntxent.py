@@ -6,8 +6,8 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from dist_contrastive.collectives import Sizes
-from dist_contrastive.losses.base import TemperatureLoss, normalised, not_below_zero
-from dist_contrastive.pairwise import LogSumExp
+from dist_contrastive.losses.base import TemperatureLoss, not_below_zero
+from dist_contrastive.pairwise import LogSumExp, Pairs
 from dist_contrastive.pairwise.distances import joined_rows
 
 
@@ -24,6 +24,8 @@ class NTXent(TemperatureLoss):
     """
 
     takes = "views"
+    reduction: ClassVar[LogSumExp] = LogSumExp(leave_out="own")
+    """Log-denominator of each view."""
     is_cross_entropy: ClassVar[bool] = True
     """Whether the positive is in the denominator: then no term is below 0."""
 
@@ -39,15 +41,13 @@ class NTXent(TemperatureLoss):
         """Scalar loss; view_a, view_b: [b, D], row i of both from the same sample."""
         sizes = self.check_rows(sizes, view_a=view_a, view_b=view_b)
         views = joined_rows(view_a, view_b)
-        (z,) = normalised(views)
-        scaled = z * self.scale()
-        positive = (scaled * z.roll(len(view_a), 0)).sum(-1)
-        terms = self.log_denominator(scaled, z, views, sizes) - positive
-        return self.mean((not_below_zero(terms) if self.is_cross_entropy else terms).sum(), len(z))
+        pairs = self.compared(views, sizes)
+        (denominator, positive), _ = self.reduce(self.reduction, pairs, partners=len(view_a))
+        terms = denominator - positive
+        terms = not_below_zero(terms) if self.is_cross_entropy else terms
+        return self.mean(terms.sum(), len(views))
 
-    def log_denominator(self, scaled: Tensor, z: Tensor, views: Tensor, sizes: Sizes) -> Tensor:
-        """Log-sum-exp over all views but the row itself: [2 * b]."""
+    def compared(self, views: Tensor, sizes: Sizes) -> Pairs:
+        """All pairs of views [2 * b, D]."""
         num_keys = tuple(2 * size for size in sizes)
-        pairs = self.pairs(scaled, z, num_keys, multiples_of=(views, views))
-        (row_lse,), _ = self.reduce(LogSumExp(leave_out="own"), pairs)
-        return row_lse
+        return self.pairs(views, views, num_keys, scale=self.scale())

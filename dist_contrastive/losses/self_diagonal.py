@@ -6,7 +6,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from dist_contrastive.collectives import Sizes
-from dist_contrastive.losses.base import TemperatureLoss, normalised, not_below_zero
+from dist_contrastive.losses.base import TemperatureLoss, not_below_zero
 from dist_contrastive.pairwise import LogSumExp
 
 
@@ -38,8 +38,6 @@ class SelfDiagonal(TemperatureLoss):
     def forward(self, features: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Scalar loss; features: [b, D]."""
         sizes = self.check_rows(sizes, features=features)
-        (z,) = normalised(features)
-        scaled = z * self.scale()
-        pairs = self.pairs(scaled, z, sizes, multiples_of=(features, features))
-        (row_lse,), _ = self.reduce(LogSumExp(), pairs)
-        return self.mean(not_below_zero(row_lse - (scaled * z).sum(-1)).sum(), len(z))
+        pairs = self.pairs(features, features, sizes, scale=self.scale())
+        (row_lse, own), _ = self.reduce(LogSumExp(), pairs, partners=0)
+        return self.mean(not_below_zero(row_lse - own).sum(), len(features))

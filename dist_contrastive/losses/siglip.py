@@ -7,8 +7,9 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from dist_contrastive import collectives
 from dist_contrastive.collectives import Sizes
-from dist_contrastive.losses.base import PairLoss, normalised
+from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.losses.scale import SCALES, Scale, check_start
 from dist_contrastive.pairwise import PairSum, Tile
 
@@ -54,15 +55,14 @@ class SigLIP(PairLoss):
     def forward(self, a: Tensor, b: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Scalar loss; a, b: [b, D], row i of both from the same sample."""
         sizes = self.check_rows(sizes, a=a, b=b)
-        x, y = normalised(a, b)
-        scaled = x * self.scale()
-        # Filled in, since a copy from the host would wait.
-        given = self.bias if isinstance(self.bias, Tensor) else x.new_full((1,), self.bias)
-        bias = given.to(x.dtype)
-        pairs = self.pairs(scaled, y, sizes, bias=bias, multiples_of=(a, b))
-        (negatives,), _ = self.reduce(_Negatives(), pairs)
-        positive = -logsigmoid((scaled * y).sum(-1) + bias)
-        return self.mean((positive + negatives).sum(), len(x))
+        dtype = collectives.accumulation_dtype(torch.promote_types(a.dtype, b.dtype))
+        if isinstance(self.bias, Tensor):
+            bias = self.bias.to(dtype)
+        else:  # filled in, since a copy from the host would wait
+            bias = a.new_full((1,), self.bias, dtype=dtype)
+        pairs = self.pairs(a, b, sizes, bias=bias, scale=self.scale())
+        (negatives, scores), _ = self.reduce(_Negatives(), pairs, partners=0)
+        return self.mean((negatives - logsigmoid(scores + bias)).sum(), len(a))
 
 
 class _Negatives(PairSum):

@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Embeddings, Labels, Sizes
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import PairLoss, TemperatureLoss, normalised, not_below_zero
+from dist_contrastive.losses.base import PairLoss, TemperatureLoss, not_below_zero
 from dist_contrastive.pairwise import LogSumExpAndPositives
 
 
@@ -130,10 +130,8 @@ class SupCon(TemperatureLoss, LabelledLoss):
             sizes: b of every rank, of inputs that have been checked.
         """
         features, tags, sizes = self.points(features, labels, sizes)
-        (z,) = normalised(features)
-        scaled, max_delta = z * self.scale(), self.settings.max_delta or 0.0
-        raw = features, features
-        pairs = self.pairs(scaled, z, sizes, tags, max_delta, multiples_of=raw)
+        max_delta, scale = self.settings.max_delta or 0.0, self.scale()
+        pairs = self.pairs(features, features, sizes, tags, max_delta, scale=scale)
         reduction = LogSumExpAndPositives(leave_out="own")
         (row_lse, positive_sum, num_positives), _ = self.reduce(reduction, pairs)
         has_positive = num_positives > 0

@@ -8,8 +8,9 @@
     chunked.py     block by block of keys, computed again in backward: memory linear in the batch
     way.py         what a way to compute a block has to do; saved.py what its backward needs
     tiles.py       a block in tiles of plain torch
-    fused.py       a block by Triton kernels, whose scores never reach memory
-    kernels.py, lse_kernels.py, kernel_calls.py  the kernels; their operands, where they can run
+    by_kernels.py  by Triton kernels, whose scores never reach memory; fused.py: a block of it
+    kernels.py, lse_kernels.py, row_kernels.py  the kernels
+    kernel_calls.py  their operands, and where they can run
     distances.py   Euclidean and cosine distance, rows of unit length
     triplets.py    which triplets of a row count, for every way of mining
     panels.py      losses that need all distances of a row at once
@@ -21,7 +22,7 @@ neither: it names a reduction.
 
 import torch
 
-from dist_contrastive.pairwise import chunked, dense, fused, kernel_calls
+from dist_contrastive.pairwise import by_kernels, chunked, dense, kernel_calls
 from dist_contrastive.pairwise.choice import IMPLS, Impl, choose
 from dist_contrastive.pairwise.distances import DISTANCES, Distance, DistanceName
 from dist_contrastive.pairwise.nearest import extremes, fetch
@@ -63,9 +64,13 @@ __all__ = [
 
 
 def reduce(
-    reduction: Reduction, pairs: Pairs, impl: Impl = "auto", chunk_size: int | None = None
+    reduction: Reduction,
+    pairs: Pairs,
+    impl: Impl = "auto",
+    chunk_size: int | None = None,
+    partners: int | None = None,
 ) -> Parts:
-    """Reduce the scores ``rows @ keys.T`` of all pairs, differentiably.
+    """Reduce the scores of all pairs, ``rows @ keys.T`` unless `pairs` has a scale, differentiably.
 
     Equals ``reduction.parts(Tile(rows @ all_keys.T, own, similar))`` with the keys of all ranks;
     what it keeps of each key is joined over the rows of all ranks.
@@ -76,16 +81,17 @@ def reduce(
             only a tile, ``triton`` none of it (on CUDA); ``auto`` chooses.
         chunk_size: rows and keys of a tile of ``chunked``; rows whose gradients of scores
             ``triton`` keeps at a time. None chooses.
+        partners: also the scores of row i of b with key (i + partners) % b of the same rank.
 
     Returns:
-        What is kept of this rank's rows, each [b], and of its own keys, each [n].
+        What is kept of this rank's rows, each [b], and last their scores with partners if those are
+        asked for; what is kept of its own keys, each [n].
 
     Collectives: gather: one all-gather of the keys (and one of tags, of factors), backward a
     reduce-scatter; ring: W - 1 shifts of them, backward another W - 1, and W of the gradients.
     Results of keys cost gather two all-reduces of [B] and in backward two all-gathers (one more
     all-reduce of dense); they cost ring W shifts of [n], and in backward travel with the keys.
     """
-    pairs = pairs.in_full_precision()
     # Mixed precision would compute the scores in bf16: at scale 100 its spacing there is 0.5.
     with torch.autocast(pairs.rows.device.type, enabled=False):
         # By the largest rank's scores: the ways exchange different things, so all take the same.
@@ -93,10 +99,12 @@ def reduce(
         num_scores = most_rows * pairs.num_keys
         how = choose(impl, num_scores, kernel_calls.unfit(reduction, pairs), pairs.rows.is_cuda)
         if how == "triton":
-            way = fused.Kernels(chunk_size)
-            return chunked.reduce(reduction, pairs, kernel_calls.in_half_precision(pairs), way)
+            return by_kernels.reduce(reduction, pairs, chunk_size, partners)
+        pairs = pairs.multiplied()
         if how == "chunked":
-            return chunked.reduce(reduction, pairs, pairs, Tiles(chunk_size))
-        if pairs.keys_from == "ring":  # whole blocks as tiles
-            return chunked.reduce(reduction, pairs, pairs, Tiles(max(1, *pairs.sizes)))
-        return dense.reduce(reduction, pairs)
+            of_rows, of_keys = chunked.reduce(reduction, pairs, Tiles(chunk_size))
+        elif pairs.keys_from == "ring":  # whole blocks as tiles
+            of_rows, of_keys = chunked.reduce(reduction, pairs, Tiles(max(1, *pairs.sizes)))
+        else:
+            of_rows, of_keys = dense.reduce(reduction, pairs)
+        return (*of_rows, *(() if partners is None else (pairs.partners(partners),))), of_keys

@@ -1,12 +1,13 @@
 """Statistics and gradients of a block by Triton kernels: scores never reach memory, nothing waits.
 
 What the host would have to ask the device (whether sums have left the range of fp32) is decided
-there: the kernel that repeats them ends at once where it is not needed. In backward the gradients
-of the scores of some rows are written in the dtype of the operands, for two matrix products.
+there: the kernel that repeats them ends at once where it is not needed. Gradients of the scores of
+some rows and keys at a time are written in the dtype of the operands, for two matrix products,
+which add to sums in fp32.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +27,13 @@ from dist_contrastive.pairwise.way import Grads, Results
 
 _LOG2E = 1 / math.log(2)
 # Powers of 2 around the shift: below which a sum of 2^20 exponentials may have lost digits to terms
-# below the smallest normal number, and above which a weight of rows may.
-_BELOW, _FAR_ABOVE = 82.0, 102.0
+# below the smallest normal number, and above which a weight may, times a gradient of 2^-30.
+_BELOW, _FAR_ABOVE = 82.0, 90.0
 _KEY_SUMS = 2**26  # numbers that blocks of rows hold for keys at a time: 256 MiB
 _GRADIENTS = 2**29  # bytes of gradients of scores that are kept at a time
-_MOST_ROWS, _BLOCK = 4096, 128  # rows that they are of at the most, and multiples of what
+_ROWS, _BLOCK = 4096, 256  # rows that they are of at the most, and multiples of what of keys
 _ALIGNED = 16  # numbers to which their lines are filled up, for the loads of products
-_GROUP = 8  # blocks of rows whose programs share keys in the cache
+_UNITS = {"softplus": -_LOG2E}  # in which a function takes scores, where these are not natural
 
 
 class Kernels:
@@ -40,10 +41,12 @@ class Kernels:
 
     Args:
         chunk_size: rows whose gradients of scores are kept at a time; None chooses.
+        partners: see `by_kernels.reduce`; gradients leave out what these pairs add by their part
+            in log-sum-exps: it nearly cancels with that of the positive, and is added in fp32.
     """
 
-    def __init__(self, chunk_size: int | None) -> None:
-        self._chunk_size = chunk_size
+    def __init__(self, chunk_size: int | None, partners: int | None = None) -> None:
+        self._chunk_size, self._partners = chunk_size, partners
 
     def add_statistics(
         self, reduction: Reduction, pairs: Pairs, block: Block, totals: Results
@@ -53,13 +56,14 @@ class Kernels:
             return
         operands = Operands.of(pairs, block)
         if isinstance(reduction, PairSum):
-            parts: Results = (_pair_sums(reduction, operands),), ()
+            sums = _pair_kernel(reduction, operands, *operands.whole, None, None, True)
+            parts: Results = (sums[0],), ()
         else:
             assert isinstance(reduction, LogSumExp)
             parts = _lse_parts(reduction, operands)
         for of_kind in zip(reduction.joins, totals, parts, strict=True):
             for join, total, part in zip(*of_kind, strict=True):
-                total.copy_(join.combine(total, part))
+                join.combine(total, part, out=total)
 
     def add_gradients(
         self,
@@ -69,35 +73,60 @@ class Kernels:
         statistics: Statistics,
         grads: Grads,
     ) -> None:
-        """Gradients of the scores of some rows at a time, and two products of each."""
+        """Gradients of the scores of some rows and keys at a time, and two products of each."""
         if 0 in (len(pairs.rows), len(block.keys)):
             return
         operands = Operands.of(pairs, block)
         if isinstance(reduction, PairSum):
-            scores = _pair_gradients(reduction, operands, statistics)
+            scores = _pair_gradients(reduction, operands, statistics.grad_rows[0], None)
         else:
             assert isinstance(reduction, LogSumExp)
-            scores = _lse_gradients(reduction, operands, statistics)
-        _add_products(operands, scores, self._chunk_size or _rows_at_a_time(operands), grads)
+            scores = _lse_gradients(reduction, operands, statistics, self._partners)
+        _add_products(operands, scores, self._chunk_size, grads)
+
+    def add_sums_and_gradients(
+        self, reduction: PairSum, pairs: Pairs, block: Block, sums: Tensor, grads: Grads
+    ) -> None:
+        """Both at once, which computes the scores once: sums [b] in fp64, and gradients by the sum
+        of these."""
+        if 0 in (len(pairs.rows), len(block.keys)):
+            return
+        operands, ones = Operands.of(pairs, block), torch.ones_like(sums)
+        scores = _pair_gradients(reduction, operands, ones, sums)
+        _add_products(operands, scores, self._chunk_size, grads)
 
 
-def _pair_sums(reduction: PairSum, operands: Operands) -> Tensor:
-    """Sums over the block's keys: [b] fp64."""
+def _pair_kernel(
+    reduction: PairSum,
+    operands: Operands,
+    r: slice,
+    k: slice,
+    weights: Tensor | None,
+    g: Tensor | None,
+    with_values: bool,
+) -> Tensor:
+    """Sums over keys k of the function and of its derivative [2, r] in fp64, of which those are
+    anything that are not asked for; gradients of scores are written into G [r, k]."""
     assert reduction.expression is not None
     expression, parameter = reduction.expression
-    r, tile, bias = slice(0, len(operands.rows)), operands.tile("pair_sum"), operands.bias
-    grid = tile.row_grid(*operands.sizes(r)[:2])
-    sums = operands.rows.new_empty(grid[1], r.stop, dtype=torch.float32)
+    tile, bias, sizes = operands.tile("pair"), operands.bias, operands.sizes(r, k)
+    grid = tile.row_grid(*sizes[:2])
+    sums = operands.rows.new_empty(2, grid[1], r.stop - r.start, dtype=torch.float32)
+    optional = [sums if x is None else x for x in (bias, weights, g)]
     launch(
-        *("pair_sum", grid, tile),
-        [*operands.tensors(r), sums if bias is None else bias, sums],
-        [*operands.sizes(r), parameter],
+        *("pair", grid, tile),
+        [*operands.tensors(r, k), *optional, sums],
+        [*sizes, 0 if g is None else g.stride(0), parameter],
         EXPRESSION=expression,
+        UNIT=_UNITS.get(expression, 1.0),
         HAS_IDS=operands.ids is not None,
         HAS_BIAS=bias is not None,
+        WITH_VALUES=with_values,
+        WITH_GRADIENT=g is not None,
+        PARTS=tile.parts,
         **operands.constants(),
     )
-    return sums.sum(0, dtype=torch.float64)
+    return sums.sum(1, dtype=torch.float64)
 
 
 def _lse_parts(reduction: LogSumExp, operands: Operands) -> Results:
@@ -122,19 +151,20 @@ def _shifted_sums(
     """Sums of ``2^(z - shift)`` of rows [b] and keys [k]; sums and numbers of positives [b]."""
     has_positives, of_keys = isinstance(reduction, LogSumExpAndPositives), []
     tile = operands.tile("lse_positives" if has_positives else "lse")
-    num_keys, at_a_time = len(operands.keys), len(operands.rows)
+    (all_rows, k), num_keys = operands.whole, len(operands.keys)
+    at_a_time = len(operands.rows)
     if reduction.both:
         of_keys = [shift.new_zeros(num_keys, dtype=torch.float64)]
         at_a_time = max(1, _KEY_SUMS // num_keys) * tile.rows
     of_rows = []
-    for r in chunks(slice(0, len(operands.rows)), at_a_time):
-        grid = tile.row_grid(*operands.sizes(r)[:2])
+    for r in chunks(all_rows, at_a_time):
+        grid = tile.row_grid(*operands.sizes(r, k)[:2])
         sums = shift.new_empty(2 if has_positives else 1, grid[1], r.stop - r.start)
         key_sums = shift.new_empty(grid[0], num_keys) if reduction.both else sums
         launch(
             *("lse", grid, tile),
-            [*operands.tensors(r), shift, sums[0], key_sums, sums[-1]],
-            operands.sizes(r),
+            [*operands.tensors(r, k), shift, sums[0], key_sums, sums[-1]],
+            operands.sizes(r, k),
             LEAVE_OUT=reduction.leave_out,
             BOTH=reduction.both,
             WITH_POSITIVES=has_positives,
@@ -152,13 +182,13 @@ def _shifted_sums(
 
 def _running_lse(reduction: LogSumExp, operands: Operands, repeat: Tensor) -> Tensor:
     """Log-sum-exps of rows at any range: [b] fp64, in powers of 2; anything unless `repeat`."""
-    r, tile = slice(0, len(operands.rows)), operands.tile("lse")
-    grid = tile.row_grid(*operands.sizes(r)[:2])
-    sums, tops = operands.rows.new_empty(2, grid[1], r.stop, dtype=torch.float32)
+    whole, tile = operands.whole, operands.tile("lse")
+    grid = tile.row_grid(*operands.sizes(*whole)[:2])
+    sums, tops = operands.rows.new_empty(2, grid[1], len(operands.rows), dtype=torch.float32)
     launch(
         *("running_lse", grid, tile),
-        [*operands.tensors(r), repeat, sums, tops],
-        operands.sizes(r),
+        [*operands.tensors(*whole), repeat, sums, tops],
+        operands.sizes(*whole),
         LEAVE_OUT=reduction.leave_out,
         **operands.constants(),
     )
@@ -168,93 +198,88 @@ def _running_lse(reduction: LogSumExp, operands: Operands, repeat: Tensor) -> Te
 
 @dataclass(frozen=True)
 class _GradScores:
-    """Gradients of scores, as some rows at a time can be had.
+    """Gradients of scores times the factors of their pair, as some at a time can be had."""
 
-    Divided by `unit` none is too small for the dtype of the operands. They hold both factors of
-    their pair: one belongs to the row or key that they are multiplied with, and the other, one too
-    many, is divided off their sum.
-    """
-
-    unit: Tensor
-    fill: Callable[[slice, Tensor], None]
-    """Writes those of rows r into G [r, k]."""
-    own: Tensor | None = None
-    """Those of own pairs [b] in fp32, which are 0 in G; None: all are 0."""
+    unit: Tensor | None
+    """They are divided by it, a power of 2, so that none is too small for their dtype."""
+    fill: Callable[[slice, slice, Tensor], None]
+    """Writes those of rows r and keys k into G [r, k]."""
     bias: Tensor | None = None
-    """Parts of their sum, without factors; None: there is no bias."""
+    """Their sums without factors [b]; None: there is no bias."""
 
 
-def _unit(operands: Operands, grads: Tensor) -> Tensor:
-    """The largest of the gradients by statistics, times the largest factors: fp64 scalar."""
-    largest = grads.abs().amax().double()
-    unit = torch.where(largest > 0, largest, 1.0)
-    return unit * math.prod(x.amax() for x in operands.factors or ())
+def _unit(operands: Operands, grads: Sequence[Tensor]) -> Tensor | None:
+    """The power of 2 above the largest gradient by statistics, times the largest factors; None
+    where the dtype has the range of fp32."""
+    if operands.rows.dtype != torch.float16:
+        return None
+    largest = torch.cat([*grads]).abs().amax().double()
+    for factors in operands.factors or ():
+        largest = largest * factors.amax()
+    return torch.frexp(largest).exponent.double().exp2()
 
 
-def _pair_gradients(reduction: PairSum, operands: Operands, statistics: Statistics) -> _GradScores:
-    assert reduction.expression is not None
-    expression, parameter = reduction.expression
-    tile, (grads,) = operands.tile("pair_gradient"), statistics.grad_rows
-    unit, bias = _unit(operands, grads), operands.bias
-    weights = (grads / unit).float()
-    num_parts = -(-len(operands.keys) // tile.keys)
-    by_bias = None if bias is None else weights.new_empty(num_parts * len(weights))
+def _pair_gradients(
+    reduction: PairSum, operands: Operands, grads: Tensor, values: Tensor | None
+) -> _GradScores:
+    """Those by sums whose gradients are given [b]; the sums are added to values [b]."""
+    unit = _unit(operands, [grads])
+    weights = (grads if unit is None else grads / unit).float()
+    by_bias = None if operands.bias is None else torch.zeros_like(grads, dtype=torch.float64)
 
-    def fill(r: slice, g: Tensor) -> None:
-        g_bias = g
-        if by_bias is not None:
-            g_bias = by_bias[num_parts * r.start : num_parts * r.stop]
-        launch(
-            *("pair_gradient", tile.tile_grid(*g.shape), tile),
-            [*operands.tensors(r), g if bias is None else bias, weights[r], g, g_bias],
-            [*operands.sizes(r), g.stride(0), parameter],
-            EXPRESSION=expression,
-            HAS_IDS=operands.ids is not None,
-            HAS_BIAS=bias is not None,
-            GROUP=_GROUP,
-            **operands.constants(),
-        )
+    def fill(r: slice, k: slice, g: Tensor) -> None:
+        sums = _pair_kernel(reduction, operands, r, k, weights[r], g, values is not None)
+        for total, part in zip((values, by_bias), sums.unbind(), strict=True):
+            if total is not None:
+                total[r] += part
 
-    return _GradScores(unit, fill, bias=by_bias)
+    return _GradScores(unit, fill, by_bias)
 
 
-def _lse_gradients(reduction: LogSumExp, operands: Operands, statistics: Statistics) -> _GradScores:
+def _lse_gradients(
+    reduction: LogSumExp, operands: Operands, statistics: Statistics, partners: int | None
+) -> _GradScores:
     shift, num_keys = operands.shift(), len(operands.keys)
     lse = torch.cat([statistics.rows[0], *statistics.keys])  # of rows and keys, in one go
     grads = torch.cat([statistics.grad_rows[0], *statistics.grad_keys])
     by_positives = statistics.grad_rows[1:2]
-    unit = _unit(operands, torch.cat([grads, *by_positives]))
+    unit = _unit(operands, [grads, *by_positives])
+    if unit is not None:
+        grads, by_positives = grads / unit, tuple(x / unit for x in by_positives)
     powers = torch.where(lse == -torch.inf, torch.inf, lse * _LOG2E)
     rounded, far = powers.float(), _far(powers, shift)
-    each, shared = (_weights(powers, grads / unit, x) for x in (rounded, shift))
-    positives = (by_positives[0] / unit).float() if by_positives else each
-    own = each.new_zeros(len(operands.rows)) if reduction.leave_out == "nothing" else None
+    if operands.factors is not None:  # the weights of a pair have the factors of both
+        row_factors = operands.factors[0]
+        grads = grads * (torch.cat(operands.factors) if reduction.both else row_factors)
+        by_positives = tuple(x * row_factors for x in by_positives)
+    each, shared = (_weights(powers, grads, x) for x in (rounded, shift))
+    positives = by_positives[0].float() if by_positives else each
     constants = {
         "LEAVE_OUT": reduction.leave_out,
         "BOTH": reduction.both,
         "WITH_POSITIVES": bool(by_positives),
-        "GROUP": _GROUP,
+        "HAS_PARTNERS": partners is not None and reduction.leave_out != "similar",
         **operands.constants(),
     }
-
     kernels = [(False, each, operands.tile("lse_gradient"))]
     if reduction.both:
         tile = operands.tile("lse_gradient_each")
         kernels = [(True, shared, kernels[0][2]), (False, each, tile)]
 
-    def fill(r: slice, g: Tensor) -> None:
-        outputs = g, g if own is None else own[r]
+    def fill(r: slice, k: slice, g: Tensor) -> None:
         for is_shared, weights, tile in kernels:
-            of_pairs = rounded[r], weights[r], rounded[-num_keys:], weights[-num_keys:]
+            of_rows = rounded[r], weights[r]
+            of_keys = rounded[-num_keys:][k], weights[-num_keys:][k]
             launch(
-                *("lse_gradient", tile.tile_grid(*g.shape), tile),
-                [*operands.tensors(r), shift, far, *of_pairs, positives[r], *outputs],
-                [*operands.sizes(r), g.stride(0)],
+                *("lse_gradient", tile.row_grid(*g.shape), tile),
+                [*operands.tensors(r, k), shift, far, *of_rows, *of_keys, positives[r], g],
+                [*operands.sizes(r, k), partners or 0, len(operands.rows), r.start, g.stride(0)],
                 SHARED=is_shared,
+                PARTS=tile.parts,
                 **constants,
             )
 
-    return _GradScores(unit, fill, own)
+    return _GradScores(unit, fill)
 
 
 def _far(powers: Tensor, shift: Tensor) -> Tensor:
@@ -270,40 +295,39 @@ def _weights(powers: Tensor, grads: Tensor, shift: Tensor) -> Tensor:
     return (differences.exp2() * grads).float()
 
 
-def _rows_at_a_time(operands: Operands) -> int:
-    """Rows whose gradients of scores fit into `_GRADIENTS`: whole blocks of them."""
-    of_row = len(operands.keys) * operands.rows.element_size()
-    return min(_MOST_ROWS, max(1, _GRADIENTS // (of_row * _BLOCK)) * _BLOCK)
+def _add_products(
+    operands: Operands, scores: _GradScores, chunk_size: int | None, grads: Grads
+) -> None:
+    """Add the gradients of rows, keys and bias, from those of the scores.
+
+    Those of rows and keys are of what the factors multiply, the factors held.
+    """
+    rows, keys, (all_rows, all_keys) = operands.rows, operands.keys, operands.whole
+    num_rows = min(len(rows), chunk_size or _ROWS)
+    at_a_time = max(1, _GRADIENTS // (num_rows * rows.element_size() * _BLOCK)) * _BLOCK
+    width = -(-min(len(keys), at_a_time) // _ALIGNED) * _ALIGNED
+    buffer = rows.new_empty(num_rows, width)
+    if scores.unit is not None:
+        grads.rows.div_(scores.unit)
+    for r in chunks(all_rows, num_rows):
+        for k in chunks(all_keys, at_a_time):
+            g = buffer[: r.stop - r.start, : k.stop - k.start]
+            scores.fill(r, k, g)
+            _add_product(grads.rows[r], g, keys[k])
+            if grads.keys is not None:
+                _add_product(grads.keys[k], g.T, rows[r])
+    by_bias = None if scores.bias is None else scores.bias.sum()
+    if scores.unit is not None:
+        for total in (grads.rows, grads.keys, by_bias):
+            if total is not None:
+                total.mul_(scores.unit)
+    if grads.bias is not None and by_bias is not None:
+        grads.bias.add_(by_bias)
 
 
-def _add_products(operands: Operands, scores: _GradScores, at_a_time: int, grads: Grads) -> None:
-    """Add the gradients of rows, keys and bias, from those of the scores."""
-    rows, keys, grad_keys = operands.rows, operands.keys, grads.keys
-    of_rows, of_keys = (
-        (scores.unit / factors).float()[:, None] for factors in operands.all_factors()
-    )
-    stride = -(-len(keys) // _ALIGNED) * _ALIGNED
-    buffer = rows.new_empty(min(at_a_time, len(rows)), stride)
-    for r in chunks(slice(0, len(rows)), at_a_time):
-        grad_scores = buffer[: r.stop - r.start, : len(keys)]
-        scores.fill(r, grad_scores)
-        grads.rows[r].addcmul_(_product(grad_scores, keys), of_rows[r])
-        if grad_keys is not None:
-            grad_keys += _product(grad_scores.T, rows[r])
-    if scores.own is not None:
-        has_own, own = operands.own_pairs()
-        by_own = scores.own[has_own, None]
-        grads.rows[has_own].addcmul_(by_own * of_rows[has_own], keys[own])
-        if grad_keys is not None:
-            grad_keys[own].addcmul_(by_own, rows[has_own])
-    if grad_keys is not None:
-        grad_keys *= of_keys
-    if grads.bias is not None and scores.bias is not None:
-        grads.bias.add_(scores.bias.sum(dtype=torch.float64) * scores.unit)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in fp32, of operands that may be in half precision."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` to the total in fp32, of operands that may be in half precision."""
     if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())

@@ -5,7 +5,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,18 +26,21 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # fp32 operands in three products of tensor cores, or in fp32 arithmetic; never in one of tf32.
 _FP32_PRODUCT = "tf32x3"
 _PROGRAMS = 264  # that keys are split among, where rows are few: two for each SM of a large card
+_ROWS, _DIMS = 8, 256  # a program of a kernel of rows, and a step of it
 _LARGEST = 80.0  # power of 2 that no exponential exceeds: a sum of 2^40 of them is finite
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """Rows, keys and dimensions of a step of the product; warps; steps that are loaded ahead."""
+    """Rows, keys and dimensions of a step of the product; warps; steps that are loaded ahead; parts
+    of the keys that follow it one by one."""
 
     rows: int
     keys: int
     dims: int
     warps: int
     stages: int
+    parts: int = 1
 
     def row_grid(self, num_rows: int, num_keys: int) -> tuple[int, int]:
         """Grid of a program for each block of rows and part of the keys, which is all of them
@@ -45,35 +48,31 @@ class TileShape:
         blocks = -(-num_rows // self.rows)
         return blocks, max(1, min(-(-num_keys // self.keys), _PROGRAMS // blocks))
 
-    def tile_grid(self, num_rows: int, num_keys: int) -> tuple[int]:
-        """Grid of a program for each tile."""
-        return (-(-num_rows // self.rows) * -(-num_keys // self.keys),)
-
 
 # By kernel and bytes of an operand: as large as spills no register. A table, since what timing
 # chooses would differ between ranks, and with it their last digits.
 TILES = {
-    ("lse", 2): TileShape(128, 256, 64, 8, 3),
-    ("lse_positives", 2): TileShape(128, 128, 64, 8, 3),
-    ("lse_gradient", 2): TileShape(128, 128, 64, 8, 3),
-    ("lse_gradient_each", 2): TileShape(128, 128, 64, 8, 3),
-    ("pair_sum", 2): TileShape(128, 128, 64, 8, 3),
-    ("pair_gradient", 2): TileShape(128, 128, 64, 8, 3),
+    ("lse", 2): TileShape(128, 128, 64, 4, 3),
+    ("lse_positives", 2): TileShape(128, 64, 64, 4, 3),
+    ("lse_gradient", 2): TileShape(128, 128, 64, 4, 3, 4),
+    ("lse_gradient_each", 2): TileShape(128, 128, 64, 4, 3, 4),
+    ("pair", 2): TileShape(128, 64, 64, 4, 3, 2),
     ("lse", 4): TileShape(128, 128, 32, 8, 3),
     ("lse_positives", 4): TileShape(128, 128, 32, 8, 3),
-    ("lse_gradient", 4): TileShape(128, 128, 32, 8, 3),
-    ("lse_gradient_each", 4): TileShape(128, 128, 32, 8, 3),
-    ("pair_sum", 4): TileShape(128, 128, 32, 8, 3),
-    ("pair_gradient", 4): TileShape(128, 128, 32, 8, 3),
+    ("lse_gradient", 4): TileShape(128, 64, 32, 8, 3),
+    ("lse_gradient_each", 4): TileShape(128, 64, 32, 8, 3),
+    ("pair", 4): TileShape(128, 64, 32, 8, 3, 2),
 }
 _HOPPER = 9
 OTHER_TILES = {  # those of other generations that differ, by the first digit of the capability
-    (8, "lse", 2): TileShape(128, 128, 32, 8, 3),
-    (8, "lse_positives", 2): TileShape(128, 128, 32, 8, 3),
-    (10, "lse", 2): TileShape(128, 128, 64, 8, 3),
-    (10, "lse_gradient_each", 2): TileShape(128, 64, 64, 8, 3),
+    **{(8, name, 2): TileShape(128, 128, 32, 8, 3) for name, size in TILES if size == 2},
     **{(8, name, 4): TileShape(128, 64, 32, 8, 3) for name, size in TILES if size == 4},
     (8, "lse", 4): TileShape(128, 64, 16, 8, 3),
+    (8, "pair", 2): TileShape(128, 128, 32, 8, 3, 2),
+    (8, "pair", 4): TileShape(64, 64, 32, 8, 3),
+    **{(10, name, 2): TileShape(128, 128, 64, 8, 3) for name, size in TILES if size == 2},
+    (10, "lse_gradient_each", 2): TileShape(128, 64, 64, 8, 3),
+    (10, "pair", 2): TileShape(128, 64, 64, 8, 3),
 }
 
 
@@ -88,8 +87,9 @@ def unfit(reduction: Reduction, pairs: Pairs) -> str | None:
     """Why kernels cannot reduce these pairs; None if they can."""
     if (reason := _no_place(pairs.rows.device)) is not None:
         return reason
-    if pairs.rows.dtype not in _DTYPES:
-        return f"rows are {pairs.rows.dtype}, and kernels take float32, bfloat16 and float16"
+    dtype = torch.promote_types(pairs.rows.dtype, pairs.keys.dtype)
+    if dtype not in _DTYPES:
+        return f"rows are {dtype}, and kernels take float32, bfloat16 and float16"
     if isinstance(reduction, PairSum):
         known = reduction.expression is not None
     else:
@@ -130,26 +130,44 @@ def launch(
     numbers: Sequence[float],
     **constants: Any,
 ) -> None:
-    """Run a kernel: the only place where one is started."""
+    """Run a kernel of pairs, in tiles of this shape."""
     from dist_contrastive.pairwise import kernels
 
     if "EXPRESSION" in constants:
         constants["EXPRESSION"] = getattr(kernels, constants["EXPRESSION"])
+    constants |= {"BM": tile.rows, "BN": tile.keys, "BK": tile.dims}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    start(name, grid, tensors, numbers, constants | options)
+
+
+def launch_of_rows(
+    name: str, tensors: Sequence[Tensor], numbers: Sequence[float], **constants: Any
+) -> None:
+    """Run a kernel of the rows of the first of the tensors."""
+    num_rows, dim = tensors[0].shape
+    if num_rows:
+        constants |= {"D": dim, "BM": _ROWS, "BK": min(_DIMS, 1 << (dim - 1).bit_length())}
+        start(name, (-(-num_rows // _ROWS),), tensors, numbers, constants)
+
+
+def start(
+    name: str,
+    grid: tuple[int, ...],
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    constants: dict[str, Any],
+) -> None:
+    """Start a kernel: the only place where one is."""
     with torch.cuda.device_of(tensors[0]):  # Triton starts a kernel on the current one
-        kernel_of(name)[grid](
-            *tensors,
-            *numbers,
-            **constants,
-            **{"BM": tile.rows, "BN": tile.keys, "BK": tile.dims},
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        kernel_of(name)[grid](*tensors, *numbers, **constants)
 
 
 def kernel_of(name: str) -> Any:
     """The kernel of that name."""
-    from dist_contrastive.pairwise import kernels, lse_kernels
+    from dist_contrastive.pairwise import kernels, lse_kernels, row_kernels
 
+    if name in ("cosine", "unit_gradient"):
+        return getattr(row_kernels, f"{name}_kernel")
     return getattr(lse_kernels if "lse" in name else kernels, f"{name}_kernel")
 
 
@@ -163,6 +181,7 @@ class Operands:
     ids: tuple[Tensor, Tensor] | None  # of rows [b] and keys [k], int32
     own: int  # the number in the block of the first row's own key
     bias: Tensor | None = None  # one number, fp32
+    largest: Tensor | None = None  # what no score exceeds; None: their lengths tell
 
     @classmethod
     def of(cls, pairs: Pairs, block: Block) -> "Operands":
@@ -174,12 +193,14 @@ class Operands:
             ids = _ids(pairs.tags[: len(pairs.rows)], block.tags)
         own, bias = pairs.start - block.first, pairs.bias
         bias = None if bias is None else bias.float()
-        return cls(pairs.rows.contiguous(), block.keys.contiguous(), factors, ids, own, bias)
+        largest = pairs.scale if isinstance(pairs.scale, Tensor) else None
+        rows, keys = pairs.rows.contiguous(), block.keys.contiguous()
+        return cls(rows, keys, factors, ids, own, bias, largest)
 
     def transposed(self) -> "Operands":
         """Keys as rows, rows as keys."""
         factors, ids = (x and (x[1], x[0]) for x in (self.factors, self.ids))
-        return Operands(self.keys, self.rows, factors, ids, -self.own)
+        return Operands(self.keys, self.rows, factors, ids, -self.own, largest=self.largest)
 
     def tile(self, name: str) -> TileShape:
         """The tile of a kernel of `TILES`, for this card and dtype."""
@@ -188,15 +209,22 @@ class Operands:
             generation = torch.cuda.get_device_capability(self.rows.device)[0]
         return tile_of(name, self.rows.element_size(), generation)
 
-    def tensors(self, r: slice) -> tuple[Tensor, ...]:
-        """Of rows r, in the order of the kernels; where there are none, others, never read."""
+    def tensors(self, r: slice, k: slice) -> tuple[Tensor, ...]:
+        """Of rows r and keys k, in the order of the kernels; where there are none, others, never
+        read."""
         row_factors, key_factors = self.factors or (self.rows, self.keys)
         row_ids, key_ids = self.ids or (self.rows, self.keys)
-        return self.rows[r], self.keys, row_factors[r], key_factors, row_ids[r], key_ids
+        factors = row_factors[r], key_factors[k]
+        return self.rows[r], self.keys[k], *factors, row_ids[r], key_ids[k]
 
-    def sizes(self, r: slice) -> tuple[int, int, int]:
-        """M, N and own of rows r."""
-        return r.stop - r.start, len(self.keys), self.own + r.start
+    def sizes(self, r: slice, k: slice) -> tuple[int, int, int]:
+        """M, N and own of rows r and keys k."""
+        return r.stop - r.start, k.stop - k.start, self.own + r.start - k.start
+
+    @property
+    def whole(self) -> tuple[slice, slice]:
+        """All rows and all keys."""
+        return slice(0, len(self.rows)), slice(0, len(self.keys))
 
     def constants(self) -> dict[str, Any]:
         """What kernels are compiled for."""
@@ -206,24 +234,19 @@ class Operands:
 
     def shift(self) -> Tensor:
         """What is taken off scores in powers of 2, so that no exponential is too large: scalar."""
-        lengths = [
-            torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) * factors
-            for x, factors in zip((self.rows, self.keys), self.all_factors(), strict=True)
-        ]
-        return (lengths[0].amax() * lengths[1].amax() * _LOG2E - _LARGEST).clamp(min=0)
+        if (largest := self.largest) is None:
+            lengths = [
+                torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()
+                for x in (self.rows, self.keys)
+            ]
+            largest = lengths[0] * lengths[1]
+        return (largest.float() * _LOG2E - _LARGEST).clamp(min=0)
 
     def own_pairs(self) -> tuple[slice, slice]:
         """Rows whose own key is in the block, and these keys."""
         first = min(max(0, -self.own), len(self.rows))
         last = max(first, min(len(self.rows), len(self.keys) - self.own))
         return slice(first, last), slice(first + self.own, last + self.own)
-
-    def all_factors(self) -> tuple[Tensor, Tensor]:
-        """Factors of rows [b] and keys [k]; 1 where there are none."""
-        if self.factors is not None:
-            return self.factors
-        one = self.rows.new_ones((), dtype=torch.float32)
-        return one.expand(len(self.rows)), one.expand(len(self.keys))
 
 
 def num_similar(operands: Operands) -> Tensor:
@@ -243,22 +266,3 @@ def _ids(row_tags: Tensor, key_tags: Tensor) -> tuple[Tensor, Tensor]:
     row_ids, key_ids = (torch.searchsorted(known, x, out_int32=True) for x in (row_tags, key_tags))
     found = known[key_ids.clamp(max=len(known) - 1)]
     return row_ids, torch.where(found == key_tags, key_ids, -1)
-
-
-def in_half_precision(pairs: Pairs) -> Pairs:
-    """Pairs of what rows and keys are multiples of, and the factors, if that is half precision."""
-    if pairs.multiples_of is None:
-        return pairs
-    rows, keys = (x.detach() for x in pairs.multiples_of)
-    if rows.dtype != keys.dtype or rows.dtype.itemsize != 2:
-        return pairs
-    factors = _factors(pairs.rows, rows), _factors(pairs.keys, keys)
-    return replace(pairs, rows=rows, keys=keys, factors=factors)
-
-
-@torch.no_grad()
-def _factors(multiples: Tensor, x: Tensor) -> Tensor:
-    """Factors [n] of the rows of x; 1 where they are 0."""
-    length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
-    ratio = torch.linalg.vector_norm(multiples, dim=1) / length
-    return torch.where(length > 0, ratio, 1.0)

@@ -1,9 +1,7 @@
 """Triton kernels: tiles of scores that are reduced where they are computed, and their gradients.
 
-    pair_sum_kernel       sums over keys of a function of the pair
-    pair_gradient_kernel  gradient of the scores, from the function's derivative
-
-and what all kernels share; those of log-sum-exps are in lse_kernels.py.
+`pair_kernel` sums a function of the pair over keys, and writes the gradient of the scores. Kernels
+of log-sum-exps are in lse_kernels.py, of rows in row_kernels.py.
 
 Scores are fp32 and never reach memory; gradients of the scores of some rows do, in the dtype of the
 operands, for the two products that follow. A pair is known by integers alone: `ids` are equal where
@@ -20,7 +18,7 @@ import os
 import triton
 import triton.language as tl
 
-_IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Ids beyond the last row and key: never equal.
@@ -31,22 +29,12 @@ SIZES = ["M", "N", "own"]
 
 
 @triton.jit
-def tile_scores(
-    X,
-    Y,
-    ROW_FACTORS,
-    KEY_FACTORS,
-    row,
-    key,
-    M,
-    N,
-    UNIT: tl.constexpr,
-    D: tl.constexpr,
-    HAS_FACTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Scores of rows and keys by their numbers, times UNIT: fp32; 0 beyond the last of them."""
+def tile_product(X, Y, row, key, M, N, D: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr):
+    """Products of rows and keys by their numbers: fp32; 0 beyond the last.
+
+    What is needed of rows and keys afterwards is better loaded after it: its sums fill half of the
+    registers.
+    """
     dim = tl.arange(0, BK)
     # 64-bit before the product: 2^31 elements are 2,097,152 rows of 1,024 dimensions.
     x_at = X + row[:, None].to(tl.int64) * D + dim[None, :]
@@ -61,21 +49,50 @@ def tile_scores(
             is_dim = (dim < D - first)[None, :]
             x = tl.load(x_at + first, mask=is_row & is_dim, other=0.0)
             y = tl.load(y_at + first, mask=is_key & is_dim, other=0.0)
-        if _IS_INTERPRETED:  # it has no products of bf16; those in fp32 are the same, being exact
+        if IS_INTERPRETED:  # it has no products of bf16; those in fp32 are the same, being exact
             x, y = x.to(tl.float32), y.to(tl.float32)
         scores = tl.dot(x, tl.trans(y), scores, input_precision=PRECISION)
-    if not HAS_FACTORS:
-        return scores * UNIT
-    row_factor = tl.load(ROW_FACTORS + row, mask=row < M, other=0.0) * UNIT
-    key_factor = tl.load(KEY_FACTORS + key, mask=key < N, other=0.0)
-    return scores * row_factor[:, None] * key_factor[None, :]
+    return scores
+
+
+@triton.jit
+def _halves(tile):
+    in_two = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
+    return tl.split(tl.permute(in_two, (0, 2, 1)))
+
+
+@triton.jit
+def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr):
+    """One of 1, 2 or 4 parts of a tile's keys. What follows a product needs several registers for
+    each of its numbers, and has them for some of these at a time."""
+    found = tile
+    if PARTS > 1:
+        first, last = _halves(tile)
+        found = first if part < PARTS // 2 else last
+        if PARTS > 2:
+            first, last = _halves(found)
+            found = first if part % 2 == 0 else last
+    return found
+
+
+@triton.jit
+def load_factors(FACTORS, number, count, HAS_FACTORS: tl.constexpr):
+    """Factors of rows or keys by their numbers; ones, which cost nothing, where there are none."""
+    if HAS_FACTORS:
+        return tl.load(FACTORS + number, mask=number < count, other=0.0)
+    return tl.full([number.shape[0]], 1.0, tl.float32)
+
+
+@triton.jit
+def load_ids(IDS, number, count, BEYOND: tl.constexpr):
+    """Ids of rows or keys by their numbers."""
+    return tl.load(IDS + number, mask=number < count, other=BEYOND)
 
 
 @triton.jit
 def similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N):
     """Which pairs are similar, own pairs among them; none beyond the last row or key."""
-    row_id = tl.load(ROW_IDS + row, mask=row < M, other=_NO_ROW)
-    key_id = tl.load(KEY_IDS + key, mask=key < N, other=_NO_KEY)
+    row_id, key_id = load_ids(ROW_IDS, row, M, _NO_ROW), load_ids(KEY_IDS, key, N, _NO_KEY)
     return row_id[:, None] == key_id[None, :]
 
 
@@ -83,16 +100,6 @@ def similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N):
 def holds_own(first_row, first_key, own, BM: tl.constexpr, BN: tl.constexpr):
     """Whether a tile has pairs of a row and its own key; most have none, and skip their masks."""
     return (first_row + own < first_key + BN) & (first_key < first_row + own + BM)
-
-
-@triton.jit
-def tile_of_program(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """First row and key of the program's tile; GROUP blocks of rows share keys in the cache."""
-    program, num_rows, num_keys = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
-    group = program // (GROUP * num_keys)
-    size = tl.minimum(num_rows - group * GROUP, GROUP)
-    place = program % (GROUP * num_keys)
-    return (group * GROUP + place % size) * BM, place // size * BN
 
 
 @triton.jit
@@ -108,9 +115,29 @@ def store_gradient(G, grad, row, key, M, stride):
 
 
 @triton.jit
+def store_zeros(G, row, key, first_key, M, N, stride, BN: tl.constexpr):
+    """Zeros into G at the given key of each row, where it is in the tile that was just stored."""
+    tl.debug_barrier()
+    is_inside = (row < M) & (key >= first_key) & (key < tl.minimum(first_key + BN, N))
+    zero = tl.zeros([row.shape[0]], G.dtype.element_ty)
+    tl.store(G + row.to(tl.int64) * stride + key, zero, mask=is_inside)
+
+
+@triton.jit
+def exp2(x):
+    """``2^x`` of a relative error of two units of the last digit; 0 below the smallest normal
+    number, for which the language's own adds three instructions."""
+    if IS_INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def _reciprocal(x):
     """``1 / x``, with an error of one unit of the last digit."""
-    if _IS_INTERPRETED:
+    if IS_INTERPRETED:
         return 1.0 / x
     # One instruction; the division of the language takes eight, and registers that spill.
     return tl.inline_asm_elementwise(
@@ -119,86 +146,110 @@ def _reciprocal(x):
 
 
 @triton.jit
-def _log1p(x):
-    """``log(1 + x)`` of x from 0 to 1; a short series where the sum would lose the digits of x."""
-    if _IS_INTERPRETED:
-        log2 = tl.log2(1.0 + x)
-    else:
-        log2 = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    series = x * (1.0 - x * (0.5 - x * (0.33333334 - x * 0.25)))
-    return tl.where(x < 0.03125, series, log2 * LN2)
+def _log2(x):
+    """Logarithm of a normal number, with an absolute error of 2^-22 near 1."""
+    if IS_INTERPRETED:
+        return tl.log2(x)
+    return tl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _eights(x):
+    return tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8])
+
+
+@triton.jit
+def _sums_of_eights(x):
+    """Sums over every eighth key [rows, 8]: those of a thread, which asks no other."""
+    return tl.sum(_eights(x), 1)
+
+
+@triton.jit
+def _times(x, y):
+    return x * y
 
 
 @triton.jit
 def softplus(scores, similar, parameter):
-    """``log(1 + e^score)`` and its derivative: a pair that should not belong together."""
-    e = tl.exp2(-tl.abs(scores) * LOG2E)
-    sigmoid = tl.where(scores > 0, 1.0, e) * _reciprocal(1.0 + e)
-    return tl.maximum(scores, 0.0) + _log1p(e), sigmoid
+    """``log(1 + e^score)`` and its derivative: pairs that do not belong together. Sums are of every
+    eighth key; scores are in powers of 2, and negative.
+
+    Of p, the sigmoid, it is -log(1 - p): a short series where p is small, else score - log(p). The
+    logarithm of the product of up to sixteen p takes the place of as many.
+    """
+    p = _reciprocal(1.0 + exp2(scores))
+    is_small = p < 0.03125
+    # Of -log2(1 - p), up to 1/32 with a relative error of 4e-7.
+    series = p * (1.4426954 + p * (0.7211494 + p * 0.49780494))
+    large = tl.where(is_small, 1.0, p)  # 2^-80 at the least is a product of sixteen
+    logarithms = _log2(tl.reduce(_eights(large), 1, _times))
+    return LN2 * (_sums_of_eights(tl.where(is_small, series, -scores)) - logarithms), p
 
 
 @triton.jit
 def cosine_embedding(scores, similar, parameter):
-    """``1 - score`` of similar pairs, ``max(0, score - margin)`` of others; their derivatives."""
+    """``1 - score`` of similar pairs, ``max(0, score - margin)`` of others, and their derivatives;
+    sums are of every eighth key."""
     apart = scores - parameter
     value = tl.where(similar, 1.0 - scores, tl.maximum(apart, 0.0))
-    return value, tl.where(similar, -1.0, tl.where(apart > 0, 1.0, 0.0))
+    return _sums_of_eights(value), tl.where(similar, -1.0, tl.where(apart > 0, 1.0, 0.0))
 
 
-@triton.jit(do_not_specialize=[*SIZES, "parameter"])
-def pair_sum_kernel(
-    X,
-    Y,
+@triton.jit
+def _pair_part(
+    scores,
     ROW_FACTORS,
     KEY_FACTORS,
     ROW_IDS,
     KEY_IDS,
     BIAS,
-    ROW_SUMS,
+    WEIGHTS,
+    G,
     M,
     N,
     own,
+    stride,
     parameter,
-    D: tl.constexpr,
+    row,
+    first_row,
+    first_key,
     EXPRESSION: tl.constexpr,
+    UNIT: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
 ):
-    """Sums over keys of EXPRESSION's value, own pairs left out: ROW_SUMS [parts, M].
-
-    Program (i, s) takes rows i BM ... and the s-th part of the keys.
-    """
-    first_row, part = tl.program_id(0) * BM, tl.program_id(1)
-    row = first_row + tl.arange(0, BM)
-    num_blocks = tl.cdiv(N, BN)
-    in_part = tl.cdiv(num_blocks, tl.num_programs(1))
-    total = tl.zeros([BM], tl.float32)
-    for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
-        first_key = block * BN
-        key = first_key + tl.arange(0, BN)
-        scores = tile_scores(
-            X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, 1.0, D, HAS_FACTORS, PRECISION, BK
-        )
-        if HAS_BIAS:
-            scores += tl.load(BIAS)
-        similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N) if HAS_IDS else None
-        value, _ = EXPRESSION(scores, similar, parameter)
-        if holds_own(first_row, first_key, own, BM, BN) | (first_key + BN > N):
-            counts = (key < N)[None, :] & ((row + own)[:, None] != key[None, :])
-            value = tl.where(counts, value, 0.0)
-        total += tl.sum(value, 1)
-    tl.store(ROW_SUMS + part.to(tl.int64) * M + row, total, mask=row < M)
+    """Sums of values and of derivatives of a part of a tile, from its products; its part of G."""
+    BM: tl.constexpr = scores.shape[0]
+    BN: tl.constexpr = scores.shape[1]
+    key = first_key + tl.arange(0, BN)
+    row_factor = load_factors(ROW_FACTORS, row, M, HAS_FACTORS)
+    key_factor = load_factors(KEY_FACTORS, key, N, HAS_FACTORS)
+    scores = scores * (row_factor * UNIT)[:, None] * key_factor[None, :]
+    if HAS_BIAS:
+        scores += tl.load(BIAS) * UNIT
+    similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N) if HAS_IDS else scores
+    if holds_own(first_row, first_key, own, BM, BN) | (first_key + BN > N):
+        tl.debug_barrier()  # without it the masks would be computed in every tile
+        counts = (key < N)[None, :] & ((row + own)[:, None] != key[None, :])
+        scores = tl.where(counts, scores, -float("inf") * UNIT)
+        if HAS_IDS:
+            similar = similar & counts
+    value, grad = EXPRESSION(scores, similar, parameter)
+    if not WITH_GRADIENT:
+        return value, value
+    weight = tl.load(WEIGHTS + row, mask=row < M, other=0.0)
+    total = _sums_of_eights(grad) if HAS_BIAS else value
+    grad = grad * (weight * row_factor)[:, None] * key_factor[None, :]
+    store_gradient(G, grad, row, key, M, stride)
+    return value, total
 
 
 @triton.jit(do_not_specialize=[*SIZES, "parameter"])
-def pair_gradient_kernel(
+def pair_kernel(
     X,
     Y,
     ROW_FACTORS,
@@ -208,7 +259,7 @@ def pair_gradient_kernel(
     BIAS,
     WEIGHTS,
     G,
-    BIAS_G,
+    SUMS,
     M,
     N,
     own,
@@ -216,36 +267,68 @@ def pair_gradient_kernel(
     parameter,
     D: tl.constexpr,
     EXPRESSION: tl.constexpr,
+    UNIT: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
+    WITH_VALUES: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    """Gradient of the scores: EXPRESSION's derivative times WEIGHTS [M]; 0 for own pairs.
+    """Sums over keys of EXPRESSION's value (WITH_VALUES), and the gradient of the scores
+    (WITH_GRADIENT): its derivative times WEIGHTS [M] and the factors of the pair. Both are 0 for
+    own pairs.
 
-    BIAS_G [cdiv(N, BN), M]: its sums over the keys of a tile, the gradient of a bias.
+    SUMS [2, parts, M]: of values, and of gradients before factors, which is that of a bias.
+    EXPRESSION takes scores in units of 1 / UNIT, and is 0 with a derivative of 0 where the score is
+    -inf and the pair not similar.
+
+    Program (i, s) takes rows i BM ... and the s-th part of the keys.
     """
-    first_row, first_key = tile_of_program(M, N, BM, BN, GROUP)
-    row, key = first_row + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    scores = tile_scores(
-        X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, 1.0, D, HAS_FACTORS, PRECISION, BK
-    )
-    if HAS_BIAS:
-        scores += tl.load(BIAS)
-    similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N) if HAS_IDS else None
-    _, grad = EXPRESSION(scores, similar, parameter)
-    grad *= tl.load(WEIGHTS + row, mask=row < M, other=0.0)[:, None]
-    if holds_own(first_row, first_key, own, BM, BN):
-        grad = tl.where((row + own)[:, None] == key[None, :], 0.0, grad)
-    if HAS_BIAS:
-        if first_key + BN > N:
-            grad = tl.where((key < N)[None, :], grad, 0.0)
-        tl.store(BIAS_G + (first_key // BN).to(tl.int64) * M + row, tl.sum(grad, 1), mask=row < M)
-    if HAS_FACTORS:
-        grad *= tl.load(ROW_FACTORS + row, mask=row < M, other=0.0)[:, None]
-        grad *= tl.load(KEY_FACTORS + key, mask=key < N, other=0.0)[None, :]
-    store_gradient(G, grad, row, key, M, stride)
+    first_row, part = tl.program_id(0) * BM, tl.program_id(1)
+    row = first_row + tl.arange(0, BM)
+    num_blocks = tl.cdiv(N, BN)
+    in_part = tl.cdiv(num_blocks, tl.num_programs(1))
+    values, grads = tl.zeros([BM, 8], tl.float32), tl.zeros([BM, 8], tl.float32)
+    for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
+        first_key = block * BN
+        key = first_key + tl.arange(0, BN)
+        tile = tile_product(X, Y, row, key, M, N, D, PRECISION, BK)
+        for i in tl.static_range(PARTS):
+            value, grad = _pair_part(
+                part_of(tile, i, PARTS),
+                ROW_FACTORS,
+                KEY_FACTORS,
+                ROW_IDS,
+                KEY_IDS,
+                BIAS,
+                WEIGHTS,
+                G,
+                M,
+                N,
+                own,
+                stride,
+                parameter,
+                row,
+                first_row,
+                first_key + i * (BN // PARTS),
+                EXPRESSION,
+                UNIT,
+                HAS_IDS,
+                HAS_BIAS,
+                HAS_FACTORS,
+                WITH_GRADIENT,
+            )
+            values += value
+            grads += grad
+    at = SUMS + part.to(tl.int64) * M + row
+    if WITH_VALUES:
+        tl.store(at, tl.sum(values, 1), mask=row < M)
+    if WITH_GRADIENT:
+        weight = tl.load(WEIGHTS + row, mask=row < M, other=0.0)
+        beyond = tl.num_programs(1).to(tl.int64) * M
+        tl.store(at + beyond, tl.sum(grads, 1) * weight, mask=row < M)

@@ -28,7 +28,7 @@ class Join:
     """Operation that combines partial results of a row or key: sums, or log-sum-exps."""
 
     empty: float
-    combine: Callable[[Tensor, Tensor], Tensor]
+    combine: Callable[..., Tensor]  # (total, part, out=...)
     over_ranks: Callable[..., Tensor]  # (partial, group), differentiable
 
     def start(self, like: Tensor) -> Tensor:

@@ -11,11 +11,14 @@ import triton.language as tl
 from dist_contrastive.pairwise.kernels import (
     LOG2E,
     SIZES,
+    exp2,
     holds_own,
+    load_factors,
+    part_of,
     similar_pairs,
     store_gradient,
-    tile_of_program,
-    tile_scores,
+    store_zeros,
+    tile_product,
 )
 
 
@@ -62,9 +65,10 @@ def lse_kernel(
     for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
         first_key = block * BN
         key = first_key + tl.arange(0, BN)
-        z = tile_scores(
-            X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, LOG2E, D, HAS_FACTORS, PRECISION, BK
-        )
+        z = tile_product(X, Y, row, key, M, N, D, PRECISION, BK)
+        row_factor = load_factors(ROW_FACTORS, row, M, HAS_FACTORS) * LOG2E
+        key_factor = load_factors(KEY_FACTORS, key, N, HAS_FACTORS)
+        z = z * row_factor[:, None] * key_factor[None, :]
         z -= shift
         if WITH_POSITIVES:
             similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
@@ -72,8 +76,10 @@ def lse_kernel(
         if LEAVE_OUT == "similar":
             similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
             z = tl.where(similar, -float("inf"), z)
-        meets_own = holds_own(first_row, first_key, own, BM, BN)
-        if meets_own | (first_key + BN > N) | (first_row + BM > M):
+        is_masked = (first_key + BN > N) | (first_row + BM > M)
+        if WITH_POSITIVES or LEAVE_OUT == "own":
+            is_masked |= holds_own(first_row, first_key, own, BM, BN)
+        if is_masked:
             counts = (row < M)[:, None] & (key < N)[None, :]
             is_own = (row + own)[:, None] == key[None, :]
             if WITH_POSITIVES:
@@ -81,7 +87,7 @@ def lse_kernel(
             if LEAVE_OUT == "own":
                 counts = counts & ~is_own
             z = tl.where(counts, z, -float("inf"))
-        e = tl.exp2(z)
+        e = exp2(z)
         total += tl.sum(e, 1)
         if BOTH:
             key_at = KEY_SUMS + tl.program_id(0).to(tl.int64) * N + key
@@ -128,9 +134,10 @@ def running_lse_kernel(
     top = tl.full([BM], -float("inf"), tl.float32)
     for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
         key = block * BN + tl.arange(0, BN)
-        z = tile_scores(
-            X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, LOG2E, D, HAS_FACTORS, PRECISION, BK
-        )
+        z = tile_product(X, Y, row, key, M, N, D, PRECISION, BK)
+        row_factor = load_factors(ROW_FACTORS, row, M, HAS_FACTORS) * LOG2E
+        key_factor = load_factors(KEY_FACTORS, key, N, HAS_FACTORS)
+        z = z * row_factor[:, None] * key_factor[None, :]
         counts = (row < M)[:, None] & (key < N)[None, :]
         if LEAVE_OUT == "similar":
             counts = counts & ~similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
@@ -139,14 +146,63 @@ def running_lse_kernel(
         z = tl.where(counts, z, -float("inf"))
         higher = tl.maximum(top, tl.max(z, 1))
         finite = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(z - finite[:, None]), 1)
+        total = total * exp2(top - finite) + tl.sum(exp2(z - finite[:, None]), 1)
         top = higher
     at, is_row = part.to(tl.int64) * M + row, row < M
     tl.store(ROW_SUMS + at, total, mask=is_row)
     tl.store(ROW_TOPS + at, top, mask=is_row)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def _gradient_part(
+    z,
+    row_factor,
+    row_lse,
+    row_weight,
+    positive_weight,
+    KEY_FACTORS,
+    ROW_IDS,
+    KEY_IDS,
+    KEY_LSE,
+    KEY_WEIGHTS,
+    G,
+    M,
+    N,
+    stride,
+    row,
+    first_key,
+    LEAVE_OUT: tl.constexpr,
+    BOTH: tl.constexpr,
+    WITH_POSITIVES: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+):
+    """Gradient of the scores of a part of a tile, from its products, into its part of G."""
+    key = first_key + tl.arange(0, z.shape[1])
+    key_factor = load_factors(KEY_FACTORS, key, N, HAS_FACTORS)[None, :]
+    z = z * (row_factor * LOG2E)[:, None] * key_factor
+    e = exp2(z - row_lse[:, None])
+    # The pair's factors are in its weights, where they cost less than one by one.
+    if BOTH:
+        key_weight = tl.load(KEY_WEIGHTS + key, mask=key < N, other=0.0)[None, :]
+        by_keys = row_factor[:, None] * key_weight
+        if SHARED:
+            grad = e * (row_weight[:, None] * key_factor + by_keys)
+        else:
+            key_lse = tl.load(KEY_LSE + key, mask=key < N, other=0.0)[None, :]
+            grad = e * row_weight[:, None] * key_factor + exp2(z - key_lse) * by_keys
+    else:
+        grad = e * row_weight[:, None]
+        if WITH_POSITIVES:
+            similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
+            grad += tl.where(similar, positive_weight[:, None], 0.0)
+        grad *= key_factor
+    if LEAVE_OUT == "similar":
+        grad = tl.where(similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N), 0.0, grad)
+    store_gradient(G, grad, row, key, M, stride)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "shift", "count", "first"])
 def lse_gradient_kernel(
     X,
     Y,
@@ -162,68 +218,88 @@ def lse_gradient_kernel(
     KEY_WEIGHTS,
     POSITIVE_WEIGHTS,
     G,
-    OWN_G,
     M,
     N,
     own,
+    shift,
+    count,
+    first,
     stride,
     D: tl.constexpr,
     LEAVE_OUT: tl.constexpr,
     BOTH: tl.constexpr,
     WITH_POSITIVES: tl.constexpr,
     SHARED: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_PARTNERS: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    """Gradient of the scores: softmax weights of rows, and of keys (BOTH), and of positives.
+    """Gradient of the scores: softmax weights of rows, and of keys (BOTH), and of positives, times
+    the factors of the pair.
 
-    G is 0 for own pairs, whose gradient goes to OWN_G [M] in fp32: in a trained model it nearly
-    cancels with that of the positive, and would be lost by rounding.
+    It is 0 for pairs of a row and its partner (HAS_PARTNERS), row first + i of count and the own
+    key of row (first + i + shift) % count: the caller adds it in fp32.
 
     With BOTH one exponential is SHARED by rows and keys, ``2^(z - shift) (row weight + key
     weight)``. Where log-sum-exps are FAR from the shift that product leaves the range of fp32: then
     that kernel ends at once, and in its place does not the one in which each has its own.
 
     *_LSE: in powers of 2. *_WEIGHTS: gradients by log-sum-exps, times what rounding has taken from
-    these; of SHARED, times ``2^(shift - lse)``.
+    these, and times factors; of SHARED, times ``2^(shift - lse)``. Program (i, s) as in lse_kernel.
     """
     if BOTH:  # noqa: SIM102  # a condition of the compiler, and one of the device
         if (tl.load(FAR) == 0) != SHARED:
             return
-    first_row, first_key = tile_of_program(M, N, BM, BN, GROUP)
-    row, key = first_row + tl.arange(0, BM), first_key + tl.arange(0, BN)
-    z = tile_scores(
-        X, Y, ROW_FACTORS, KEY_FACTORS, row, key, M, N, LOG2E, D, HAS_FACTORS, PRECISION, BK
-    )
-    row_weight = tl.load(ROW_WEIGHTS + row, mask=row < M, other=0.0)[:, None]
-    if BOTH:
-        key_weight = tl.load(KEY_WEIGHTS + key, mask=key < N, other=0.0)[None, :]
-        if SHARED:
-            grad = tl.exp2(z - tl.load(SHIFT)) * (row_weight + key_weight)
-        else:
-            row_lse = tl.load(ROW_LSE + row, mask=row < M, other=0.0)[:, None]
-            key_lse = tl.load(KEY_LSE + key, mask=key < N, other=0.0)[None, :]
-            grad = tl.exp2(z - row_lse) * row_weight + tl.exp2(z - key_lse) * key_weight
-    else:
-        row_lse = tl.load(ROW_LSE + row, mask=row < M, other=0.0)[:, None]
-        grad = tl.exp2(z - row_lse) * row_weight
-    if LEAVE_OUT == "similar":
-        grad = tl.where(similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N), 0.0, grad)
-    if WITH_POSITIVES:
-        weight = tl.load(POSITIVE_WEIGHTS + row, mask=row < M, other=0.0)[:, None]
-        grad += tl.where(similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N), weight, 0.0)
-    if HAS_FACTORS:
-        grad *= tl.load(ROW_FACTORS + row, mask=row < M, other=0.0)[:, None]
-        grad *= tl.load(KEY_FACTORS + key, mask=key < N, other=0.0)[None, :]
-    if holds_own(first_row, first_key, own, BM, BN):
-        is_own = (row + own)[:, None] == key[None, :]
-        if LEAVE_OUT == "nothing":
-            has_own = (row < M) & (row + own >= first_key) & (row + own < first_key + BN)
-            own_grad = tl.sum(tl.where(is_own, grad, 0.0), 1)
-            tl.store(OWN_G + row, own_grad, mask=has_own & (row + own < N))
-        grad = tl.where(is_own, 0.0, grad)
-    store_gradient(G, grad, row, key, M, stride)
+    first_row, part = tl.program_id(0) * BM, tl.program_id(1)
+    row = first_row + tl.arange(0, BM)
+    num_blocks = tl.cdiv(N, BN)
+    in_part = tl.cdiv(num_blocks, tl.num_programs(1))
+    for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
+        first_key = block * BN
+        key = first_key + tl.arange(0, BN)
+        tile = tile_product(X, Y, row, key, M, N, D, PRECISION, BK)
+        row_factor = load_factors(ROW_FACTORS, row, M, HAS_FACTORS)
+        row_weight = tl.load(ROW_WEIGHTS + row, mask=row < M, other=0.0)
+        row_lse = tl.zeros([BM], tl.float32) + tl.load(SHIFT)
+        if not (BOTH and SHARED):
+            row_lse = tl.load(ROW_LSE + row, mask=row < M, other=0.0)
+        positive_weight = row_weight
+        if WITH_POSITIVES:
+            positive_weight = tl.load(POSITIVE_WEIGHTS + row, mask=row < M, other=0.0)
+        for i in tl.static_range(PARTS):
+            _gradient_part(
+                part_of(tile, i, PARTS),
+                row_factor,
+                row_lse,
+                row_weight,
+                positive_weight,
+                KEY_FACTORS,
+                ROW_IDS,
+                KEY_IDS,
+                KEY_LSE,
+                KEY_WEIGHTS,
+                G,
+                M,
+                N,
+                stride,
+                row,
+                first_key + i * (BN // PARTS),
+                LEAVE_OUT,
+                BOTH,
+                WITH_POSITIVES,
+                SHARED,
+                HAS_FACTORS,
+            )
+        if LEAVE_OUT == "own":  # noqa: SIM102
+            if holds_own(first_row, first_key, own, BM, BN):
+                store_zeros(G, row, row + own, first_key, M, N, stride, BN)
+        if HAS_PARTNERS:
+            before = own + shift - count
+            near = holds_own(first_row, first_key, own + shift, BM, BN)
+            if near | holds_own(first_row, first_key, before, BM, BN):
+                partner = row + tl.where(first + row + shift < count, own + shift, before)
+                store_zeros(G, row, partner, first_key, M, N, stride, BN)

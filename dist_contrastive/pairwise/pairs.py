@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Group
+from dist_contrastive.pairwise.distances import unit_rows
 
 KeysFrom = Literal["gather", "ring", "local"]
 KEYS_FROM = ("gather", "ring", "local")
@@ -35,9 +36,9 @@ class Pairs:
     max_delta: float = 0.0
     group: Group = None
     bias: Tensor | None = None  # one number, added to all scores
-    multiples_of: tuple[Tensor, Tensor] | None = None
-    """What `rows` [b, D] and `keys` [n, D] are positive multiples of. In half precision it is what
-    tensor cores multiply, so that rows of unit length need not be rounded to it."""
+    scale: Tensor | float | None = None
+    """Where it is given, rows and keys are of any length, and scores are their cosines times it.
+    Kernels multiply rows in half precision as they are, so that none is rounded to unit length."""
     factors: tuple[Tensor, Tensor] | None = None
     """Of kernels alone, which multiply rows [b] and keys [n] by them in fp32."""
 
@@ -51,14 +52,21 @@ class Pairs:
         """How many keys each row is compared with."""
         return len(self.keys) if self.keys_from == "local" else sum(self.sizes)
 
-    def in_full_precision(self) -> "Pairs":
-        """In fp32 or fp64; what rows and keys were in half precision stays beside them."""
-        rows, keys = self.rows, self.keys
-        dtype = collectives.accumulation_dtype(rows.dtype)
-        if dtype == rows.dtype:
-            return self
-        full = rows.to(dtype), keys.to(dtype)
-        return replace(self, rows=full[0], keys=full[1], multiples_of=(rows, keys))
+    def multiplied(self) -> "Pairs":
+        """The same pairs in fp32 or fp64, whose scores are the products of rows and keys."""
+        dtype = torch.promote_types(self.rows.dtype, self.keys.dtype)
+        dtype = collectives.accumulation_dtype(dtype)
+        rows, keys = self.rows.to(dtype), self.keys.to(dtype)
+        if self.scale is not None:
+            unit = unit_rows(rows)
+            keys = unit if self.keys is self.rows else unit_rows(keys)
+            rows = unit * self.scale
+        return replace(self, rows=rows, keys=keys, scale=None)
+
+    def partners(self, shift: int) -> Tensor:
+        """Scores of row i and key (i + shift) % b of the same rank, of pairs `multiplied`: [b]."""
+        keys = self.keys[: len(self.rows)]
+        return (self.rows * (keys.roll(-shift, 0) if shift else keys)).sum(-1)
 
     def own(self, r: slice, first: int, last: int) -> Tensor | None:
         """Which of the keys first to last are rows' own: bool [r, last - first], None for none."""

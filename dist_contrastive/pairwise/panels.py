@@ -87,7 +87,8 @@ class _TripletSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         collectives.refuse_graph()
-        (pairs, source, _), distance = recall(ctx), ctx.mining.distance
+        (pairs, held, _), distance = recall(ctx), ctx.mining.distance
+        source = held or open_keys(pairs)
         grad_rows, grad_keys = torch.zeros_like(pairs.rows), torch.zeros_like(pairs.keys)
         with torch.autocast(grad.device.type, enabled=False):
             for r, d, weights in _panels(ctx.mining, pairs, source, ctx.panel_rows):

@@ -15,7 +15,7 @@ class Grads(NamedTuple):
     """Sums that gradients are added to, in place; None where none is wanted."""
 
     rows: Tensor  # [b, D]
-    keys: Tensor | None  # of a block [k, D]
+    keys: Tensor | None  # [k, D]
     bias: Tensor | None  # scalar
 
 
