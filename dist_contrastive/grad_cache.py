@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from dist_contrastive.collectives.schema import as_embeddings
+from dist_contrastive.collectives.conversions import as_embeddings
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.random_states import replayed
 

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from dist_contrastive import collectives
+from dist_contrastive.collectives import Embeddings, Labels, schema
 from dist_contrastive.collectives.headers import bad_rows, integer_range
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import ConfigError, NonFiniteError
 from dist_contrastive.testing import RankError, run_ranks
 
 
@@ -217,11 +218,40 @@ def test_measures_of_values():
     x = torch.tensor([[1.0, torch.nan], [torch.inf, 0.0], [1.0, 2.0]])
     assert bad_rows(x) == bad_rows(x.unflatten(0, (3, 1)), 1) == 2
     assert bad_rows(x, 1) == 2
-    assert bad_rows(x[:0]) == bad_rows(None) == bad_rows(torch.tensor([1, 2])) == 0
+    assert bad_rows(x[:0]) is bad_rows(None) is bad_rows(torch.tensor([1, 2])) is None
     # Finite numbers of a large fp16 row whose sum is not.
     assert bad_rows(torch.full((2, 9), 6e4).half()) == 0
-    labels = integer_range(torch.tensor([3, -7, 2]))
-    assert (labels.lowest, labels.highest) == (-7, 3)
+    assert integer_range(torch.tensor([3, -7, 2])).tolist() == [-7, 3]
+
+
+def deferred_errors() -> tuple[list[str], str]:
+    """What calls say where values are on a GPU: the second one of these, and the last."""
+    schema.is_deferred = lambda x: x is not None
+    bad = torch.tensor([[1.0, torch.nan], [1.0, 2.0]]) if dist.get_rank() else torch.ones(3, 2)
+    labels = -2 * torch.ones(len(bad), dtype=torch.int64) * dist.get_rank()
+    said = []
+    for x, y in ((bad, None), (torch.ones(2, 2), None), (torch.ones(len(bad), 2), labels)):
+        try:
+            inputs = {"x": Embeddings(x, "n D"), "y": Labels(y, "n", optional=True)}
+            collectives.check_inputs(inputs)
+            said.append("")
+        except NonFiniteError as error:
+            said.append(str(error))
+    with pytest.raises(ConfigError) as raised:
+        collectives.read_deferred()
+    collectives.read_deferred()  # once
+    return said, str(raised.value)
+
+
+def test_values_on_a_gpu_are_checked_one_call_later_on_all_ranks():
+    for said, last in run_ranks(deferred_errors, 2):
+        assert said == [
+            "",
+            "NaN, infinity or squares that overflow in 1 of 2 rows of x on rank 1; look at the "
+            "samples and the learning rate",
+            "",
+        ]
+        assert last.startswith("y on rank 1 have -2 as the lowest; give integers from 0")
 
 
 def sums_of_low_precision_gradients() -> torch.Tensor:

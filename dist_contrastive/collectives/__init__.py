@@ -3,6 +3,8 @@
     group.py       ranks, and the failure of one; names that differ between torch versions
     headers.py     exchange of shapes, dtypes and objects; errors raised on all ranks
     schema.py      inputs of a loss, checked on all ranks together
+    conversions.py what callers give, as tensors
+    deferred.py    what is checked of values on a GPU, one call later
     rows.py        rows gathered, scattered, fetched; gradients are reduced over ranks
     ring.py        ring exchange
     reductions.py  sums, maxima, log-sum-exps and means over ranks
@@ -14,6 +16,8 @@ The gradient contract rests on two rules. A gradient that crosses ranks is summe
 share, so that the mean over ranks that DDP and ZeRO take is the exact gradient.
 """
 
+from dist_contrastive.collectives.conversions import as_labels
+from dist_contrastive.collectives.deferred import read_deferred
 from dist_contrastive.collectives.group import (
     Group,
     accumulation_dtype,
@@ -55,7 +59,6 @@ from dist_contrastive.collectives.schema import (
     Labels,
     Sizes,
     Weights,
-    as_labels,
     check_inputs,
 )
 
@@ -89,6 +92,7 @@ __all__ = [
     "max_over_ranks",
     "raised_together",
     "rank",
+    "read_deferred",
     "reduce_scatter_rows",
     "refuse_graph",
     "start_shift",

@@ -99,15 +99,12 @@ def exchange_headers(
     """
     values = values or {}
     lines = [[*_encoded(x), *astuple(values.get(name, Values()))] for name, x in tensors.items()]
-    codes = torch.tensor(lines, dtype=torch.int64)
+    table = [[line] for line in lines]
     if world_size(group) > 1:
-        local = codes.flatten().to(host_device(group))
+        local = torch.tensor(lines, device=host_device(group)).flatten()
         gathered = local.new_empty(world_size(group) * len(local))
         all_gather_single(gathered, local, group=group)
-        codes = gathered.view(world_size(group), len(tensors), -1).transpose(0, 1)
-    else:
-        codes = codes[:, None]
-    table = codes.tolist()
+        table = gathered.view(world_size(group), len(tensors), -1).transpose(0, 1).tolist()
     return {name: [_decoded(c) for c in line] for name, line in zip(tensors, table, strict=True)}
 
 
@@ -121,30 +118,30 @@ def describe(headers: Headers, row_dim: int = 0) -> str:
     return "; ".join(parts)
 
 
-def integer_range(x: Any) -> Values:
-    """Lowest and highest of integers; waits for the device."""
+def integer_range(x: Any) -> Tensor | None:
+    """Lowest and highest of integers: [2] int64 on their device; None where there are none."""
     if not _can_be_sent(x) or x.is_floating_point() or x.numel() == 0:
-        return Values()
-    lowest, highest = torch.stack(x.to(torch.int64).aminmax()).tolist()
-    return Values(lowest=lowest, highest=highest)
+        return None
+    return torch.stack(x.to(torch.int64).aminmax())
 
 
-def bad_rows(x: Any, row_dim: int = 0) -> int:
-    """Rows with numbers that are not finite, or too large to be squared; waits for the device.
+def bad_rows(x: Any, row_dim: int = 0) -> Tensor | None:
+    """Rows with numbers that are not finite, or too large to be squared: how many, as a number on
+    their device; None where there are no rows.
 
     Args:
         row_dim: the last dimension of rows; those before it count as rows, too.
     """
     if not _can_be_sent(x) or not x.is_floating_point() or x.dim() <= row_dim or x.numel() == 0:
-        return 0
+        return None
     rows = x.detach().reshape(math.prod(x.shape[: row_dim + 1]), -1)
     # NaN and infinity survive in the extremes of a row, which cost no copy of x.
     low, high = rows.aminmax(dim=1)
-    largest = torch.maximum(low.abs(), high.abs()).to(accumulation_dtype(x.dtype))
+    largest = torch.maximum(-low, high).to(accumulation_dtype(x.dtype))
     # A norm is the root of a sum of squares; normalising by an infinite one would give zeros.
     # Differences of rows are twice as large, and the sum of two of these squares eight times.
     limit = math.sqrt(torch.finfo(largest.dtype).max / (8 * rows.shape[1]))
-    return int((~(largest <= limit)).sum())
+    return (~(largest <= limit)).sum()
 
 
 def _can_be_sent(x: Any) -> bool:

@@ -10,16 +10,15 @@ leading dimensions, as upper case. ``n D | n V D``: one or the other.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dist_contrastive.collectives.deferred import defer_check, read_deferred
 from dist_contrastive.collectives.group import Group
 from dist_contrastive.collectives.headers import (
-    DTYPES,
     Headers,
     RowHeader,
     Tensors,
@@ -60,8 +59,8 @@ class Input:
         """Whether a dtype is of its kind."""
         raise NotImplementedError
 
-    def measure(self) -> Values:
-        """Values that `check_values` needs; waits for the device."""
+    def measure(self) -> Tensor | None:
+        """The numbers of `Values`, on the device: [1] or [3] int64; None where there are none."""
         raise NotImplementedError
 
     def check_values(self, name: str, headers: Headers) -> None:
@@ -102,13 +101,18 @@ class Embeddings(Input):
         """Floating."""
         return dtype.is_floating_point
 
-    def measure(self) -> Values:
+    def measure(self) -> Tensor | None:
         """Bad rows."""
         if isinstance(self.tensor, Tensor):
-            return Values(bad_rows(self.tensor, self.row_dim(self.tensor.dim())))
-        tensors = self.tensor if isinstance(self.tensor, Sequence) else ()
-        stack = [x for x in tensors if isinstance(x, Tensor)]
-        return Values(sum(bad_rows(x, self.row_dim(x.dim() + 1) - 1) for x in stack))
+            found = [bad_rows(self.tensor, self.row_dim(self.tensor.dim()))]
+        else:
+            tensors = self.tensor if isinstance(self.tensor, Sequence) else ()
+            stack = [x for x in tensors if isinstance(x, Tensor)]
+            found = [bad_rows(x, self.row_dim(x.dim() + 1) - 1) for x in stack]
+        counts = [x for x in found if x is not None]
+        if len(counts) < 2:
+            return counts[0][None] if counts else None
+        return torch.stack(counts).sum(0, keepdim=True)
 
 
 class Integers(Input):
@@ -121,28 +125,9 @@ class Integers(Input):
         """Not floating."""
         return not dtype.is_floating_point
 
-    def measure(self) -> Values:
+    def measure(self) -> Tensor | None:
         """Nothing."""
-        return Values()
-
-
-_LARGEST_LABEL = np.iinfo(np.int64).max
-
-
-def as_labels(labels: Any) -> Any:
-    """Labels as a tensor: arrays and lists of numbers are taken, whole ones as int64 and others as
-    fp64; what holds no numbers, or larger ones, is returned as it is, for `check_inputs` to name.
-    """
-    if labels is None or (isinstance(labels, Tensor) and labels.dtype in DTYPES):
-        return labels
-    try:
-        array = np.asarray(labels)
-    except (TypeError, ValueError, RuntimeError):  # rows of different lengths, other devices
-        return labels
-    whole = array.dtype.kind in "biu" or (array.size == 0 and isinstance(labels, list | tuple))
-    if (not whole and array.dtype.kind != "f") or (whole and (array > _LARGEST_LABEL).any()):
-        return labels
-    return torch.from_numpy(array.astype(np.int64 if whole else np.float64))
+        return None
 
 
 class Labels(Input):
@@ -154,9 +139,10 @@ class Labels(Input):
         """Any number."""
         return True
 
-    def measure(self) -> Values:
-        """Range of integers."""
-        return integer_range(self.tensor)
+    def measure(self) -> Tensor | None:
+        """Range of integers, after no bad rows."""
+        found = integer_range(self.tensor)
+        return None if found is None else torch.nn.functional.pad(found, (1, 0))
 
     def check_values(self, name: str, headers: Headers) -> None:
         """Not below -1."""
@@ -208,13 +194,14 @@ class Weights(Input):
         """Floating."""
         return dtype.is_floating_point
 
-    def measure(self) -> Values:
+    def measure(self) -> Tensor | None:
         """Rows with bad weights."""
         x = self.tensor
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            return Values()
+            return None
         x = x.detach().to(self.dtype)
-        return Values(bad_rows(x.masked_fill(x < 0, torch.nan)))
+        found = bad_rows(x.masked_fill(x < 0, torch.nan))
+        return None if found is None else found[None]
 
     def check_values(self, name: str, headers: Headers) -> None:
         """Finite and 0 or more."""
@@ -236,12 +223,17 @@ def check_inputs(
         compared: whether rows of different ranks meet; if not, their shapes may differ.
 
     Raises:
-        ConfigError, NonFiniteError: on all ranks, naming those where something is wrong.
+        ConfigError, NonFiniteError: on all ranks, naming those where something is wrong. Of values
+            on a GPU this is known, and raised, by the next call of the group, or `read_deferred`.
 
-    Collectives: one all-gather of a few numbers.
+    Collectives: one all-gather of a few numbers, with values on a GPU another one.
     """
+    read_deferred(group)
     tensors = {name: x.tensor for name, x in inputs.items()}
-    table = exchange_headers(tensors, group, {name: x.measure() for name, x in inputs.items()})
+    deferred = [name for name, x in inputs.items() if is_deferred(x.tensor)]
+    measured = {name: x.measure() for name, x in inputs.items()}
+    values = {n: _values(x) for n, x in measured.items() if n not in deferred}
+    table = exchange_headers(tensors, group, values)
     headers = {n: line for n, line in table.items() if _is_given(n, line, inputs[n].optional)}
     dims = {name: _rank_dims(name, inputs[name], line) for name, line in headers.items()}
     for name, line in headers.items():
@@ -249,15 +241,61 @@ def check_inputs(
             _check_same_on_all_ranks(name, inputs[name], line)
     for number, of_rank in enumerate(zip(*dims.values(), strict=True)):
         _check_dims_of_rank(number, dict(zip(dims, of_rank, strict=True)))
-    for name, line in headers.items():
-        inputs[name].check_values(name, line)
-    _check_finite({n: x for n, x in inputs.items() if isinstance(x, Embeddings)}, headers)
+    _check_values(inputs, headers)
+    if deferred:
+        given = {name: replace(inputs[name], tensor=None) for name in deferred if name in headers}
+        _defer(given, headers, [measured[name] for name in given], group)
     return {
         symbol: tuple(int(of_rank[symbol]) for of_rank in ranks)  # type: ignore[arg-type]
         for ranks in dims.values()
         for symbol in ranks[0]
         if symbol.islower()
     }
+
+
+def is_deferred(x: Tensors | None) -> bool:
+    """Whether values are on a GPU, whose queue the host is not to wait for."""
+    tensors = x if isinstance(x, Sequence) else (x,)
+    return any(isinstance(y, Tensor) and y.is_cuda for y in tensors)
+
+
+def _values(measured: Tensor | None) -> Values:
+    return Values() if measured is None else Values(*measured.tolist())
+
+
+def _check_values(inputs: Mapping[str, Input], headers: dict[str, Headers]) -> None:
+    for name, line in headers.items():
+        if name in inputs:
+            inputs[name].check_values(name, line)
+    _check_finite({n: x for n, x in inputs.items() if isinstance(x, Embeddings)}, headers)
+
+
+def _defer(
+    inputs: dict[str, Input],
+    headers: dict[str, Headers],
+    measured: Sequence[Tensor | None],
+    group: Group,
+) -> None:
+    """Leave the measures of inputs for `read_deferred`; their shapes are known, and are good."""
+    known = [x for x in measured if x is not None]
+    if not known:
+        return
+    lines = known[0].new_zeros(len(inputs), 3)
+    for line, x in zip(lines, measured, strict=True):
+        if x is not None:
+            line[: len(x)] = x
+
+    def raise_for(table: list[list[list[int]]]) -> None:
+        of_ranks = {
+            name: [
+                header and replace(header, values=Values(*of_rank[number]))
+                for header, of_rank in zip(headers[name], table, strict=True)
+            ]
+            for number, name in enumerate(inputs)
+        }
+        _check_values(inputs, of_ranks)
+
+    defer_check(lines, raise_for, group)
 
 
 def _is_given(name: str, headers: Headers, optional: bool) -> bool:
@@ -347,28 +385,3 @@ def _check_finite(embeddings: dict[str, Embeddings], headers: dict[str, Headers]
             f"NaN, infinity or squares that overflow in {', '.join(bad)}; look at the samples and "
             f"the learning rate"
         )
-
-
-def as_embeddings(returned: Any) -> tuple[Tensor, ...]:
-    """What a function of the user's returned, as floating tensors of the same rows.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    embeddings = (returned,) if isinstance(returned, Tensor) else returned
-    if isinstance(embeddings, tuple | list):
-        are_rows = (isinstance(x, Tensor) and x.is_floating_point() and x.dim() for x in embeddings)
-        if all(are_rows) and len({len(x) for x in embeddings}) == 1:
-            return tuple(embeddings)
-    raise ConfigError(
-        f"embed returned {_kinds(returned)}; return floating tensors [rows, ...] alone, of the "
-        f"same rows, and give labels to the loss itself"
-    )
-
-
-def _kinds(returned: Any) -> str:
-    if isinstance(returned, tuple | list):
-        return f"({', '.join(map(_kinds, returned))})"
-    if isinstance(returned, Tensor):
-        return f"{returned.dtype} {list(returned.shape)}"
-    return type(returned).__name__

@@ -136,11 +136,12 @@ def _lse_parts(reduction: LogSumExp, operands: Operands) -> Results:
     powers = shift + torch.cat(sums).log2()
     in_range = (powers >= shift - _BELOW).all()
     repeat = (~in_range).int()  # also where there is a NaN, or nothing to sum
-    again = [
-        _running_lse(reduction, way, repeat)
-        for way, _ in zip((operands, operands.transposed()), sums, strict=False)
-    ]
-    lse = torch.where(in_range, powers, torch.cat(again)) / _LOG2E
+    ways = (operands, operands.transposed())[: len(sums)]
+    num_parts = min(_running_grid(way)[1] for way in ways)
+    again = torch.cat([_running_sums(reduction, way, num_parts, repeat) for way in ways], 2)
+    tops, scaled = again.double().unbind()
+    lse = torch.logsumexp((tops + scaled.log2()) / _LOG2E, 0)
+    lse = torch.where(in_range, powers / _LOG2E, lse)
     of_rows, *of_keys = lse.split([len(x) for x in sums])
     return (of_rows, *positives), tuple(of_keys)
 
@@ -180,20 +181,25 @@ def _shifted_sums(
     return [row_sums, *of_keys], ((positives[0] + shift * count) / _LOG2E, count)
 
 
-def _running_lse(reduction: LogSumExp, operands: Operands, repeat: Tensor) -> Tensor:
-    """Log-sum-exps of rows at any range: [b] fp64, in powers of 2; anything unless `repeat`."""
-    whole, tile = operands.whole, operands.tile("lse")
-    grid = tile.row_grid(*operands.sizes(*whole)[:2])
-    sums, tops = operands.rows.new_empty(2, grid[1], len(operands.rows), dtype=torch.float32)
+def _running_grid(operands: Operands) -> tuple[int, int]:
+    return operands.tile("lse").row_grid(*operands.sizes(*operands.whole)[:2])
+
+
+def _running_sums(
+    reduction: LogSumExp, operands: Operands, num_parts: int, repeat: Tensor
+) -> Tensor:
+    """Maxima, in powers of 2, and sums of exponentials relative to these, of rows and parts of the
+    keys at any range: [2, parts, b]; anything unless `repeat`."""
+    whole, grid = operands.whole, (_running_grid(operands)[0], num_parts)
+    found = operands.rows.new_empty(2, num_parts, len(operands.rows), dtype=torch.float32)
     launch(
-        *("running_lse", grid, tile),
-        [*operands.tensors(*whole), repeat, sums, tops],
+        *("running_lse", grid, operands.tile("lse")),
+        [*operands.tensors(*whole), repeat, found[1], found[0]],
         operands.sizes(*whole),
         LEAVE_OUT=reduction.leave_out,
         **operands.constants(),
     )
-    powers = tops.double() + sums.double().log2()
-    return torch.logsumexp(powers / _LOG2E, 0) * _LOG2E
+    return found
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,7 @@ def _pair_gradients(
         sums = _pair_kernel(reduction, operands, r, k, weights[r], g, values is not None)
         for total, part in zip((values, by_bias), sums.unbind(), strict=True):
             if total is not None:
-                total[r] += part
+                total[r].add_(part)
 
     return _GradScores(unit, fill, by_bias)
 

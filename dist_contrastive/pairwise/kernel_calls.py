@@ -186,12 +186,12 @@ class Operands:
     @classmethod
     def of(cls, pairs: Pairs, block: Block) -> "Operands":
         """Those of this rank's rows and a block of keys."""
-        factors = ids = None
+        factors, ids, own = None, None, pairs.start - block.first
         if pairs.factors is not None and block.factors is not None:
             factors = pairs.factors[0].contiguous(), block.factors.contiguous()
         if pairs.tags is not None and block.tags is not None:
-            ids = _ids(pairs.tags[: len(pairs.rows)], block.tags)
-        own, bias = pairs.start - block.first, pairs.bias
+            ids = _ids(pairs.tags[: len(pairs.rows)], block.tags, own)
+        bias = pairs.bias
         bias = None if bias is None else bias.float()
         largest = pairs.scale if isinstance(pairs.scale, Tensor) else None
         rows, keys = pairs.rows.contiguous(), block.keys.contiguous()
@@ -260,8 +260,11 @@ def num_similar(operands: Operands) -> Tensor:
     return count
 
 
-def _ids(row_tags: Tensor, key_tags: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids [b], [k] in int32 that are equal where tags are; of keys like no row -1."""
+def _ids(row_tags: Tensor, key_tags: Tensor, own: int) -> tuple[Tensor, Tensor]:
+    """Ids [b], [k] in int32 that are equal where tags are; of keys like no row any other, or -1."""
+    if 0 <= own <= len(key_tags) - len(row_tags):  # the rows' tags are those of their own keys
+        ids = torch.searchsorted(key_tags.sort().values, key_tags, out_int32=True)
+        return ids[own : own + len(row_tags)], ids
     known = row_tags.sort().values
     row_ids, key_ids = (torch.searchsorted(known, x, out_int32=True) for x in (row_tags, key_tags))
     found = known[key_ids.clamp(max=len(known) - 1)]

@@ -18,8 +18,8 @@ FAULTS = [
     (
         "symmetric InfoNCE is twice as large",
         f"{LOSSES}/infonce.py",
-        "row_lse = (row_lse + key_lse[0][: len(q)]) / 2",
-        "row_lse = row_lse + key_lse[0][: len(q)]",
+        "row_lse = (row_lse + key_lse[0][: len(queries)]) / 2",
+        "row_lse = row_lse + key_lse[0][: len(queries)]",
         ("tests/test_losses.py::test_published_values",),
     ),
     (
@@ -158,8 +158,8 @@ FAULTS = [
     (
         "rows that overflow when squared pass",
         f"{COLLECTIVES}/headers.py",
-        "return int((~(largest <= limit)).sum())",
-        "return int((~(largest < torch.inf)).sum())",
+        "return (~(largest <= limit)).sum()",
+        "return (~(largest < torch.inf)).sum()",
         ("tests/test_refusals.py",),
     ),
     (
