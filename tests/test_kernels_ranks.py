@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_contrastive import losses
+from dist_contrastive.pairwise import kernel_calls
 
 ROWS = 2**20
 SLOW = pytest.mark.slow
@@ -124,3 +125,42 @@ def launched_without_gradient(wanted: bool, started: list[Any]) -> int:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_no_gradient_is_made_where_none_is_wanted(wanted, recorded):  # noqa: F811
     assert (launched_without_gradient(wanted, recorded) > 0) == wanted
+
+
+def check_compiled(name: str) -> None:
+    """One graph without breaks, and the same numbers; also of a tensor compared with itself."""
+    kind, settings = SETTINGS[name]
+    loss = kind(**settings, impl="triton")
+    torch.manual_seed(0)
+    a, b = (torch.randn(9, 8) for _ in range(2))
+    for views in ((a, b), (a, a)):
+        x, y = (view.clone().requires_grad_() for view in views)
+        given = (x, x) if views[0] is views[1] else (x, y)
+
+        def call(*inputs: torch.Tensor) -> torch.Tensor:
+            return loss(*inputs, sizes=(9,))
+
+        wanted = [*dict.fromkeys(given), *loss.parameters()]
+        expected = torch.autograd.grad(call(*given), wanted)
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        found = torch.autograd.grad(compiled(*given), wanted)
+        for grad, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(grad, right)
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", [pytest.param("InfoNCE, symmetric", marks=SLOW), "SigLIP"])
+def test_a_compiled_loss_has_no_graph_break(interpreted, name):  # noqa: F811
+    interpreted(check_compiled, name)
+
+
+def check_operator() -> None:
+    rows = torch.randn(5, 8)
+    outputs = [torch.empty(5), torch.empty(5)]
+    constants = "HAS_PARTNERS=True;UNIT=True;D=8;BM=8;BK=8"
+    arguments = ("cosine", [1], [rows, rows + 1], outputs, [5.0, 2.0], constants)
+    torch.library.opcheck(kernel_calls.start_compiled, arguments)
+
+
+def test_the_operator_is_one_that_a_compiler_may_use(interpreted):  # noqa: F811
+    interpreted(check_operator)

@@ -1,6 +1,6 @@
 """Calls of the Triton kernels: where they can run, their tiles, and their operands."""
 
-import functools
+import ast
 import importlib.util
 import math
 import os
@@ -20,6 +20,7 @@ from dist_contrastive.pairwise.reductions import (
     Reduction,
 )
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LOG2E = 1 / math.log(2)
 _OLDEST = (8, 0)  # compute capability: the first with products of bf16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,6 +72,7 @@ OTHER_TILES = {  # those of other generations that differ, by the first digit of
     (8, "pair", 2): TileShape(128, 128, 32, 8, 3, 2),
     (8, "pair", 4): TileShape(64, 64, 32, 8, 3),
     **{(10, name, 2): TileShape(128, 128, 64, 8, 3) for name, size in TILES if size == 2},
+    (10, "lse_gradient", 2): TileShape(128, 128, 64, 4, 3, 4),
     (10, "lse_gradient_each", 2): TileShape(128, 64, 64, 8, 3),
     (10, "pair", 2): TileShape(128, 64, 64, 8, 3),
 }
@@ -106,16 +108,16 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def _no_place(device: torch.device) -> str | None:
     """Why kernels do not run on a device; None if they do."""
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed"
     if is_interpreted():
         return None
     if device.type != "cuda":
         return f"rows are on {device.type}, and kernels run on CUDA"
-    capability = torch.cuda.get_device_capability(device)
+    properties = torch.cuda.get_device_properties(device)
+    capability = properties.major, properties.minor
     if capability < _OLDEST:
         has, needed = (".".join(map(str, x)) for x in (capability, _OLDEST))
         return f"the compute capability of {device} is {has}, and kernels need {needed}"
@@ -131,10 +133,6 @@ def launch(
     **constants: Any,
 ) -> None:
     """Run a kernel of pairs, in tiles of this shape."""
-    from dist_contrastive.pairwise import kernels
-
-    if "EXPRESSION" in constants:
-        constants["EXPRESSION"] = getattr(kernels, constants["EXPRESSION"])
     constants |= {"BM": tile.rows, "BN": tile.keys, "BK": tile.dims}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     start(name, grid, tensors, numbers, constants | options)
@@ -157,9 +155,66 @@ def start(
     numbers: Sequence[float],
     constants: dict[str, Any],
 ) -> None:
-    """Start a kernel: the only place where one is."""
+    """Start a kernel: the only place where one is. A graph that is compiled holds it as an operator
+    of its own, into which the compiler does not look."""
+    if torch.compiler.is_compiling():
+        first_output = len(tensors) - _OUTPUTS[name]
+        text = ";".join(f"{key}={value}" for key, value in constants.items())
+        given = list(tensors[:first_output]), list(tensors[first_output:])
+        start_compiled(name, list(grid), *given, [float(x) for x in numbers], text)
+    else:
+        _start(name, grid, tensors, numbers, constants)
+
+
+def _start(
+    name: str,
+    grid: tuple[int, ...],
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    constants: dict[str, Any],
+) -> None:
+    from dist_contrastive.pairwise import kernels
+
+    if "EXPRESSION" in constants:
+        constants = constants | {"EXPRESSION": getattr(kernels, constants["EXPRESSION"])}
     with torch.cuda.device_of(tensors[0]):  # Triton starts a kernel on the current one
         kernel_of(name)[grid](*tensors, *numbers, **constants)
+
+
+@torch.library.custom_op("dist_contrastive::start", mutates_args={"outputs"})
+def start_compiled(
+    name: str,
+    grid: list[int],
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    numbers: list[float],
+    constants: str,
+) -> None:
+    """`start`, with constants as ``KEY=value;...``."""
+    pairs = [pair.split("=") for pair in constants.split(";")]
+    values = {key: _value(text) for key, text in pairs}
+    whole = [int(x) for x in numbers]
+    if name == "pair":  # its parameter
+        whole[-1] = numbers[-1]  # type: ignore[call-overload]
+    _start(name, tuple(grid), [*inputs, *outputs], whole, values)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except ValueError:  # a word
+        return text
+
+
+@start_compiled.register_fake
+def _(*_: Any) -> None:
+    """Outputs are there already."""
+
+
+_OUTPUTS = {  # tensors, the last ones, that a kernel writes
+    **{"lse": 3, "running_lse": 2, "lse_gradient": 1},
+    **{"pair": 2, "cosine": 2, "unit_gradient": 2},
+}
 
 
 def kernel_of(name: str) -> Any:
@@ -206,7 +261,7 @@ class Operands:
         """The tile of a kernel of `TILES`, for this card and dtype."""
         generation = _HOPPER
         if self.rows.is_cuda:
-            generation = torch.cuda.get_device_capability(self.rows.device)[0]
+            generation = torch.cuda.get_device_properties(self.rows.device).major
         return tile_of(name, self.rows.element_size(), generation)
 
     def tensors(self, r: slice, k: slice) -> tuple[Tensor, ...]:
