@@ -155,6 +155,8 @@ def label_tags(
     if labels is None:
         return number
     _check_max_delta(labels, max_delta)
+    if device.type == "cuda" and not labels.is_cuda:  # or the copy would wait for what is queued
+        labels = labels.pin_memory().to(device, non_blocking=True)
     labels = labels.to(device)
     if not labels.is_floating_point():
         labels = labels.to(torch.int64)

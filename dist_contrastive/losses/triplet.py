@@ -111,5 +111,5 @@ class Triplet(LabelledLoss):
         keys = fetch(pairs, torch.cat([farthest.number, nearest.number]))
         keys = keys.unflatten(0, (2, len(pairs.rows)))
         positive, negative = (distance.rowwise(pairs.rows, of_kind) for of_kind in keys)
-        loss = torch.relu(positive - negative + margin)[is_valid]
+        loss = torch.relu(positive - negative + margin).masked_fill(~is_valid, 0.0)
         return loss.sum(), (loss > 0).sum(), is_valid.sum()
