@@ -76,7 +76,7 @@ def reduce(
     what it keeps of each key is joined over the rows of all ranks.
 
     Args:
-        pairs: rows and keys of one floating dtype; scores are kept in fp32, of fp64 rows in fp64.
+        pairs: floating rows and keys; scores are kept in fp32, of fp64 rows in fp64.
         impl: ``dense`` keeps the matrix (with ``ring`` that of one block at a time), ``chunked``
             only a tile, ``triton`` none of it (on CUDA); ``auto`` chooses.
         chunk_size: rows and keys of a tile of ``chunked``; rows whose gradients of scores
@@ -89,6 +89,7 @@ def reduce(
 
     Collectives: gather: one all-gather of the keys (and one of tags, of factors), backward a
     reduce-scatter; ring: W - 1 shifts of them, backward another W - 1, and W of the gradients.
+    Kernels of a `PairSum` make its gradient, and these exchanges, in the forward pass.
     Results of keys cost gather two all-reduces of [B] and in backward two all-gathers (one more
     all-reduce of dense); they cost ring W shifts of [n], and in backward travel with the keys.
     """

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_contrastive import optim
+from dist_contrastive import collectives, optim
 from dist_contrastive.backend import seed_everything
 from dist_contrastive.checkpoint import Progress
 from dist_contrastive.data.fields import Samples
@@ -49,6 +49,7 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
         embeddings, terms, row = backward(run, samples, context)
         with run.clock.spent("optimizer"):
             update = run.engine.step(lr, _total(terms))
+        collectives.read_deferred()  # known by now, since the update has waited for the device
         if update.rescaled:  # the search for a loss scale: no bad step
             run.progress = replace(run.progress, step=step + 1, consumed=consumed)
             return {}
