@@ -63,7 +63,10 @@ def read_deferred(group: Group = None) -> None:
 
     Collectives: none.
     """
-    if (check := _WAITING.pop(group, None)) is not None:
-        if check.ready is not None:
-            check.ready.synchronize()
-        check.raise_for(check.measures.tolist())
+    check = _WAITING.get(group)
+    if check is None or (check.ready and torch.cuda.is_current_stream_capturing()):
+        return
+    del _WAITING[group]
+    if check.ready is not None:
+        check.ready.synchronize()
+    check.raise_for(check.measures.tolist())

@@ -224,14 +224,18 @@ def check_inputs(
 
     Raises:
         ConfigError, NonFiniteError: on all ranks, naming those where something is wrong. Of values
-            on a GPU this is known, and raised, by the next call of the group, or `read_deferred`.
+            on a GPU this is known, and raised, by the next call of the group, or `read_deferred`;
+            in a graph that is compiled or captured values are not looked at.
 
     Collectives: one all-gather of a few numbers, with values on a GPU another one.
     """
-    read_deferred(group)
     tensors = {name: x.tensor for name, x in inputs.items()}
-    deferred = [name for name, x in inputs.items() if is_deferred(x.tensor)]
-    measured = {name: x.measure() for name, x in inputs.items()}
+    deferred: list[str] = []
+    measured: dict[str, Tensor | None] = {}
+    if not torch.compiler.is_compiling():  # a graph has shapes, and no values to be looked at
+        read_deferred(group)
+        deferred = [name for name, x in inputs.items() if is_deferred(x.tensor)]
+        measured = {name: x.measure() for name, x in inputs.items()}
     values = {n: _values(x) for n, x in measured.items() if n not in deferred}
     table = exchange_headers(tensors, group, values)
     headers = {n: line for n, line in table.items() if _is_given(n, line, inputs[n].optional)}
