@@ -261,10 +261,10 @@ def test_losses_by_kernels(interpreted, name, dtype):
     interpreted(check_loss, name, dtype)
 
 
-def check_more_keys() -> None:
-    """Negatives and a bank, whose rows are no one's own."""
+def check_more_keys(size: int) -> None:
+    """Negatives and a bank of more or fewer rows than the batch, which are no one's own."""
     torch.manual_seed(0)
-    exact = [torch.randn(n, 16, dtype=torch.float64) for n in (21, 21, 9, 30)]
+    exact = [torch.randn(n, 16, dtype=torch.float64) for n in (21, 21, 9, size)]
     found = []
     for impl, dtype in (("dense", torch.float64), ("triton", torch.float32)):
         given = [x.to(dtype) for x in exact]
@@ -276,8 +276,9 @@ def check_more_keys() -> None:
         torch.testing.assert_close(x, right, rtol=1e-5, atol=1e-7)
 
 
-def test_negatives_and_bank(interpreted):
-    interpreted(check_more_keys)
+@pytest.mark.parametrize("size", [30, 5])
+def test_negatives_and_bank(interpreted, size):
+    interpreted(check_more_keys, size)
 
 
 def on_rank(sizes: tuple[int, ...], keys_from: str) -> list[list[Tensor]]:

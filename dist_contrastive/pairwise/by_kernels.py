@@ -98,7 +98,8 @@ def _operands(
     rows = rows.contiguous()
     keys = rows if keys is None else keys.contiguous()
     has_partners, is_unit = partners is not None, scale is not None
-    inverses, key_inverses, cosines = rows.new_empty(3, len(keys), dtype=torch.float32).unbind()
+    most = max(len(rows), len(keys))
+    inverses, key_inverses, cosines = rows.new_empty(3, most, dtype=torch.float32).unbind()
     constants = {"HAS_PARTNERS": has_partners, "UNIT": is_unit}
     numbers = [len(rows), partners or 0]
     if has_partners or is_unit:
@@ -111,7 +112,7 @@ def _operands(
             constants["HAS_PARTNERS"] = False
             tensors = [keys, keys, key_inverses, cosines]
             launch_of_rows("cosine", tensors, [len(keys), 0], **constants)
-        factors = inverses[: len(rows)] * scale, key_inverses
+        factors = inverses[: len(rows)] * scale, key_inverses[: len(keys)]
         of_partners = of_partners * scale
     return replace(pairs, rows=rows, keys=keys, scale=scale, factors=factors), of_partners
 
