@@ -95,8 +95,7 @@ def backward(
         with clock.spent("compare"):
             terms, row = _compare(run, embeddings, samples, context)
         with clock.spent("replay"):
-            loss = _total(terms)
-            engine.backward(lambda _: loss)
+            engine.backward(lambda _: _total(terms))
     else:
         with clock.spent("embed"):
             cache = GradCache(parts.embed, len(parts))
@@ -106,8 +105,7 @@ def backward(
             cache.compared(_total(terms), [p for p in run.task.parameters() if p.requires_grad])
         with clock.spent("replay"):
             engine.backward(cache.replay, len(parts))
-    without_graph = {name: term.detach() for name, term in terms.items()}
-    return tuple(x.detach() for x in embeddings), without_graph, row
+    return tuple(x.detach() for x in embeddings), {k: x.detach() for k, x in terms.items()}, row
 
 
 class _MicroBatches:

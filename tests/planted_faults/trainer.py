@@ -170,8 +170,8 @@ FAULTS = [
     (
         "trainer: a step reads its loss before the norm of its gradient",
         f"{TRAINER}step.py",
-        "    without_graph = {name: term.detach()",
-        "    check_finite(terms)\n    without_graph = {name: term.detach()",
+        "    return tuple(x.detach() for x in embeddings), {",
+        "    check_finite(terms)\n    return tuple(x.detach() for x in embeddings), {",
         (f"{WAITS}test_a_step_reads_the_device_once",),
     ),
     (
