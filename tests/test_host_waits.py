@@ -157,17 +157,61 @@ def test_channels_last_is_refused_with_zero(overrides, tmp_path):
     assert "zero_stage" in message
 
 
+def products() -> tuple[str, str]:
+    """Precision of fp32 products now: of matrices, and of convolutions."""
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+
+
 @pytest.mark.parametrize(("tf32", "expected"), [(False, "ieee"), (True, "tf32")])
 def test_tf32_is_a_setting_for_the_time_of_a_run(tf32, expected):
-    def now() -> tuple[str, str]:
-        backends = torch.backends
-        return backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
-
-    before = now()
+    before = products()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # of the process, as a user may have it
     backend = Backend(Backend.Config(device="cpu", tf32=tf32))
-    assert now() == (expected, expected)
+    assert products() == ("ieee", expected)
     backend.close()
-    assert now() == before
+    assert products() == ("tf32", before[1])
+    torch.backends.cuda.matmul.fp32_precision = before[0]
+
+
+class Noted(torch.autograd.Function):
+    """Identity that notes the precision of matrix products, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, notes: dict[str, str], name: str):
+        ctx.notes, ctx.name = notes, name
+        notes[f"{name} forward"] = products()[0]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.notes[f"{ctx.name} backward"] = products()[0]
+        return grad, None, None
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
+def test_tf32_is_in_networks_and_not_in_losses(micro_batch_size, overrides, tmp_path):
+    options = ("backend.tf32=true", f"train.micro_batch_size={micro_batch_size or 'null'}")
+    config = config_of("two_view", overrides, tmp_path / "run", *options)
+    backend = Backend(config.backend)
+    run = open_run(config, backend)
+    notes: dict[str, str] = {}
+    encode, compare = run.task.encoder.forward, run.task.compare
+    run.task.encoder.forward = lambda x: Noted.apply(encode(x), notes, "network")
+
+    def noted_compare(embeddings, *rest):
+        return compare(tuple(Noted.apply(x, notes, "loss") for x in embeddings), *rest)
+
+    run.task.compare = noted_compare
+    batch = next(iter(run.data.batches(backend.device)))
+    train_step(run, batch.samples, batch.consumed, is_logged=True)
+    assert notes == {
+        "network forward": "tf32",
+        "network backward": "tf32",
+        "loss forward": "ieee",
+        "loss backward": "ieee",
+    }
+    assert products()[0] == "ieee"
+    backend.close()
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

@@ -17,7 +17,12 @@ from pydantic import Field
 from torch import nn
 
 from dist_contrastive import collectives, ranks
-from dist_contrastive.backend.engine import Engine, put_channels_last, recompute_blocks
+from dist_contrastive.backend.engine import (
+    Engine,
+    multiply_in_tf32,
+    put_channels_last,
+    recompute_blocks,
+)
 from dist_contrastive.backend.replicated import Replicated
 from dist_contrastive.backend.zero import Zero, forget_switches, zero_accelerator
 from dist_contrastive.errors import ConfigError, LostRankError
@@ -68,9 +73,10 @@ class Backend:
         keep_freed_memory()
         self._owns_group = not dist.is_initialized()
         # Without a word torch takes TF32 for convolutions, and fp32 for other products.
-        self._products_before = [(x, x.fp32_precision) for x in _fp32_products()]
-        for products in _fp32_products():
-            products.fp32_precision = "tf32" if settings.tf32 else "ieee"
+        matmul, convolutions = _fp32_products()
+        self._products_before = [(x, x.fp32_precision) for x in (matmul, convolutions)]
+        matmul.fp32_precision = "ieee"  # but in networks
+        convolutions.fp32_precision = "tf32" if settings.tf32 else "ieee"
         self._accelerator = _accelerator(settings)
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
@@ -101,6 +107,8 @@ class Backend:
                     f": DeepSpeed keeps weights in flat pieces; leave it out, or set zero_stage=0"
                 )
             put_channels_last(module)
+        if self.settings.tf32:
+            multiply_in_tf32(module)
         if self.settings.compile:
             module.forward = torch.compile(module.forward)
         engine = Zero if self.settings.zero_stage else Replicated
