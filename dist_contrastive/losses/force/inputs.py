@@ -1,6 +1,7 @@
 """Inputs of the contrastive force: points of three kinds, checked on all ranks together."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,13 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Embeddings, Group, Input, Integers, Weights
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.force.points import FIXED, GENERATED, POSITIVE, sorting
+from dist_contrastive.losses.force.points import (
+    FIXED,
+    GENERATED,
+    POSITIVE,
+    Counts,
+    sorting,
+)
 
 KINDS = {"negative": GENERATED, "fixed": FIXED, "positive": POSITIVE}
 """The kinds of points by the name of the argument, in the order of rows."""
@@ -37,10 +44,16 @@ class ForceInputs:
     rows: Tensor  # [R, G, D] in at least fp32, sorted by kind and label
     tags: Tensor  # [R, 2] int64: kind, and label from 0 (all 0 where there are none)
     weights: Tensor | None  # [R, G]
-    sizes: tuple[int, ...]  # R of every rank whose points are compared with these
-    num_labels: int  # of all those ranks
+    counts: tuple[Counts, ...]  # of every rank whose points are compared with these
+    num_labels: int  # ids of labels, of all those ranks
+    has_label: Tensor | None  # bool [L], which ids some point has; None: all
     num_generated: int  # the first rows of this rank
     with_gradient: frozenset[int]  # kinds whose points need gradients
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """R of every rank whose points are compared with these."""
+        return tuple(map(sum, self.counts))
 
     @property
     def labels_of_generated(self) -> Tensor:
@@ -48,12 +61,21 @@ class ForceInputs:
         return self.tags[: self.num_generated, 1]
 
 
-def force_inputs(group: Group, are_compared: bool, kinds: Kinds) -> ForceInputs:
+def force_inputs(
+    group: Group,
+    are_compared: bool,
+    kinds: Kinds,
+    counts: Sequence[Counts] | None = None,
+    with_waits: bool = True,
+) -> ForceInputs:
     """Points with labels and weights as rows.
 
     Args:
         kinds: by names of `KINDS`; `fixed` may be left out.
         are_compared: whether the points of different ranks belong to the same groups.
+        counts: of every rank, of points that have been checked already; None checks them here.
+        with_waits: whether the host may wait to know how many labels there are; if not, there are
+            as many ids as points.
 
     Raises:
         ConfigError, NonFiniteError: on all ranks, naming those where something is wrong.
@@ -62,19 +84,26 @@ def force_inputs(group: Group, are_compared: bool, kinds: Kinds) -> ForceInputs:
     """
     kinds = {name: kinds[name] for name in KINDS if name in kinds}
     kinds = {n: replace(x, labels=collectives.as_labels(x.labels)) for n, x in kinds.items()}
-    counts = _checked_counts(group, kinds, are_compared)
+    counts = _checked_counts(group, kinds, are_compared) if counts is None else tuple(counts)
     rows = _rows(kinds)
-    sizes = tuple(map(sum, counts)) if are_compared else (len(rows),)
-    tags, num_labels = _tags(kinds, sizes if are_compared else None, group)
-    order, weights = sorting(tags), _weights(kinds, rows)
+    if not are_compared:
+        counts = (_own_counts(kinds),)
+    tags, all_labels = _tags(kinds, tuple(map(sum, counts)) if are_compared else None, group)
+    num_labels, has_label = 1, None
+    if all_labels is not None:
+        num_labels, has_label = _number_labels(tags, all_labels, with_waits)
+    weights = _weights(kinds, rows)
     if num_labels > 1:
+        order = sorting(tags)
         rows, tags = rows.index_select(0, order), tags[order]
+        weights = None if weights is None else weights[order]
     return ForceInputs(
         rows,
         tags,
-        None if weights is None else weights[order],
-        sizes,
+        weights,
+        counts,
         num_labels,
+        has_label,
         kinds["negative"].points.shape[-2],
         frozenset(KINDS[name] for name, kind in kinds.items() if kind.points.requires_grad),
     )
@@ -86,15 +115,22 @@ def center(rows: Tensor, sizes: tuple[int, ...], are_compared: bool, group: Grou
     An estimate from some hundred rows, of every rank in proportion to its `sizes`; outliers do not
     move it.
 
-    Collectives: one all-gather of these rows, with how many they are, if ranks are compared.
+    Collectives: one all-gather of these rows, if ranks are compared.
     """
-    some = rows[:: max(1, sum(sizes) // _ENOUGH_ROWS)]
+    step = max(1, sum(sizes) // _ENOUGH_ROWS)
+    some = rows[::step]
     if are_compared:
-        some, _ = collectives.all_gather_rows(some, group)
+        some = collectives.gather_rows(some, tuple(-(-size // step) for size in sizes), group)
     return some.median(0).values
 
 
-def _checked_counts(group: Group, kinds: Kinds, are_compared: bool) -> list[tuple[int, ...]]:
+def _own_counts(kinds: Kinds) -> Counts:
+    """Numbers of points of each kind on this rank."""
+    generated, fixed, positive = (kinds[x].points.shape[-2] if x in kinds else 0 for x in KINDS)
+    return generated, fixed, positive
+
+
+def _checked_counts(group: Group, kinds: Kinds, are_compared: bool) -> tuple[Counts, ...]:
     """Numbers of points of each kind on every rank."""
     inputs: dict[str, Input] = {}
     rows = dict(zip(KINDS, ("m", "k", "n"), strict=True))
@@ -114,16 +150,17 @@ def _checked_counts(group: Group, kinds: Kinds, are_compared: bool) -> list[tupl
         missing = " and ".join(f"{name}_labels" for name, has in is_labelled.items() if not has)
         raise ConfigError(f"{missing} are missing; give labels to points of every kind, or to none")
     nothing = (0,) * len(sizes["m"])
-    counts = list(zip(*(sizes.get(row, nothing) for row in rows.values()), strict=True))
+    counts = tuple(zip(*(sizes.get(row, nothing) for row in rows.values()), strict=True))
     _check_some_of_each(counts, are_compared)
     return counts
 
 
-def _check_some_of_each(counts: list[tuple[int, ...]], are_compared: bool) -> None:
-    holders = {f"rank {number} holds": count for number, count in enumerate(counts)}
+def _check_some_of_each(counts: tuple[Counts, ...], are_compared: bool) -> None:
+    holders = {f"rank {i} holds": (m, n) for i, (m, _, n) in enumerate(counts)}
     if are_compared:
-        holders = {"the ranks together hold": tuple(map(sum, zip(*counts, strict=True)))}
-    for who, (m, _, n) in holders.items():
+        m, _, n = map(sum, zip(*counts, strict=True))
+        holders = {"the ranks together hold": (m, n)}
+    for who, (m, n) in holders.items():
         if m < 1 or n < 1:
             raise ConfigError(
                 f"{who} {m} negative (generated) and {n} positive (data) points; the force needs "
@@ -142,9 +179,11 @@ def _rows(kinds: Kinds) -> Tensor:
     return torch.cat([x.transpose(0, 1) for x in grouped])
 
 
-def _tags(kinds: Kinds, sizes: tuple[int, ...] | None, group: Group) -> tuple[Tensor, int]:
-    """Kind and label of all rows [R, 2] int64, labels numbered from 0 on all ranks alike, and the
-    number of labels; sizes are None where ranks are not compared."""
+def _tags(
+    kinds: Kinds, sizes: tuple[int, ...] | None, group: Group
+) -> tuple[Tensor, Tensor | None]:
+    """Kind and label of all rows [R, 2] int64, and the labels of all ranks' rows; of none without
+    labels. Sizes are None where ranks are not compared."""
     columns = []
     for name, kind in kinds.items():
         number = torch.full(kind.points.shape[-2:-1], KINDS[name], device=kind.points.device)
@@ -152,13 +191,27 @@ def _tags(kinds: Kinds, sizes: tuple[int, ...] | None, group: Group) -> tuple[Te
         columns.append(torch.stack([number, label]))
     tags = torch.cat(columns, dim=1).T.contiguous()
     if kinds["negative"].labels is None:
-        return tags, 1
-    all_labels = tags[:, 1]
+        return tags, None
+    all_labels = tags[:, 1].contiguous()
     if sizes is not None:
-        all_labels = collectives.gather_rows(all_labels.contiguous(), sizes, group)
-    known = all_labels.unique()
+        all_labels = collectives.gather_rows(all_labels, sizes, group)
+    return tags, all_labels
+
+
+def _number_labels(tags: Tensor, all_labels: Tensor, with_waits: bool) -> tuple[int, Tensor | None]:
+    """Number the labels in tags from 0, on all ranks alike, in place. Without waits the number is
+    that of the first point with the label, of all points in the order of labels.
+
+    Returns:
+        How many numbers there are, and which of them are labels; None: all.
+    """
+    known = all_labels.unique() if with_waits else all_labels.sort().values
     tags[:, 1] = torch.searchsorted(known, tags[:, 1].contiguous())
-    return tags, len(known)
+    if with_waits:
+        return len(known), None
+    is_first = torch.ones_like(known, dtype=torch.bool)
+    is_first[1:] = known[1:] != known[:-1]
+    return len(known), is_first
 
 
 def _weights(kinds: Kinds, rows: Tensor) -> Tensor | None:

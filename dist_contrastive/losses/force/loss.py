@@ -10,6 +10,7 @@ d Euclidean distances, t a temperature, A the weights of pairs. Per group and te
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -17,15 +18,26 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from dist_contrastive import collectives
+from dist_contrastive import collectives, pairwise
 from dist_contrastive.losses.base import PairLoss
+from dist_contrastive.losses.force import fused
 from dist_contrastive.losses.force.affinity import ForceRules, Scope
 from dist_contrastive.losses.force.inputs import ForceInputs, PointKind, center, force_inputs
-from dist_contrastive.losses.force.passes import dense_force, distance_sums, streamed_force
-from dist_contrastive.losses.force.points import Points
+from dist_contrastive.losses.force.kernel_calls import unfit
+from dist_contrastive.losses.force.panels import Panels
+from dist_contrastive.losses.force.passes import (
+    RankForce,
+    dense_force,
+    distance_sums,
+    streamed_force,
+)
+from dist_contrastive.losses.force.points import Counts, Points
 from dist_contrastive.losses.force.sums import AttachGradient, Pool
 
 Preset = Literal["seed", "drift", "paper"]
+
+_CACHE_MB = 24.0  # of tiles, which stay in a processor's cache
+_MANY = 2**62  # scores: dense only where it is asked for
 
 _SEED_TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2)
 
@@ -90,8 +102,12 @@ class ContrastiveForce(PairLoss):
             does on top.
 
     ``keys_from="local"`` gives every rank groups of its own, of which only means with scope
-    ``global`` cross ranks; ``impl="auto"`` is ``chunked``; ``dense`` with a ring has tiles as large
-    as blocks.
+    ``global`` cross ranks. ``impl="auto"`` is ``triton`` on CUDA and else ``chunked``; ``dense``
+    with a ring has tiles as large as blocks. ``triton`` takes points in fp32, bf16 or fp16 and
+    computes in fp32: distances to a few units of the last digit, nearer ones than a tenth of their
+    norms by differences; the products of weights and points are torch's, exact unless it has been
+    allowed TF32. What depends on data is decided on the device, and the host waits for nothing if
+    `counts` are given.
 
     Args:
         diagnostics: set `metrics`: ``scale`` (mean over groups), and for each temperature
@@ -106,7 +122,6 @@ class ContrastiveForce(PairLoss):
     """
 
     takes = "points"
-    has_kernels = False
 
     class Config(PairLoss.Config):
         """The force of data and of other generated points on generated points."""
@@ -125,9 +140,10 @@ class ContrastiveForce(PairLoss):
         """Smallest weight of a pair."""
         normalise_total: bool = False
         """Divide the sum over temperatures by its root mean square (norm_scope)."""
-        cache_mb: NonNegativeFloat = 24.0
+        cache_mb: NonNegativeFloat | None = None
         """Distances kept from pass to pass, in MiB; those beyond are computed again in each of the
-        four (three for `contrastive_force`). Of a ring nothing is kept."""
+        four (three for `contrastive_force`). Of a ring nothing is kept. null: 24, or with triton a
+        third of the card's memory, at most half of what is free."""
 
         def rules(self) -> ForceRules:
             """Rules of the preset, with settings other than None in the place of its own."""
@@ -166,6 +182,7 @@ class ContrastiveForce(PairLoss):
         negative_weights: Tensor | None = None,
         positive_weights: Tensor | None = None,
         fixed_weights: Tensor | None = None,
+        counts: Sequence[Counts] | None = None,
     ) -> Tensor:
         """Scalar loss.
 
@@ -179,11 +196,14 @@ class ContrastiveForce(PairLoss):
             negative_weights, positive_weights, fixed_weights: [m], [n], [k] or [..., m] and so on,
                 0 or more: the columns of A are multiplied by them after the softmaxes, and
                 distances count with them in scale. None: 1 each.
+            counts: numbers (m, k, n) of every rank, of inputs that callers have checked already;
+                None checks them here, for which the host waits.
         """
         inputs = self._inputs(
             PointKind(negative, negative_labels, negative_weights),
             PointKind(positive, positive_labels, positive_weights),
             None if fixed is None else PointKind(fixed, fixed_labels, fixed_weights),
+            counts,
         )
         # Mixed precision would compute distances in bf16, which t = 0.01 makes errors of A.
         with torch.autocast(inputs.rows.device.type, enabled=False):
@@ -201,12 +221,23 @@ class ContrastiveForce(PairLoss):
             return force.transpose(0, 1).reshape(negative.shape)
 
     def _inputs(
-        self, negative: PointKind, positive: PointKind, fixed: PointKind | None
+        self,
+        negative: PointKind,
+        positive: PointKind,
+        fixed: PointKind | None,
+        counts: Sequence[Counts] | None = None,
     ) -> ForceInputs:
         kinds = {"negative": negative, "positive": positive}
         if fixed is not None:
             kinds["fixed"] = fixed
-        return force_inputs(self.group, self.keys_from != "local", kinds)
+        points = [x.points for x in kinds.values() if isinstance(x.points, Tensor)]
+        with_waits = not points or self._how(*points) != "triton"
+        return force_inputs(self.group, self.keys_from != "local", kinds, counts, with_waits)
+
+    def _how(self, *points: Tensor) -> pairwise.Impl:
+        """The way to compute with these points. Raises: ConfigError."""
+        device, dtypes = points[0].device, (x.dtype for x in points)
+        return pairwise.choose(self.impl, _MANY, unfit(device, *dtypes), device.type == "cuda")
 
     def _loss(self, inputs: ForceInputs) -> Tensor:
         with torch.no_grad():
@@ -226,20 +257,28 @@ class ContrastiveForce(PairLoss):
             error.register_hook(lambda _: collectives.refuse_graph())
         return self.mean(error.sum(), error.numel())
 
-    def _points(self, inputs: ForceInputs) -> Points:
+    def _points(self, inputs: ForceInputs) -> Points | Panels:
         """This rank's rows, relative to the center of all points, and the keys of all ranks."""
         rows = inputs.rows.detach()
         rows = rows - center(rows, inputs.sizes, self.keys_from != "local", self.group)
-        chunk_size = max(inputs.sizes) if self.impl == "dense" else self.chunk_size
         pairs = self.pairs(rows, rows, inputs.sizes, inputs.tags)
-        return Points(pairs, chunk_size, self.settings.cache_mb)
+        cache_mb = self.settings.cache_mb
+        if self._how(rows) == "triton":
+            has_labels = inputs.num_labels > 1
+            return Panels(pairs, inputs.counts, has_labels, self.chunk_size, cache_mb)
+        chunk_size = max(inputs.sizes) if self.impl == "dense" else self.chunk_size
+        return Points(pairs, chunk_size, _CACHE_MB if cache_mb is None else cache_mb)
 
-    def _mean_distance(self, points: Points, inputs: ForceInputs) -> tuple[Tensor, Tensor | None]:
+    def _mean_distance(
+        self, points: Points | Panels, inputs: ForceInputs
+    ) -> tuple[Tensor, Tensor | None]:
         """Mean of d [G, L], and its derivative by the rows [R, G, D] where gradients need it."""
         kinds = inputs.with_gradient if self.rules.scale_gradient else frozenset()
-        total, count, grad_points = distance_sums(
-            points, self.rules, inputs.weights, inputs.num_labels, kinds
-        )
+        arguments = self.rules, inputs.weights, inputs.num_labels, kinds
+        if isinstance(points, Panels):
+            total, count, grad_points = fused.distance_sums(points, *arguments)
+        else:
+            total, count, grad_points = distance_sums(points, *arguments)
         total, count = self._pool_scale.sum(torch.stack([total, count]))
         count = torch.where(count > 0, count, 1.0)  # 0 where nothing interacts
         mean = (total / count).to(points.rows.dtype)
@@ -248,26 +287,40 @@ class ContrastiveForce(PairLoss):
         count_of_rows = count.T[inputs.tags[:, 1], :, None]
         return mean, grad_points.transpose(0, 1) / count_of_rows.to(grad_points.dtype)
 
-    def _force(self, points: Points, inputs: ForceInputs, scale: Tensor) -> Tensor:
+    def _force(self, points: Points | Panels, inputs: ForceInputs, scale: Tensor) -> Tensor:
         """Force on the generated points, in units of scale [G, L]: [m, G, D]."""
-        compute = streamed_force
-        if self.impl == "dense" and self.keys_from != "ring":
-            compute = dense_force
-        force, rms, neighbours = compute(
-            points, self.rules, self._pool_norm, scale, inputs.weights, self.diagnostics
-        )
+        arguments = self.rules, self._pool_norm, scale, inputs.weights, self.diagnostics
+        if isinstance(points, Panels):
+            found = fused.force(points, *arguments)
+        elif self.impl == "dense" and self.keys_from != "ring":
+            found = dense_force(points, *arguments)
+        else:
+            found = streamed_force(points, *arguments)
         self.metrics = {}
-        if rms is not None and neighbours is not None:
-            order = math.sqrt(force.shape[-1]) if self.rules.per_dimension else 1.0
-            self.metrics["scale"] = self._plain_mean(scale)
-            for number, t in enumerate(self.temperatures):
-                self.metrics[f"force_rms/{t:g}"] = self._plain_mean(order * rms[number])
-                self.metrics[f"neighbours/{t:g}"] = self._plain_mean(neighbours[number])
-        return force.transpose(0, 1)
+        if self.diagnostics:
+            self._report(found, scale, inputs.has_label)
+        return found.force.transpose(0, 1)
 
-    def _plain_mean(self, x: Tensor) -> Tensor:
-        """Mean over all numbers of all ranks, of which some may have none."""
-        return collectives.global_mean(x.double().sum(), x.numel(), self.group)
+    def _report(self, found: RankForce, scale: Tensor, has_label: Tensor | None) -> None:
+        """Set `metrics`."""
+        assert found.rms is not None
+        assert found.neighbours is not None
+        order = math.sqrt(found.force.shape[-1]) if self.rules.per_dimension else 1.0
+        self.metrics["scale"] = self._plain_mean(scale, has_label)
+        for number, t in enumerate(self.temperatures):
+            rms = order * found.rms[number]
+            self.metrics[f"force_rms/{t:g}"] = self._plain_mean(rms, has_label)
+            self.metrics[f"neighbours/{t:g}"] = self._plain_mean(found.neighbours[number])
+
+    def _plain_mean(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Mean over all numbers [..., n] of all ranks, of which some may have none; or over those
+        that count [n]."""
+        if counts is None:
+            return collectives.global_mean(x.double().sum(), x.numel(), self.group)
+        counts = counts.expand(x.shape)
+        return collectives.global_mean(
+            x.double().where(counts, 0.0).sum(), counts.sum(), self.group
+        )
 
 
 def contrastive_force(

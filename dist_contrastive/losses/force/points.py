@@ -19,6 +19,8 @@ from dist_contrastive.pairwise.pairs import Pairs, chunks
 
 # The kinds of points, in the order of rows: generated ones, which move; other negatives; data.
 GENERATED, FIXED, POSITIVE = 0, 1, 2
+Counts = tuple[int, int, int]
+"""Numbers of points of each kind."""
 
 # 512 x 512 fp32 distances are 1 MiB; some ten arrays of this size are in use at a time.
 _DEFAULT_CHUNK = 512

@@ -1,0 +1,208 @@
+"""Triton kernels of sums of differences of points, each times the weight of its pair.
+
+    force_weight_kernel   a panel of the weights that the force has in it, of all temperatures
+    length_weight_kernel  a panel of those that the gradient of a sum of distances has
+    near_kernel           sums of weighted differences of near pairs, which a product would spoil
+
+Shapes and names as in kernels.py.
+"""
+
+import triton
+import triton.language as tl
+
+from dist_contrastive.losses.force.kernels import (
+    INF,
+    SIZES,
+    any_of,
+    first_block,
+    log_affinity,
+    panel_tile,
+    place_of_program,
+)
+
+# Sums of rows less sums of keys have lost the digits of their difference where these are nearer to
+# each other than this share of the row's distance from the origin.
+_NEAR = tl.constexpr(0.1)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def force_weight_kernel(
+    PANEL,
+    NORMS,
+    RATES,
+    HALF_ROWS,
+    HALF_KEYS,
+    ROW_TERMS,
+    KEY_TERMS,
+    LOG_WEIGHTS,
+    BY_NEGATIVE,
+    BY_POSITIVE,
+    WEIGHTS,
+    NEAR_WEIGHTS,
+    SUMS,
+    NEAR,
+    M,
+    P,
+    N,
+    R,
+    G,
+    first,
+    stride,
+    parts,
+    num_negative,
+    log_floor,
+    T: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Sum over temperatures of A times a factor of the row, below 0 for data; 0 where nothing acts.
+
+    WEIGHTS [G, M, stride] are 0 for near pairs, SUMS [parts, G, R] their sums over keys. Those of
+    near pairs go to NEAR_WEIGHTS, in tiles that have any, which NEAR tells: int32 [G, blocks of
+    rows, blocks of keys].
+
+    BY_NEGATIVE, BY_POSITIVE: [T, G, R], the factors of keys that are negatives, the first
+    `num_negative`, and of data; without a floor with ROW_TERMS in them.
+    """
+    g, first_row, part = place_of_program(M, parts, BM)
+    row = first_row + tl.arange(0, BM)
+    is_row, at_row = row < M, g * R + first + row
+    norm = tl.load(NORMS + at_row, mask=is_row, other=0.0)
+    half_row = tl.load(HALF_ROWS + at_row, mask=is_row, other=0.0)
+    total = tl.zeros([BM], tl.float32)
+    end = first_block(0, N, part + 1, parts, BN)
+    for block in range(first_block(0, N, part, parts, BN), end):
+        key = block * BN + tl.arange(0, BN)
+        is_key, is_positive = key < N, (key >= num_negative)[None, :]
+        d = panel_tile(PANEL, g, row, key, M, P, stride)
+        half_key = tl.load(HALF_KEYS + g * N + key, mask=is_key, other=0.0)
+        x = d - half_row[:, None] - half_key[None, :]
+        weight = tl.zeros([BM, BN], tl.float32)
+        for t in range(T):
+            at = (t * G + g) * R + first + row
+            z = log_affinity(
+                RATES + at,
+                ROW_TERMS + at,
+                KEY_TERMS + (t * G + g) * N + key,
+                LOG_WEIGHTS + g * N + key,
+                x,
+                is_row,
+                is_key,
+                log_floor,
+                HAS_FLOOR,
+            )
+            by_negative = tl.load(BY_NEGATIVE + at, mask=is_row, other=-INF)
+            by_positive = tl.load(BY_POSITIVE + at, mask=is_row, other=-INF)
+            z += tl.where(is_positive, by_positive[:, None], by_negative[:, None])
+            weight += tl.exp2(z)
+        weight = tl.where(is_positive, -weight, weight)
+        tile = (g * tl.cdiv(M, BM) + first_row // BM) * tl.cdiv(N, BN) + block
+        weight = tl.where((d == 0) | (d == INF), 0.0, weight)
+        is_near = d < norm[:, None] * _NEAR
+        at = (g * M + row[:, None]) * stride + key[None, :]
+        inside = is_row[:, None] & (key < stride)[None, :]
+        has_near = any_of(is_near & (weight != 0))
+        tl.store(NEAR + tile, has_near.to(tl.int32))
+        if has_near:
+            tl.store(NEAR_WEIGHTS + at, tl.where(is_near, weight, 0.0), mask=inside)
+        weight = tl.where(is_near, 0.0, weight)
+        tl.store(WEIGHTS + at, weight, mask=inside)
+        total += tl.sum(weight, 1)
+    tl.store(SUMS + (part * G + g) * R + first + row, total, mask=is_row)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def length_weight_kernel(
+    PANEL,
+    NORMS,
+    ROW_WEIGHTS,
+    KEY_WEIGHTS,
+    WEIGHTS,
+    NEAR_WEIGHTS,
+    SUMS,
+    NEAR,
+    M,
+    P,
+    N,
+    R,
+    G,
+    first,
+    stride,
+    parts,
+    HAS_WEIGHTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """``2 / d``, or the weights of row [G, R] and key [G, N] over d: a point is a row of the matrix
+    of distances, and a key of other rows. They go where those of `force_weight_kernel` do."""
+    g, first_row, part = place_of_program(M, parts, BM)
+    row = first_row + tl.arange(0, BM)
+    is_row, at_row = row < M, g * R + first + row
+    norm = tl.load(NORMS + at_row, mask=is_row, other=0.0)
+    total = tl.zeros([BM], tl.float32)
+    end = first_block(0, N, part + 1, parts, BN)
+    for block in range(first_block(0, N, part, parts, BN), end):
+        key = block * BN + tl.arange(0, BN)
+        d = panel_tile(PANEL, g, row, key, M, P, stride)
+        weight = 2.0 / d
+        if HAS_WEIGHTS:
+            row_weight = tl.load(ROW_WEIGHTS + at_row, mask=is_row, other=0.0)
+            key_weight = tl.load(KEY_WEIGHTS + g * N + key, mask=key < N, other=0.0)
+            weight *= 0.5 * (row_weight[:, None] + key_weight[None, :])
+        tile = (g * tl.cdiv(M, BM) + first_row // BM) * tl.cdiv(N, BN) + block
+        weight = tl.where((d == 0) | (d == INF), 0.0, weight)
+        is_near = d < norm[:, None] * _NEAR
+        at = (g * M + row[:, None]) * stride + key[None, :]
+        inside = is_row[:, None] & (key < stride)[None, :]
+        has_near = any_of(is_near & (weight != 0))
+        tl.store(NEAR + tile, has_near.to(tl.int32))
+        if has_near:
+            tl.store(NEAR_WEIGHTS + at, tl.where(is_near, weight, 0.0), mask=inside)
+        weight = tl.where(is_near, 0.0, weight)
+        tl.store(WEIGHTS + at, weight, mask=inside)
+        total += tl.sum(weight, 1)
+    tl.store(SUMS + (part * G + g) * R + first + row, total, mask=is_row)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def near_kernel(
+    NEAR_WEIGHTS,
+    NEAR,
+    X,
+    Y,
+    OUT,
+    M,
+    N,
+    R,
+    first,
+    stride,
+    out_rows,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Adds ``sum_k weight (x - y_k)`` over the near keys of each row to OUT [G, out_rows, D].
+
+    Programs of tiles that have none end at once.
+    """
+    g, first_row, part = place_of_program(M, tl.cdiv(D, BK), BM)
+    row, dim = first_row + tl.arange(0, BM), part * BK + tl.arange(0, BK)
+    is_row, is_dim = row < M, dim < D
+    inside = is_row[:, None] & is_dim[None, :]
+    at_row = g * R + first + row
+    x = tl.load(X + at_row[:, None] * D + dim[None, :], mask=inside, other=0.0)
+    total = tl.zeros([BM, BK], tl.float32)
+    num_blocks, found = tl.cdiv(N, BN), 0
+    tiles = NEAR + (g * tl.cdiv(M, BM) + first_row // BM) * num_blocks
+    for block in range(num_blocks):
+        if tl.load(tiles + block) != 0:
+            found = 1
+            for k in range(block * BN, tl.minimum(block * BN + BN, N)):
+                weight = tl.load(NEAR_WEIGHTS + (g * M + row) * stride + k, mask=is_row, other=0.0)
+                y = tl.load(Y + (g * N + k) * D + dim, mask=is_dim, other=0.0)
+                total += weight[:, None] * (x - y[None, :])
+    if found != 0:
+        at = OUT + (g * out_rows + first + row[:, None]) * D + dim[None, :]
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
