@@ -317,7 +317,8 @@ def check_far_addresses(file: str) -> None:
     sums, tile = torch.empty(1, 1, 5), TileShape(16, 16, 0, 4, 1)
     numbers = [5, 5, 3, 5, 1, 0, stride, 1]  # M, P, N, R, G, first, stride, parts
     kernel_calls.launch(
-        "distance_sum", 1, tile, [panel, panel, sums], numbers, HAS_WEIGHTS=False, BM=16, BN=16
+        *("distance_sum", 1, tile, [panel, panel, sums], numbers),
+        {"HAS_WEIGHTS": False, "BM": 16, "BN": 16},
     )
     assert sums.tolist() == [[[3.0, 6.0, 9.0, 12.0, 15.0]]]
 

@@ -10,7 +10,7 @@ is the number of points: how many labels there are is not asked for, and most ha
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from dist_contrastive.losses.force.softmaxes import (
     temperature_constants,
 )
 from dist_contrastive.losses.force.sums import LogSums, Pool, log_largest_force, log_mean_length
+from dist_contrastive.pairwise.kernel_calls import TileShape
 
 
 def distance_sums(
@@ -72,11 +73,12 @@ def _sums_of_distances(panels: Panels, block: KeyBlock, rows: slice) -> Tensor:
     for panel in panels.panels(block, rows):
         g = panel.g
         launch(
-            *("distance_sum", panel.programs(tile, parts), tile),
+            "distance_sum",
+            panel.programs(tile, parts),
+            tile,
             [panel.d, block.extras[0][g] if block.extras else panel.d, sums[:, g]],
             [*panel.sizes, len(block), num_rows, num_groups, panel.r.start, panel.stride, parts],
-            HAS_WEIGHTS=bool(block.extras),
-            **{"BM": tile.rows, "BN": tile.keys},
+            {"HAS_WEIGHTS": bool(block.extras), "BM": tile.rows, "BN": tile.keys},
         )
     return sums[..., rows].sum(0, dtype=torch.float64)
 
@@ -92,28 +94,36 @@ def _add_length_gradients(
     """Add the derivative of the sum of all distances by some rows, see `_add_differences`."""
     row_weights = None if weights is None else weights.T.contiguous()
 
-    def launch_weights(panel: Panel, outputs: list[Tensor], numbers: list[int], how: Any) -> None:
+    def launch_weights(panel: Panel, outputs: list[Tensor], numbers: list[int], how: _How) -> None:
         g, of_pairs = panel.g, (panel.d, panel.d)
         if row_weights is not None:
             of_pairs = row_weights[g], block.extras[0][g]
         launch(
-            *("length_weight", *how[:2]),
+            "length_weight",
+            how.programs,
+            how.tile,
             [panel.d, panels.norms[g], *of_pairs, *outputs],
             numbers,
-            HAS_WEIGHTS=row_weights is not None,
-            **how[2],
+            how.constants | {"HAS_WEIGHTS": row_weights is not None},
         )
 
     _add_differences(panels, block, rows, launch_weights, out, factors)
 
 
-Launch = Callable[[Panel, list[Tensor], list[int], tuple[int, Any, dict[str, int]]], None]
-"""Start of a kernel of weights: panel; WEIGHTS to NEAR; numbers M to parts; programs, tile and
-its constants."""
+class _How(NamedTuple):
+    """How a kernel is started."""
+
+    programs: int
+    tile: TileShape
+    constants: dict[str, Any]
+
+
+_Launch = Callable[[Panel, list[Tensor], list[int], _How], None]
+"""Start of a kernel of weights: panel, WEIGHTS to NEAR, numbers M to parts."""
 
 
 def _add_differences(
-    panels: Panels, block: KeyBlock, rows: slice, weigh: Launch, out: Tensor, factors: Tensor
+    panels: Panels, block: KeyBlock, rows: slice, weigh: _Launch, out: Tensor, factors: Tensor
 ) -> None:
     """Add ``sum_k weight[j, k] (x[j] - y[k])`` over the keys of a block to some rows.
 
@@ -126,7 +136,7 @@ def _add_differences(
     tile = panels.tile("weights", len(block))
     parts = panels.parts(rows, len(block), tile)
     num_groups, num_rows, num_dims = panels.rows.shape
-    constants = {"BM": tile.rows, "BN": tile.keys}
+    constants: dict[str, Any] = {"BM": tile.rows, "BN": tile.keys}
     sums = panels.rows.new_empty(parts, num_groups, num_rows)
     for panel in panels.panels(block, rows):
         g, (m, p) = panel.g, panel.sizes
@@ -137,15 +147,15 @@ def _add_differences(
             panel,
             [weights, near_weights, sums[:, g], near],
             [m, p, len(block), num_rows, num_groups, panel.r.start, panel.stride, parts],
-            (panel.programs(tile, parts), tile, constants),
+            _How(panel.programs(tile, parts), tile, constants),
         )
         launch(
-            *("near", panel.programs(tile, -(-num_dims // tile.dims)), tile),
+            "near",
+            panel.programs(tile, -(-num_dims // tile.dims)),
+            tile,
             [near_weights, near, panels.rows[g], block.keys[g], out[g]],
             [m, len(block), num_rows, panel.r.start, panel.stride, out.shape[1]],
-            D=num_dims,
-            BK=tile.dims,
-            **constants,
+            constants | {"D": num_dims, "BK": tile.dims},
         )
         out[g, panel.r].baddbmm_(weights[..., : len(block)], block.keys[g], alpha=-1)
     factors[:, rows] += sums[..., rows].sum(0, dtype=torch.float64)
@@ -227,15 +237,16 @@ def _sums_of_affinities(
     for panel in panels.panels(block, rows):
         g = panel.g
         launch(
-            *("affinity_sum", panel.programs(tile, parts), tile),
+            "affinity_sum",
+            panel.programs(tile, parts),
+            tile,
             [panel.d, *terms.of_pairs(g, block), *outputs[:, :, :, g]],
             [
                 *(*panel.sizes, num_keys, num_rows, num_groups, panel.r.start, panel.stride),
                 *(parts, 2, split, terms.log_floor or 0.0),
             ],
-            **terms.constants(),
-            **temperature_constants(terms.rates),
-            **{"BM": tile.rows, "BN": tile.keys},
+            temperature_constants(terms.rates)
+            | {"HAS_FLOOR": terms.has_floor, "BM": tile.rows, "BN": tile.keys},
         )
     tops, sums, squares, coinciding = outputs[..., rows].double()
     tops = tops / LOG2E
@@ -274,18 +285,18 @@ def _weighted_sum(
 
 def _force_weights(
     panels: Panels, block: KeyBlock, terms: Terms, factors: Tensor, t: slice
-) -> Launch:
+) -> _Launch:
     """Start of the kernel at some temperatures."""
 
-    def launch_weights(panel: Panel, outputs: list[Tensor], numbers: list[int], how: Any) -> None:
+    def launch_weights(panel: Panel, outputs: list[Tensor], numbers: list[int], how: _How) -> None:
         g = panel.g
         launch(
-            *("force_weight", *how[:2]),
+            "force_weight",
+            how.programs,
+            how.tile,
             [panel.d, panels.norms[g], *terms.of_pairs(g, block, t), *factors[:, :, g], *outputs],
             [*numbers, block.num_negative, terms.log_floor or 0.0],
-            T=factors.shape[1],
-            **terms.constants(),
-            **how[2],
+            how.constants | {"T": factors.shape[1], "HAS_FLOOR": terms.has_floor},
         )
 
     return launch_weights

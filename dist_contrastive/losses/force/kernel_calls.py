@@ -1,6 +1,6 @@
 """Calls of the force's Triton kernels: where they can run, their tiles, how they are started."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def launch(
     tile: TileShape,
     tensors: Sequence[Tensor],
     numbers: Sequence[float],
-    **constants: Any,
+    constants: Mapping[str, Any],
 ) -> None:
     """Run a kernel of the force: the only place where one is started."""
     with torch.cuda.device_of(tensors[0]):  # Triton starts a kernel on the current one

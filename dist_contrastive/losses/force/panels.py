@@ -184,15 +184,16 @@ class Panels:
 
     def _counts_of(self, block: Block) -> Counts:
         """Of the block's keys."""
+        generated, fixed, positive = map(sum, zip(*self._counts_in(block), strict=True))
+        return generated, fixed, positive
+
+    def _counts_in(self, block: Block) -> list[Counts]:
+        """Of the ranks whose keys it has."""
         if self._pairs.keys_from != "ring":
-            generated, fixed, positive = (sum(x) for x in zip(*self._all_counts, strict=True))
-            return generated, fixed, positive
+            return list(self._all_counts)
         starts = (sum(self._pairs.sizes[:i]) for i in range(len(self._pairs.sizes)))
-        return next(
-            counts
-            for start, counts in zip(starts, self._all_counts, strict=True)
-            if start == block.first and sum(counts)
-        )
+        pairs = zip(starts, self._all_counts, strict=True)
+        return [counts for start, counts in pairs if start == block.first]
 
     def panels(self, block: KeyBlock, rows: slice) -> Iterator[Panel]:
         """Distances of these rows, in every group, to the keys of a block. A panel is overwritten
@@ -242,8 +243,9 @@ class Panels:
         constants |= {"BM": tile.rows, "BN": tile.keys}
         if not are_few:
             how = {"PRECISION": PRECISION, "BK": tile.dims}
-            launch("distance", tiles, tile, tensors, numbers, **constants, **how)
-        launch("difference", 2 * tiles, tile, tensors, numbers, ALL=are_few, **constants)
+            launch("distance", tiles, tile, tensors, numbers, constants | how)
+        constants["ALL"] = are_few
+        launch("difference", 2 * tiles, tile, tensors, numbers, constants)
 
 
 def _aligned(size: int) -> int:

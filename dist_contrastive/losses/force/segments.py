@@ -27,10 +27,12 @@ def label_sums(x: Tensor, labels: Tensor, num_labels: int) -> Tensor:
     begins, ends = (torch.searchsorted(ordered, number, right=y) for y in (False, True))
     sums, tile = x.new_empty(*x.shape[:-1], num_labels), tile_of("segments", 8)
     launch(
-        *("segment_sum", sums.numel(), tile),
+        "segment_sum",
+        sums.numel(),
+        tile,
         [x.index_select(-1, order), begins, ends, sums],
         [len(labels), num_labels],
-        BN=tile.keys,
+        {"BN": tile.keys},
     )
     return sums
 

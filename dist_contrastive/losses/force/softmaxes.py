@@ -58,14 +58,15 @@ def _sums_of_exponentials(
     for panel in panels.panels(block, rows):
         g = panel.g
         launch(
-            *("exponential_sum", panel.programs(tile, parts), tile),
+            "exponential_sum",
+            panel.programs(tile, parts),
+            tile,
             [panel.d, rates[:, g], nearest[:, g], counts[:, g], sums[:, :, g]],
             [
                 *(*panel.sizes, len(block), *reversed(rates.shape[1:])),
                 *(panel.r.start, panel.stride, parts, sides, split),
             ],
-            **temperature_constants(rates),
-            **{"BM": tile.rows, "BN": tile.keys},
+            temperature_constants(rates) | {"BM": tile.rows, "BN": tile.keys},
         )
     seen_from = nearest.masked_fill(nearest == torch.inf, 0.0).double()
     lse = sums.double().log() - rates.double() * seen_from[:, None] / LOG2E
@@ -132,6 +133,7 @@ class Terms:
             *(self.rows[t, g], keys[t, g], (log_weights or [half_keys])[0][g]),
         ]
 
-    def constants(self) -> dict[str, bool]:
-        """Of kernels."""
-        return {"HAS_FLOOR": self.log_floor is not None}
+    @property
+    def has_floor(self) -> bool:
+        """Whether A has one."""
+        return self.log_floor is not None

@@ -177,16 +177,10 @@ def affinity_sum_kernel(
         if any_of(d == 0):
             for t in range(T):
                 at = (t * G + g) * R + first + row
+                rate, term, weight_at = RATES + at, ROW_TERMS + at, LOG_WEIGHTS + g * N + key
+                keys = KEY_TERMS + (t * G + g) * N + key
                 z = log_affinity(
-                    RATES + at,
-                    ROW_TERMS + at,
-                    KEY_TERMS + (t * G + g) * N + key,
-                    LOG_WEIGHTS + g * N + key,
-                    x,
-                    is_row,
-                    is_key,
-                    log_floor,
-                    HAS_FLOOR,
+                    rate, term, keys, weight_at, x, is_row, is_key, log_floor, HAS_FLOOR
                 )
                 if not HAS_FLOOR:
                     z += tl.load(ROW_TERMS + at, mask=is_row, other=-INF)[:, None]
@@ -194,17 +188,9 @@ def affinity_sum_kernel(
                 coinciding += tl.where(number == t, tl.sum(e, 1)[:, None], 0.0)
         for t in range(T):
             at = (t * G + g) * R + first + row
-            z = log_affinity(
-                RATES + at,
-                ROW_TERMS + at,
-                KEY_TERMS + (t * G + g) * N + key,
-                LOG_WEIGHTS + g * N + key,
-                x,
-                is_row,
-                is_key,
-                log_floor,
-                HAS_FLOOR,
-            )
+            rate, term, weight_at = RATES + at, ROW_TERMS + at, LOG_WEIGHTS + g * N + key
+            keys = KEY_TERMS + (t * G + g) * N + key
+            z = log_affinity(rate, term, keys, weight_at, x, is_row, is_key, log_floor, HAS_FLOOR)
             is_t = number == t
             z = tl.where((d == 0) | (d == INF), -INF, z)
             top = tl.max(tl.where(is_t, tops, -INF), 1)

@@ -81,17 +81,9 @@ def force_weight_kernel(
         weight = tl.zeros([BM, BN], tl.float32)
         for t in range(T):
             at = (t * G + g) * R + first + row
-            z = log_affinity(
-                RATES + at,
-                ROW_TERMS + at,
-                KEY_TERMS + (t * G + g) * N + key,
-                LOG_WEIGHTS + g * N + key,
-                x,
-                is_row,
-                is_key,
-                log_floor,
-                HAS_FLOOR,
-            )
+            rate, term, weight_at = RATES + at, ROW_TERMS + at, LOG_WEIGHTS + g * N + key
+            keys = KEY_TERMS + (t * G + g) * N + key
+            z = log_affinity(rate, term, keys, weight_at, x, is_row, is_key, log_floor, HAS_FLOOR)
             by_negative = tl.load(BY_NEGATIVE + at, mask=is_row, other=-INF)
             by_positive = tl.load(BY_POSITIVE + at, mask=is_row, other=-INF)
             z += tl.where(is_positive, by_positive[:, None], by_negative[:, None])
