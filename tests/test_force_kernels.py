@@ -14,6 +14,7 @@ import torch
 from force_formulas import FIVE, specified
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "gpu"))
 import counts
@@ -374,6 +375,33 @@ def test_no_waits_and_few_launches_at_full_size(preset, labels, recorded):
         assert not found.waits
         if points == 16384 or preset != "paper":  # it has a product for each temperature
             assert found.launches + len(recorded) <= LAUNCHES
+
+
+@pytest.fixture
+def fake_ranks() -> Iterator[list[tuple[int, int, int]]]:
+    """Points of eight ranks, of which this process is one and the others do not exist."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=8)
+    yield [(2048, 0, 2048)] * 6 + [(0, 0, 0), (0, 64, 5)]
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("keys_from", ["gather", "ring", "local"])
+def test_no_waits_on_many_ranks(keys_from, recorded, fake_ranks):
+    """With labels and diagnostics; a ring holds the points of two ranks."""
+    how = {"impl": "triton", "keys_from": keys_from, "cache_mb": 0.0, "diagnostics": True}
+    loss = losses.ContrastiveForce(FIVE, "seed", **how)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = {x: torch.empty(2048, DIM) for x in ("negative", "positive")}
+        given["negative"].requires_grad_()
+        given |= {f"{x}_labels": torch.empty(2048, dtype=torch.int64) for x in [*given]}
+        with counts.Counts() as found:
+            loss(**given, counts=fake_ranks).backward()
+    assert not found.waits
+    assert "near" in recorded
+    of_ranks = {"gather": 6, "ring": 2, "local": 1}[keys_from]
+    of_points = 4096 * DIM * 4
+    panels_of_rank = 3 * 4096 * (4096 if keys_from != "gather" else 6 * 4096 + 69) * 4
+    assert found.peak <= panels_of_rank + (10 + 3 * of_ranks) * of_points
 
 
 @pytest.mark.parametrize("preset", PRESETS)
