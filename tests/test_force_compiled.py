@@ -23,11 +23,12 @@ COMPILED = [
 
 @pytest.mark.parametrize(("name", "card"), COMPILED)
 def test_compiled_for_cards(name, card):
-    """No register is spilled, distances are those of tensor cores, sums are made by no atomics."""
+    """No register is spilled, products are those of tensor cores, in fp32 of three of TF32, and sums
+    are made by no atomics."""
     report = static_force.compiled(static_force.VARIANTS[name], card)
     assert report.spilled == 0
     assert report.blocks >= 1
     assert not re.search(r"\b(atom|red)\.\S*add\S*\.(f|bf)\d+", report.ptx)
-    if name.startswith("distances"):
+    if name.startswith(("distances", "product")):
         assert report.tensor > 0
         assert "inputPrecision = tf32x3" in report.ttir

@@ -240,6 +240,20 @@ def test_results_do_not_depend_on_memory(interpreted):
     interpreted(check_same_bits)
 
 
+def check_precision() -> None:
+    """Torch's setting for fp32 products is that of weights, never that of distances."""
+    assert kernel_calls.product_precision() == kernel_calls.PRECISION == "tf32x3"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert kernel_calls.product_precision() == "tf32"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_precision_of_products_is_by_choice(interpreted):
+    interpreted(check_precision)
+
+
 def check_diagnostics(preset: str) -> None:
     given = given_points(**CASES["everything"])
     single = losses.ContrastiveForce(WARM, preset, impl="triton", diagnostics=True)
@@ -401,13 +415,13 @@ def test_no_waits_on_many_ranks(keys_from, recorded, fake_ranks):
     of_ranks = {"gather": 6, "ring": 2, "local": 1}[keys_from]
     of_points = 4096 * DIM * 4
     panels_of_rank = 3 * 4096 * (4096 if keys_from != "gather" else 6 * 4096 + 69) * 4
-    assert found.peak <= panels_of_rank + (10 + 3 * of_ranks) * of_points
+    assert found.peak <= panels_of_rank + (11 + 4 * of_ranks) * of_points
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_memory_is_linear_and_that_of_panels(preset, recorded):
     """Beside panels, some copies of the points."""
-    copies = {"seed": 7, "drift": 6, "paper": 9}[preset]
+    copies = {"seed": 8, "drift": 7, "paper": 10}[preset]
     for points in (16384, 32768):
         peak = counted(preset, points).peak
         assert peak <= PANELS + copies * 2 * points * DIM * 4

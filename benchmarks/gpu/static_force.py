@@ -36,7 +36,13 @@ class Variant:
         """What is known when it is compiled."""
         known = {"D": dim, "T": temperatures, "TP": 1 << (temperatures - 1).bit_length()}
         known |= {"BM": tile.rows, "BN": tile.keys, "BK": tile.dims}
-        known |= {"PRECISION": PRECISION, "GROUP": 8, **self.flags}
+        known |= {
+            "PRECISION": PRECISION,
+            "GROUP": 8,
+            "FLAG_ROWS": 32,
+            "FLAG_KEYS": 64,
+            **self.flags,
+        }
         return {name: known[name] for name in kernel_of(self.name).arg_names if name in known}
 
 
@@ -56,6 +62,9 @@ VARIANTS = {
     "weights, floor": Variant("force_weight", "weights", {"HAS_FLOOR": True}),
     "weights of the scale": Variant("length_weight", "weights", {"HAS_WEIGHTS": True}),
     "near pairs": Variant("near", "weights", {}),
+    "product": Variant("product", "product", {"HAS_LABELS": False}),
+    "product, labels": Variant("product", "product", {"HAS_LABELS": True}),
+    "product, small groups": Variant("product", "small product", {"HAS_LABELS": False}),
     "labels": Variant("segment_sum", "segments", {}),
 }
 """The kernels by what they are for."""
@@ -73,7 +82,7 @@ def compiled(
     kernel = kernel_of(variant.name)
     constants, names = variant.constants(tile, dim, temperatures), kernel.arg_names
     types = dict.fromkeys(names, "*fp32") | dict.fromkeys(_INTS & {*names}, "i32")
-    types |= dict.fromkeys({"OWN", "NEAR", "CLOSE", "ROW_LABELS", "KEY_LABELS"} & {*names}, "*i32")
+    types |= dict.fromkeys({"OWN", "FLAGS", "CLOSE", "ROW_LABELS", "KEY_LABELS"} & {*names}, "*i32")
     if variant.name == "segment_sum":
         types |= {"X": "*fp64", "SUMS": "*fp64", "BEGINS": "*i64", "ENDS": "*i64"}
     types |= {"log_floor": "fp32"} if "log_floor" in names else {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.losses.force.affinity import ForceRules
-from dist_contrastive.losses.force.kernel_calls import launch
+from dist_contrastive.losses.force.kernel_calls import launch, product_precision
 from dist_contrastive.losses.force.panels import KeyBlock, Panel, Panels
 from dist_contrastive.losses.force.passes import RankForce
 from dist_contrastive.losses.force.segments import label_counts, label_log_sums, label_sums
@@ -119,7 +119,7 @@ class _How(NamedTuple):
 
 
 _Launch = Callable[[Panel, list[Tensor], list[int], _How], None]
-"""Start of a kernel of weights: panel, WEIGHTS to NEAR, numbers M to parts."""
+"""Start of a kernel of weights: panel, WEIGHTS to FLAGS, numbers M to parts."""
 
 
 def _add_differences(
@@ -142,10 +142,10 @@ def _add_differences(
         g, (m, p) = panel.g, panel.sizes
         weights, near_weights = panels.buffer("weights", 2, len(panel.d), m, panel.stride)
         num_blocks = -(-len(block) // tile.keys)
-        near = block.own.new_empty(panel.programs(tile, num_blocks))
+        flags = block.own.new_empty(panel.programs(tile, num_blocks))
         weigh(
             panel,
-            [weights, near_weights, sums[:, g], near],
+            [weights, near_weights, sums[:, g], flags],
             [m, p, len(block), num_rows, num_groups, panel.r.start, panel.stride, parts],
             _How(panel.programs(tile, parts), tile, constants),
         )
@@ -153,11 +153,27 @@ def _add_differences(
             "near",
             panel.programs(tile, -(-num_dims // tile.dims)),
             tile,
-            [near_weights, near, panels.rows[g], block.keys[g], out[g]],
+            [near_weights, flags, panels.rows[g], block.keys[g], out[g]],
             [m, len(block), num_rows, panel.r.start, panel.stride, out.shape[1]],
             constants | {"D": num_dims, "BK": tile.dims},
         )
-        out[g, panel.r].baddbmm_(weights[..., : len(block)], block.keys[g], alpha=-1)
+        product = panels.product_tile(m)
+        launch(
+            "product",
+            panel.programs(product, -(-num_dims // product.keys)),
+            product,
+            [weights, flags, block.columns[g], out[g]],
+            [m, len(block), panel.r.start, panel.stride, out.shape[1]],
+            {
+                **{
+                    "D": num_dims,
+                    "HAS_LABELS": panels.has_labels,
+                    "PRECISION": product_precision(),
+                },
+                **{"FLAG_ROWS": tile.rows, "FLAG_KEYS": tile.keys},
+                **{"BM": product.rows, "BN": product.keys, "BK": product.dims},
+            },
+        )
     factors[:, rows] += sums[..., rows].sum(0, dtype=torch.float64)
 
 

@@ -27,6 +27,10 @@ TILES = {
     ("affinities", 9): TileShape(16, 64, 0, 4, 1),
     ("affinities", 10): TileShape(16, 64, 0, 4, 1),
     ("weights", 8): TileShape(32, 64, 64, 4, 1),
+    ("product", 8): TileShape(64, 128, 16, 8, 3),
+    ("product", 9): TileShape(128, 128, 32, 8, 3),
+    ("product", 10): TileShape(128, 128, 32, 8, 3),
+    ("small product", 8): TileShape(64, 64, 32, 4, 3),
     ("segments", 8): TileShape(1, 256, 0, 2, 1),
 }
 
@@ -49,6 +53,11 @@ def unfit(device: torch.device, *dtypes: torch.dtype) -> str | None:
 def generation_of(device: torch.device) -> int:
     """The first digit of the compute capability; 9 where kernels are interpreted."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def product_precision() -> str:
+    """Of the products of weights, which need not be exact where torch has been allowed TF32."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else PRECISION
 
 
 def num_parts(num_rows: int, num_groups: int, num_keys: int, tile: TileShape) -> int:

@@ -104,10 +104,9 @@ class ContrastiveForce(PairLoss):
     ``keys_from="local"`` gives every rank groups of its own, of which only means with scope
     ``global`` cross ranks. ``impl="auto"`` is ``triton`` on CUDA and else ``chunked``; ``dense``
     with a ring has tiles as large as blocks. ``triton`` takes points in fp32, bf16 or fp16 and
-    computes in fp32: distances to a few units of the last digit, nearer ones than a tenth of their
-    norms by differences; the products of weights and points are torch's, exact unless it has been
-    allowed TF32. What depends on data is decided on the device, and the host waits for nothing if
-    `counts` are given.
+    computes in fp32, distances of close points by differences; products of weights and points are
+    as exact, unless torch has been allowed TF32. What depends on data is decided on the device, and
+    the host waits for nothing if `counts` are given.
 
     Args:
         diagnostics: set `metrics`: ``scale`` (mean over groups), and for each temperature

@@ -27,7 +27,8 @@ from dist_contrastive.pairwise.keys import Block, open_keys
 from dist_contrastive.pairwise.pairs import Pairs, chunks
 
 _PANEL = 2**30  # bytes of distances that are computed at a time, and of weights
-_ALIGNED = 16  # numbers to which lines of a panel are filled up, for loads of four at a time
+_ALIGNED = 32  # numbers to which lines of a panel are filled up: a step of products
+_FEWEST = 16  # keys of a tile
 _BLOCK = 128  # rows of a panel are a multiple of this
 _FEW_DIMENSIONS = 4  # of which differences are no dearer than a product
 _SMALL = 32  # rows and keys, for which small tiles are enough
@@ -41,6 +42,7 @@ class KeyBlock:
     """Keys that rows are compared with, sorted by kind and label."""
 
     keys: Tensor  # [G, K, D]
+    columns: Tensor  # [G, D, stride]: the same transposed, 0 beyond the last
     squares: Tensor  # [G, K], of their norms
     labels: Tensor  # [K] int32
     own: Tensor  # [R] int32: which key is the row itself, -1 for none
@@ -109,7 +111,7 @@ class Panels:
         cache_mb: float | None,
     ) -> None:
         assert pairs.tags is not None, "kinds and labels are tags"
-        self._pairs, self._all_counts, self._has_labels = pairs, counts, has_labels
+        self._pairs, self._all_counts, self.has_labels = pairs, counts, has_labels
         self.rows = pairs.rows.transpose(0, 1).contiguous()  # [G, R, D]
         self.labels = pairs.tags[:, 1]  # [R]
         self.counts = counts[collectives.rank(pairs.group) if len(counts) > 1 else 0]
@@ -137,7 +139,12 @@ class Panels:
     def tile(self, name: str, num_keys: int = _BLOCK) -> TileShape:
         """Of a kernel, on this card; not wider than keys are many."""
         tile = tile_of(name, self._generation)
-        return replace(tile, keys=min(tile.keys, max(_ALIGNED, _power_of_2(num_keys))))
+        return replace(tile, keys=min(tile.keys, max(_FEWEST, _power_of_2(num_keys))))
+
+    def product_tile(self, num_rows: int) -> TileShape:
+        """Of the product of weights of so many rows and keys, whose dimensions are its keys."""
+        small = "small " if num_rows <= _BLOCK // 2 else ""
+        return tile_of(f"{small}product", self._generation)
 
     def parts(self, rows: slice, num_keys: int, tile: TileShape) -> int:
         """Into which these keys are split for these rows."""
@@ -180,7 +187,9 @@ class Panels:
             own = number[first : first + len(self.labels)].int()
         keys = keys.transpose(0, 1).contiguous()
         squares = torch.linalg.vector_norm(keys, dim=-1).square_()
-        return KeyBlock(keys, squares, labels.int(), own, order, counts)
+        columns = keys.new_zeros(len(keys), keys.shape[2], _aligned(keys.shape[1]))
+        columns[..., : keys.shape[1]].copy_(keys.mT)
+        return KeyBlock(keys, columns, squares, labels.int(), own, order, counts)
 
     def _counts_of(self, block: Block) -> Counts:
         """Of the block's keys."""
@@ -229,7 +238,7 @@ class Panels:
         """Compute the distances of a panel."""
         (num_rows, in_panel), num_dims, g = panel.sizes, self.rows.shape[2], panel.g
         are_few = num_dims <= _FEW_DIMENSIONS
-        name = "distance" if not (self._has_labels or are_few) else "labelled distance"
+        name = "distance" if not (self.has_labels or are_few) else "labelled distance"
         name = "small distance" if max(num_rows, len(block)) <= _SMALL else name
         tile = tile_of(name, self._generation)
         tiles = -(-num_rows // tile.rows) * -(-panel.stride // tile.keys) * len(panel.d)
@@ -239,7 +248,7 @@ class Panels:
             *(self._row_labels, block.labels, block.own, panel.d, close),
         ]
         numbers = [num_rows, in_panel, len(block), len(self.labels), panel.r.start, panel.stride]
-        constants = {"D": num_dims, "HAS_LABELS": self._has_labels, "GROUP": _GROUP}
+        constants = {"D": num_dims, "HAS_LABELS": self.has_labels, "GROUP": _GROUP}
         constants |= {"BM": tile.rows, "BN": tile.keys}
         if not are_few:
             how = {"PRECISION": PRECISION, "BK": tile.dims}

@@ -3,6 +3,7 @@
     force_weight_kernel   a panel of the weights that the force has in it, of all temperatures
     length_weight_kernel  a panel of those that the gradient of a sum of distances has
     near_kernel           sums of weighted differences of near pairs, which a product would spoil
+    product_kernel        products of the other weights and the keys
 
 Shapes and names as in kernels.py.
 """
@@ -40,7 +41,7 @@ def force_weight_kernel(
     WEIGHTS,
     NEAR_WEIGHTS,
     SUMS,
-    NEAR,
+    FLAGS,
     M,
     P,
     N,
@@ -59,8 +60,8 @@ def force_weight_kernel(
     """Sum over temperatures of A times a factor of the row, below 0 for data; 0 where nothing acts.
 
     WEIGHTS [G, M, stride] are 0 for near pairs, SUMS [parts, G, R] their sums over keys. Those of
-    near pairs go to NEAR_WEIGHTS, in tiles that have any, which NEAR tells: int32 [G, blocks of
-    rows, blocks of keys].
+    near pairs go to NEAR_WEIGHTS, in tiles that have any. FLAGS of tiles tell: int32 [G, blocks of
+    rows, blocks of keys], 1 for weights other than 0, 2 for such of near pairs.
 
     BY_NEGATIVE, BY_POSITIVE: [T, G, R], the factors of keys that are negatives, the first
     `num_negative`, and of data; without a floor with ROW_TERMS in them.
@@ -95,7 +96,8 @@ def force_weight_kernel(
         at = (g * M + row[:, None]) * stride + key[None, :]
         inside = is_row[:, None] & (key < stride)[None, :]
         has_near = any_of(is_near & (weight != 0))
-        tl.store(NEAR + tile, has_near.to(tl.int32))
+        flag = any_of(~is_near & (weight != 0)).to(tl.int32) + 2 * has_near.to(tl.int32)
+        tl.store(FLAGS + tile, flag)
         if has_near:
             tl.store(NEAR_WEIGHTS + at, tl.where(is_near, weight, 0.0), mask=inside)
         weight = tl.where(is_near, 0.0, weight)
@@ -113,7 +115,7 @@ def length_weight_kernel(
     WEIGHTS,
     NEAR_WEIGHTS,
     SUMS,
-    NEAR,
+    FLAGS,
     M,
     P,
     N,
@@ -148,7 +150,8 @@ def length_weight_kernel(
         at = (g * M + row[:, None]) * stride + key[None, :]
         inside = is_row[:, None] & (key < stride)[None, :]
         has_near = any_of(is_near & (weight != 0))
-        tl.store(NEAR + tile, has_near.to(tl.int32))
+        flag = any_of(~is_near & (weight != 0)).to(tl.int32) + 2 * has_near.to(tl.int32)
+        tl.store(FLAGS + tile, flag)
         if has_near:
             tl.store(NEAR_WEIGHTS + at, tl.where(is_near, weight, 0.0), mask=inside)
         weight = tl.where(is_near, 0.0, weight)
@@ -160,7 +163,7 @@ def length_weight_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def near_kernel(
     NEAR_WEIGHTS,
-    NEAR,
+    FLAGS,
     X,
     Y,
     OUT,
@@ -187,9 +190,9 @@ def near_kernel(
     x = tl.load(X + at_row[:, None] * D + dim[None, :], mask=inside, other=0.0)
     total = tl.zeros([BM, BK], tl.float32)
     num_blocks, found = tl.cdiv(N, BN), 0
-    tiles = NEAR + (g * tl.cdiv(M, BM) + first_row // BM) * num_blocks
+    flags = FLAGS + (g * tl.cdiv(M, BM) + first_row // BM) * num_blocks
     for block in range(num_blocks):
-        if tl.load(tiles + block) != 0:
+        if tl.load(flags + block) > 1:
             found = 1
             for k in range(block * BN, tl.minimum(block * BN + BN, N)):
                 weight = tl.load(NEAR_WEIGHTS + (g * M + row) * stride + k, mask=is_row, other=0.0)
@@ -198,3 +201,55 @@ def near_kernel(
     if found != 0:
         at = OUT + (g * out_rows + first + row[:, None]) * D + dim[None, :]
         tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def product_kernel(
+    WEIGHTS,
+    FLAGS,
+    Y,
+    OUT,
+    M,
+    N,
+    first,
+    stride,
+    out_rows,
+    D: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLAG_ROWS: tl.constexpr,
+    FLAG_KEYS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Takes ``WEIGHTS @ keys`` off OUT [G, out_rows, D]; keys are Y [G, D, stride], filled up by 0.
+
+    HAS_LABELS: steps without weights, as pairs of different labels have, are left out.
+    """
+    g, first_row, part = place_of_program(M, tl.cdiv(D, BN), BM)
+    row, dim, key = first_row + tl.arange(0, BM), part * BN + tl.arange(0, BN), tl.arange(0, BK)
+    is_row, is_dim = row < M, dim < D
+    weight_at = WEIGHTS + (g * M + row[:, None]) * stride + key[None, :]
+    y_at = Y + (g * D + dim[:, None]) * stride + key[None, :]
+    num_blocks = tl.cdiv(N, FLAG_KEYS)
+    flag_row = first_row // FLAG_ROWS + tl.arange(0, BM // FLAG_ROWS)
+    is_flag = flag_row < tl.cdiv(M, FLAG_ROWS)
+    flags = FLAGS + (g * tl.cdiv(M, FLAG_ROWS) + flag_row) * num_blocks
+    total = tl.zeros([BM, BN], tl.float32)
+    if HAS_LABELS:
+        for block in range(num_blocks):
+            if tl.max(tl.load(flags + block, mask=is_flag, other=0) % 2, 0) != 0:
+                for start in range(block * FLAG_KEYS, block * FLAG_KEYS + FLAG_KEYS, BK):
+                    inside = (start + key < stride)[None, :]
+                    weight = tl.load(weight_at + start, mask=is_row[:, None] & inside, other=0.0)
+                    y = tl.load(y_at + start, mask=is_dim[:, None] & inside, other=0.0)
+                    total = tl.dot(weight, tl.trans(y), total, input_precision=PRECISION)
+    else:
+        for start in range(0, stride, BK):
+            weight = tl.load(weight_at + start, mask=is_row[:, None], other=0.0)
+            y = tl.load(y_at + start, mask=is_dim[:, None], other=0.0)
+            total = tl.dot(weight, tl.trans(y), total, input_precision=PRECISION)
+    at = OUT + (g * out_rows + first + row[:, None]) * D + dim[None, :]
+    inside = is_row[:, None] & is_dim[None, :]
+    tl.store(at, tl.load(at, mask=inside, other=0.0) - total, mask=inside)
