@@ -23,8 +23,8 @@ COMPILED = [
 
 @pytest.mark.parametrize(("name", "card"), COMPILED)
 def test_compiled_for_cards(name, card):
-    """No register is spilled, products are those of tensor cores, in fp32 of three of TF32, and sums
-    are made by no atomics."""
+    """No register is spilled, products are three of TF32 by tensor cores, sums are made by no
+    atomics."""
     report = static_force.compiled(static_force.VARIANTS[name], card)
     assert report.spilled == 0
     assert report.blocks >= 1

@@ -230,13 +230,20 @@ class ContrastiveForce(PairLoss):
         if fixed is not None:
             kinds["fixed"] = fixed
         points = [x.points for x in kinds.values() if isinstance(x.points, Tensor)]
-        with_waits = not points or self._how(*points) != "triton"
-        return force_inputs(self.group, self.keys_from != "local", kinds, counts, with_waits)
+        return force_inputs(
+            self.group, self.keys_from != "local", kinds, counts, not self._may_use_kernels(points)
+        )
 
-    def _how(self, *points: Tensor) -> pairwise.Impl:
-        """The way to compute with these points. Raises: ConfigError."""
-        device, dtypes = points[0].device, (x.dtype for x in points)
-        return pairwise.choose(self.impl, _MANY, unfit(device, *dtypes), device.type == "cuda")
+    def _may_use_kernels(self, points: Sequence[Tensor]) -> bool:
+        """Whether kernels will compute with these points, if they are what they must be."""
+        if not points or self.impl not in ("auto", "triton"):
+            return False
+        is_wanted = self.impl == "triton" or points[0].is_cuda
+        return is_wanted and unfit(points[0].device, *(x.dtype for x in points)) is None
+
+    def _way(self, rows: Tensor) -> pairwise.Impl:
+        """The way to compute with these rows. Raises: ConfigError, on all ranks."""
+        return pairwise.choose(self.impl, _MANY, unfit(rows.device, rows.dtype), rows.is_cuda)
 
     def _loss(self, inputs: ForceInputs) -> Tensor:
         with torch.no_grad():
@@ -262,7 +269,7 @@ class ContrastiveForce(PairLoss):
         rows = rows - center(rows, inputs.sizes, self.keys_from != "local", self.group)
         pairs = self.pairs(rows, rows, inputs.sizes, inputs.tags)
         cache_mb = self.settings.cache_mb
-        if self._how(rows) == "triton":
+        if self._way(rows) == "triton":
             has_labels = inputs.num_labels > 1
             return Panels(pairs, inputs.counts, has_labels, self.chunk_size, cache_mb)
         chunk_size = max(inputs.sizes) if self.impl == "dense" else self.chunk_size
