@@ -39,6 +39,7 @@ def interpret() -> None:
     assert "triton" not in sys.modules or pair_kernel_calls.is_interpreted(), "it could not know"
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN
     for key in kernel_calls.TILES:
         kernel_calls.TILES[key] = TileShape(32, 32, 32, 4, 1)
 
@@ -177,6 +178,7 @@ QUICK_CLOUDS = {
     ("exact pairs", "drift", (0.001, *FIVE)),
     ("one alone", "paper", (0.001, *FIVE)),
     ("outlier generated", "drift", (0.001,)),
+    ("two and one", "paper", (0.2,)),
 }
 CLOUDS = [
     pytest.param(*x, marks=[] if x in QUICK_CLOUDS else SLOW)

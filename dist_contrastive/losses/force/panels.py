@@ -28,7 +28,6 @@ from dist_contrastive.pairwise.pairs import Pairs, chunks
 
 _PANEL = 2**30  # bytes of distances that are computed at a time, and of weights
 _ALIGNED = 32  # numbers to which lines of a panel are filled up: a step of products
-_FEWEST = 16  # keys of a tile
 _BLOCK = 128  # rows of a panel are a multiple of this
 _FEW_DIMENSIONS = 4  # of which differences are no dearer than a product
 _SMALL = 32  # rows and keys, for which small tiles are enough
@@ -137,9 +136,9 @@ class Panels:
         return slice(first, first + self.counts[kind])
 
     def tile(self, name: str, num_keys: int = _BLOCK) -> TileShape:
-        """Of a kernel, on this card; not wider than keys are many."""
+        """Of a kernel, on this card; not wider than keys are many, and whole lines are filled."""
         tile = tile_of(name, self._generation)
-        return replace(tile, keys=min(tile.keys, max(_FEWEST, _power_of_2(num_keys))))
+        return replace(tile, keys=min(tile.keys, max(_ALIGNED, _power_of_2(num_keys))))
 
     def product_tile(self, num_rows: int) -> TileShape:
         """Of the product of weights of so many rows and keys, whose dimensions are its keys."""
