@@ -2,14 +2,15 @@
 
     n rows of this rank, N keys of all ranks, D dimensions
 
-- kernels: n N scores, each 2 D operations of the tensor cores and what follows them, twice
-  (forward, and gradients of the scores), then two matrix products of 2 n N D operations each
+- kernels: n N scores, each 2 D operations of the tensor cores and what follows them, forward and
+  for gradients (at once, of sums over pairs), then two matrix products of 2 n N D operations each
 - memory: so many bytes for each number of rows and keys, and a buffer of gradients of scores
 - wire: what the collectives of `pairwise` are given, see `wire`
 
 Nothing is run. Constants stand in planner_constants.py.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -136,13 +137,13 @@ def _pairs(asked: Asked) -> Plan:
     keys, size, dim = rows * asked.ranks, 4 if asked.dtype == "fp32" else 2, asked.dim
     block = keys if asked.keys_from == "gather" else rows  # keys that are there at a time
     num_blocks = keys // block
-    chunks = num_blocks * -(-rows // rows_at_a_time(block, size))
+    chunks = num_blocks * math.prod(chunks_of_gradients(rows, block, size))
     of_step, of_block, of_chunk = cost.launches
     launches = of_step + num_blocks * of_block + chunks * of_chunk
     given = spec.inputs * rows // spec.rows * dim * size
     sent = wire(spec, rows, dim, asked.ranks, asked.keys_from, size)
     card, assumed = _rates(asked.card)
-    moved = cost.moved.bytes(rows, keys, dim) + added_bytes(chunks, block, dim)
+    moved = cost.moved.bytes(rows, keys, dim) + num_blocks * added_bytes(rows, block, dim, size)
     moved += 3 * rows * keys * size  # gradients of scores: written once, read twice
     seconds = {
         **_kernel_seconds(asked, rows * keys, card, assumed),
@@ -155,7 +156,6 @@ def _pairs(asked: Asked) -> Plan:
         "rows and keys": cost.memory.bytes(rows, block, dim),
         "gathered keys": gathered_bytes(rows, dim, asked.ranks, asked.keys_from, size),
         "gradients of scores": buffer_bytes(rows, block, size),
-        "sums of the bias": bias_bytes(asked.name, rows, block),
     }
     return Plan(asked, rows, keys, seconds, memory, sent, launches, card.source)
 
@@ -186,29 +186,36 @@ def _kernel_seconds(asked: Asked, scores: int, card: Card, assumed: Assumed) -> 
     return {"scores and their gradients": by_kernels, "products": products}
 
 
-def rows_at_a_time(keys: int, size: int) -> int:
-    """Rows whose gradients of scores are kept at a time, of so many bytes each: `fused` has it."""
-    return min(4096, max(1, 2**29 // (keys * size * 128)) * 128)
+_ROWS, _BYTES, _BLOCK = 4096, 2**29, 256  # as pairwise/fused.py has them
 
 
-def added_bytes(chunks: int, keys: int, dim: int) -> int:
-    """Bytes that are moved where the gradients of keys of each chunk of rows are added up."""
-    return chunks * keys * dim * 12  # fp32: read both, write one
+def tile_of_gradients(rows: int, keys: int, size: int) -> tuple[int, int]:
+    """Rows and keys whose gradients of scores, of so many bytes each, are kept at a time."""
+    num_rows = min(rows, _ROWS)
+    return num_rows, min(keys, max(1, _BYTES // (num_rows * size * _BLOCK)) * _BLOCK)
+
+
+def chunks_of_gradients(rows: int, keys: int, size: int) -> tuple[int, int]:
+    """Into how many parts rows and keys fall."""
+    of_rows, of_keys = tile_of_gradients(rows, keys, size)
+    return -(-rows // of_rows), -(-keys // of_keys)
+
+
+def added_bytes(rows: int, keys: int, dim: int, size: int) -> int:
+    """Bytes that are read and written where gradients of rows and keys are added up in fp32."""
+    of_rows, of_keys = chunks_of_gradients(rows, keys, size)
+    return 8 * dim * (of_rows * keys + of_keys * rows)
 
 
 def buffer_bytes(rows: int, keys: int, size: int) -> int:
-    """Bytes of the gradients of scores of so many rows, whose lines are filled up."""
-    return min(rows, rows_at_a_time(keys, size)) * (-(-keys // 16) * 16) * size
+    """Bytes of the gradients of scores that are kept at a time, whose lines are filled up."""
+    of_rows, of_keys = tile_of_gradients(rows, keys, size)
+    return of_rows * (-(-of_keys // 16) * 16) * size
 
 
 def gathered_bytes(rows: int, dim: int, ranks: int, keys_from: KeysFrom, size: int) -> int:
     """Bytes of the keys of all ranks, which one rank alone has already."""
     return rows * ranks * dim * size if ranks > 1 and keys_from == "gather" else 0
-
-
-def bias_bytes(name: str, rows: int, keys: int) -> int:
-    """Bytes of the parts of the gradient of a bias: one of each row and tile of keys."""
-    return 4 * rows * -(-keys // 128) if name == "siglip" else 0
 
 
 def wire(
@@ -221,7 +228,7 @@ def wire(
         rows: of each rank. size: bytes of a number of the embeddings.
     """
     others = ranks - 1
-    of_keys = rows * (dim * size + 8 * spec.has_tags + 4 * (size == 2))  # and factors of these
+    of_keys = rows * (dim * size + 8 * spec.has_tags + 4)  # and a factor of each
     sums = 2 * others * (16 + 8 * spec.counts) // ranks
     gradients = rows * dim * 4
     if keys_from == "gather":
@@ -231,7 +238,8 @@ def wire(
         forward = backward = 0
     else:
         forward = others * of_keys + spec.both * ranks * rows * 8
-        backward = others * (of_keys + spec.both * rows * 12) + ranks * gradients
+        rounds = 0 if spec.one_round else others
+        backward = rounds * (of_keys + spec.both * rows * 12) + ranks * gradients
     return {"forward": forward + sums, "backward": backward}
 
 

@@ -4,7 +4,6 @@ benchmark for a card, which is not here, runs."""
 import json
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -69,16 +68,12 @@ def check(name: str, rows: int, dim: int, ranks: int, dtype: str, keys_from: str
     planned = planner.plan(asked_of(name, rows, dim, ranks, dtype=dtype, keys_from=keys_from))
     found = fake.counted(name, rows // SPECS[name].rows, dim, dtype, ranks, keys_from)
     beyond = planned.total_memory - planned.memory["inputs and their gradients"]
-    assert beyond == pytest.approx(found.peak, rel=0.005), READ_AGAIN
+    assert beyond == pytest.approx(found.peak, rel=0.02), READ_AGAIN
     launches = found.launches + len(found.kernels)
     assert planned.launches == pytest.approx(launches, rel=0.05), READ_AGAIN
     assert sum(planned.sent.values()) == pytest.approx(found.sent.total(), rel=0, abs=2)
 
 
-HAS_FORCE = find_spec("dist_contrastive.losses.force.panels") is not None
-
-
-@pytest.mark.skipif(not HAS_FORCE, reason="the force has no kernels")
 @pytest.mark.parametrize(
     ("points", "dim", "ranks", "keys_from"),
     [

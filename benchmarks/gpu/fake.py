@@ -26,6 +26,7 @@ from dist_contrastive.losses import PairLoss
 from dist_contrastive.pairwise import fused as pair_kernels
 from dist_contrastive.pairwise import kernel_calls
 
+OF_ROWS = ("cosine", "unit_gradient")  # kernels that read and write rows alone
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 LOSSES: dict[str, tuple[type[PairLoss], dict[str, Any]]] = {
@@ -108,19 +109,20 @@ def replaced(module: Any, **functions: Any) -> Iterator[None]:
 
 
 @contextmanager
-def without_card(kernels: list[str]) -> Iterator[None]:
-    """Kernels and products are named in a list, instead of being run on a card."""
+def without_card(found: Traffic) -> Iterator[None]:
+    """Kernels and products are named, instead of being run on a card."""
 
-    def launch(name: str, *_: Any, **__: Any) -> None:
-        kernels.append(name)
+    def start(name: str, grid: Any, tensors: Sequence[Tensor], *_: Any) -> None:
+        found.kernels.append(name)
+        if name in OF_ROWS:
+            found.moved += num_bytes(tensors)
 
-    def product(a: Tensor, b: Tensor) -> Tensor:  # as on CUDA, which has it in one kernel
-        kernels.append("product")
-        return a.new_empty(len(a), b.shape[1], dtype=torch.float32)
+    def product(total: Tensor, a: Tensor, b: Tensor) -> None:  # as on CUDA, in one kernel
+        found.kernels.append("product")
 
     with (
-        replaced(pair_kernels, launch=launch, _product=product),
-        replaced(kernel_calls, _no_place=lambda device: None),
+        replaced(pair_kernels, _add_product=product),
+        replaced(kernel_calls, start=start, _no_place=lambda device: None),
     ):
         yield
 
@@ -155,7 +157,7 @@ def counted(
     found = Traffic()
     with (
         fake_ranks(ranks),
-        without_card(found.kernels),
+        without_card(found),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         loss = kind(**settings, impl="triton", keys_from=keys_from)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ compiled for sm_90 (static.py) and from steps without data (fake.py); none was t
 """
 
 import argparse
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -33,10 +34,10 @@ KERNELS_OF = {  # names in static.py
     "infonce, symmetric": ("InfoNCE, symmetric", "InfoNCE, symmetric, gradient"),
     "ntxent": ("NT-Xent", "NT-Xent, gradient"),
     "dcl": ("DCL", "DCL, gradient"),
-    "siglip": ("SigLIP", "SigLIP, gradient"),
+    "siglip": ("SigLIP, value and gradient",),
     "self_diagonal": ("InfoNCE", "InfoNCE, gradient"),
     "supcon": ("SupCon", "SupCon, gradient"),
-    "cosine_embedding": ("cosine embedding", "cosine embedding, gradient"),
+    "cosine_embedding": ("cosine embedding, value and gradient",),
 }
 
 
@@ -251,7 +252,7 @@ def read_kernel(name: str, kind: str) -> Kernel:
     variant = static.VARIANTS[name]
     tile = variant.tile(dtype, 90)
     report = static.compiled(variant, 90, 768, dtype, tile)
-    cycles = report.epilogue(-(-768 // tile.dims)) / (tile.rows * tile.keys) * 1024
+    cycles = report.epilogue() / (tile.rows * tile.keys) * 1024
     return Kernel(round(cycles, 1), report.blocks)
 
 
@@ -281,14 +282,13 @@ def read_cost(loss: str, kind: str, keys_from: str) -> Cost:
     for rows, dim, ranks in shapes:
         found = fake.counted(loss, rows // SPECS[loss].rows, dim, dtype, ranks, keys_from)
         keys = rows * ranks if keys_from == "gather" else rows
-        at_a_time = planner.rows_at_a_time(keys, size)
         lines.append([rows * dim, ranks * rows * dim, rows, ranks * rows])
-        known = planner.buffer_bytes(rows, keys, size) + planner.bias_bytes(loss, rows, keys)
+        known = planner.buffer_bytes(rows, keys, size)
         known += planner.gathered_bytes(rows, dim, ranks, keys_from, size)
         peaks.append(found.peak - known)
         blocks = 1 if keys_from == "gather" else ranks
-        chunks = blocks * -(-rows // at_a_time)
-        moved.append(found.moved - planner.added_bytes(chunks, keys, dim))
+        chunks = blocks * math.prod(planner.chunks_of_gradients(rows, keys, size))
+        moved.append(found.moved)  # products are none of it
         steps.append([1, blocks, chunks])
         launches.append(found.launches + len(found.kernels))
     return Cost(
