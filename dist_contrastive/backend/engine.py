@@ -62,7 +62,8 @@ class Engine(ABC):
 
     @abstractmethod
     def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The task's `embed` in the precision of the run; the embeddings are fp32 (or fp64)."""
+        """The task's `embed` in the precision of the run, which its embeddings have too: losses
+        keep their scores in fp32, and a GPU multiplies bf16 rows many times as fast."""
 
     @abstractmethod
     def backward(self, losses: Callable[[int], Tensor], count: int = 1) -> None:
@@ -118,12 +119,6 @@ class Engine(ABC):
 
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
-
-
-def in_full_precision(embeddings: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Half precision to fp32."""
-    half = (torch.bfloat16, torch.float16)
-    return tuple(x.float() if x.dtype in half else x for x in embeddings)
 
 
 # ------------------------------------------------------------------ optimizer state

@@ -15,7 +15,6 @@ from dist_contrastive.backend.engine import (
     Step,
     finish_copies,
     group_counts,
-    in_full_precision,
     load_group_counts,
     to_cpu,
 )
@@ -39,8 +38,7 @@ class Replicated(Engine):
 
     def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with self._autocast():
-            embeddings = self.wrapped(*inputs)
-        return in_full_precision(embeddings)
+            return self.wrapped(*inputs)
 
     def backward(self, losses: Callable[[int], Tensor], count: int = 1) -> None:
         self.discard_gradients()

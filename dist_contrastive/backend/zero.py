@@ -22,7 +22,6 @@ from dist_contrastive.backend.engine import (
     Step,
     finish_copies,
     group_counts,
-    in_full_precision,
     load_group_counts,
     to_cpu,
 )
@@ -144,7 +143,7 @@ class Zero(Engine):
         return embed
 
     def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        embeddings = in_full_precision(self.wrapped(*inputs))
+        embeddings = self.wrapped(*inputs)
         # A gradient that reaches what it returned counts as the backward of the step; a view's
         # does not.
         return tuple(x.view_as(x) for x in embeddings)
