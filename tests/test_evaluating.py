@@ -10,10 +10,13 @@ from test_engines import config_of
 
 from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
+from dist_contrastive.backend import Backend
 from dist_contrastive.cli import main
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.metrics import read_rows
 from dist_contrastive.testing import run_ranks
+from dist_contrastive.trainer.evaluating import Evaluator
+from dist_contrastive.trainer.run import open_run
 
 LEARNS = ("train.steps=4", "optim.name=adamw", "optim.lr=0.01", "train.log_every=3")
 MEASURED = ("evaluate={every: 2, during: [knn, probe], limit: 200}", "train.save_every=2")
@@ -88,6 +91,18 @@ def test_they_are_those_of_eval(runs, capsys):
     measures = evaluations(runs["with"])[4]
     assert [line["value"] for line in lines] == [measures["eval/knn"], measures["eval/probe"]]
     assert 0.15 < measures["eval/knn"] < 1
+
+
+def test_networks_train_on_after_a_measurement(overrides, tmp_path):
+    """In eval mode dropout would be gone from then on."""
+    config = config_of("two_view", overrides, tmp_path / "run", *LEARNS, *MEASURED)
+    backend = Backend(config.backend)
+    run = open_run(config, backend)
+    assert run.task.training
+    found = Evaluator(run, lambda: None).measure()
+    assert {"eval/knn", "eval/probe", "eval_s"} == set(found)
+    assert run.task.training
+    backend.close()
 
 
 def test_partners_are_found_during_training(overrides, tmp_path, capsys):

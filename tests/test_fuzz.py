@@ -266,11 +266,11 @@ def test_notes_of_an_index_that_are_none(notes, shards, tmp_path):
         load_index(tmp_path)
 
 
-def test_an_index_larger_than_memory_is_not_read(shards, tmp_path):
+def test_an_index_larger_than_memory_is_mapped(shards, tmp_path):
     shutil.copy2(shards / "a.tar", tmp_path)
     with (tmp_path / "index.npz").open("wb") as file:
         file.truncate(1 << 43)  # sparse
-    with pytest.raises(DataError, match="8796093022208 bytes"):
+    with pytest.raises(DataError, match="not a zip file"):
         load_index(tmp_path)
     assert len(index_folder(tmp_path)) == 6  # a new one repairs
 

@@ -365,7 +365,7 @@ def test_a_mapped_index_that_is_wrong(folder: Path, mapped: None):
     np.savez(folder / "index.npz", **{**arrays, "sample_offset": offsets})
     wrong = load_index(folder)
     for number in (1, 2):
-        with refused(UnreadableSample, f"sample {number}", "a.tar", "index it again"):
+        with refused(UnreadableSample, f"sample {number}", "by the index", "a.tar"):
             wrong.read(number)
     assert wrong.read(0)["__key__"] == "s000"
 

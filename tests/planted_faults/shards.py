@@ -208,4 +208,32 @@ FAULTS = [
         "== label][: number + 1]] = True",
         (f"{S}::test_digits_are_whole_and_invertible",),
     ),
+    (
+        "a mapped index is believed where a sample lies",
+        "dist_contrastive/data/shards/index.py",
+        "if not 0 <= offset <= offset + stop <= self.shard_bytes[shard]:",
+        "if not 0 <= offset:",
+        ("tests/test_shards.py::test_a_mapped_index_that_is_wrong",),
+    ),
+    (
+        "a large index is read whole",
+        "dist_contrastive/data/shards/index_file.py",
+        "if file.is_file() and file.stat().st_size >= _MAPPED:",
+        "if False:",
+        ("tests/test_shards.py::test_a_large_index_is_mapped",),
+    ),
+    (
+        "images of a folder come in the order of their paths",
+        "dist_contrastive/data/folder.py",
+        "number = int(self._order[sample_number])",
+        "number = sample_number",
+        ("tests/test_folder.py::test_batches_are_those_of_the_packed_images",),
+    ),
+    (
+        "rows of a table come in their order",
+        "dist_contrastive/data/rows_source.py",
+        "self._make(int(self._order[sample_number]))",
+        "self._make(sample_number)",
+        ("tests/test_rows.py::test_batches_are_those_of_the_packed_rows",),
+    ),
 ]

@@ -5,7 +5,6 @@ processes of a machine share them, and what is never used is never read. Then th
 sample's place come when it is read.
 """
 
-import errno
 import io
 import json
 import mmap
@@ -16,7 +15,6 @@ from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from dist_contrastive import atomic
@@ -103,12 +101,9 @@ class _Mapped(mmap.mmap):
 def read_index(file: Path) -> bytes | mmap.mmap:
     """Content of an index file of this machine, mapped if it is large. Raises: DataError."""
     try:
-        size, free = file.stat().st_size, psutil.virtual_memory().available
-        if size >= _MAPPED and file.is_file():
+        if file.is_file() and file.stat().st_size >= _MAPPED:
             with file.open("rb") as opened:
                 return _Mapped(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        if size > free // 2:
-            raise OSError(errno.EFBIG, f"it has {size} bytes, and the free memory {free}")
         return file.read_bytes()
     except OSError as error:
         raise DataError(
