@@ -211,8 +211,8 @@ FAULTS = [
     (
         "a mapped index is believed where a sample lies",
         "dist_contrastive/data/shards/index.py",
-        "if not 0 <= offset <= offset + stop <= self.shard_bytes[shard]:",
-        "if not 0 <= offset:",
+        "if not 0 <= start <= start + length <= place[1]:",
+        "if not 0 <= start:",
         ("tests/test_shards.py::test_a_mapped_index_that_is_wrong",),
     ),
     (

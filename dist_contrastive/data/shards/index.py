@@ -155,6 +155,11 @@ class ShardIndex(Source):
         shard = self.shard_of(sample_number)
         start, length = self._span(sample_number, columns)
         place = self.shards[shard], int(self.shard_bytes[shard]), start, length
+        if not 0 <= start <= start + length <= place[1]:
+            raise UnreadableSample(
+                f"sample {sample_number} is at bytes {start} to {start + length} by the index, and "
+                f"{place[0]} has {place[1]}; index it again"
+            )
         data, attempts = self.files.read(*place), 1
         while problem := self._problem(sample_number, columns, data):
             # What came from a server, or lies in the cache, may be bad where the shard is not.
@@ -177,8 +182,9 @@ class ShardIndex(Source):
         columns = self._columns(sample_number, only)
         if columns:
             shard = self.shard_of(sample_number)
-            size = int(self.shard_bytes[shard])
-            self.files.prefetch(self.shards[shard], size, *self._span(sample_number, columns))
+            size, (start, length) = int(self.shard_bytes[shard]), self._span(sample_number, columns)
+            if 0 <= start <= start + length <= size:
+                self.files.prefetch(self.shards[shard], size, start, length)
 
     def key(self, sample_number: int) -> str | None:
         """Key of a sample, or None where none of its fields can be read."""
@@ -225,13 +231,7 @@ class ShardIndex(Source):
         """First byte in the tar and number of bytes that hold these fields."""
         first, last = self._start(number, columns), columns[-1]
         stop = int(self.member_start[number, last]) + self._member_bytes(number, last)
-        offset, shard = int(self.sample_offset[number]), self.shard_of(number)
-        if not 0 <= offset <= offset + stop <= self.shard_bytes[shard]:
-            raise UnreadableSample(
-                f"sample {number} is at bytes {offset + first} to {offset + stop} by the index, "
-                f"and {self.shards[shard]} has {self.shard_bytes[shard]}; index it again"
-            )
-        return offset + first, stop - first
+        return int(self.sample_offset[number]) + first, stop - first
 
     def _problem(self, number: int, columns: Sequence[int], data: bytes) -> str | None:
         """Sentence about the first of these fields whose bytes are wrong."""
