@@ -211,14 +211,23 @@ class ShardIndex(Source):
             **{name: getattr(self, name)[rows] for name in MEMBER_TABLES},
         )
 
+    @cached_property
+    def _column_of(self) -> dict[str, int]:
+        return {name: column for column, name in enumerate(self.fields)}
+
     def _columns(self, number: int, only: Collection[str] | None) -> list[int]:
         """Columns of the wanted fields that a sample has, in the order of the tar."""
         start = self.member_start[number].tolist()
-        columns = [column for column in range(len(start)) if start[column] != ABSENT]
-        if only is not None:
-            present = {self.fields[column] for column in columns}
-            wanted = {_first_of(name, present) for name in only}
-            columns = [column for column in columns if self.fields[column] in wanted]
+        if only is None:
+            columns = {column for column in range(len(start)) if start[column] != ABSENT}
+        else:
+            columns = set()
+            for name in only:
+                for one in alternatives(name):
+                    column = self._column_of.get(one)
+                    if column is not None and start[column] != ABSENT:
+                        columns.add(column)
+                        break
         return sorted(columns, key=start.__getitem__)
 
     def _start(self, number: int, columns: Sequence[int]) -> int:
