@@ -106,7 +106,8 @@ def refuse_other_classes(
             if known != name:
                 raise DataError(
                     f"class {number} is {known!r} in {shard}, but {name!r} in {source.shards[0]}; "
-                    f"pack one of them again with --classes-of the other, or train on json.class"
+                    f"pack one of them again with --classes-of the other, give a folder that is "
+                    f"read as it lies the classes of the other, or train on json.class"
                 )
 
 
