@@ -30,7 +30,7 @@ from dist_contrastive.data.source import Source
 from dist_contrastive.data.sources import configs_of, join_sources, open_source
 from dist_contrastive.data.training import first_sample
 from dist_contrastive.errors import ConfigError, DataError, UnreachableError
-from dist_contrastive.evaluation.splits import shape_of
+from dist_contrastive.evaluation.splits import BATCH, batched, shape_of
 from dist_contrastive.runs import load_weights
 from dist_contrastive.tasks import ImageTask, Paired, Task
 
@@ -39,7 +39,6 @@ What = Literal["representation", "embedding", "partner"]
 of the second modality."""
 FORMATS = (".npy", ".parquet")
 PART = 4096  # samples of a file in the meantime
-_BATCH = 256
 
 
 class Embedded(NamedTuple):
@@ -86,7 +85,7 @@ def embed(
             embedded = work.count()
         with collectives.raised_together():
             if backend.is_main:
-                work.join()
+                work.join(embedded.rows)
         return embedded
     finally:
         backend.close()
@@ -156,7 +155,7 @@ class _Work:
         numbers = range(number * PART, min((number + 1) * PART, len(self._source)))
         # One thread reads ahead of the network: sources need not be safe for several.
         with closing(map_in_threads(self._read, numbers, 1)) as samples:
-            for batch in _batches(samples, left_out):
+            for batch in batched(_readable(samples, left_out), BATCH):
                 rows.append(self._network(self._fields.samples(collate(batch))).cpu())
                 keys += [row["__key__"] for row in batch]
         vectors = torch.cat(rows).float().numpy() if rows else np.zeros((0, 0), np.float32)
@@ -179,29 +178,29 @@ class _Work:
     def count(self) -> Embedded:
         """What all parts hold together."""
         num_rows, left_out = 0, list[str]()
-        for _, keys, reasons in self._parts():
+        for _, keys, reasons in self._parts(with_rows=False):
             num_rows += len(keys)
             left_out += reasons
         if not num_rows:
             raise DataError(f"none of {len(self._source)} samples can be read: {left_out[0]}")
         return Embedded(self._out, num_rows, left_out)
 
-    def join(self) -> None:
-        """Put all parts in one file, and delete them."""
+    def join(self, num_rows: int) -> None:
+        """Put all parts, which have so many rows, in one file, and delete them."""
         parts = ((rows, keys) for rows, keys, _ in self._parts() if keys)
         if self._out.suffix == ".npy":
-            _write_npy(self._out, parts, self.count().rows)
+            _write_npy(self._out, parts, num_rows)
         else:
             _write_parquet(self._out, parts)
         shutil.rmtree(self._folder)
 
-    def _parts(self) -> Iterator[tuple[np.ndarray, list[str], list[str]]]:
+    def _parts(self, with_rows: bool = True) -> Iterator[tuple[np.ndarray, list[str], list[str]]]:
         """Rows, keys, and why samples are left out, of one part after the other."""
         for path in map(self._path, range(self.num_parts)):
             try:
                 with np.load(path) as part:
                     keys, left_out = json.loads(str(part["keys"]))
-                    rows = part["rows"]
+                    rows = part["rows"] if with_rows else np.empty(0)
             except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 raise DataError(
                     f"{path} is damaged ({error}); delete it and start again, which makes it anew"
@@ -239,21 +238,15 @@ def _network(task: Task, what: What) -> _Network:
     return lambda samples: task.embed_representations(task.represent(samples.images))
 
 
-def _batches(
+def _readable(
     samples: Iterator[dict[str, Any] | str], left_out: list[str]
-) -> Iterator[list[dict[str, Any]]]:
-    """Samples that could be read, some at a time."""
-    batch: list[dict[str, Any]] = []
+) -> Iterator[dict[str, Any]]:
+    """Samples that could be read; why the others could not goes to `left_out`."""
     for sample in samples:
         if isinstance(sample, str):
             left_out.append(sample)
-            continue
-        batch.append(sample)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        else:
+            yield sample
 
 
 _Parts = Iterator[tuple[np.ndarray, list[str]]]

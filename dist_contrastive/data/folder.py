@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from dist_contrastive.data.keyed_random import keyed_permutation
 from dist_contrastive.data.packing.images import IMAGE_FIELDS, find_images, read_file
 from dist_contrastive.data.shards.encoding import WHITE, decode_or_explain
-from dist_contrastive.data.source import Source, alternatives
+from dist_contrastive.data.source import Source, alternatives, in_parts
 from dist_contrastive.errors import DataError, UnreadableSample
 
-_PART = 10_000  # samples; as many as `shards pack` puts into a shard
 _SEED = 0  # of their order, as of `shards pack`
 
 
@@ -47,10 +46,7 @@ class ImageFolder(Source):
         self._found = find_images(config.path, config.classes)
         self._background = background
         self._order = keyed_permutation(len(self._found.paths), _SEED)
-        count = len(self._order)
-        spans = [(first, min(first + _PART, count)) for first in range(0, count, _PART)]
-        self.shards = tuple(f"{config.path}[{first}:{stop}]" for first, stop in spans)
-        self.shard_samples = np.array([stop - first for first, stop in spans])
+        self.shards, self.shard_samples = in_parts(config.path, len(self._order))
         self.classes = self._found.classes
         has = {"cls": bool(self.classes), "txt": bool(self._found.texts)}
         beside = [name for name, is_there in has.items() if is_there]

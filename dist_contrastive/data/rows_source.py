@@ -5,18 +5,15 @@ from collections.abc import Collection
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
-
 from dist_contrastive.data.keyed_random import keyed_permutation
 from dist_contrastive.data.packing.columns import choose_columns
 from dist_contrastive.data.packing.hub import open_table
 from dist_contrastive.data.packing.rows import sample_maker
 from dist_contrastive.data.packing.writer import encoded
 from dist_contrastive.data.shards.encoding import WHITE, decode_or_explain
-from dist_contrastive.data.source import Source, alternatives
+from dist_contrastive.data.source import Source, alternatives, in_parts
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
 
-_PART = 10_000  # samples; as many as `shards pack` puts into a shard
 _SEED = 0  # of their order, as of `shards pack`
 _PROBED = 64  # rows, spread evenly, that tell the fields and what a table is recognised by
 
@@ -65,10 +62,7 @@ class Rows(Source):
         self._order = keyed_permutation(len(table), _SEED)
         if not len(self._order):
             raise DataError(f"{config.path} has no rows; give a table that has some")
-        count = len(self._order)
-        spans = [(first, min(first + _PART, count)) for first in range(0, count, _PART)]
-        self.shards = tuple(f"{config.path}[{first}:{stop}]" for first, stop in spans)
-        self.shard_samples = np.array([stop - first for first, stop in spans])
+        self.shards, self.shard_samples = in_parts(config.path, len(self._order))
         self.fields = tuple(sorted({name for sample in self._probed for name in sample}))
 
     @cached_property

@@ -22,6 +22,16 @@ def alternatives(name: str) -> list[str]:
     return name.split(";")
 
 
+_PART = 10_000  # samples; as many as `shards pack` puts into a shard
+
+
+def in_parts(name: str, count: int) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Names and sizes of the parts of a data set that has none of its own, as large as shards."""
+    sizes = [min(_PART, count - first) for first in range(0, count, _PART)]
+    spans = [(first * _PART, first * _PART + size) for first, size in enumerate(sizes)]
+    return tuple(f"{name}[{first}:{stop}]" for first, stop in spans), np.array(sizes)
+
+
 class Source(ABC):
     """Base of the data sets that a stream reads; `ShardIndex` is the usual one.
 

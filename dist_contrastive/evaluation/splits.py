@@ -351,7 +351,13 @@ def _labelled(samples: Rows, name: str) -> Rows:
         raise ConfigError(
             "eval measures this run by labels; set data.label to a field that holds them"
         )
-    is_labelled = labels.isfinite() if labels.is_floating_point() else labels >= 0
-    if not is_labelled.any():
+    kept = labelled_rows(labels)
+    if not len(kept):
         raise ConfigError(f"no sample of data.{name} has a label; eval needs some to measure by")
-    return samples.rows(is_labelled.nonzero().flatten())
+    return samples.rows(kept)
+
+
+def labelled_rows(labels: Tensor) -> Tensor:
+    """Numbers of the rows whose label is not missing."""
+    known = labels.isfinite() if labels.is_floating_point() else labels >= 0
+    return known.nonzero().flatten()

@@ -20,6 +20,7 @@ from dist_contrastive.evaluation.splits import (
     Split,
     batched,
     joined,
+    labelled_rows,
     labels_of,
     open_splits,
     shape_of,
@@ -134,7 +135,7 @@ class Evaluator:
 
 def _sets(train: Encoded, test: Encoded) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features and labels of what has a label, for training and for the test."""
-    train, test = _with_labels(train), _with_labels(test)
+    train, test = (x.rows(labelled_rows(labels_of(x))) for x in (train, test))
     return train.features, labels_of(train), test.features, labels_of(test)
 
 
@@ -174,9 +175,3 @@ def _gathered(local: Encoded) -> Encoded:
         gathered["texts"] = tuple(text for texts in of_ranks for text in texts)
     whole = replace(local, **gathered)
     return whole.rows(whole.index.argsort())
-
-
-def _with_labels(samples: Encoded) -> Encoded:
-    labels = labels_of(samples)
-    known = labels.isfinite() if labels.is_floating_point() else labels >= 0
-    return samples.rows(known.nonzero().flatten())
