@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from dist_contrastive.collectives import check_numbers, read_deferred
 from dist_contrastive.collectives.conversions import as_embeddings
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.random_states import replayed
@@ -32,10 +33,12 @@ class GradCache:
             the same both times, and may have no lasting effect.
         num_parts: 1 or more.
 
-    Raises: ConfigError, there is no part, or embed returns something else than embeddings.
+    Raises: ConfigError, there is no part, or embed returns something else than embeddings; on a GPU
+    what `replay` of the last one would have raised.
     """
 
     def __init__(self, embed: Callable[[int], Embeddings | Tensor], num_parts: int) -> None:
+        read_deferred()
         if num_parts < 1:
             raise ConfigError(f"num_parts={num_parts} leaves nothing to embed; give 1 or more")
         self._embed, self.num_parts = replayed(lambda part: as_embeddings(embed(part))), num_parts
@@ -73,7 +76,8 @@ class GradCache:
         The last part brings that of the loss's own parameters, so that an engine which reduces over
         ranks with the last backward reduces it too.
 
-        Raises: ConfigError, once all parts are replayed: one was embedded in another way.
+        Raises: ConfigError, once all are replayed: one was embedded in another way. On a GPU this
+        is read, and raised, by the next GradCache or `read_deferred`.
         """
         embeddings = self._embed(part)
         self._compare_passes(part, embeddings)
@@ -88,10 +92,14 @@ class GradCache:
         rows = slice(sum(self._sizes[:part]), sum(self._sizes[: part + 1]))
         for x, y in zip(embeddings, (x[rows] for x in self.embeddings), strict=True):
             self._off.append((x - y).norm() / y.norm().clamp(min=torch.finfo(y.dtype).tiny))
-        is_last = len(self._off) == self.num_parts * len(embeddings)  # it waits for the device
-        if is_last and (worst := float(torch.stack(self._off).max())) > _LIMIT:
-            raise ConfigError(
-                f"embed gave other embeddings the second time, off by {worst:.2g} of their norm "
-                f"(limit {_LIMIT:g}): its gradient would be wrong; let it depend on the part "
-                f"alone, and draw random numbers from the global generators, which are replayed"
-            )
+        if len(self._off) == self.num_parts * len(embeddings):
+            check_numbers(torch.stack(self._off), _refuse)
+
+
+def _refuse(differences: list[float]) -> None:
+    if (worst := max(differences)) > _LIMIT:
+        raise ConfigError(
+            f"embed gave other embeddings the second time, off by {worst:.2g} of their norm "
+            f"(limit {_LIMIT:g}): its gradient would be wrong; let it depend on the part "
+            f"alone, and draw random numbers from the global generators, which are replayed"
+        )

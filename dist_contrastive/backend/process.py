@@ -119,6 +119,7 @@ class Backend:
         """Leave the process group; another run may start in this process."""
         for products, precision in self._products_before:
             products.fp32_precision = precision
+        collectives.forget_deferred()  # of a step that failed
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
         forget_switches()

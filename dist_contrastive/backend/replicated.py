@@ -26,6 +26,11 @@ class Replicated(Engine):
     def _wrap(self) -> Any:
         is_half = self._dtype is torch.float16
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=is_half)
+        # Counts that the host keeps are the same on all ranks, and a group may have no CPUs.
+        buffers = self.module.to(self._device).named_buffers()
+        on_host = [name for name, x in buffers if x.device.type != self._device.type]
+        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(self.module, on_host)
         wrapped = self._accelerator.prepare_model(self.module)
         if self._accelerator.num_processes == 1:
             return self.module  # a rank alone is wrapped too, with nothing to average

@@ -16,8 +16,8 @@ The gradient contract rests on two rules. A gradient that crosses ranks is summe
 share, so that the mean over ranks that DDP and ZeRO take is the exact gradient.
 """
 
-from dist_contrastive.collectives.conversions import as_labels
-from dist_contrastive.collectives.deferred import read_deferred
+from dist_contrastive.collectives.conversions import as_labels, to_device
+from dist_contrastive.collectives.deferred import check_numbers, forget_deferred, read_deferred
 from dist_contrastive.collectives.group import (
     Group,
     accumulation_dtype,
@@ -48,6 +48,7 @@ from dist_contrastive.collectives.ring import start_shift
 from dist_contrastive.collectives.rows import (
     all_gather_rows,
     fetch_rows,
+    gather_on_host,
     gather_rows,
     reduce_scatter_rows,
 )
@@ -80,10 +81,13 @@ __all__ = [
     "alone",
     "as_labels",
     "check_inputs",
+    "check_numbers",
     "describe",
     "exchange_headers",
     "fetch_rows",
+    "forget_deferred",
     "gather_objects",
+    "gather_on_host",
     "gather_rows",
     "global_mean",
     "is_distributed",
@@ -97,5 +101,6 @@ __all__ = [
     "refuse_graph",
     "start_shift",
     "sum_over_ranks",
+    "to_device",
     "world_size",
 ]

@@ -12,6 +12,14 @@ from dist_contrastive.errors import ConfigError
 _LARGEST_LABEL = np.iinfo(np.int64).max
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; on its way to a GPU from pinned memory, so that the host does not wait
+    for what is queued there."""
+    if device.type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def as_labels(labels: Any) -> Any:
     """Labels as a tensor: arrays and lists of numbers are taken, whole ones as int64 and others as
     fp64; what holds no numbers, or larger ones, is returned as it is, for `check_inputs` to name.

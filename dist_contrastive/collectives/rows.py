@@ -10,6 +10,7 @@ from dist_contrastive.collectives.group import (
     Group,
     accumulation_dtype,
     all_gather_single,
+    host_device,
     is_distributed,
     rank,
     reduce_scatter_single,
@@ -59,6 +60,11 @@ def all_gather_rows(x: Tensor, group: Group = None) -> tuple[Tensor, int]:
 def gather_rows(x: Tensor, sizes: tuple[int, ...], group: Group = None) -> Tensor:
     """`all_gather_rows` for ranks that know each other's sizes already: [b, ...] to [B, ...]."""
     return _GatherRows.apply(x, sizes, group) if is_distributed(group) else x
+
+
+def gather_on_host(x: Tensor, sizes: tuple[int, ...], group: Group = None) -> Tensor:
+    """`gather_rows` of what the host knows, on the CPU: no rank waits for what a GPU has to do."""
+    return gather_rows(x.to(host_device(group)), sizes, group).cpu() if is_distributed(group) else x
 
 
 class _GatherRows(torch.autograd.Function):

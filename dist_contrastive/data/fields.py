@@ -2,8 +2,8 @@
 
 import math
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -15,13 +15,7 @@ from torch import Tensor
 
 from dist_contrastive.data.classes import MISSING_CLASS, as_class, as_number, is_missing
 from dist_contrastive.data.collate import Batch, collate
-from dist_contrastive.data.pixels import (
-    as_float,
-    as_image,
-    check_images,
-    fit_image,
-    is_image,
-)
+from dist_contrastive.data.pixels import as_float, as_image, check_images, fit_image, is_image
 from dist_contrastive.data.places import (
     ABSENT,
     drawn_text,
@@ -68,24 +62,28 @@ class Samples:
     epoch: Tensor  # [b] int64
     index: Tensor  # [b] int64, number of the sample in its data set
     pair: Tensor | tuple[str, ...] | None = None  # [b, ...] float32, or b texts
+    host_labels: Tensor | None = None  # where labels are on a GPU: those they were copied from
+
+    @property
+    def labels_on_host(self) -> Tensor | None:
+        """The labels on the CPU, for which the host does not wait if they came from there."""
+        known = self.host_labels
+        return self.labels.cpu() if known is None and self.labels is not None else known
+
+    def _each(self, changed: Callable[[Tensor], Tensor]) -> "Samples":
+        tensors: dict[str, Any] = {k: x for k, x in vars(self).items() if isinstance(x, Tensor)}
+        tensors.pop("host_labels", None)
+        return replace(self, **{name: changed(x) for name, x in tensors.items()})
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Samples":
         """The same rows on another device; texts stay where they are."""
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=non_blocking)
-        images, epoch, index = (
-            x.to(device, non_blocking=non_blocking) for x in (self.images, self.epoch, self.index)
-        )
-        pair = self.pair
-        if isinstance(pair, Tensor):
-            pair = pair.to(device, non_blocking=non_blocking)
-        return Samples(images, labels, epoch, index, pair)
+        host = None if device.type == "cpu" else self.labels_on_host
+        moved = self._each(lambda x: x.to(device, non_blocking=non_blocking))
+        return replace(moved, host_labels=host)
 
     def pin_memory(self) -> "Samples":
         """The same rows in memory from which a GPU copies beside the computation."""
-        labels = None if self.labels is None else self.labels.pin_memory()
-        images, epoch, index = (x.pin_memory() for x in (self.images, self.epoch, self.index))
-        pair = self.pair.pin_memory() if isinstance(self.pair, Tensor) else self.pair
-        return Samples(images, labels, epoch, index, pair)
+        return self._each(Tensor.pin_memory)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that this stream uses the rows too."""
@@ -93,15 +91,14 @@ class Samples:
             if isinstance(rows, Tensor):
                 rows.record_stream(stream)
 
-    def rows(self, numbers: Tensor) -> "Samples":
-        """Some of the rows, by their numbers, int64 [n]."""
-        labels = None if self.labels is None else self.labels[numbers]
-        pair = self.pair
-        if isinstance(pair, Tensor):
-            pair = pair[numbers]
-        elif pair is not None:
-            pair = tuple(pair[number] for number in numbers.tolist())
-        return Samples(self.images[numbers], labels, self.epoch[numbers], self.index[numbers], pair)
+    def rows(self, numbers: Tensor | slice) -> "Samples":
+        """Some of the rows: a slice of them, or by their numbers, int64 [n]."""
+        pair, host, is_slice = self.pair, self.host_labels, isinstance(numbers, slice)
+        if isinstance(pair, tuple):
+            pair = pair[numbers] if is_slice else tuple(pair[n] for n in numbers.tolist())
+        host = host[numbers] if is_slice and host is not None else None
+        chosen = replace(self, pair=pair)._each(lambda x: x[numbers])
+        return replace(chosen, host_labels=host)
 
 
 class FieldsConfig(Settings):

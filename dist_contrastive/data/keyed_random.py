@@ -34,7 +34,7 @@ def combine(*parts: int | Tensor) -> Tensor:
     key = torch.zeros((), dtype=torch.int64, device=device)
     for part in parts:
         if not isinstance(part, Tensor):
-            part = torch.tensor(_signed(part), dtype=torch.int64, device=device)
+            part = torch.full((), _signed(part), dtype=torch.int64, device=device)
         key = _finalise((key ^ _finalise(part.to(torch.int64) + _GOLDEN)) + _GOLDEN)
     return key
 

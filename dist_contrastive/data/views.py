@@ -214,10 +214,10 @@ def _affine_matrix(draws: _Draws, s: RandomViews.Config, size: torch.Size) -> Te
     shift_x = draws.between("shift_x", -s.translate, s.translate) * width
     shift_y = draws.between("shift_y", -s.translate, s.translate) * height
     shear = draws.between("shear", -s.shear_deg, s.shear_deg) * (math.pi / 180)
-    centre = torch.tensor([(width - 1) / 2, (height - 1) / 2], device=rotation.device)
+    centre = [torch.full_like(rotation, (pixels - 1) / 2) for pixels in (width, height)]
     return get_affine_matrix2d(
         translations=torch.stack([shift_x, shift_y], dim=1),
-        center=centre.expand(len(rotation), 2),
+        center=torch.stack(centre, dim=1),
         scale=torch.stack([scale / aspect, scale * aspect], dim=1),
         angle=rotation,
         sx=shear,

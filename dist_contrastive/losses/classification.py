@@ -71,9 +71,12 @@ class PathCrossEntropy(nn.Module):
             "labels": ClassLabels(labels, "n", num_classes=self.hierarchy.num_classes),
         }
         collectives.check_inputs(inputs, self.group)
-        labels = labels.to(logits.device)
+        labels = collectives.to_device(labels, logits.device)
         has_label = labels >= 0
-        log_p = self.hierarchy.level_log_probabilities(logits[has_label])
-        on_path = log_p.gather(1, self.hierarchy.ancestors(labels[has_label]))
-        weights = torch.tensor(self.level_weights, dtype=log_p.dtype, device=log_p.device)
-        return collectives.global_mean(-(weights * on_path).sum(), len(on_path), self.group)
+        log_p = self.hierarchy.level_log_probabilities(logits)
+        # Of all rows, since how many have a label is not known to the host.
+        on_path = log_p.gather(1, self.hierarchy.ancestors(labels.clamp(min=0)))
+        levels = zip(self.level_weights, on_path.unbind(1), strict=True)
+        weighted = torch.stack([weight * level for weight, level in levels]).sum(0)
+        total = -torch.where(has_label, weighted, 0.0).sum()
+        return collectives.global_mean(total, has_label.sum(), self.group)

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dist_contrastive import collectives
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.base import in_full_precision
 
@@ -33,6 +34,7 @@ class Hierarchy:
     """How many children each parent has, in the order of the children's numbers."""
     names: tuple[str, ...]
     """Of the nodes, with those above them: `curved`, `curved/2`; in a flat hierarchy `2`."""
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of_tree(cls, tree: Any, num_classes: int) -> "Hierarchy":
@@ -104,7 +106,7 @@ class Hierarchy:
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """log p(class): [b, C], in fp32 or fp64; see `level_log_probabilities`."""
         nodes = self.level_log_probabilities(logits)
-        levels = self.paths.to(nodes.device).unbind(dim=1)
+        levels = self._paths_on(nodes.device).unbind(dim=1)
         log_p = nodes.index_select(-1, levels[0])
         for level in levels[1:]:
             log_p = log_p + nodes.index_select(-1, level)
@@ -116,7 +118,13 @@ class Hierarchy:
 
     def ancestors(self, classes: Tensor) -> Tensor:
         """The nodes on the paths of classes [...]: int64 [..., L]. All must be from 0 to C - 1."""
-        return self.paths.to(classes.device)[classes.long()]
+        return self._paths_on(classes.device)[classes.long()]
+
+    def _paths_on(self, device: torch.device) -> Tensor:
+        """Paths on a device, to which they are copied once."""
+        if device not in self._copies:
+            self._copies[device] = collectives.to_device(self.paths, device)
+        return self._copies[device]
 
     def matched_levels(self, decisions: Tensor, labels: Tensor) -> Tensor:
         """On how many levels, from the root, the paths of two classes agree: int64, 0 to L.

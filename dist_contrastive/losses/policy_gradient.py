@@ -78,7 +78,8 @@ class PolicyGradient(nn.Module):
         """Scalar loss.
 
         Args:
-            logits: floating [b, num_nodes]. labels: integers [b], -1 where missing.
+            logits: floating [b, num_nodes]. labels: integers [b], -1 where missing; on the CPU,
+                or the host waits for a GPU to know which they are.
             uniform: floating [b, S], random numbers from 0 to below 1; each draws one decision.
                 Numbers that depend on the sample alone make the draws independent of the ranks.
 
@@ -92,14 +93,16 @@ class PolicyGradient(nn.Module):
             "uniform": Embeddings(uniform, "n S"),
         }
         collectives.check_inputs(inputs, self.group)
-        labels = labels.to(logits.device)
-        has_label = labels >= 0
-        log_p = self.hierarchy.log_probabilities(logits[has_label])
+        rows = (labels >= 0).nonzero()[:, 0]
+        labels = collectives.to_device(labels[rows].long(), logits.device)
+        rows = collectives.to_device(rows, logits.device)
+        log_p = self.hierarchy.log_probabilities(logits[rows])
         with torch.no_grad(), collectives.raised_together(self.group):
-            decisions = draw(log_p, uniform[has_label])
-            rewards, baselines = self._judge(decisions, labels[has_label].long(), log_p)
+            uniform = uniform[rows]
+            decisions = draw(log_p, uniform)
+            rewards, baselines = self._judge(decisions, labels, log_p)
         entropy = -(log_p.exp() * log_p).sum(1)
-        self._measure(rewards, baselines, entropy.detach())
+        self._measure(uniform, rewards, baselines, entropy.detach())
         surrogate = -((rewards - baselines) * log_p.gather(1, decisions)).mean(1)
         loss = (surrogate - self.settings.entropy_weight * entropy).sum()
         return collectives.global_mean(loss, len(log_p), self.group)
@@ -127,20 +130,36 @@ class PolicyGradient(nn.Module):
             baselines += self.running_mean.value().to(rewards)
         return rewards, baselines
 
-    def _measure(self, rewards: Tensor, baselines: Tensor, entropy: Tensor) -> None:
-        """Set `metrics`; refuse rewards that are not finite. Collectives: one all-reduce."""
+    def _measure(
+        self, uniform: Tensor, rewards: Tensor, baselines: Tensor, entropy: Tensor
+    ) -> None:
+        """Set `metrics`; refuse random numbers out of range, and rewards that are not finite.
+
+        Collectives: one all-reduce.
+        """
+        num_outside = (~((uniform >= 0) & (uniform < 1))).sum()
         num_bad = (~(rewards.isfinite() & baselines.isfinite())).sum()
-        sums = [rewards.mean(1).sum(), baselines.mean(1).sum(), entropy.sum(), num_bad]
-        totals = torch.stack([x.double() for x in (*sums, num_bad.new_tensor(len(rewards)))])
-        *sums, num_bad, num_rows = collectives.all_reduce_sum(totals, self.group).unbind()
-        if num_bad > 0:
-            raise NonFiniteError(
-                f"reward {reward_name(self.reward)} returned NaN or infinity for {int(num_bad)} "
-                f"decisions of the global batch; return finite numbers"
-            )
+        sums = [rewards.mean(1).sum(), baselines.mean(1).sum(), entropy.sum()]
+        num_rows = torch.full_like(num_bad, len(rewards))
+        local = torch.stack([x.double() for x in (*sums, num_rows, num_outside, num_bad)])
+        totals = collectives.all_reduce_sum(local, self.group)
+        collectives.check_numbers(totals[-2:], self._refuse, self.group)
+        *sums, num_rows = totals[:-2].unbind()
         means = [total / num_rows.clamp(min=1) for total in sums]
         self.metrics = dict(zip(("reward", "baseline", "entropy"), means, strict=True))
         self._last = means[0], num_rows > 0
+
+    def _refuse(self, counts: list[float]) -> None:
+        num_outside, num_bad = counts
+        if num_outside > 0:
+            raise ConfigError(
+                f"uniform holds {num_outside:g} numbers out of range; give numbers from 0 to below 1"
+            )
+        if num_bad > 0:
+            raise NonFiniteError(
+                f"reward {reward_name(self.reward)} returned NaN or infinity for {num_bad:g} "
+                f"decisions of the global batch; return finite numbers"
+            )
 
 
 def draw(log_p: Tensor, uniform: Tensor) -> Tensor:
@@ -148,16 +167,11 @@ def draw(log_p: Tensor, uniform: Tensor) -> Tensor:
 
     A decision is the first class up to which the probabilities sum to more than the number (the
     inverse of the distribution function), so that its probability is exact.
-
-    Raises:
-        ConfigError: numbers that are not from 0 to below 1.
     """
-    outside = uniform[~((uniform >= 0) & (uniform < 1))]
-    if len(outside) > 0:
-        raise ConfigError(f"uniform holds {outside[0].item()}; give numbers from 0 to below 1")
     summed = log_p.double().exp().cumsum(1)
     # By its own last number: rounding must not leave a gap below 1.
-    return torch.searchsorted(summed / summed[:, -1:], uniform.double(), right=True)
+    found = torch.searchsorted(summed / summed[:, -1:], uniform.double(), right=True)
+    return found.clamp(max=log_p.shape[1] - 1)  # of numbers that are refused later
 
 
 class RunningMean(nn.Module):

@@ -155,9 +155,7 @@ def label_tags(
     if labels is None:
         return number
     _check_max_delta(labels, max_delta)
-    if device.type == "cuda" and not labels.is_cuda:  # or the copy would wait for what is queued
-        labels = labels.pin_memory().to(device, non_blocking=True)
-    labels = labels.to(device)
+    labels = collectives.to_device(labels, device)
     if not labels.is_floating_point():
         labels = labels.to(torch.int64)
         return torch.where(labels == -1, -2 - number, labels)  # unlike any other label

@@ -51,7 +51,14 @@ class SampleBank(nn.Module):
         dtype = torch.uint8 if self._are_images else torch.float32
         shape = num_classes, config.capacity, *example.shape[1:]
         self.register_buffer("samples", torch.zeros(shape, dtype=dtype))
+        # On the host, which chooses places by them.
         self.register_buffer("added", torch.zeros(num_classes, dtype=torch.int64))
+
+    def _apply(self, fn, recurse=True):
+        on_host = self.added
+        super()._apply(fn, recurse)
+        self.added = on_host
+        return self
 
     @property
     def capacity(self) -> int:
@@ -62,18 +69,27 @@ class SampleBank(nn.Module):
     def add(self, samples: Tensor, labels: Tensor) -> None:
         """The samples of all ranks replace the oldest of their classes.
 
-        Collectives: two all-gathers, with their sizes.
+        Args:
+            labels: their classes [n], on the CPU.
+
+        Collectives: three all-gathers: of the number of rows, of the samples, and of the labels.
         """
         if self._are_images:
             samples = (samples * _BYTE).round().to(torch.uint8)
-        gathered, _ = collectives.all_gather_rows(samples.to(self.samples.dtype))
-        labels, _ = collectives.all_gather_rows(labels)
+        headers = collectives.exchange_headers({"labels": labels})["labels"]
+        sizes = tuple(header.rows for header in headers if header)
+        gathered = collectives.gather_rows(samples.to(self.samples.dtype), sizes)
+        labels = collectives.gather_on_host(labels, sizes)
+        rows, places = [labels[:0]], [labels[:0]]
         for label in labels.unique().tolist():
-            newest = gathered[labels == label]
-            slots = int(self.added[label]) + torch.arange(len(newest), device=labels.device)
+            newest = (labels == label).nonzero()[:, 0]
+            slots = int(self.added[label]) + torch.arange(len(newest))
             kept = slice(max(0, len(newest) - self.capacity), None)
-            self.samples[label, slots[kept] % self.capacity] = newest[kept]
+            rows.append(newest[kept])
+            places.append(label * self.capacity + slots[kept] % self.capacity)
             self.added[label] += len(newest)
+        row, place = (collectives.to_device(torch.cat(x), gathered.device) for x in (rows, places))
+        self.samples.flatten(0, 1)[place] = gathered[row]
 
     def draw(self, key: tuple[int | Tensor, ...], label: int | None, count: int) -> Tensor:
         """Places [n] of up to `count` different samples of a class, or of all (label None).
@@ -84,7 +100,7 @@ class SampleBank(nn.Module):
         held = self.added.clamp(max=self.capacity).tolist()
         classes = range(len(held)) if label is None else [label]
         places = [c * self.capacity + torch.arange(held[c]) for c in classes]
-        candidates = torch.cat(places).to(self.added.device)
+        candidates = collectives.to_device(torch.cat(places), self.samples.device)
         return candidates[keyed_random.combine(*key, candidates).argsort()[:count]]
 
     def take(self, places: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class StepContext:
     metrics: dict[str, float] = field(default_factory=dict)
     """Numbers of this step, which `compare` puts here for `scalars`."""
 
-    def rows(self, rows: Tensor) -> Self:
+    def rows(self, rows: slice) -> Self:
         """The context of some rows of this rank: of a micro-batch."""
         return self
 

@@ -32,15 +32,15 @@ class Subgroups:
     Numbered ``group * num_classes + class``, the same on any number of ranks.
     """
 
-    local: Tensor  # [b] int64, of this rank's rows
-    counts: Tensor  # rows of each subgroup, over all ranks
+    local: Tensor  # [b] int64, of this rank's rows, on their device
+    counts: list[int]  # rows of each subgroup, over all ranks
     num_classes: int
     are_whole: bool  # whether every rank holds whole groups, and as many as the others
 
     @property
     def present(self) -> list[int]:
         """Subgroups that have rows."""
-        return [int(subgroup) for subgroup in self.counts.nonzero()]
+        return [subgroup for subgroup, count in enumerate(self.counts) if count]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class DriftContext(StepContext):
 
     subgroups: Subgroups
 
-    def rows(self, rows: Tensor) -> Self:
+    def rows(self, rows: slice) -> Self:
         """The context of some rows of this rank."""
         local = self.subgroups.local[rows]
         return replace(self, subgroups=replace(self.subgroups, local=local))
@@ -186,15 +186,12 @@ class Drift(Task):
 
         Collectives: two all-gathers: of the number of rows, and of the labels.
         """
-        labels = samples.labels
-        if labels is None:
-            rows, device = len(samples.images), samples.images.device
-            labels = torch.zeros(rows, dtype=torch.int64, device=device)
+        groups, device = self.config.groups, samples.images.device
         return DriftContext(
             progress=progress,
             is_logged=is_logged,
             micro_batch_size=micro_batch_size,
-            subgroups=_subgroups(labels, self.num_classes, self.config.groups),
+            subgroups=_subgroups(_classes(samples), self.num_classes, groups, device),
         )
 
     def momentum_copies(self) -> dict[str, tuple[MomentumCopy, nn.Module]]:
@@ -256,11 +253,7 @@ class Drift(Task):
             decay = ema_decay_at(self.steps_done, self.config.ema)
             self.average.update(self.generator, decay)
         if self.bank is not None:
-            labels = samples.labels
-            if labels is None:
-                device = samples.images.device
-                labels = torch.zeros(len(samples.images), dtype=torch.int64, device=device)
-            self.bank.add(samples.images, labels)
+            self.bank.add(samples.images, _classes(samples))
         self.steps_done += 1
 
     @torch.no_grad()
@@ -310,7 +303,7 @@ class Drift(Task):
 
     def _bank_rows(self, subgroups: Subgroups) -> tuple[_BankRows | None, _BankRows | None]:
         """This rank's share of data of the classes, and of samples that push; None without any."""
-        if self.bank is None or not int(self.bank.added.sum()):
+        if self.bank is None or not self.bank.added.any():
             return None, None
         bank, guidance = self.config.bank, self.config.guidance
         assert bank is not None
@@ -323,20 +316,21 @@ class Drift(Task):
 
     def _share(self, subgroups: Subgroups, stream: int, count: int, of_class: bool) -> _BankRows:
         assert self.bank is not None
-        places, numbers, sizes = [], [], []
+        places, numbers, generated, sizes = [], [], [], []
         for subgroup in subgroups.present:
             label = subgroup % subgroups.num_classes if of_class else None
             key = self.seed, stream, self.steps_done, subgroup
             drawn = self.bank.draw(key, label, count)
             places.append(drawn)
             numbers.append(torch.full_like(drawn, subgroup))
+            generated.append(torch.full_like(drawn, subgroups.counts[subgroup]))
             sizes.append(torch.full_like(drawn, len(drawn)))
         share = slice(collectives.rank(), None, collectives.world_size())
-        place, number, size = (torch.cat(x)[share] for x in (places, numbers, sizes))
+        all_of = places, numbers, generated, sizes
+        place, number, count_generated, size = (torch.cat(x)[share] for x in all_of)
         weights = torch.ones(len(place), device=place.device)
         if not of_class:
-            generated = subgroups.counts[number]
-            weights = (self._strengths(number) - 1) * (generated - 1) / size
+            weights = (self._strengths(number) - 1) * (count_generated - 1) / size
         return _BankRows(self.bank.take(place), number, weights)
 
     def encoder_spaces(self) -> dict[str, torch.nn.Module]:
@@ -367,23 +361,30 @@ def _losses(
     return loss, ContrastiveForce(config.loss.model_copy(update={"keys_from": "local"}))
 
 
-def _subgroups(labels: Tensor, num_classes: int, groups: int) -> Subgroups:
+def _classes(samples: Samples) -> Tensor:
+    """Classes of this rank's rows [b], on the CPU; of samples without labels all are of one."""
+    labels = samples.labels_on_host
+    return torch.zeros(len(samples.images), dtype=torch.int64) if labels is None else labels
+
+
+def _subgroups(labels: Tensor, num_classes: int, groups: int, device: torch.device) -> Subgroups:
     """Subgroups of the global batch, whose rows form equal groups in the order of ranks.
 
     Args:
-        labels: classes of this rank's rows [b].
+        labels: classes of this rank's rows [b], on the CPU.
+        device: that of the rows.
 
     Collectives: two all-gathers: of b, and of the labels.
     """
     headers = collectives.exchange_headers({"labels": labels})["labels"]
     sizes = tuple(header.rows for header in headers if header)
-    gathered = collectives.gather_rows(labels, sizes)
-    group = torch.arange(len(gathered), device=labels.device) * groups // max(1, len(gathered))
+    gathered = collectives.gather_on_host(labels, sizes)
+    group = torch.arange(len(gathered)) * groups // max(1, len(gathered))
     subgroups = group * num_classes + gathered
-    start, ones = sum(sizes[: collectives.rank()]), torch.ones_like(subgroups)
+    start = sum(sizes[: collectives.rank()])
     return Subgroups(
-        subgroups[start : start + len(labels)],
-        subgroups.new_zeros(groups * num_classes).scatter_add_(0, subgroups, ones),
+        collectives.to_device(subgroups[start : start + len(labels)], device),
+        subgroups.bincount(minlength=groups * num_classes).tolist(),
         num_classes,
         len(set(sizes)) == 1 and groups % len(sizes) == 0,
     )

@@ -228,6 +228,7 @@ class Hybrid(ImageTask):
         return compare_views(self.contrastive, views, samples.labels, len(views))
 
     def _labels(self, samples: Samples) -> Tensor:
-        """The label of each view."""
-        assert samples.labels is not None, "the config asks for labels"
-        return samples.labels.repeat_interleave(self.num_views)
+        """The label of each view, where the host has it: it has to count the labelled ones."""
+        labels = samples.labels_on_host
+        assert labels is not None, "the config asks for labels"
+        return labels.repeat_interleave(self.num_views)

@@ -71,7 +71,14 @@ class Moco(ContrastiveTask):
         self.key_head = MomentumCopy(self.head)
         self.momentum = config.momentum
         self.register_buffer("queue", torch.zeros(config.queue_size, config.head.out))
-        self.register_buffer("num_queued", torch.zeros((), dtype=torch.int64))  # since the start
+        # Since the start; on the host, which cuts the queue by it.
+        self.register_buffer("num_queued", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn, recurse=True):
+        on_host = self.num_queued
+        super()._apply(fn, recurse)
+        self.num_queued = on_host
+        return self
 
     def momentum_copies(self) -> dict[str, tuple[MomentumCopy, nn.Module]]:
         """The encoder and the head of keys."""

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from dist_contrastive import collectives
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.losses import PairedLoss, PairLoss
@@ -73,7 +74,8 @@ class Paired(ContrastiveTask):
     def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
         """A view of every image [b, C, H, W], and what its partner's encoder takes [b, ...]."""
         assert samples.pair is not None
-        return *self.make_views(samples, 1), self.as_input(samples.pair).to(samples.images.device)
+        partners = collectives.to_device(self.as_input(samples.pair), samples.images.device)
+        return *self.make_views(samples, 1), partners
 
     def embed(self, *inputs: Tensor) -> Embeddings:
         """Embeddings of both modalities: [b, D] each."""

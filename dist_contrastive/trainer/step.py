@@ -113,8 +113,9 @@ class _MicroBatches:
 
     def __init__(self, run: Run, samples: Samples, context: StepContext) -> None:
         self._run, self._samples, self._context = run, samples, context
-        rows = torch.arange(len(samples.images), device=samples.images.device)
-        self._parts = rows.split(context.micro_batch_size or max(1, len(rows)))
+        num_rows = max(1, len(samples.images))
+        size = context.micro_batch_size or num_rows
+        self._parts = [slice(first, first + size) for first in range(0, num_rows, size)]
 
     def __len__(self) -> int:
         return len(self._parts)
