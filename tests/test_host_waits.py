@@ -1,7 +1,8 @@
-"""What a GPU would wait for in a step, and the settings of a run that are meant for GPUs."""
+"""What the host waits for in a step on a GPU, and settings of a run that are meant for GPUs."""
 
 import math
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/gpu"))
-import counts
+import no_device
 from test_engines import config_of, three_steps
 
 from dist_contrastive import collectives, optim
@@ -22,49 +23,114 @@ from dist_contrastive.testing import run_ranks
 from dist_contrastive.trainer.run import Run, open_run
 from dist_contrastive.trainer.step import backward, train_step
 
-# Losses, and the checks of their inputs, are counted in test_kernels.py, in the way a GPU takes.
-LOSSES = tuple(f"{counts.PACKAGE}/{folder}/" for folder in ("losses", "pairwise", "collectives"))
+
+@pytest.fixture
+def gpu(monkeypatch) -> None:
+    """Tensors without data take the place of those of a GPU."""
+    no_device.stand_in(monkeypatch)
 
 
-def waits_of_a_step(config, is_logged: bool, spoil=lambda run: None) -> dict[str, int]:
-    """Waits of the second step, but for those of losses."""
+def waits_of_a_step(config, spoil=lambda run: None) -> dict[str, int]:
+    """Waits of an unlogged step on a GPU, after one with data on the CPU."""
     backend = Backend(config.backend)
     run = open_run(config, backend)
-    batches = run.data.batches(backend.device)
-    first, second = next(batches), next(batches)
+    first, second = islice(run.data.batches(backend.device), 2)
     train_step(run, first.samples, first.consumed, is_logged=False)
+    no_device.move(run.task, run.engine)
+    samples = second.samples.to(no_device.DEVICE)
     spoil(run)
-    with counts.Counts() as found:
-        train_step(run, second.samples, second.consumed, is_logged)
+    with no_device.Waits() as found:
+        train_step(run, samples, second.consumed, is_logged=False)
     backend.close()
-    return {place: count for place, count in found.waits.items() if not place.startswith(LOSSES)}
+    return dict(found.waits)
 
 
-@pytest.mark.parametrize("task", ["two_view", "labelled", "paired", "drift"])
-def test_a_step_reads_the_device_once(task, overrides, tmp_path):
-    config = config_of(task, overrides, tmp_path / "run")
-    waits = waits_of_a_step(config, is_logged=False)
-    assert sum(waits.values()) == 1, waits
+BANK, GUIDED = (
+    "task.bank={capacity: 12, positives: 5}",
+    "task.guidance={unconditional: 3, power: 2}",
+)
+NETWORK = "{name: encoder, encoder: {name: residual, widths: [8, 16]}}"
+CROPS = "task.crops={count: 2, views: {name: random, size: 12}}"
+MICRO = "train.micro_batch_size=5"
+QUICK: list[tuple[str, ...]] = [  # a task, and settings that change what its step does
+    ("two_view", CROPS, MICRO),
+    ("two_view", "backend.precision=fp16", "task.loss={name: siglip}", "optim.clip_norm=1"),
+    ("labelled",),
+    ("paired", MICRO),
+    ("moco",),
+    ("hybrid", "task.reward.baseline=running_mean", "task.reward.draws=3", MICRO),
+    ("drift", "task.groups=4", f"task.features=[{{name: pixels}}, {NETWORK}]", "task.ema=null"),
+    ("drift", BANK, GUIDED, "task.groups=2", MICRO),
+]
+OTHERS: list[tuple[str, ...]] = [
+    *(("two_view", f"optim.name={name}") for name in ("adamw", "lion", "lars", "lamb", "muon")),
+    ("two_view", "task.loss={name: infonce, symmetric: true, learnable: true}"),
+    ("two_view", "task.loss={name: dcl}"),
+    ("bf16", MICRO),
+    ("two_view", "backend.precision=fp16", MICRO),
+    ("labelled", "task.loss={name: cosine_embedding}", "task.num_views=1", MICRO),
+    ("paired",),
+    ("moco", "task.momentum=1", MICRO),
+    ("hybrid",),
+    ("hybrid", "task.reward.baseline=none", "task.supervised=null"),
+    ("hybrid", "task.reward=null", "task.contrastive=null"),
+    ("hybrid", "data.labels_per_class=9", "data.balance=null"),
+    ("drift",),
+    ("drift", "task.loss.preset=seed", "task.loss.normalise_total=true", MICRO),
+    ("drift", "data.label=null", "data.num_classes=null"),
+    ("drift", BANK),
+]
+ALL = [*QUICK, *(pytest.param(x, marks=pytest.mark.slow) for x in OTHERS)]
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("settings", ALL, ids=" ".join)
+def test_a_step_waits_once(settings, overrides, tmp_path):
+    """Where the norm of the gradient and the loss are read."""
+    waits = waits_of_a_step(config_of(settings[0], overrides, tmp_path / "run", *settings[1:]))
+    assert list(waits.values()) == [1], waits
     assert next(iter(waits)).startswith("dist_contrastive/backend/replicated.py"), waits
 
 
-def test_a_logged_step_may_read_more(overrides, tmp_path):
+def reading(run: Run) -> None:
+    """The host reads a number of the embeddings."""
+    compare = run.task.compare
+
+    def spoiled(embeddings, *rest):
+        embeddings[0].detach().sum().tolist()
+        return compare(embeddings, *rest)
+
+    run.task.compare = spoiled
+
+
+def copying(run: Run) -> None:
+    """Numbers of the host are copied to the device, from memory that is not pinned."""
+    inputs = run.task.inputs
+
+    def spoiled(samples, context):
+        torch.tensor([1.0, 2.0], device=samples.images.device)
+        return inputs(samples, context)
+
+    run.task.inputs = spoiled
+
+
+def counting(run: Run) -> None:
+    """What the host counts lies on the device, as any other buffer."""
+    run.task.num_queued = run.task.num_queued.to(no_device.DEVICE)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("spoil", [reading, copying])
+def test_a_wait_is_seen(spoil, overrides, tmp_path):
     config = config_of("two_view", overrides, tmp_path / "run")
-    assert sum(waits_of_a_step(config, is_logged=True).values()) > 1
+    assert sum(waits_of_a_step(config, spoil).values()) == 2
 
 
-def test_a_read_of_the_task_is_seen(overrides, tmp_path):
-    def spoil(run: Run) -> None:
-        compare = run.task.compare
-
-        def reading(embeddings, *rest):
-            float(embeddings[0].detach().sum())
-            return compare(embeddings, *rest)
-
-        run.task.compare = reading
-
-    config = config_of("two_view", overrides, tmp_path / "run")
-    assert sum(waits_of_a_step(config, is_logged=False, spoil=spoil).values()) == 2
+@pytest.mark.usefixtures("gpu")
+def test_a_counter_of_the_device_is_not_read(overrides, tmp_path):
+    config = config_of("moco", overrides, tmp_path / "run")
+    with pytest.raises(RuntimeError, match="meta"):
+        waits_of_a_step(config, counting)
 
 
 def updates_by_a_loss(config) -> list[bool]:

@@ -60,7 +60,7 @@ class Replicated(Engine):
         applied = all(map(math.isfinite, (norm, *losses)))
         scale = 0.0
         if applied:
-            self._scaler.step(self.optimizer)
+            self.optimizer.step()  # the scaler's own would read again whether all is finite
         elif all(map(math.isfinite, losses)):
             scale = self._scaler.get_scale()
         self._scaler.update()

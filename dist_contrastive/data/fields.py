@@ -93,12 +93,13 @@ class Samples:
 
     def rows(self, numbers: Tensor | slice) -> "Samples":
         """Some of the rows: a slice of them, or by their numbers, int64 [n]."""
-        pair, host, is_slice = self.pair, self.host_labels, isinstance(numbers, slice)
+        pair, host = self.pair, None
+        if isinstance(numbers, slice) and self.host_labels is not None:
+            host = self.host_labels[numbers]
         if isinstance(pair, tuple):
-            pair = pair[numbers] if is_slice else tuple(pair[n] for n in numbers.tolist())
-        host = host[numbers] if is_slice and host is not None else None
-        chosen = replace(self, pair=pair)._each(lambda x: x[numbers])
-        return replace(chosen, host_labels=host)
+            places = numbers.tolist() if isinstance(numbers, Tensor) else range(len(pair))[numbers]
+            pair = tuple(pair[place] for place in places)
+        return replace(replace(self, pair=pair)._each(lambda x: x[numbers]), host_labels=host)
 
 
 class FieldsConfig(Settings):

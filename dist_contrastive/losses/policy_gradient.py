@@ -153,7 +153,7 @@ class PolicyGradient(nn.Module):
         num_outside, num_bad = counts
         if num_outside > 0:
             raise ConfigError(
-                f"uniform holds {num_outside:g} numbers out of range; give numbers from 0 to below 1"
+                f"uniform holds {num_outside:g} others; give numbers from 0 to below 1"
             )
         if num_bad > 0:
             raise NonFiniteError(
