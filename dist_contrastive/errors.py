@@ -98,6 +98,10 @@ class NoProgressError(UserError):
     exit_code = 93
 
 
+class MemoryLimitError(UserError):
+    """A rank has not the memory for a step; the others do not know."""
+
+
 class LockedError(UserError):
     """Another run writes into the run directory."""
 

@@ -20,10 +20,11 @@ from run import STAGES
 
 from dist_contrastive import config as configs
 from dist_contrastive import planner
-from dist_contrastive.cli import main, planning
+from dist_contrastive.cli import main
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.planner import Asked
 from dist_contrastive.planner_constants import KERNELS, SPECS
+from dist_contrastive.trainer.failures import plan_of_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -197,12 +198,12 @@ def test_doctor_tells_the_plan_of_the_run(tmp_path, capsys):
     ],
 )
 def test_which_runs_are_planned(config, is_planned):
-    found = planning.plan_of_run(configs.load(CONFIGS / f"{config}.yaml"), 1)
+    found = plan_of_run(configs.load(CONFIGS / f"{config}.yaml"), 1)
     assert (found is not None) == is_planned
 
 
 def test_ranks_that_do_not_divide_the_batch_are_told_of_elsewhere():
-    assert planning.plan_of_run(configs.load(CONFIGS / "digits_encoder.yaml"), 7) is None
+    assert plan_of_run(configs.load(CONFIGS / "digits_encoder.yaml"), 7) is None
     with refused(ConfigError, "512 is not divisible by 7"):
         planner.plan(Asked("ntxent", 512, 64, ranks=7))
 

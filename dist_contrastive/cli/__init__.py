@@ -90,13 +90,14 @@ def _doctor(
     with quick_imports():
         from dist_contrastive.config import load
         from dist_contrastive.trainer.checks import Finding, examine
+        from dist_contrastive.trainer.failures import plan_of_run
 
     if not 1 <= ranks <= MOST_RANKS:
         raise ConfigError(f"--ranks {ranks} is not 1 to {MOST_RANKS}; give the ranks of the run")
     loaded = load(config, overrides or [])
     summary = f"{config}: task {loaded.task.name}, {loaded.train.steps} steps"
     print(Finding("config", True, summary))
-    if planned := planning.plan_of_run(loaded, ranks):
+    if planned := plan_of_run(loaded, ranks):
         print(Finding("plan", True, planning.line(planned)))
     is_fine = True
     for finding in examine(loaded, ranks, change=change):

@@ -2,16 +2,13 @@
 
 import json
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from dist_contrastive import planner
 from dist_contrastive.planner import LOSSES, Asked, Plan
 from dist_contrastive.planner_constants import CARDS
-
-if TYPE_CHECKING:
-    from dist_contrastive.config import RunConfig
 
 EXAMPLES = (
     "dist-contrastive plan --loss siglip --global-batch 32768 --dim 768",
@@ -93,29 +90,6 @@ def line(found: Plan) -> str:
     sent = sum(found.sent.values())
     wire = f", a rank sends {_size(sent)}" if sent else ""
     return f"{headline(found)}: {_time(found.total_s)}, {_size(found.total_memory)}{wire}"
-
-
-def plan_of_run(config: "RunConfig", ranks: int, card: str = "h100") -> Plan | None:
-    """Plan of the loss of a run, where a step calls it once and the planner knows it."""
-    task = config.task
-    settings, head = getattr(task, "loss", None), getattr(task, "head", None)
-    is_known = task.name in ("two_view", "paired", "labelled") and not getattr(task, "crops", None)
-    if not is_known or head is None or settings is None or settings.name not in LOSSES:
-        return None
-    if settings.name == "self_diagonal" or config.data.global_batch_size % ranks:
-        return None
-    return planner.plan(
-        Asked(
-            settings.name,
-            config.data.global_batch_size * getattr(task, "num_views", 1),
-            head.out,
-            ranks,
-            config.backend.precision,
-            settings.keys_from if ranks > 1 else "gather",
-            card,
-            getattr(settings, "symmetric", False),
-        )
-    )
 
 
 def _time(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -13,7 +14,9 @@ def start_shift(
 ) -> Callable[[], list[Tensor]]:
     """Begin to send tensors to the next rank and to receive those of the previous one.
 
-    Meanwhile the caller may compute, but not change the tensors.
+    Meanwhile the caller may compute, but not change the tensors. NCCL sends on a stream of its own,
+    behind what has been computed by now and beside what follows; to wait makes the current stream
+    wait, not the host. gloo sends from the CPU, through which tensors on a GPU go.
 
     Args:
         tensors: each [n, ...]; all ranks send the same number of them with the same trailing
@@ -28,8 +31,9 @@ def start_shift(
     if size == 1:
         return lambda: list(tensors)
     to, source = (global_rank(group, (here + step) % size) for step in (1, -1))
-    sent = [x.contiguous() for x in tensors]
-    arriving = [x.new_empty(rows, *x.shape[1:]) for x in tensors]
+    is_staged = _is_staged(tensors[0].device, group)
+    sent = [x.cpu() if is_staged else x.contiguous() for x in tensors]
+    arriving = [x.new_empty(rows, *x.shape[1:]) for x in sent]
     operations = []
     for tag, (x, y) in enumerate(zip(sent, arriving, strict=True), first_tag):
         if len(x):
@@ -41,7 +45,14 @@ def start_shift(
     def wait() -> list[Tensor]:
         for work in works:
             work.wait()
-        sent.clear()
-        return arriving
+        sent.clear()  # kept until here: they may be read meanwhile
+        return [y.to(x.device) for x, y in zip(tensors, arriving, strict=True)]
 
     return wait
+
+
+def _is_staged(device: torch.device, group: Group) -> bool:
+    """Whether tensors go through the CPU: gloo would take addresses on a GPU for the host's."""
+    if device.type == "cpu":
+        return False
+    return bool((group or dist.group.WORLD)._get_backend(device).name() == "gloo")

@@ -36,6 +36,8 @@ class Clock:
         self._device, self._is_gpu = device, device.type == "cuda"
         self._is_measured = True
         self._reduce_s = 0.0
+        self.part = PARTS[0]
+        """The part of a step that was begun last."""
 
     def begin_step(self, is_logged: bool) -> None:
         """Start of a step; `is_logged`: its row will be written."""
@@ -46,6 +48,7 @@ class Clock:
     @contextmanager
     def spent(self, name: str) -> Iterator[None]:
         """Context whose time counts under this name."""
+        self.part = name
         if not self._is_measured:
             yield
             return

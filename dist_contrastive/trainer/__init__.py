@@ -2,6 +2,7 @@
 
     loop.py       the loop: data, step, log, save
     step.py       one step: embed, compare, backward, update
+    failures.py   a step left out, or without the memory for it; the plan of a run's loss
     run.py        Run: what is trained, opened from the newest checkpoint
     initial.py    weights that a run starts from
     run_dir.py    files that describe and guard the run directory
@@ -23,7 +24,7 @@ from torch import nn
 from dist_contrastive import collectives
 from dist_contrastive.backend import Backend
 from dist_contrastive.config import RunConfig, resolve
-from dist_contrastive.errors import LostRankError, NonFiniteError, UserError
+from dist_contrastive.errors import LostRankError, MemoryLimitError, NonFiniteError, UserError
 from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.trainer.checks import check
 from dist_contrastive.trainer.loop import EXIT_DONE, EXIT_REQUEUE, run_loop
@@ -63,6 +64,7 @@ def train(
         DataError: on every rank, before the step whose samples cannot be read; what was done
             before is saved.
         NonFiniteError: NaN or infinity in loss or gradients; no checkpoint is written after it.
+        MemoryLimitError: on a rank that has not the memory for a step; it names what needs less.
         LostRankError: on the ranks that are left, when another one has ended.
         StorageError: on every rank, when the last checkpoint could not be written.
         NoProgressError: on every rank, when it has been started too often without coming further.
@@ -76,7 +78,8 @@ def train(
     except Exception as error:
         if collectives.is_lost_rank(error):
             raise LostRankError("another rank has ended, see there; start again") from error
-        if backend.world_size == 1 or isinstance(error, UserError | NonFiniteError):
+        of_all = isinstance(error, UserError | NonFiniteError)
+        if backend.world_size == 1 or (of_all and not isinstance(error, MemoryLimitError)):
             backend.close()
         # Otherwise this rank is alone with its error: the others must not lose it before it has
         # reported it, and that is when the process ends.

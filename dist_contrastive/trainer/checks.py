@@ -25,8 +25,9 @@ from dist_contrastive.errors import ConfigError, NonFiniteError, UnreadableSampl
 from dist_contrastive.metrics import peak_memory_mb
 from dist_contrastive.ranks import RankError, run_ranks
 from dist_contrastive.tasks import Task
+from dist_contrastive.trainer.failures import check_finite
 from dist_contrastive.trainer.run import Run, check_changes, open_run, open_training_data
-from dist_contrastive.trainer.step import backward, check_finite
+from dist_contrastive.trainer.step import backward
 
 _TIMEOUT_S = 600.0
 _ROWS = 4  # of each rank, or a few more

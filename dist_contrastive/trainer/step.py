@@ -1,6 +1,5 @@
 """One step: embed, compare, backward with its reduction over ranks, update."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from dist_contrastive.errors import ConfigError, NonFiniteError
 from dist_contrastive.grad_cache import GradCache
 from dist_contrastive.metrics import duplicates, geometry, term_metrics
 from dist_contrastive.tasks.base import Embeddings, StepContext, Terms
+from dist_contrastive.trainer.failures import check_finite, out_of_memory, skip_update
 from dist_contrastive.trainer.run import Run
 
 
@@ -33,6 +33,7 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
     Raises:
         NonFiniteError: on all ranks, after too many such steps in a row, or when the weights are
             not finite themselves.
+        MemoryLimitError: on the rank whose GPU has not the memory for it.
 
     Collectives: those of the task, one gradient reduction, those of the metrics.
     """
@@ -60,8 +61,10 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
                 f"{update.grad_norm}; lower optim.lr"
             )
     except NonFiniteError as error:
-        _skip_update(run, consumed, error)
+        skip_update(run, consumed, error)
         return {}
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(run, error) from error
     with run.clock.spent("optimizer"), run.engine.whole_parameters():
         run.task.finish_step(embeddings, samples, context)
     run.progress = Progress(step + 1, consumed)
@@ -151,26 +154,3 @@ def _compare(
 def _total(terms: Terms) -> Tensor:
     """The loss."""
     return torch.stack(list(terms.values())).sum()
-
-
-def check_finite(terms: Terms) -> None:
-    """Raise NonFiniteError where a term is not finite, on all ranks alike; waits for the device."""
-    for name, term in terms.items():
-        if not term.isfinite():
-            raise NonFiniteError(f"{name} of finite embeddings is {term.item()}")
-
-
-def _skip_update(run: Run, consumed: int, error: NonFiniteError) -> None:
-    """Go on with the next batch, unless too many steps in a row were bad."""
-    step, limit = run.progress.step + 1, run.config.train.max_bad_steps
-    run.engine.discard_gradients()
-    bad_steps = run.progress.bad_steps + 1
-    if not math.isfinite(run.engine.parameter_norm()):
-        raise NonFiniteError(f"step {step}: {error}; the weights are not finite either") from error
-    if bad_steps > limit:
-        raise NonFiniteError(
-            f"step {step}: {error}; it is bad step number {bad_steps} without a good one between, "
-            f"and train.max_bad_steps={limit}"
-        ) from error
-    run.warning(f"step {step} is left out ({bad_steps} of at most {limit} in a row): {error}")
-    run.progress = replace(run.progress, step=step, consumed=consumed, bad_steps=bad_steps)
