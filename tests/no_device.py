@@ -6,16 +6,20 @@ Kernels are not started.
 """
 
 import collections
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
-import counts
 import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "gpu"))
+import counts
 
 from dist_contrastive import collectives
 from dist_contrastive.backend.replicated import Replicated
@@ -32,8 +36,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Make the package treat that device as a GPU. Returns the kernels that it then starts."""
     started: list[str] = []
 
-    def record(name: str, *_: Any, **__: Any) -> None:
-        started.append(name)
+    def record(name: str, grid: tuple[int, ...], *_: Any, **constants: Any) -> None:
+        started.append(f"{name} {grid} {constants}")
 
     def product(*_: Tensor) -> None:  # one kernel on CUDA, and two operators elsewhere
         started.append("product")
@@ -50,6 +54,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(collectives, "to_device", to_device)
     monkeypatch.setattr(deferred, "is_on_gpu", lambda x: x.is_meta)
     monkeypatch.setattr(deferred, "_leave", lambda *_: None)  # what has no data is never read
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(schema, "is_deferred", _is_there)
     monkeypatch.setattr(torch, "autocast", _Autocast)
     return started

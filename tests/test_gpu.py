@@ -403,9 +403,7 @@ def options(device, overrides, tmp_path) -> Callable[..., list[str]]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_train_and_go_on(device, options, precision, tmp_path):
-    if precision == "fp16" and device.type == "cpu":
-        pytest.skip("fp16 is refused on a CPU")
+def test_train_and_go_on(options, precision, tmp_path):
     config = str(CONFIGS / "digits_encoder.yaml")
     more = [f"backend.precision={precision}", "train.micro_batch_size=16"]
     assert main(["train", config, *options("run", *more, "train.steps=3")]) == 0

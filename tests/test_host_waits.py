@@ -1,18 +1,14 @@
 """What the host waits for in a step on a GPU, and settings of a run that are meant for GPUs."""
 
 import math
-import sys
 from itertools import islice
-from pathlib import Path
 
+import no_device
 import pytest
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/gpu"))
-import no_device
 from test_engines import config_of, three_steps
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_contrastive import collectives, optim
 from dist_contrastive.backend import Backend
@@ -45,6 +41,7 @@ def waits_of_a_step(config, spoil=lambda run: None) -> dict[str, int]:
     return dict(found.waits)
 
 
+SLOW = pytest.mark.slow
 BANK, GUIDED = (
     "task.bank={capacity: 12, positives: 5}",
     "task.guidance={unconditional: 3, power: 2}",
@@ -80,7 +77,7 @@ OTHERS: list[tuple[str, ...]] = [
     ("drift", "data.label=null", "data.num_classes=null"),
     ("drift", BANK),
 ]
-ALL = [*QUICK, *(pytest.param(x, marks=pytest.mark.slow) for x in OTHERS)]
+ALL = [*QUICK, *(pytest.param(x, marks=SLOW) for x in OTHERS)]
 
 
 @pytest.mark.usefixtures("gpu")
@@ -297,3 +294,32 @@ def test_fused_optimizers_update_alike(name):
         networks.append(network)
     for a, b in zip(*(x.parameters() for x in networks), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def compiled_whole(module_forward):
+    """`torch.compile` that takes no seconds of a C compiler, and refuses to break the graph."""
+    return COMPILE(module_forward, backend="aot_eager", fullgraph=True)
+
+
+COMPILE = torch.compile
+
+
+@pytest.mark.parametrize(
+    "task",
+    ["two_view", *(pytest.param(x, marks=SLOW) for x in ("paired", "moco", "hybrid", "drift"))],
+)
+def test_compiled_networks_train_the_same(task, overrides, tmp_path, monkeypatch):
+    """The networks are one graph; losses are outside of it."""
+    monkeypatch.setattr(torch, "compile", compiled_whole)
+    plain, compiled = (
+        three_steps(
+            config_of(
+                task, overrides, tmp_path / str(is_compiled), f"backend.compile={is_compiled}"
+            )
+        )
+        for is_compiled in (False, True)
+    )
+    torch._dynamo.reset()
+    assert compiled.norms == pytest.approx(plain.norms, rel=1e-4)
+    for name, weight in plain.weights.items():
+        torch.testing.assert_close(compiled.weights[name], weight, rtol=1e-3, atol=1e-5)

@@ -112,7 +112,7 @@ def _owner(group: Group) -> Any:
 
 
 def _is_captured(measures: Tensor) -> bool:
-    return measures.is_cuda and torch.cuda.is_current_stream_capturing()
+    return is_on_gpu(measures) and torch.cuda.is_current_stream_capturing()
 
 
 def _leave(measures: Tensor, raise_for: Callable[[Any], None], group: Group) -> None:

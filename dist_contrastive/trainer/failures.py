@@ -58,7 +58,11 @@ def out_of_memory(run: Run, error: torch.OutOfMemoryError) -> MemoryLimitError:
 def _remedies(config: RunConfig, ranks: int, rows: int, is_loss: bool) -> Iterator[str]:
     """Settings with which a step needs less, those first that act where memory was missing."""
     of_loss, of_networks = [*_of_loss(config, ranks)], [*_of_networks(config, ranks, rows)]
-    yield from [*of_loss, *of_networks] if is_loss else [*of_networks, *of_loss]
+    parts = [of_networks, of_loss]
+    if is_loss:
+        parts.reverse()
+    for part in parts:
+        yield from part
     yield f"data.global_batch_size below {config.data.global_batch_size}"
 
 

@@ -71,6 +71,13 @@ FAULTS = [
         (f"{D}::test_bank_keeps_the_newest_of_each_class",),
     ),
     (
+        "a queue's counter goes to the GPU",
+        "dist_contrastive/tasks/moco.py",
+        "        self.num_queued = on_host\n",
+        "",
+        ("tests/test_host_waits.py::test_a_step_waits_once[moco]",),
+    ),
+    (
         "the bank gives a sample too many",
         "dist_contrastive/tasks/bank.py",
         ".argsort()[:count]]",
