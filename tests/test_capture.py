@@ -21,6 +21,8 @@ from dist_contrastive.losses import PairLoss
 FORCE = {"impl": "triton", "cache_mb": 1.0}
 LOSSES: dict[str, tuple[type[PairLoss], dict[str, Any]]] = {
     **{name: (kind, {**settings, "impl": "triton"}) for name, (kind, settings) in PAIRS.items()},
+    "VICReg": (losses.VICReg, {}),
+    "BarlowTwins": (losses.BarlowTwins, {}),
     "ContrastiveForce": (losses.ContrastiveForce, FORCE),
     "ContrastiveForce, seed": (losses.ContrastiveForce, {**FORCE, "preset": "seed"}),
 }
@@ -60,7 +62,7 @@ def call_of(name: str, is_checked: bool) -> Callable[[], list[Tensor]]:
 @pytest.mark.parametrize("is_checked", [False, True], ids=["sizes given", "checked"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_may_be_captured(name, is_checked, started, monkeypatch):
-    call = call_of(name, is_checked)
+    call, kind = call_of(name, is_checked), LOSSES[name][0]
     call()  # warms up
     runs = []
     for is_captured in (False, True):
@@ -73,7 +75,7 @@ def test_a_loss_may_be_captured(name, is_checked, started, monkeypatch):
         runs.append((found.operators, [*started]))
     warm, captured = runs
     assert captured[1] == warm[1], "the same kernels"
-    assert warm[1]
+    assert warm[1] or not kind.has_kernels
     if not is_checked:  # else what is measured for the check is left out
         assert captured[0] == warm[0], "and the same operators between them"
 

@@ -62,7 +62,7 @@ QUICK: list[tuple[str, ...]] = [  # a task, and settings that change what its st
 OTHERS: list[tuple[str, ...]] = [
     *(("two_view", f"optim.name={name}") for name in ("adamw", "lion", "lars", "lamb", "muon")),
     ("two_view", "task.loss={name: infonce, symmetric: true, learnable: true}"),
-    ("two_view", "task.loss={name: dcl}"),
+    *(("two_view", f"task.loss={{name: {name}}}") for name in ("dcl", "vicreg", "barlow_twins")),
     ("bf16", MICRO),
     ("two_view", "backend.precision=fp16", MICRO),
     ("labelled", "task.loss={name: cosine_embedding}", "task.num_views=1", MICRO),

@@ -36,8 +36,11 @@ class StatisticsLoss(PairLoss):
 
 def off_diagonal(matrices: Tensor) -> Tensor:
     """The entries off the diagonals of [..., D, D], flat."""
-    mask = ~torch.eye(matrices.shape[-1], dtype=torch.bool, device=matrices.device)
-    return matrices[..., mask]
+    dim = matrices.shape[-1]
+    # Without the last one, lines of D + 1 entries begin with the diagonal's. By a mask the host
+    # would wait to know how many there are.
+    lines = matrices.flatten(-2)[..., :-1].unflatten(-1, (dim - 1, dim + 1))
+    return lines[..., 1:].flatten(-2)
 
 
 class VICReg(StatisticsLoss):

@@ -57,7 +57,10 @@ def out_of_memory(run: Run, error: torch.OutOfMemoryError) -> MemoryLimitError:
 
 def _remedies(config: RunConfig, ranks: int, rows: int, is_loss: bool) -> Iterator[str]:
     """Settings with which a step needs less, those first that act where memory was missing."""
-    of_loss, of_networks = [*_of_loss(config, ranks)], [*_of_networks(config, ranks, rows)]
+    of_loss, of_networks = (
+        [*_loss_needs_less(config, ranks)],
+        [*_networks_need_less(config, ranks, rows)],
+    )
     parts = [of_networks, of_loss]
     if is_loss:
         parts.reverse()
@@ -66,7 +69,7 @@ def _remedies(config: RunConfig, ranks: int, rows: int, is_loss: bool) -> Iterat
     yield f"data.global_batch_size below {config.data.global_batch_size}"
 
 
-def _of_networks(config: RunConfig, ranks: int, rows: int) -> Iterator[str]:
+def _networks_need_less(config: RunConfig, ranks: int, rows: int) -> Iterator[str]:
     if (part := config.train.micro_batch_size or rows) > 1:
         yield f"train.micro_batch_size={part // 2}"
     if not config.backend.activation_checkpointing:
@@ -75,7 +78,7 @@ def _of_networks(config: RunConfig, ranks: int, rows: int) -> Iterator[str]:
         yield "backend.zero_stage=2"
 
 
-def _of_loss(config: RunConfig, ranks: int) -> Iterator[str]:
+def _loss_needs_less(config: RunConfig, ranks: int) -> Iterator[str]:
     """Settings of the loss, with what it takes by plan where that is known."""
     loss = getattr(config.task, "loss", None)
     if getattr(loss, "impl", None) == "dense":

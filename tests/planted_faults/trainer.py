@@ -141,7 +141,7 @@ FAULTS = [
     ),
     (
         "trainer: one bad step fewer than allowed",
-        f"{TRAINER}step.py",
+        f"{TRAINER}failures.py",
         "if bad_steps > limit:",
         "if bad_steps >= limit:",
         (f"{ENGINES}test_fp16_that_never_works_stops",),
