@@ -6,24 +6,30 @@ place of generated samples.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from dist_contrastive import atomic, metrics, report, tables
+from dist_contrastive import atomic, collectives, metrics, ranks, report, tables
 from dist_contrastive import config as configs
-from dist_contrastive.backend import compute_device
+from dist_contrastive.backend import Backend, compute_device
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.training import first_sample
 from dist_contrastive.errors import ConfigError, UserError
-from dist_contrastive.evaluation.encoders import encode, measure_encoder
-from dist_contrastive.evaluation.generators import measure_generator
+from dist_contrastive.evaluation.encoded import Encoded
+from dist_contrastive.evaluation.encoders import VIEWED, encode, encode_views, measure_encoder
+from dist_contrastive.evaluation.generators import (
+    draw_samples,
+    encode_data,
+    generate_encoded,
+    measure_generator,
+)
 from dist_contrastive.evaluation.measure import measure_own
+from dist_contrastive.evaluation.options import EvalOptions, held_out
 from dist_contrastive.evaluation.splits import (
-    Encoded,
-    EvalOptions,
     OpenSplits,
     Rows,
     Split,
@@ -33,10 +39,15 @@ from dist_contrastive.evaluation.splits import (
     open_splits,
     with_labels,
 )
+from dist_contrastive.malloc import keep_freed_memory
 from dist_contrastive.runs import load_weights
 from dist_contrastive.tasks import Drift, ImageTask, Paired
 
 GENERATED_PER_HELD_OUT = 4
+SHOWN = 1000  # held-out samples of pictures, where all are too many
+_PATIENCE_S = (
+    7 * 86_400.0
+)  # in which ranks wait for the one that measures; one that ends is noticed
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,10 @@ def evaluate_runs(
     runs: list[Path], is_trusted: bool = False, options: EvalOptions | None = None
 ) -> Iterator[Measurement | LeftOut]:
     """Measurements of each run; writes RUN/eval.json, measure by measure, and pictures in
-    RUN/plots. What cannot be measured is left out.
+    RUN/plots. What cannot be measured is left out. Of another split it is RUN/eval-SPLIT.json.
+
+    Called on each rank of torchrun, or in one process. Ranks share the samples that are encoded,
+    and the first one measures what all have encoded: it alone writes and has results.
 
     Args:
         is_trusted: the code that their configs name may run, wherever these come from.
@@ -71,13 +85,17 @@ def evaluate_runs(
 
     Raises:
         UserError: runs of which nothing can be measured, after all others.
+
+    Collectives: gathers of rows and of objects.
     """
     errors: list[UserError] = []
-    for run in runs:
-        try:
-            yield from _evaluate(run, is_trusted, options or EvalOptions())
-        except UserError as error:
-            errors.append(error)
+    keep_freed_memory()
+    with _all_ranks() as backend:
+        for run in runs:
+            try:
+                yield from _evaluate(run, is_trusted, options or EvalOptions(), backend)
+            except UserError as error:
+                errors.append(error)
     if errors:
         raise type(errors[0])("; ".join(map(str, errors)))
 
@@ -121,10 +139,24 @@ def read_splits(config: RunConfig, table: Table | None = None) -> Splits[Samples
     return Splits(train, test, opened.classes)
 
 
-def _open_splits(config: RunConfig, table: Table | None) -> OpenSplits:
-    limit = table.options.limit if table is not None else None
+def _open_splits(config: RunConfig, table: Table | None, shared: bool = False) -> OpenSplits:
+    options = table.options if table is not None else EvalOptions()
     left_out = table.left_out if table is not None and _is_paired(config) else None
-    return open_splits(config.data, config.fields, limit, left_out)
+    data = held_out(config.data, options.split)
+    return open_splits(data, config.fields, options.limit, left_out, shared=shared)
+
+
+@contextmanager
+def _all_ranks() -> Iterator[Backend | None]:
+    """The ranks that evaluate together; None for one process alone."""
+    if not (ranks.join() and int(os.environ["WORLD_SIZE"]) > 1):
+        yield None
+        return
+    backend = Backend(Backend.Config(timeout_s=_PATIENCE_S))
+    try:
+        yield backend
+    finally:
+        backend.close()
 
 
 def _is_paired(config: RunConfig) -> bool:
@@ -141,11 +173,14 @@ def _name_left_out(split: Split, read: tuple[Rows, list[str]], table: Table | No
     return samples
 
 
-def _evaluate(run: Path, is_trusted: bool, options: EvalOptions) -> Iterator[Measurement | LeftOut]:
+def _evaluate(
+    run: Path, is_trusted: bool, options: EvalOptions, backend: Backend | None
+) -> Iterator[Measurement | LeftOut]:
     """What could be measured comes before the error that ended it."""
-    table = Table(partial(_write_table, run), options)
+    is_main = backend is None or backend.is_main
+    table = Table(partial(_write_table, run) if is_main else lambda _: None, options)
     try:
-        _measure(run, table, is_trusted)
+        _measure(run, table, is_trusted, backend)
     except Exception:
         yield from _results(run, table)
         raise
@@ -158,23 +193,37 @@ def _results(run: Path, table: Table) -> Iterator[Measurement | LeftOut]:
         yield from (LeftOut(str(run), *one) for one in table.left_out)
 
 
-def _measure(run: Path, table: Table, is_trusted: bool) -> None:
-    config = configs.load_run(run, is_trusted=is_trusted)
-    if not os.access(run, os.W_OK):
-        raise _not_writable(run, "it may only be read")
-    opened, splits = _open_splits(config, table), None
-    example = first_sample(opened.train.fields, opened.train.source, len(opened.train.source))
-    task = config.build_task(example).eval().to(compute_device(config.backend))
-    if isinstance(task, Drift):
-        splits = read_splits(config, table)
-        _measure_drift(task, config, splits, table)
-    else:
-        load_weights(task, run)
-        if isinstance(task, ImageTask):
-            measure_encoder(task, _encoded(task, opened, table), run, table)
+def _measure(run: Path, table: Table, is_trusted: bool, backend: Backend | None) -> None:
+    views = None
+    with collectives.raised_together():
+        config = configs.load_run(run, is_trusted=is_trusted)
+        if not os.access(run, os.W_OK):
+            raise _not_writable(run, "it may only be read")
+        opened = _open_splits(config, table, shared=backend is not None)
+        example = first_sample(opened.train.fields, opened.train.source, len(opened.train.source))
+        device = compute_device(config.backend)
+        if backend is not None and device.type != "cpu":
+            device = backend.device
+        task = config.build_task(example).eval().to(device)
+        if not isinstance(task, Drift):
+            load_weights(task, run)
+    encoded = None
+    if isinstance(task, ImageTask):
+        encoded = _encoded(partial(encode, task), opened, table)
+        if table.wants("lidar", "alignment"):
+            views = _encoded_views(task, opened.test)
+    elif isinstance(task, Drift):
+        encoded = _encoded(partial(encode_data, task), opened, table)
+    if backend is not None and not backend.is_main:
+        return
+    if isinstance(task, Drift) and encoded is not None:
+        _measure_drift(task, config, opened, encoded, table)
+    elif isinstance(task, ImageTask) and encoded is not None:
+        measure_encoder(task, encoded, views, run, table)
     if config.evaluate.measures and table.wants("own"):
-        splits = splits or read_splits(config)
-        measure_own(config.evaluate, task.cpu(), splits, table)
+        measure_own(
+            config.evaluate, task.cpu(), read_splits(config, Table(options=table.options)), table
+        )
     if not table.lines:
         why = "; ".join(f"{what}: {reason}" for what, reason in table.left_out)
         raise ConfigError(
@@ -184,18 +233,28 @@ def _measure(run: Path, table: Table, is_trusted: bool) -> None:
     _draw_curves(run)
 
 
-def _encoded(task: ImageTask, opened: OpenSplits, table: Table) -> Splits[Encoded]:
+def _encoded(
+    encode: Callable[[Samples], Encoded], opened: OpenSplits, table: Table
+) -> Splits[Encoded]:
     train, test = (
-        _name_left_out(split, split.encoded(partial(encode, task), table.options.baselines), table)
+        _name_left_out(split, split.encoded(encode, table.options.baselines), table)
         for split in (opened.train, opened.test)
     )
     return Splits(train, test, opened.classes)
 
 
+def _encoded_views(task: ImageTask, test: Split) -> Encoded:
+    """Views of some held-out samples, spread evenly over the split."""
+    limit = VIEWED if test.limit is None else min(VIEWED, test.limit)
+    return replace(test, limit=limit).encoded(partial(encode_views, task), baselines=False)[0]
+
+
 def _write_table(run: Path, table: Table) -> None:
     lines = [asdict(Measurement(str(run), *line)) for line in table.lines]
+    split = table.options.split
+    name = "eval.json" if split is None else f"eval-{split.rstrip('/').rpartition('/')[2]}.json"
     try:
-        atomic.write_text(run / "eval.json", json.dumps(lines, indent=1) + "\n")
+        atomic.write_text(run / name, json.dumps(lines, indent=1) + "\n")
     except OSError as error:
         raise _not_writable(run, error.strerror) from error
 
@@ -207,22 +266,34 @@ def _not_writable(run: Path, reason: str | None) -> ConfigError:
     )
 
 
-def _measure_drift(task: Drift, config: RunConfig, splits: Splits[Samples], table: Table) -> None:
+def _measure_drift(
+    task: Drift, config: RunConfig, opened: OpenSplits, splits: Splits[Encoded], table: Table
+) -> None:
     """Lines of a generator, beside itself as initialised; loads its weights."""
-    train, test = (list(x.images.shape[1:]) for x in (splits.train, splits.test))
+    train, test = (list(x.image_shape) for x in (splits.train, splits.test))
     if train != test:
         raise ConfigError(
             f"samples of data.train have the shape {train} and those of data.test {test}, which do "
             f"not fit together; set data.image_size and data.image_channels, or hold out others"
         )
-    labels, count = None, len(splits.test.images) * GENERATED_PER_HELD_OUT
+    labels = None
     if config.data.num_classes is not None:
         splits = with_labels(splits, table)
         labels = labels_of(splits.test).repeat(GENERATED_PER_HELD_OUT)
-        count = len(labels)
-    before = task.generate(labels, count, seed=0)
+    has_pixels = splits.train.pixels is not None and splits.test.pixels is not None
+    count = len(splits.test.index) * GENERATED_PER_HELD_OUT
+    generate = partial(generate_encoded, task, labels, count, has_pixels)
+    before = generate()
     load_weights(task, config.run_dir)
-    measure_generator(task, before, labels, splits, config.run_dir, table)
+    generated = generate()
+    measure_generator(task, generated, before, splits, table)
+    if table.wants("samples"):
+        images, labels, samples = splits.test.pixels, splits.test.labels, generated.pixels
+        if images is None or samples is None:
+            shown = replace(opened.test, limit=SHOWN, rank=0, world_size=1).samples()[0]
+            images, labels = shown.images, shown.labels
+            samples = task.generate(labels, len(images), seed=0)
+        draw_samples(task, samples, images, labels, splits.classes, config.run_dir)
 
 
 def _draw_curves(run: Path) -> None:

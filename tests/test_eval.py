@@ -1,8 +1,10 @@
 """What `eval` says, against the same written out by hand."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +25,13 @@ from dist_contrastive.data import index_folder, keyed_random, load_index
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.evaluate import read_splits
-from dist_contrastive.evaluation.encoders import encode
-from dist_contrastive.evaluation.splits import EvalOptions, Split, Table
+from dist_contrastive.evaluation import probe, ranking, representation
+from dist_contrastive.evaluation.encoders import encode, measure_encoder
+from dist_contrastive.evaluation.options import MEASURES, EvalOptions
+from dist_contrastive.evaluation.splits import Split, Table
 from dist_contrastive.tasks import Drift
 from dist_contrastive.tasks.drift import NOISE_STREAM
+from dist_contrastive.testing import run_ranks
 
 TINY = "task.encoder.widths=[8, 16]"
 
@@ -565,7 +570,7 @@ def test_encoded_samples_are_those_of_the_network(two_view_run, monkeypatch):
     split = Split(config.fields, index, "data.train")
     monkeypatch.setattr(evaluation.splits, "BATCH", 64)
     for most, baselines, kept in ((2**24, False, True), (6000, False, False), (6000, True, True)):
-        monkeypatch.setattr(evaluation.splits, "_MOST_PIXELS", most)
+        monkeypatch.setattr(evaluation.encoded, "MOST_PIXELS", most)
         found, reasons = split.encoded(partial(encode, task), baselines)
         assert reasons == []
         assert (found.pixels is not None) is kept
@@ -577,9 +582,204 @@ def test_encoded_samples_are_those_of_the_network(two_view_run, monkeypatch):
 
 
 def test_many_pixels_are_named_where_they_are_left_out(two_view_run, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation.splits, "_MOST_PIXELS", 6000)
+    monkeypatch.setattr(evaluation.encoded, "MOST_PIXELS", 6000)
     for flags, beside in (((), {}), (("--baselines",), {"raw pixels"})):
         assert main(["eval", str(two_view_run), "--only", "knn", *flags]) == 0
         assert ("left out" in capsys.readouterr().out) is not bool(beside)
         (line,) = json.loads((two_view_run / "eval.json").read_text())
         assert set(line["beside"]) == set(beside)
+
+
+# ----------------------------------------------------------------------- further measures
+
+
+def lines_in(run: Path, name: str = "eval.json") -> dict[str, dict]:
+    return {line["name"]: line for line in json.loads((run / name).read_text())}
+
+
+def trained_task(run: Path, samples: Samples):
+    task = configs.load_run(run).build_task(samples)
+    task.load_state_dict(checkpoint.newest(run / "checkpoints").weights())
+    return task.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def all_lines(two_view_run) -> dict[str, dict]:
+    assert main(["eval", str(two_view_run), "--only", "all"]) == 0
+    return lines_in(two_view_run)
+
+
+def test_measures_by_wish_are_those_of_the_network(two_view_run, some_digits, all_lines):
+    splits = read_splits(configs.load_run(two_view_run))
+    train, test = splits.train, splits.test
+    task = trained_task(two_view_run, train)
+    known, new = task.represent(train.images), task.represent(test.images)
+    embedded = task.embed_representations(new)
+    views = torch.stack([task.represent(x) for x in task.make_views(test, 10)], dim=1)
+    pairs = [task.embed_representations(views[:, i]) for i in (0, 1)]
+    ranked = ranking.rank(new, new, test.labels, test.labels, without_itself=True)
+    accuracy, c = probe.probe_sweep(known, train.labels, new, test.labels)
+    expected = {
+        "RankMe, representation": representation.rank_me(new),
+        "RankMe, embedding": representation.rank_me(embedded),
+        "uniformity": representation.uniformity(embedded),
+        "LiDAR, 10 views of 120 samples": representation.lidar(views),
+        "alignment of two views": representation.alignment(*pairs),
+        "NMI of 10 clusters with the classes": representation.nmi(new, test.labels),
+        "linear probe, all labels, C by a sweep": accuracy,
+        "sample to its class, hit@1": ranked.hit_rate(1),
+        "sample to its class, hit@5": ranked.hit_rate(5),
+        "sample to its class, hit@10": ranked.hit_rate(10),
+        "sample to its class, recall@1": ranked.recall(1),
+        "sample to its class, recall@5": ranked.recall(5),
+        "sample to its class, recall@10": ranked.recall(10),
+        "sample to its class, nDCG@10": ranked.ndcg(10),
+        "sample to its class, MAP": ranked.mean_average_precision(),
+        "sample to its class, MRR": ranked.mean_reciprocal_rank(),
+        "sample to its class, median rank of 119": ranked.median_rank(),
+    }
+    for name, value in expected.items():
+        assert all_lines[name]["value"] == pytest.approx(value, rel=1e-3), name
+    usual = [
+        "kNN accuracy, k = 5",
+        "linear probe, all labels",
+        *(x for x in all_lines if "20" in x),
+    ]
+    assert {*all_lines} == {*expected, *usual}
+    assert all_lines["RankMe, representation"]["beside"] == {"at most": min(new.shape)}
+    assert all_lines["linear probe, all labels, C by a sweep"]["beside"] == {"C": c}
+
+
+def evaluated_here(run: Path, *flags: str) -> int:
+    """On a rank, of a copy of a run."""
+    return main(["eval", str(run), *flags])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_measure_the_same(world_size, two_view_run, all_lines, tmp_path):
+    shutil.copytree(two_view_run, tmp_path / "run")
+    found = run_ranks(evaluated_here, world_size, tmp_path / "run", "--only", "all")
+    assert found == [0] * world_size
+    lines = lines_in(tmp_path / "run")
+    assert list(lines) == list(all_lines)
+    for name, line in all_lines.items():
+        # Batches of other sizes round differently: one of 120 samples may be at a border.
+        assert lines[name]["value"] == pytest.approx(line["value"], rel=0.002, abs=0.009), name
+    few = "--only", "rankme,knn", "--limit", "2"  # fewer samples than ranks may have
+    assert run_ranks(evaluated_here, world_size, tmp_path / "run", *few) == [0] * world_size
+    assert {*lines_in(tmp_path / "run")} == {"RankMe, representation", "RankMe, embedding"}
+
+
+def test_ranks_refuse_together(two_view_run, tmp_path):
+    shutil.copytree(two_view_run, tmp_path / "run")
+    runs = [tmp_path / "none", tmp_path / "run"]  # the second is measured all the same
+    found = run_ranks(evaluated_here, 2, runs[0], str(runs[1]), "--only", "knn")
+    assert found == [64, 64]
+    assert {*lines_in(tmp_path / "run")} == {"kNN accuracy, k = 5"}
+
+
+def test_a_split_by_name(two_view_run, some_digits, digits, tmp_path, capsys, overrides):
+    """Beside data.test; its results stand in a file of their own."""
+    index = load_index(digits / "test")
+    (some_digits / "val").mkdir()
+    write_samples(some_digits / "val" / "a.tar", [index.read(n) for n in range(150, 200)])
+    index_folder(some_digits / "val")
+    only = "--only", "knn,rankme"
+    assert main(["eval", str(two_view_run), *only]) == 0
+    of_test = lines_in(two_view_run)
+    for split in ("val", f"{some_digits}/val"):
+        (two_view_run / "eval-val.json").unlink(missing_ok=True)
+        assert main(["eval", str(two_view_run), *only, "--split", split]) == 0
+        lines = lines_in(two_view_run, "eval-val.json")
+        assert list(lines) == list(of_test) != []
+        assert lines["RankMe, embedding"]["beside"] == {"at most": 50}
+    assert lines_in(two_view_run) == of_test
+    capsys.readouterr()
+    assert main(["eval", str(two_view_run), "--split", "vla"]) == 64
+    told = capsys.readouterr().err
+    assert "--split vla is no folder" in told
+    assert "test, train, val" in told
+    shutil.rmtree(some_digits / "val")
+
+
+def test_a_run_without_a_held_out_split(some_digits, overrides, tmp_path, capsys):
+    """Or labels: what needs none is measured, and the rest is named."""
+    without = ["data.test=null", "data.label=null", "data.num_classes=null", "train.steps=1"]
+    config = load(
+        "digits_encoder", overrides, tmp_path, *LESSONS, f"data.train={some_digits}/train", *without
+    )
+    assert trainer.train(config) == trainer.EXIT_DONE
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path)]) == 64
+    assert "or name a folder beside data.train" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path), "--split", "test", "--only", "knn,uniformity"]) == 0
+    told = capsys.readouterr().out
+    assert "what goes by labels: eval measures this run by labels; set data.label" in told
+    assert {*lines_in(tmp_path, "eval-test.json")} == {"uniformity"}
+    assert main(["eval", str(tmp_path), "--split", "test", "--only", "nmi"]) == 64
+
+
+def test_few_labels_by_number_and_share(two_view_run, capsys):
+    assert main(["eval", str(two_view_run), "--only", "few", "--few", "20%, 3,1000"]) == 0
+    titles = [
+        f"linear probe, {x}, mean of 20 draws" for x in ("20 % of labels", "3 labels a class")
+    ]
+    assert names_in(two_view_run) == titles
+    assert "1000 labels a class, mean of 20 draws: the probe takes 1000" in capsys.readouterr().out
+    for few in ("0", "x", "100%", "1.5", "1..2"):
+        assert main(["eval", str(two_view_run), "--few", few]) == 64
+        assert f"--few {few} is no number of labels" in capsys.readouterr().err
+
+
+def test_rankings_of_partners(some_digits, overrides, tmp_path, capsys):
+    """Equal captions are right answers of each other; a k above the number of keys is left out."""
+    evaluated("digits_captions", some_digits, overrides, tmp_path, "train.steps=2")
+    only = "--only", "ranking,alignment"
+    assert main(["eval", str(tmp_path), *only]) == 0
+    lines = lines_in(tmp_path)
+    test = read_splits(configs.load_run(tmp_path)).test
+    task = trained_task(tmp_path, test)
+    images, partners = task.embed_images(test.images), task.embed_pair(test.pair)
+    texts = sorted({*test.pair})
+    groups = torch.tensor([texts.index(text) for text in test.pair])
+    for title, found in (
+        ("image to partner", ranking.rank(images, partners, groups, groups)),
+        ("partner to image", ranking.rank(partners, images, groups, groups)),
+    ):
+        assert int(found.counts.max()) > 2
+        value = {name: line["value"] for name, line in lines.items()}
+        assert value[f"{title}, hit@5"] == pytest.approx(found.hit_rate(5), abs=0.01)
+        assert value[f"{title}, recall@5"] == pytest.approx(found.recall(5), rel=0.02)
+        assert value[f"{title}, MAP"] == pytest.approx(found.mean_average_precision(), rel=1e-2)
+        assert value[f"{title}, median rank of 120"] == pytest.approx(found.median_rank(), rel=0.1)
+    aligned = representation.alignment(images, partners)
+    assert value["alignment of images and partners"] == pytest.approx(aligned, rel=1e-4)
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path), *only, "--limit", "8"]) == 0
+    assert "image to partner, k = 10: there are 8 keys" in capsys.readouterr().out
+    assert not any("@10" in name for name in lines_in(tmp_path))
+    assert "image to partner, nDCG@5" in lines_in(tmp_path)
+
+
+def test_a_collapsed_encoder_does_not_look_perfect(two_view_run, tmp_path):
+    splits = read_splits(configs.load_run(two_view_run))
+    task = trained_task(two_view_run, splits.train)
+    train, test = (
+        replace(encode(task, x), features=torch.ones(len(x.index), task.dim), pixels=None)
+        for x in (splits.train, splits.test)
+    )
+    views = replace(test, features=torch.ones(len(test.index), 10, task.dim))
+    table = Table(options=EvalOptions(only=frozenset(MEASURES) - {"map"}))
+    measure_encoder(task, evaluation.Splits(train, test), views, tmp_path, table)
+    value = {name: number for name, number, _ in table.lines}
+    most = test.labels.bincount().max().item() / len(test.labels)
+    for name in ("kNN accuracy, k = 5", *(x for x in value if "probe" in x)):
+        assert value[name] <= most + 0.02, name
+    assert value["NMI of 10 clusters with the classes"] == 0
+    assert value["RankMe, representation"] == pytest.approx(1)
+    assert value["uniformity"] == pytest.approx(0, abs=1e-6)
+    assert value["sample to its class, hit@10"] == 0
+    assert value["sample to its class, median rank of 119"] > 100
+    left_out = dict(table.left_out)
+    assert "collapsed" in left_out["alignment of two views"]
+    assert "all views of a sample are equal" in left_out["LiDAR, 10 views of 120 samples"]

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, ndcg_score
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from test_retrieval import random_case
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +26,7 @@ from dist_contrastive.evaluation.neighbours import (
     zero_shot_accuracy,
 )
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
+from dist_contrastive.evaluation.ranking import rank
 
 
 def line(*values: float) -> Tensor:
@@ -189,6 +192,37 @@ def test_retrieval_is_that_of_torchmetrics(k: int, torchmetrics) -> None:
         assert 0.3 < ours < 1
     accuracy = torchmetrics.Accuracy("multiclass", num_classes=60)(scores, torch.arange(60))
     assert zero_shot_accuracy(queries, torch.arange(60), keys) == pytest.approx(accuracy.item())
+
+
+@pytest.mark.parametrize("classes", [5, 40])
+def test_several_right_answers_are_those_of_torchmetrics_and_scikit_learn(classes, torchmetrics):
+    """A class with dozens of right answers, and one with few or none."""
+    queries, keys, of_query, of_key = random_case(50, 90, classes)
+    of_query[0] = classes  # a query without an answer
+    found = rank(queries, keys, of_query, of_key)
+    right = of_query[:, None] == of_key
+    kept = right.any(dim=1)
+    assert found.left_out == int((~kept).sum()) >= 1
+    scores = (F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T)[kept]
+    right = right[kept]
+    assert torch.equal(found.counts, right.sum(dim=1))
+    number = torch.arange(len(scores))[:, None].expand_as(scores)
+
+    def theirs(name: str, **options) -> float:
+        metric = getattr(torchmetrics.retrieval, name)(**options)
+        positive = scores + 2  # its MAP counts no answer with a score of 0 or less
+        return metric(positive.flatten(), right.flatten(), indexes=number.flatten()).item()
+
+    for k in (1, 5, 20):
+        assert found.hit_rate(k) == pytest.approx(theirs("RetrievalHitRate", top_k=k))
+        assert found.recall(k) == pytest.approx(theirs("RetrievalRecall", top_k=k))
+        assert found.ndcg(k) == pytest.approx(theirs("RetrievalNormalizedDCG", top_k=k))
+        assert found.ndcg(k) == pytest.approx(ndcg_score(right.numpy(), scores.numpy(), k=k))
+    assert found.mean_reciprocal_rank() == pytest.approx(theirs("RetrievalMRR"))
+    assert found.mean_average_precision() == pytest.approx(theirs("RetrievalMAP"))
+    precisions = [average_precision_score(*x) for x in zip(right, scores, strict=True)]
+    assert found.mean_average_precision() == pytest.approx(sum(precisions) / len(precisions))
+    assert 0.1 < found.mean_average_precision() < 0.9
 
 
 def naive_recall(queries: Tensor, keys: Tensor, k: int, groups: list[int]) -> float:

@@ -114,17 +114,29 @@ app.command("plan", epilog=examples(*planning.EXAMPLES))(planning.plan)
     epilog=examples(
         "dist-contrastive eval runs/digits_encoder runs/other",
         "dist-contrastive eval runs/photos --only knn,probe --limit 20000",
+        "dist-contrastive eval runs/photos --only few --few 1%,10% --split val",
+        "torchrun --nproc-per-node 8 -m dist_contrastive eval RUN --only all",
     ),
 )
 def _evaluate(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")],
     only: Annotated[
         str | None,
-        typer.Option(metavar="MEASURE,...", help="Measures.", show_default="all that apply"),
+        typer.Option(metavar="MEASURE,...", help="Measures, or all.", show_default="the usual"),
     ] = None,
     limit: Annotated[
         int | None,
         typer.Option(metavar="N", help="Samples of each split, spread evenly.", show_default="all"),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Held-out split, beside data.test.", show_default="test"),
+    ] = None,
+    few: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...", help="Labels a class of probes, or 1%,10%.", show_default="10"
+        ),
     ] = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Measure raw pixels however many there are.")
@@ -134,9 +146,9 @@ def _evaluate(
     """Measure trained runs, print one table."""
     with quick_imports():
         from dist_contrastive.evaluate import evaluate_runs, print_table
-        from dist_contrastive.evaluation.splits import eval_options
+        from dist_contrastive.evaluation.options import eval_options
 
-    options = eval_options(only, limit, baselines)
+    options = eval_options(only, limit, baselines, few, split)
     print_table(evaluate_runs(runs, trust, options))
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,22 +11,25 @@ from torch import Tensor
 
 from dist_contrastive import report
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.evaluation.encoded import Encoded
 from dist_contrastive.evaluation.neighbours import (
     knn_accuracy,
     knn_regression_error,
     recall_at_k,
     zero_shot_accuracy,
 )
-from dist_contrastive.evaluation.probe import few_label_probe, linear_probe
-from dist_contrastive.evaluation.splits import (
-    Encoded,
-    Line,
-    MeasureName,
-    Splits,
-    Table,
-    labels_of,
-    with_labels,
+from dist_contrastive.evaluation.options import MeasureName
+from dist_contrastive.evaluation.probe import few_label_probe, linear_probe, probe_sweep
+from dist_contrastive.evaluation.ranking import Ranking, rank
+from dist_contrastive.evaluation.representation import (
+    alignment,
+    lidar,
+    nmi,
+    rank_me,
+    uniformity,
 )
+from dist_contrastive.evaluation.splits import Line, Splits, Table, labels_of, with_labels
+from dist_contrastive.models import device_of, representations_of
 from dist_contrastive.tasks.hybrid import Hybrid
 from dist_contrastive.tasks.images import ImageTask
 from dist_contrastive.tasks.paired import Paired
@@ -33,9 +37,14 @@ from dist_contrastive.tasks.paired import Paired
 PER_CLASS = 10  # labelled samples of the few-label probe
 DRAWS = 20
 NEIGHBOURS = 5
+AMONG = (1, 5, 10)  # k of the measures of a ranking
+VIEWS, VIEWED = 10, 1000  # of a sample, and samples, for LiDAR and alignment
+SPREAD = 10_000  # samples of which uniformity compares all pairs
+_CPU_ROWS = 64  # images at a time whose feature maps stay in a processor's cache
 
-
-_BY_LABELS: tuple[MeasureName, ...] = ("knn", "probe", "few", "classifier", "zero-shot", "map")
+_BY_LABELS: tuple[MeasureName, ...] = (
+    *("knn", "probe", "sweep", "few", "nmi", "classifier", "zero-shot", "map"),
+)
 
 
 @torch.no_grad()
@@ -48,7 +57,7 @@ def encode(task: ImageTask, samples: Samples) -> Encoded:
     return Encoded(
         index=samples.index,
         labels=samples.labels,
-        features=task.represent(samples.images),
+        features=_in_parts(task, task.represent, samples.images),
         image_shape=tuple(samples.images.shape[1:]),
         pixels=samples.images,
         partners=partners,
@@ -56,21 +65,78 @@ def encode(task: ImageTask, samples: Samples) -> Encoded:
     )
 
 
-def measure_encoder(task: ImageTask, splits: Splits[Encoded], run: Path, table: Table) -> None:
-    """Classes or values of labels from the representation, retrieval, and a map of it.
+@torch.no_grad()
+def encode_views(task: ImageTask, samples: Samples) -> Encoded:
+    """Representations [n, VIEWS, D] of the first views of some samples, as training draws them."""
+    represent = partial(representations_of, task.encoder)
+    views = [_in_parts(task, represent, x) for x in task.make_views(samples, VIEWS)]
+    shape = tuple(samples.images.shape[1:])
+    return Encoded(samples.index, samples.labels, torch.stack(views, dim=1), shape)
+
+
+def _in_parts(task: ImageTask, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    on_cpu = device_of(task, images.device).type == "cpu"
+    return torch.cat([network(x) for x in images.split(_CPU_ROWS if on_cpu else len(images) or 1)])
+
+
+def measure_encoder(
+    task: ImageTask, splits: Splits[Encoded], views: Encoded | None, run: Path, table: Table
+) -> None:
+    """Classes or values of labels from the representation, retrieval, and a map of it; by wish what
+    needs no labels.
 
     Args:
+        views: of `encode_views`, of held-out samples; None: they are not wanted.
         run: the run directory, for pictures.
         table: that the lines are added to.
     """
+    here = device_of(task, splits.test.features.device)
+    splits = replace(splits, train=splits.train.to(here), test=splits.test.to(here))
     if isinstance(task, Paired):
         table.measure("retrieval", "retrieval", partial(_retrieval, task, splits))
-        if splits.train.labels is None:
-            return
+        table.measure("ranking", "ranking of partners", partial(_rankings, task, splits, table))
+    _without_labels(task, splits.test, views, table)
+    if isinstance(task, Paired) and splits.train.labels is None:
+        return
     wanted = [name for name in _BY_LABELS if table.wants(name)]
+    if table.wants("ranking") and not isinstance(task, Paired):
+        wanted.append("ranking")
     if wanted:
         by_labels = partial(_by_labels, task, splits, run, table)
         table.measure(wanted[0], "what goes by labels", by_labels)
+
+
+def _without_labels(task: ImageTask, test: Encoded, views: Encoded | None, table: Table) -> None:
+    """Rank and spread of held-out samples, in the representation and in what the loss compares."""
+    embedded = task.embed_representations(test.features)
+    for name, rows in (("representation", test.features), ("embedding", embedded)):
+        most = {"at most": float(min(rows.shape))}
+        measure = partial(_line, f"RankMe, {name}", partial(rank_me, rows), most)
+        table.measure("rankme", f"RankMe, {name}", measure)
+    some = embedded[torch.linspace(0, len(embedded) - 1, min(SPREAD, len(embedded))).long()]
+    measure = partial(_line, "uniformity", partial(uniformity, some), {"one point": 0.0})
+    table.measure("uniformity", "uniformity", measure)
+    if views is not None:
+        views = views.to(embedded.device)
+        most = {"at most": float(min(len(views.index) - 1, views.features.shape[2]))}
+        title = f"LiDAR, {VIEWS} views of {len(views.index)} samples"
+        table.measure("lidar", title, partial(_line, title, partial(lidar, views.features), most))
+    if isinstance(task, Paired) and test.partners is not None:
+        pairs = embedded, test.partners
+        title = "alignment of images and partners"
+    elif views is not None:
+        first, second = views.features[:, 0], views.features[:, 1]
+        pairs = task.embed_representations(first), task.embed_representations(second)
+        title = "alignment of two views"
+    else:
+        return
+    table.measure("alignment", title, partial(_line, title, partial(alignment, *pairs)))
+
+
+def _line(
+    title: str, measure: Callable[[], float], beside: dict[str, float] | None = None
+) -> list[Line]:
+    return [(title, measure(), beside or {})]
 
 
 def _by_labels(task: ImageTask, splits: Splits[Encoded], run: Path, table: Table) -> list[Line]:
@@ -80,8 +146,18 @@ def _by_labels(task: ImageTask, splits: Splits[Encoded], run: Path, table: Table
     pixels = _pixels(train, test, table)
     if labels[0].is_floating_point():
         _regression(features, pixels, labels, table)
+        for name in ("sweep", "nmi", "ranking"):
+            if table.wants(name):
+                table.left_out.append((name, "it needs classes, and these labels are continuous"))
     else:
         _classification(features, pixels, labels, table)
+        measure = partial(nmi, features[1], labels[1])
+        title = f"NMI of {len(labels[1].unique())} clusters with the classes"
+        table.measure("nmi", title, partial(_line, title, measure))
+        if not isinstance(task, Paired):
+            title = "ranking of held-out samples by class"
+            same = partial(_ranking_of_classes, features[1], labels[1], table)
+            table.measure("ranking", title, same)
     if isinstance(task, Hybrid) and task.classifies:
         by_level = partial(_classifier_by_level, task, test)
         table.measure("classifier", "classifier accuracy", by_level)
@@ -121,24 +197,42 @@ def _pixels(train: Encoded, test: Encoded, table: Table) -> Pair | None:
 
 
 def _classification(features: Pair, pixels: Pair | None, labels: Pair, table: Table) -> None:
-    few = min(PER_CLASS, int(labels[0].unique(return_counts=True)[1].min()))
-
     def knn(x: Pair) -> float:
         return knn_accuracy(x[0], labels[0], x[1], labels[1], NEIGHBOURS)
 
     def linear(x: Pair) -> float:
         return linear_probe(x[0], labels[0], x[1], labels[1])
 
-    def few_labels(x: Pair) -> float:
-        return few_label_probe(x[0], labels[0], x[1], labels[1], few, DRAWS).mean
+    def few_labels(per_class: float, x: Pair) -> float:
+        return few_label_probe(x[0], labels[0], x[1], labels[1], per_class, DRAWS).mean
 
+    def sweep() -> list[Line]:
+        accuracy, c = probe_sweep(features[0], labels[0], features[1], labels[1])
+        return [("linear probe, all labels, C by a sweep", accuracy, {"C": c})]
+
+    smallest = int(labels[0].unique(return_counts=True)[1].min())
     measures: tuple[tuple[MeasureName, str, Callable[[Pair], float]], ...] = (
         ("knn", f"kNN accuracy, k = {NEIGHBOURS}", knn),
         ("probe", "linear probe, all labels", linear),
-        ("few", f"linear probe, {few} labels a class, mean of {DRAWS} draws", few_labels),
+        *(
+            (
+                "few",
+                f"linear probe, {_amount(few)}, mean of {DRAWS} draws",
+                partial(few_labels, few),
+            )
+            for few in table.options.few or (min(PER_CLASS, smallest),)
+        ),
     )
     for name, title, measure in measures:
         table.measure(name, title, partial(_beside_pixels, title, measure, features, pixels))
+    table.measure("sweep", "linear probe, C by a sweep", sweep)
+
+
+def _amount(per_class: float) -> str:
+    """Labels of a few-label probe in words."""
+    if per_class < 1:
+        return f"{100 * per_class:g} % of labels"
+    return f"{per_class:g} labels a class"
 
 
 def _beside_pixels(
@@ -189,6 +283,45 @@ def _retrieval(task: Paired, splits: Splits[Encoded]) -> list[Line]:
         ("image finds its partner, recall at 1", recall_at_k(images, partners, 1, groups), chance),
         ("partner finds its image, recall at 1", recall_at_k(partners, images, 1, groups), chance),
     ]
+
+
+def _rankings(task: Paired, splits: Splits[Encoded], table: Table) -> list[Line]:
+    """Where partners stand, both ways; equal texts are equally right."""
+    test, groups = splits.test, splits.test.groups()
+    assert test.partners is not None
+    images, partners = task.embed_representations(test.features), test.partners
+    return [
+        *_lines_of(rank(images, partners, groups, groups), "image to partner", table),
+        *_lines_of(rank(partners, images, groups, groups), "partner to image", table),
+    ]
+
+
+def _ranking_of_classes(features: Tensor, labels: Tensor, table: Table) -> list[Line]:
+    """Where the held-out samples of a sample's class stand among all others."""
+    found = rank(features, features, labels, labels, without_itself=True)
+    if found.left_out:
+        reason = f"{found.left_out} are the only held-out ones of their class"
+        table.left_out.append(("queries of the ranking by class", reason))
+    return _lines_of(found, "sample to its class", table)
+
+
+def _lines_of(found: Ranking, title: str, table: Table) -> list[Line]:
+    """Recall, nDCG and the rest; what looks at more keys than there are is left out."""
+    ks = [k for k in AMONG if k <= found.num_keys]
+    if len(ks) < len(AMONG):
+        reason = f"there are {found.num_keys} keys"
+        left_out = ", ".join(str(k) for k in AMONG if k not in ks)
+        table.left_out.append((f"{title}, k = {left_out}", reason))
+    lines = [(f"{title}, hit@{k}", found.hit_rate(k)) for k in ks]
+    if int(found.counts.max()) > 1:  # otherwise it is the hit rate
+        lines += [(f"{title}, recall@{k}", found.recall(k)) for k in ks]
+    lines += [(f"{title}, nDCG@{k}", found.ndcg(k)) for k in ks[-1:]]
+    lines += [
+        (f"{title}, MAP", found.mean_average_precision()),
+        (f"{title}, MRR", found.mean_reciprocal_rank()),
+        (f"{title}, median rank of {found.num_keys}", found.median_rank()),
+    ]
+    return [(name, value, {}) for name, value in lines]
 
 
 def _zero_shot(task: Paired, splits: Splits[Encoded]) -> list[Line]:

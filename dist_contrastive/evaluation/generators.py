@@ -1,6 +1,8 @@
 """Measures of a generator against held-out data, and pictures of its samples."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from dist_contrastive.evaluation.distances import (
     mmd,
     sliced_wasserstein,
 )
+from dist_contrastive.evaluation.encoded import Encoded, joined
 from dist_contrastive.evaluation.manifold import density_coverage, memorisation, precision_recall
 from dist_contrastive.evaluation.probe import Classifier, class_agreement
 from dist_contrastive.evaluation.splits import Line, Splits, Table, labels_of
@@ -26,45 +29,96 @@ from dist_contrastive.tasks.drift import Drift
 
 CLASSIFIER_SAMPLES = 6000  # its time grows with their square
 CLASS_SAMPLES = 6  # one and its 5 neighbours, of which a measure by classes needs as many
+PIXELS = "pixels"
+PART = 1024  # samples that are generated at a time
 FIELD_POINTS, FIELD_SIDE = 256, 21  # of each kind, and arrows in a row, of the picture of the force
 
-Space = Callable[[Tensor], Tensor]
+Sets = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Generated, untrained, training and held-out points [n, D] of one space."""
+
+
+@torch.no_grad()
+def encode_data(task: Drift, samples: Samples) -> Encoded:
+    """What the measures of a generator take of some data: the features of all its encoders, one
+    beside the other, and pixels."""
+    features = [
+        representations_of(encoder, samples.images).flatten(1)
+        for encoder in task.encoder_spaces().values()
+    ]
+    no_encoder = samples.images.new_empty(len(samples.images), 0)
+    shape = tuple(samples.images.shape[1:])
+    rows = torch.cat([no_encoder, *features], dim=1)
+    return Encoded(samples.index, samples.labels, rows, shape, samples.images)
+
+
+def generate_encoded(task: Drift, labels: Tensor | None, count: int, has_pixels: bool) -> Encoded:
+    """The same of generated samples, of which no more than a part is there as pixels at a time.
+
+    Args:
+        labels: classes to generate [count]; None for a generator without classes.
+        has_pixels: all pixels are kept.
+    """
+    parts = []
+    for index in torch.arange(count).split(PART):
+        asked = None if labels is None else labels[index]
+        images = task.generate(asked, len(index), seed=0, first=int(index[0]))
+        part = encode_data(task, Samples(images, asked, torch.zeros_like(index), index))
+        parts.append(part if has_pixels else replace(part, pixels=None))
+    return joined(parts)
 
 
 def measure_generator(
-    task: Drift,
-    before: Tensor,
-    labels: Tensor | None,
-    splits: Splits[Samples],
-    run: Path,
-    table: Table,
+    task: Drift, generated: Encoded, before: Encoded, splits: Splits[Encoded], table: Table
 ) -> None:
-    """Distances to held-out data, class agreement, precision, copies; pictures of samples.
+    """Distances to held-out data, class agreement, precision, copies.
+
+    Distances are of pixels and of the features of each encoder; the others of pixels, or where
+    these are too many of the first encoder.
 
     Args:
+        generated: at least as many as held-out samples, and their classes, if there are some.
         before: samples of the untrained generator from the same noise and labels.
-        labels: classes to generate [n], at least as many as held-out samples; None for a
-            generator without classes.
-        run: the run directory, for pictures.
         table: that the lines are added to.
     """
-    train, test = splits.train, splits.test
-    generated = task.generate(labels, len(before), seed=0)
-    spaces: dict[str, Space] = {"pixels": _pixels}
-    for name, encoder in task.encoder_spaces().items():
-        spaces[name] = partial(representations_of, encoder)
-    for name, space in spaces.items():
-        _distances(name, [space(x) for x in (generated, before, train.images, test.images)], table)
-    if labels is not None:
-        _class_agreement(generated, labels, train, test, table)
-    manifold = partial(_manifold, generated, labels, train, test, table)
+    spaces = _spaces(task, (generated, before, splits.train, splits.test), table)
+    for name, sets in spaces.items():
+        _distances(name, sets, table)
+    if not spaces:
+        return
+    space, sets = next(iter(spaces.items()))
+    suffix = "" if space == PIXELS else f", {space}"
+    if generated.labels is not None:
+        _class_agreement(sets, generated.labels, splits, suffix, table)
+    manifold = partial(_manifold, sets, generated.labels, splits, suffix, table)
     table.measure("manifold", "precision, recall, density and coverage", manifold)
-    table.measure("copies", "copies", partial(_copies, generated, train, test))
-    if table.wants("samples"):
-        _draw(task, generated, labels, splits, run)
+    table.measure("copies", "copies", partial(_copies, sets, suffix))
 
 
-def _distances(name: str, sets: list[Tensor], table: Table) -> None:
+def _spaces(
+    task: Drift, encoded: tuple[Encoded, Encoded, Encoded, Encoded], table: Table
+) -> dict[str, Sets]:
+    """Points of the sets by the name of the space; pixels first, unless they are too many."""
+    spaces: dict[str, Sets] = {}
+    pixels = [x.pixels.flatten(1) for x in encoded if x.pixels is not None]
+    if len(pixels) == len(encoded):
+        spaces[PIXELS] = (pixels[0], pixels[1], pixels[2], pixels[3])
+    else:
+        reason = (
+            f"{len(encoded[2].index)} samples of {math.prod(encoded[2].image_shape)} numbers take "
+            f"long to compare; --baselines does it all the same, and --limit compares fewer"
+        )
+        table.left_out.append(("what goes by pixels", reason))
+    begin = 0
+    for name, encoder in task.encoder_spaces().items():
+        example = torch.zeros(1, *encoded[2].image_shape)
+        end = begin + representations_of(encoder, example).flatten(1).shape[1]
+        part = [x.features[:, begin:end] for x in encoded]
+        spaces[name] = (part[0], part[1], part[2], part[3])
+        begin = end
+    return spaces
+
+
+def _distances(name: str, sets: Sets, table: Table) -> None:
     """Distances in one space, of generated and untrained samples and training data to held-out
     data; Fréchet and sliced Wasserstein distances need sets of one size."""
     generated, _, data, real = sets
@@ -109,52 +163,52 @@ def _bandwidth(real: Tensor) -> float | None:
     return torch.pdist(real[order[:MEDIAN_POINTS]].double()).median().item() or None
 
 
-def _pixels(images: Tensor) -> Tensor:
-    return images.flatten(1)
-
-
 def _class_agreement(
-    generated: Tensor, labels: Tensor, train: Samples, test: Samples, table: Table
+    sets: Sets, labels: Tensor, splits: Splits[Encoded], suffix: str, table: Table
 ) -> None:
     """Agreement of generated samples with the classes asked for."""
     few = slice(0, CLASSIFIER_SAMPLES)
+    generated, _, train, test = sets
+    train_labels, test_labels = labels_of(splits.train), labels_of(splits.test)
 
     def classifier() -> Callable[[Tensor, Tensor], float]:
-        return Classifier(train.images[few], labels_of(train)[few]).accuracy
+        return Classifier(train[few], train_labels[few]).accuracy
 
     def neighbours() -> Callable[[Tensor, Tensor], float]:
-        return partial(class_agreement, train.images, labels_of(train))
+        return partial(class_agreement, train, train_labels)
 
     def line(name: str, fitted: Callable[[], Callable[[Tensor, Tensor], float]]) -> list[Line]:
         agree = fitted()
-        beside = {"held-out data": agree(test.images, labels_of(test))}
+        beside = {"held-out data": agree(test, test_labels)}
         return [(name, agree(generated, labels), beside)]
 
     for name, fitted in (("classifier", classifier), ("kNN", neighbours)):
-        title = f"{name} agrees with the class asked for"
+        title = f"{name} agrees with the class asked for{suffix}"
         table.measure("classes", title, partial(line, title, fitted))
 
 
 def _manifold(
-    generated: Tensor, labels: Tensor | None, train: Samples, test: Samples, table: Table
+    sets: Sets, labels: Tensor | None, splits: Splits[Encoded], suffix: str, table: Table
 ) -> list[Line]:
     """Precision, recall, density and coverage, which compare sets of one size, class by class."""
-    if labels is not None:  # those of the held-out samples, again and again
-        kept = _common_rows(train, test, table)
-        test, generated, labels = test.rows(kept), generated[kept], labels[kept]
-    few, same = slice(0, len(test.images)), torch.arange(min(len(test.images), len(train.images)))
+    generated, _, train, test = sets
+    same = torch.arange(min(len(test), len(train)))
     real_labels, train_labels = None, None
-    if labels is not None:
-        real_labels, same = labels_of(test), _as_many_of_each(train, labels_of(test))
-        train_labels = labels_of(train)[same]
+    if labels is not None:  # those of the held-out samples, again and again
+        kept = _common_rows(splits, table)
+        test, generated, labels = test[kept], generated[kept], labels[kept]
+        real_labels = labels_of(splits.test)[kept]
+        same = _as_many_of_each(labels_of(splits.train), real_labels)
+        train_labels = labels_of(splits.train)[same]
+    few = slice(0, len(test))
     compared = (
         (generated[few], None if labels is None else labels[few]),
-        (train.images[same], train_labels),
+        (train[same], train_labels),
     )
-    fidelity = [precision_recall(test.images, real_labels, *x) for x in compared]
-    density = [density_coverage(test.images, real_labels, *x) for x in compared]
+    fidelity = [precision_recall(test, real_labels, *x) for x in compared]
+    density = [density_coverage(test, real_labels, *x) for x in compared]
     return [
-        (name, getattr(value, name), {"train data": getattr(reference, name)})
+        (name + suffix, getattr(value, name), {"train data": getattr(reference, name)})
         for name, (value, reference) in (
             ("precision", fidelity),
             ("recall", fidelity),
@@ -164,17 +218,18 @@ def _manifold(
     ]
 
 
-def _common_rows(train: Samples, test: Samples, table: Table) -> Tensor:
+def _common_rows(splits: Splits[Encoded], table: Table) -> Tensor:
     """Numbers of the held-out samples whose class has enough samples for all neighbours."""
-    classes = 1 + int(torch.cat([labels_of(train), labels_of(test)]).max())
-    counts = [labels_of(x).bincount(minlength=classes) for x in (train, test)]
-    common = torch.minimum(*counts)[labels_of(test)] >= CLASS_SAMPLES
+    train, test = labels_of(splits.train), labels_of(splits.test)
+    classes = 1 + int(torch.cat([train, test]).max())
+    counts = [labels.bincount(minlength=classes) for labels in (train, test)]
+    common = torch.minimum(*counts)[test] >= CLASS_SAMPLES
     if not common.any():
         raise ConfigError(
             f"no class has {CLASS_SAMPLES} samples both in data.train and in data.test; hold out "
             f"more"
         )
-    rare = labels_of(test)[~common].unique().tolist()
+    rare = test[~common].unique().tolist()
     if rare:
         what = "precision, recall, density and coverage of classes " + ", ".join(map(str, rare))
         reason = f"they have fewer than {CLASS_SAMPLES} samples in data.train or data.test"
@@ -182,11 +237,12 @@ def _common_rows(train: Samples, test: Samples, table: Table) -> Tensor:
     return common.nonzero().flatten()
 
 
-def _copies(generated: Tensor, train: Samples, test: Samples) -> list[Line]:
+def _copies(sets: Sets, suffix: str) -> list[Line]:
     """Distances of generated samples to training data, beside those of held-out data."""
-    m = memorisation(generated[: len(test.images)], train.images, test.images)
+    generated, _, train, test = sets
+    m = memorisation(generated[: len(test)], train, test)
     return [
-        (name, float(value), {"held-out data": float(held_out)})
+        (name + suffix, float(value), {"held-out data": float(held_out)})
         for name, value, held_out in (
             (
                 "distance to the nearest training sample, median",
@@ -200,18 +256,26 @@ def _copies(generated: Tensor, train: Samples, test: Samples) -> list[Line]:
     ]
 
 
-def _draw(
-    task: Drift, generated: Tensor, labels: Tensor | None, splits: Splits[Samples], run: Path
+def draw_samples(
+    task: Drift,
+    generated: Tensor,
+    images: Tensor,
+    labels: Tensor | None,
+    classes: Mapping[int, str],
+    run: Path,
 ) -> None:
-    images, path = splits.test.images, run / "plots" / "samples.png"
+    """Pictures of generated samples beside held-out ones, in RUN/plots.
+
+    Args:
+        generated: [m, ...], of the classes of the held-out samples, again and again.
+        images: [n, ...], held out, and their labels [n], if they have some.
+        classes: names by number.
+    """
+    path = run / "plots" / "samples.png"
     if report.are_images(generated):
-        real_labels = torch.zeros(len(images), dtype=torch.int64)
-        if labels is None:
-            labels = real_labels.new_zeros(len(generated))
-        else:
-            real_labels = labels_of(splits.test)
-        real = images, real_labels
-        report.sample_grid(generated, labels, *real, path, title=str(run), names=splits.classes)
+        labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+        asked = labels.repeat(-(-len(generated) // len(labels)))[: len(generated)]
+        report.sample_grid(generated, asked, images, labels, path, title=str(run), names=classes)
     elif generated[0].numel() == 2:
         points, data = generated.flatten(1), images.flatten(1)
         report.point_clouds({"generated": points[: len(data)], "data": data}, path, str(run))
@@ -247,9 +311,8 @@ def force_field(loss: ContrastiveForce, generated: Tensor, data: Tensor) -> tupl
     return at, alone.force(negative / scale, positive / scale)[:, 0]
 
 
-def _as_many_of_each(samples: Samples, labels: Tensor) -> Tensor:
-    """Indices of the first samples of each class, as many as `labels` has of it."""
-    available = labels_of(samples)
+def _as_many_of_each(available: Tensor, labels: Tensor) -> Tensor:
+    """Indices of the first of `available` of each class, as many as `labels` has of it."""
     chosen = [
         (available == label).nonzero().flatten()[: int((labels == label).sum())]
         for label in labels.unique()

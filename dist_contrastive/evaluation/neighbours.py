@@ -1,7 +1,8 @@
 """Nearest neighbours: classes and values from them, retrieval, zero-shot classes.
 
-Retrieval compares cosines in fp64. Ties count against, and NaN does: an encoder that maps
-everything to one point scores 0, not 1.
+Neighbours are compared in fp32 (or as their points are, if that is more); of equally near ones the
+first counts, the order of rows, whatever tiles they are compared in. Retrieval, and ties in it, are
+those of `ranking`.
 """
 
 from typing import Literal
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_contrastive.errors import ConfigError, DataError
+from dist_contrastive.evaluation.ranking import check_lengths, rank
 
 Metric = Literal["cosine", "euclidean"]
+_TILE = 2**14  # keys that are compared at a time: 64 MiB beside 1,024 queries
 
 
 def knn_predict(
@@ -25,7 +28,8 @@ def knn_predict(
 ) -> Tensor:
     """The class that most of the `k` nearest keys of each query have.
 
-    A tie goes to the class that has the nearest of the neighbours concerned.
+    A tie of votes goes to the class that has the nearest of the neighbours concerned; of keys that
+    are equally near the first ones count.
 
     Args:
         keys: [n, D], or images [n, ...], which are flattened.
@@ -33,7 +37,7 @@ def knn_predict(
         queries: [m, D], or images [m, ...].
         k: neighbours that vote, at most n.
         metric: `cosine` (largest similarity) or `euclidean` (smallest distance).
-        chunk: queries compared at a time; bounds the memory to chunk x n.
+        chunk: queries compared at a time; bounds the memory to chunk x 16,384 keys.
     Returns:
         int64 [m].
     Raises:
@@ -80,7 +84,7 @@ def knn_regression_error(
         train_features, test_features: [n, D] and [m, D], or images, which are flattened.
         train_values, test_values: floats [n] and [m], all known: one NaN gives NaN.
         k: neighbours, at most n.
-        chunk: test samples compared at a time; bounds the memory to chunk x n.
+        chunk: test samples compared at a time.
     Returns:
         The error in units of the values; computed in fp64.
     Raises:
@@ -110,13 +114,38 @@ def _nearest(keys: Tensor, queries: Tensor, k: int, metric: Metric, chunk: int) 
         keys, queries = F.normalize(keys, dim=1), F.normalize(queries, dim=1)
     nearest = []
     for part in queries.split(chunk):
-        closeness = part @ keys.T if metric == "cosine" else -torch.cdist(part, keys)
-        nearest.append(closeness.topk(k, dim=1).indices)
-    return torch.cat(nearest)
+        best: tuple[Tensor, Tensor] | None = None
+        for first in range(0, len(keys), _TILE):
+            some = keys[first : first + _TILE]
+            closeness = part @ some.T if metric == "cosine" else -torch.cdist(part, some)
+            values, numbers = _largest(closeness, k)
+            numbers += first
+            if best is not None:  # those of earlier keys come first
+                values, numbers = (
+                    torch.cat(x, dim=1) for x in zip(best, (values, numbers), strict=True)
+                )
+                values, order = _largest(values, k)
+                numbers = numbers.gather(1, order)
+            best = values, numbers
+        assert best is not None
+        nearest.append(best[1])
+    return torch.cat(nearest) if nearest else torch.empty(0, k, dtype=torch.int64)
 
 
-TIE = 1e-12
-"""Cosines that differ by no more are equal: a product in fp64 is exact to about 1e-15."""
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values [n, k] and their columns, in descending order; of equal ones the first columns."""
+    if k >= values.shape[1]:
+        return values.sort(dim=1, descending=True, stable=True)
+    largest, columns = values.topk(k, dim=1)
+    columns, order = columns.sort(dim=1)
+    largest, second = largest.gather(1, order).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, second)
+    # topk takes any of those that equal the k-th.
+    tied = ((values >= largest[:, -1:]).sum(dim=1) > k).nonzero().flatten()
+    if len(tied):
+        order = values[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+        columns[tied] = order
+    return largest, columns
 
 
 def zero_shot_accuracy(
@@ -128,13 +157,13 @@ def zero_shot_accuracy(
         image_embeddings: [n, D].
         labels: int64 [n], 0 ... C - 1.
         class_embeddings: [C, D], one for each class, as of the caption "a photo of a dog".
-        chunk: images at a time; bounds the memory to chunk x C.
+        chunk: classes compared at a time.
     Raises:
         ConfigError: the lengths do not match, a label has no class embedding, or n is 0.
     References:
         Radford et al. 2021, arXiv 2103.00020, section 3.1.
     """
-    _check_lengths("images", len(image_embeddings), "labels", len(labels))
+    check_lengths("images", len(image_embeddings), "labels", len(labels))
     num_classes = len(class_embeddings)
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ConfigError(
@@ -142,7 +171,8 @@ def zero_shot_accuracy(
             f"{num_classes} class embeddings: give one for each class from 0."
         )
     classes = torch.arange(num_classes, device=labels.device)
-    return _hit_rate(image_embeddings, labels, class_embeddings, classes, 1, chunk)
+    ranking = rank(image_embeddings, class_embeddings, labels, classes, top=1, tile=chunk)
+    return ranking.hit_rate(1)
 
 
 def recall_at_k(
@@ -155,36 +185,11 @@ def recall_at_k(
         k: keys that are looked at, at most n.
         groups: int64 [n]; where several keys are equally right, as captions that repeat, rows of
             one group: then any key of the query's group is a hit. None: every row is its own.
-        chunk: queries at a time; bounds the memory to chunk x n.
+        chunk: keys compared at a time.
     Raises:
         ConfigError: the lengths do not match, or k is not within 1 and n.
     """
-    _check_lengths("queries", len(queries), "keys", len(keys))
-    if not 1 <= k <= len(keys):
-        raise ConfigError(f"k is {k}, but there are {len(keys)} keys: set k from 1 to {len(keys)}.")
-    if groups is None:
-        groups = torch.arange(len(keys), device=keys.device)
-    _check_lengths("keys", len(keys), "groups", len(groups))
-    return _hit_rate(queries, groups, keys, groups, k, chunk)
-
-
-def _hit_rate(
-    queries: Tensor, query_groups: Tensor, keys: Tensor, key_groups: Tensor, k: int, chunk: int
-) -> float:
-    """Fraction of queries with fewer than `k` keys of other groups before the best of their own."""
-    queries, keys = (F.normalize(x.double(), dim=1) for x in (queries, keys))
-    hits = 0
-    for part, group in zip(queries.split(chunk), query_groups.split(chunk), strict=True):
-        scores = part @ keys.T
-        own = group[:, None] == key_groups
-        best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        before = ~own & ~(scores < best - TIE)  # not `>=`, which NaN would always escape
-        hits += int((before.sum(dim=1) < k).sum())
-    return hits / len(queries)
-
-
-def _check_lengths(first: str, n: int, second: str, m: int) -> None:
-    if n != m or n == 0:
-        raise ConfigError(
-            f"there are {n} {first} and {m} {second}: give 1 or more, and as many of both."
-        )
+    check_lengths("queries", len(queries), "keys", len(keys))
+    if groups is not None:
+        check_lengths("keys", len(keys), "groups", len(groups))
+    return rank(queries, keys, groups, groups, top=1, tile=chunk).hit_rate(k)

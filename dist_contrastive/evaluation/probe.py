@@ -1,10 +1,12 @@
 """Classifiers fitted on real samples: linear probes, and judges of the class of generated samples.
 
 Probes tell how much of the class a representation shows linearly; `Classifier` and
-`class_agreement` whether generated samples are of the class that was asked for. scikit-learn is
-imported where it is used: it takes half a second.
+`class_agreement` whether generated samples are of the class that was asked for. A probe is fitted
+where its features are, on a GPU or not, to what scikit-learn's LogisticRegression finds. scipy and
+scikit-learn are imported where they are used: it takes half a second.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,9 @@ from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.neighbours import Metric, knn_predict
 from dist_contrastive.evaluation.points import as_points, check_labels
 
+SWEEP = tuple(10.0**x for x in range(-4, 5))  # C of `probe_sweep`
+_PARTS = 5
+_ITERATIONS = 5000
 _WIDE = 4  # times as many dimensions as samples, from which fewer are as good, and fitted sooner
 
 
@@ -28,24 +33,49 @@ class ProbeResult:
 
 
 def linear_probe(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    c: float = 1.0,
 ) -> float:
-    """Accuracy of logistic regression fitted on all training samples.
+    """Accuracy of logistic regression fitted on all training samples, by full-batch L-BFGS.
 
-    Features are standardised as in `few_label_probe`; the regularisation is scikit-learn's
-    default, C = 1.
+    Features are standardised as in `few_label_probe`; the regularisation is scikit-learn's.
 
     Args:
         train_features, test_features: [n, D] and [m, D], or images, which are flattened.
-        train_labels, test_labels: integers [n] and [m].
+        train_labels, test_labels: integers [n] and [m]; a class that training lacks is never found.
+        c: C, the inverse of the strength of the penalty of squared weights.
     Returns:
         Fraction of the test samples, computed in fp64.
     Raises:
         ConfigError: the training samples are of one class.
     """
-    labels = train_labels.cpu().numpy()
     train, test = _standardised(train_features, test_features)
-    return _accuracy(train, labels, test, test_labels.cpu().numpy())
+    return _accuracy(train, train_labels, test, test_labels, c)
+
+
+def probe_sweep(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+) -> tuple[float, float]:
+    """Accuracy of `linear_probe`, and its C: the one of SWEEP that is best on every fifth training
+    sample after fitting on the others (of equal ones the smallest). The test chooses nothing.
+
+    Raises:
+        ConfigError: as `linear_probe`; or there are fewer than 5 training samples.
+    """
+    if len(train_labels) < _PARTS:
+        raise ConfigError(
+            f"a sweep holds out every {_PARTS}th training sample, but there are "
+            f"{len(train_labels)}: take more."
+        )
+    held = torch.arange(len(train_labels), device=train_labels.device) % _PARTS == 0
+    features = train_features[~held], train_features[held]
+    labels = train_labels[~held], train_labels[held]
+    scores = {c: linear_probe(features[0], labels[0], features[1], labels[1], c) for c in SWEEP}
+    best = max(scores, key=lambda c: scores[c])
+    return linear_probe(train_features, train_labels, test_features, test_labels, best), best
 
 
 def few_label_probe(
@@ -53,11 +83,11 @@ def few_label_probe(
     train_labels: Tensor,
     test_features: Tensor,
     test_labels: Tensor,
-    per_class: int = 10,
+    per_class: int | float = 10,
     draws: int = 10,
     seed: int = 0,
 ) -> ProbeResult:
-    """Logistic regression fitted on `per_class` labelled samples of each class.
+    """Logistic regression fitted on few labelled samples of each class.
 
     Features are centred and divided by their overall standard deviation over all training
     samples (without labels), so that representations of any scale get the same
@@ -66,7 +96,8 @@ def few_label_probe(
     Args:
         train_features, test_features: [n, D] and [m, D], or images, which are flattened.
         train_labels, test_labels: integers [n] and [m].
-        per_class: labelled samples of each class.
+        per_class: labelled samples of each class; below 1 the share of them, 0.01 for 1 %, rounded
+            up.
         draws: how often samples are drawn anew.
         seed: of the draws.
     Returns:
@@ -80,55 +111,94 @@ def few_label_probe(
     train, test = _standardised(train_features, test_features)
     accuracies = []
     for draw in range(draws):
-        chosen = _draw(labels, per_class, np.random.default_rng([seed, draw]))
-        accuracies.append(_accuracy(train[chosen], labels[chosen], test, test_labels.cpu().numpy()))
+        rows = _draw(labels, per_class, np.random.default_rng([seed, draw]))
+        chosen = torch.from_numpy(rows).to(train.device)
+        accuracies.append(_accuracy(train[chosen], train_labels[chosen], test, test_labels, 1.0))
     return ProbeResult(
         float(np.mean(accuracies)), float(np.std(accuracies, ddof=1)), tuple(accuracies)
     )
 
 
-def _standardised(train_features: Tensor, test_features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _standardised(train_features: Tensor, test_features: Tensor) -> tuple[Tensor, Tensor]:
     """Both in fp64, less the mean and divided by the overall deviation of the first."""
-    train = train_features.detach().flatten(1).double().cpu().numpy()
-    test = test_features.detach().flatten(1).double().cpu().numpy()
-    mean = train.mean(axis=0)
-    scale = (train - mean).std() or 1.0
-    return (train - mean) / scale, (test - mean) / scale
+    train, test = (x.detach().flatten(1).double() for x in (train_features, test_features))
+    mean = train.mean(dim=0)
+    train = train - mean
+    scale = train.std(correction=0).item() or 1.0
+    return train.div_(scale), (test - mean).div_(scale)
 
 
 def _accuracy(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, c: float
 ) -> float:
     """Fraction of the test samples that a model fitted on the training samples gets right."""
-    classes = len(np.unique(train_labels))
-    if classes < 2:
+    classes, numbers = train_labels.to(train.device).unique(return_inverse=True)
+    if len(classes) < 2:
         raise ConfigError(
             f"a probe needs labelled samples of 2 classes or more, but its {len(train)} have "
-            f"{classes}: take more samples, or another label."
+            f"{len(classes)}: take more samples, or another label."
         )
-    from sklearn.linear_model import LogisticRegression
-
     if train.shape[1] > _WIDE * len(train):
         # The weights lie in what the samples span: as many dimensions as samples are enough.
-        basis = np.linalg.qr(train.T).Q
+        basis = torch.linalg.qr(train.T).Q
         train, test = train @ basis, test @ basis
-    model = LogisticRegression(max_iter=5000).fit(train, train_labels)
-    return float(model.score(test, test_labels))
+    predicted = classes[_logits(test, _fitted(train, numbers, len(classes), c)).argmax(dim=1)]
+    return (predicted == test_labels.to(predicted.device)).double().mean().item()
 
 
-def _draw(labels: np.ndarray, per_class: int, random: np.random.Generator) -> np.ndarray:
-    """Indices of `per_class` samples of each class."""
-    return np.concatenate(
-        [
-            random.choice(np.flatnonzero(labels == label), per_class, replace=False)
-            for label in np.unique(labels)
-        ]
-    )
+def _fitted(x: Tensor, numbers: Tensor, num_classes: int, c: float) -> Tensor:
+    """Weights and offset [K, D + 1] of least mean cross entropy + |weights|^2 / (2 c n), fp64.
+
+    Of two classes K is 1: the first has the logit 0. The method and its limits are those of
+    scikit-learn's LogisticRegression.
+    """
+    from scipy.optimize import minimize
+
+    n, width = x.shape
+    shape = 1 if num_classes == 2 else num_classes, width + 1
+    rows = torch.arange(n, device=x.device)
+
+    def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = torch.from_numpy(flat).view(shape).to(x.device)
+        log_p = _logits(x, weights).log_softmax(dim=1)
+        penalty = weights[:, :-1].square().sum() / (2 * c * n)
+        loss = penalty - log_p[rows, numbers].mean()
+        gap = log_p.exp_()
+        gap[rows, numbers] -= 1
+        gap = gap[:, -shape[0] :] / n
+        gradient = torch.cat([gap.T @ x, gap.sum(dim=0)[:, None]], dim=1)
+        gradient[:, :-1] += weights[:, :-1] / (c * n)
+        return loss.item(), gradient.flatten().cpu().numpy()
+
+    limits = {"maxiter": _ITERATIONS, "maxls": 50, "gtol": 1e-4, "ftol": 64 * np.finfo(float).eps}
+    start = np.zeros(shape[0] * shape[1])
+    found = minimize(loss_and_gradient, start, method="L-BFGS-B", jac=True, options=limits)
+    return torch.from_numpy(found.x).view(shape).to(x.device)
 
 
-def _check(labels: np.ndarray, per_class: int, draws: int) -> None:
+def _logits(x: Tensor, weights: Tensor) -> Tensor:
+    logits = x @ weights[:, :-1].T + weights[:, -1]
+    return logits if len(weights) > 1 else torch.cat([torch.zeros_like(logits), logits], dim=1)
+
+
+def _draw(labels: np.ndarray, per_class: int | float, random: np.random.Generator) -> np.ndarray:
+    """Indices of `per_class` samples of each class, or of that share of them."""
+    chosen = []
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        count = per_class if per_class >= 1 else math.ceil(per_class * len(rows))
+        chosen.append(random.choice(rows, int(count), replace=False))
+    return np.concatenate(chosen)
+
+
+def _check(labels: np.ndarray, per_class: int | float, draws: int) -> None:
+    if not (0 < per_class < 1 or (per_class >= 1 and per_class == int(per_class))):
+        raise ConfigError(
+            f"the probe takes {per_class} labelled samples of each class: set per_class to a whole "
+            f"number, or to a share between 0 and 1."
+        )
     values, counts = np.unique(labels, return_counts=True)
-    if counts.min() < per_class:
+    if per_class >= 1 and counts.min() < per_class:
         raise ConfigError(
             f"the probe takes {per_class} labelled samples of each class, but class "
             f"{values[counts.argmin()]} has {counts.min()}: set per_class to at most "

@@ -5,12 +5,11 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from dataclasses import fields as fields_of
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 
+from dist_contrastive import collectives
 from dist_contrastive.data.collate import collate
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields, Samples
@@ -26,75 +25,15 @@ from dist_contrastive.errors import (
     UnreachableError,
     UserError,
 )
+from dist_contrastive.evaluation import encoded as encodings
+from dist_contrastive.evaluation.encoded import Encoded, gathered, joined, num_pixels
+from dist_contrastive.evaluation.options import EvalOptions, MeasureName
 
 _logger = logging.getLogger(__name__)
 
 BATCH = 256  # samples that are decoded and encoded at a time
-_MOST_PIXELS = 2**24  # numbers of raw pixels of a split that are kept for a baseline: 64 MiB
-_Encoders = Literal["knn", "probe", "few", "classifier", "retrieval", "zero-shot", "map"]
-_Generators = Literal["distances", "classes", "manifold", "copies", "samples"]
-MeasureName = _Encoders | _Generators | Literal["own"]  # own: those of evaluate.measures
-MEASURES: tuple[MeasureName, ...] = (*get_args(_Encoders), *get_args(_Generators), "own")
-
 Line = tuple[str, float, dict[str, float]]
 """Name of a measure, its value, and reference values by name, as the same measure of raw pixels."""
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """What of an evaluation is wanted."""
-
-    only: frozenset[MeasureName] = frozenset(MEASURES)
-    limit: int | None = None
-    """Samples of each split, spread evenly over it; None: all."""
-    baselines: bool = False
-    """Raw pixels are measured however many there are."""
-
-
-def eval_options(only: str | None, limit: int | None, baselines: bool) -> EvalOptions:
-    """Options as they are written: names with commas between.
-
-    Raises:
-        ConfigError: a name or number is none of those that there are.
-    """
-    names = MEASURES if only is None else tuple(name.strip() for name in only.split(","))
-    chosen = frozenset(name for name in MEASURES if name in names)
-    if unknown := sorted(set(names) - chosen):
-        raise ConfigError(
-            f"--only {','.join(unknown)} is no measure; name some of {', '.join(MEASURES)}"
-        )
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit {limit} leaves nothing to measure; give 1 or more")
-    return EvalOptions(chosen, limit, baselines)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What networks make of the samples of a split; their images are let go of."""
-
-    index: Tensor  # [n] int64, numbers in the data set
-    labels: Tensor | None  # as of `Samples`
-    features: Tensor  # [n, D], representations
-    image_shape: tuple[int, ...]
-    pixels: Tensor | None = None  # [n, ...], the images; None where they are too many
-    partners: Tensor | None = None  # [n, E], embeddings of the second modality
-    texts: tuple[str, ...] | None = None
-
-    def groups(self) -> Tensor | None:
-        """Numbers [n] of equal texts; None without texts."""
-        if self.texts is None:
-            return None
-        numbers = {text: number for number, text in enumerate(dict.fromkeys(self.texts))}
-        return torch.tensor([numbers[text] for text in self.texts])
-
-    def rows(self, numbers: Tensor) -> "Encoded":
-        """Some of the samples, by their rows, int64 [n]."""
-        chosen: dict[str, Any] = {
-            name: x[numbers] for name, x in vars(self).items() if isinstance(x, Tensor)
-        }
-        if self.texts is not None:
-            chosen["texts"] = tuple(self.texts[number] for number in numbers.tolist())
-        return replace(self, **chosen)
 
 
 Rows = TypeVar("Rows", Samples, Encoded)
@@ -117,7 +56,7 @@ class Table:
 
     changed: Callable[["Table"], None] = lambda _: None
     """Called after each measure, as to write what there is."""
-    options: EvalOptions = EvalOptions()
+    options: EvalOptions = field(default_factory=EvalOptions)
     lines: list[Line] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """What, and why."""
@@ -152,7 +91,7 @@ class Split:
     what: str  # it is, beside the progress bar
     limit: int | None = None
     rank: int = 0
-    world_size: int = 1  # ranks that share the samples
+    world_size: int = 1  # ranks that share the samples, each of which then gets those of all
 
     def usable_rows(self, reasons: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
         """Each sample that can be used, and its shape.
@@ -222,35 +161,53 @@ class Split:
             baselines: their pixels are kept, however many there are.
 
         Raises:
-            DataError: as `samples`. ConfigError: networks cannot take them.
+            DataError: as `samples`. ConfigError: networks cannot take them. On all ranks.
+
+        Collectives: gathers of rows and of objects, where ranks share the samples.
         """
         reasons: list[str] = []
         parts: dict[str, list[Encoded]] = {}
         keys: dict[str, list[str]] = {}
-        refused: dict[str, Exception] = {}
-        for batch in batched(self.usable_rows(reasons), BATCH):
-            by_shape: dict[str, list[dict[str, Any]]] = {}
-            for row, shape in batch:
-                by_shape.setdefault(shape, []).append(row)
-            for shape, alike in by_shape.items():
-                keys.setdefault(shape, []).extend(row["__key__"] for row in alike)
-                try:
-                    part = encode(self.fields.samples(collate(alike)))
-                except (RuntimeError, ValueError) as error:
-                    refused[shape] = error
-                    continue
-                of_shape = parts.setdefault(shape, [])
-                of_shape.append(part)
-                if not baselines and _num_pixels(of_shape) > _MOST_PIXELS:
-                    parts[shape] = [replace(x, pixels=None) for x in of_shape]
+        refused: dict[str, str] = {}
+        with collectives.raised_together():
+            for batch in batched(self.usable_rows(reasons), BATCH):
+                by_shape: dict[str, list[dict[str, Any]]] = {}
+                for row, shape in batch:
+                    by_shape.setdefault(shape, []).append(row)
+                for shape, alike in by_shape.items():
+                    keys.setdefault(shape, []).extend(row["__key__"] for row in alike)
+                    try:
+                        part = encode(self.fields.samples(collate(alike)))
+                    except (RuntimeError, ValueError) as error:
+                        refused[shape] = str(error).splitlines()[0]
+                        continue
+                    of_shape = parts.setdefault(shape, [])
+                    of_shape.append(part)
+                    if not baselines and num_pixels(of_shape) > encodings.MOST_PIXELS:
+                        parts[shape] = [replace(x, pixels=None) for x in of_shape]
+        keys, refused, reasons = self._pooled(keys, refused, reasons)
         usual = self.usual_shape(keys, reasons)
         if usual in refused:
             raise ConfigError(
                 f"the encoder cannot read samples of {self.what} of the shape {usual}: "
-                f"{str(refused[usual]).splitlines()[0]}; set data.image_size and "
-                f"data.image_channels, or hold out others"
+                f"{refused[usual]}; set data.image_size and data.image_channels, or hold out others"
             )
-        return joined(parts[usual]), reasons
+        return gathered(joined(parts[usual]) if usual in parts else None, baselines), reasons
+
+    def _pooled(
+        self, keys: dict[str, list[str]], refused: dict[str, str], reasons: list[str]
+    ) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
+        """What all ranks have found, which share the samples."""
+        if self.world_size == 1:
+            return keys, refused, reasons
+        keys_of, refused_of, reasons_of = zip(
+            *collectives.gather_objects((keys, refused, reasons)), strict=True
+        )
+        keys = {}
+        for shape, found in itertools.chain(*(x.items() for x in keys_of)):
+            keys.setdefault(shape, []).extend(found)
+        refused = dict(itertools.chain(*(x.items() for x in refused_of)))
+        return keys, refused, list(itertools.chain(*reasons_of))
 
 
 @dataclass(frozen=True)
@@ -267,6 +224,8 @@ def open_splits(
     fields: Fields,
     limit: int | None = None,
     left_out: list[tuple[str, str]] | None = None,
+    *,
+    shared: bool = False,
 ) -> OpenSplits:
     """Splits of data.train and data.test, of which nothing is read yet.
 
@@ -274,12 +233,16 @@ def open_splits(
         limit: as of `Split`.
         left_out: is told where a split has no labels, which are then read of neither; None: labels
             must be there.
+        shared: ranks share the samples.
 
     Raises:
         ConfigError: there is no data.test.
     """
     if data.test is None:
-        raise ConfigError("eval needs data.test, a folder of held-out shards; set it for the run")
+        raise ConfigError(
+            "eval needs data.test, a folder of held-out shards; set it for the run, or name a "
+            "folder beside data.train, as --split test"
+        )
     opened = {"train": data.open_train(), "test": data.open_test()}
     refuse_other_classes(data.label, [*opened["train"], *opened["test"]])
     indexes = {name: join_sources(sources) for name, sources in opened.items()}
@@ -290,7 +253,8 @@ def open_splits(
         reason = f"samples of {' and '.join(without)} have no field {place!r}"
         left_out.append(("what goes by labels", reason))
         fields = fields.model_copy(update={"label": None})
-    train, test = (Split(fields, indexes[name], f"data.{name}", limit) for name in indexes)
+    share = (collectives.rank(), collectives.world_size()) if shared else (0, 1)
+    train, test = (Split(fields, indexes[name], f"data.{name}", limit, *share) for name in indexes)
     return OpenSplits(train, test, fields.class_names(indexes["train"]))
 
 
@@ -298,24 +262,6 @@ def batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
     """Lists of `size` items; the last may be shorter."""
     while batch := list(itertools.islice(items, size)):
         yield batch
-
-
-def _num_pixels(parts: list[Encoded]) -> int:
-    return sum(0 if x.pixels is None else x.pixels.numel() for x in parts)
-
-
-def joined(parts: list[Encoded]) -> Encoded:
-    """One after the other; what a part lacks the whole lacks."""
-    whole: dict[str, Any] = {"image_shape": parts[0].image_shape}
-    for name in (f.name for f in fields_of(Encoded) if f.name not in whole):
-        values = [getattr(part, name) for part in parts]
-        if any(x is None for x in values):
-            whole[name] = None
-        elif name == "texts":
-            whole[name] = tuple(itertools.chain.from_iterable(values))
-        else:
-            whole[name] = torch.cat(values)
-    return Encoded(**whole)
 
 
 def shape_of(sample: Samples) -> str:

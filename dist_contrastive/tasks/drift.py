@@ -258,7 +258,13 @@ class Drift(Task):
 
     @torch.no_grad()
     def generate(
-        self, labels: Tensor | None, count: int, seed: int, guidance: float = 1.0, chunk: int = 1024
+        self,
+        labels: Tensor | None,
+        count: int,
+        seed: int,
+        guidance: float = 1.0,
+        chunk: int = 1024,
+        first: int = 0,
     ) -> Tensor:
         """`count` samples on the CPU, by the averaged generator if there is one; for the same seed
         the same.
@@ -267,6 +273,7 @@ class Drift(Task):
             labels: classes [count], or None for a generator without.
             guidance: strength; 1 is none.
             chunk: samples at a time.
+            first: number of the first one: 5 from number 3 on are the last 5 of 8.
         """
         if guidance != 1 and not self.generator.guided:
             raise ConfigError(
@@ -275,7 +282,8 @@ class Drift(Task):
             )
         generator = self.generator if self.average is None else self.average
         device = next(self.parameters()).device
-        keys = keyed_random.combine(seed, NOISE_STREAM, torch.arange(count, device=device))
+        numbers = torch.arange(first, first + count, device=device)
+        keys = keyed_random.combine(seed, NOISE_STREAM, numbers)
         parts = []
         for rows in torch.arange(count, device=device).split(chunk):
             noise = keyed_random.normal(keys[rows], self.generator.noise_dim)

@@ -14,16 +14,16 @@ FAULTS = [
     ),
     (
         "recall counts one rank too many",
-        f"{EVALUATION}/neighbours.py",
-        "(before.sum(dim=1) < k)",
-        "(before.sum(dim=1) <= k)",
+        f"{EVALUATION}/ranking.py",
+        "(self.ranks[:, 0] <= k)",
+        "(self.ranks[:, 0] <= k + 1)",
         (f"{E}::test_retrieval_by_hand",),
     ),
     (
         "ties count in favour of retrieval",
-        f"{EVALUATION}/neighbours.py",
-        "~(scores < best - TIE)",
-        "(scores > best + TIE)",
+        f"{EVALUATION}/ranking.py",
+        "(others, scores - TIE)",
+        "(others, scores + TIE)",
         (f"{E}::test_collapse_scores_nothing",),
     ),
     (
