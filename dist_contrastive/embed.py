@@ -24,10 +24,9 @@ from dist_contrastive.backend import Backend
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.collate import collate
 from dist_contrastive.data.fields import Fields, Samples
-from dist_contrastive.data.folder import ImageFolder
 from dist_contrastive.data.progress import map_in_threads
 from dist_contrastive.data.source import Source
-from dist_contrastive.data.sources import configs_of, join_sources, open_source
+from dist_contrastive.data.sources import join_sources, open_source, sources_at
 from dist_contrastive.data.training import first_sample
 from dist_contrastive.errors import ConfigError, DataError, UnreachableError
 from dist_contrastive.evaluation.splits import BATCH, batched, shape_of
@@ -110,7 +109,7 @@ class _Work:
         with collectives.raised_together():
             opened = [
                 open_source(one, config.data.cache, config.data.background)
-                for one in _sources(source)
+                for one in sources_at(source)
             ]
             joined = join_sources(opened)
             wanted = {"label": None} if what == "partner" else {"label": None, "pair": None}
@@ -209,14 +208,6 @@ class _Work:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:07d}.npz"
-
-
-def _sources(source: str) -> tuple[Source.Config, ...]:
-    """A folder without shards is one of images."""
-    folder = Path(source)
-    if folder.is_dir() and not any(folder.glob("*.tar")):
-        return (ImageFolder.Config(path=source),)
-    return configs_of(source)
 
 
 def _bytes_of(x: Tensor) -> bytes:

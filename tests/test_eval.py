@@ -22,12 +22,15 @@ from dist_contrastive import config as configs
 from dist_contrastive.cli import main
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data import index_folder, keyed_random, load_index
+from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.shards.tars import write_samples
+from dist_contrastive.data.sources import configs_of
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluate import read_splits
 from dist_contrastive.evaluation import probe, ranking, representation
 from dist_contrastive.evaluation.encoders import encode, measure_encoder
-from dist_contrastive.evaluation.options import MEASURES, EvalOptions
+from dist_contrastive.evaluation.options import MEASURES, EvalOptions, held_out
 from dist_contrastive.evaluation.splits import Split, Table
 from dist_contrastive.tasks import Drift
 from dist_contrastive.tasks.drift import NOISE_STREAM
@@ -519,6 +522,51 @@ def blueness(picture: Path) -> np.ndarray:
     return pixels[..., 2] - pixels[..., 0]
 
 
+def test_a_generator_of_many_pixels_is_measured_by_features(digits_made, monkeypatch, capsys):
+    """Batch by batch: no split and no generated samples are there as pixels."""
+    monkeypatch.setattr(evaluation.encoded, "MOST_PIXELS", 6000)
+    monkeypatch.setattr(evaluation.generators, "PART", 100)
+    kept, joined = [], evaluation.encoded.joined
+
+    def counted(parts):
+        kept.append(evaluation.encoded.num_pixels(parts))
+        return joined(parts)
+
+    monkeypatch.setattr(evaluation.generators, "joined", counted)
+    monkeypatch.setattr(evaluation.splits, "joined", counted)
+    assert main(["eval", str(digits_made.run)]) == 0
+    told = capsys.readouterr().out
+    assert "what goes by pixels: 150 samples of 64 numbers take long to compare" in told
+    assert kept == [0] * 4  # two splits, two generators
+    lines = lines_in(digits_made.run)
+    of_classes = [f"{judge} agrees with the class asked for" for judge in ("classifier", "kNN")]
+    others = [f"{name}, encoder" for name in (*of_classes, *MANIFOLD, *COPIES)]
+    assert list(lines) == [*names_of_distances("encoder"), *others]
+    check_distances(
+        digits_made._replace(lines=lines),
+        "encoder",
+        digits_made.task.encoder_spaces()["encoder"],
+    )
+    made, train, test = (
+        digits_made.task.encoder_spaces()["encoder"](x).detach()
+        for x in (digits_made.made, digits_made.train.images, digits_made.test.images)
+    )
+    ours = evaluation.precision_recall(
+        test, digits_made.test.labels, made[:120], digits_made.test.labels
+    )
+    assert lines["precision, encoder"]["value"] == pytest.approx(ours.precision, abs=0.01)
+    assert lines["recall, encoder"]["value"] == pytest.approx(ours.recall, abs=0.01)
+    agreed = evaluation.class_agreement(
+        train, digits_made.train.labels, made, digits_made.test.labels.repeat(4)
+    )
+    assert lines["kNN agrees with the class asked for, encoder"]["value"] == pytest.approx(
+        agreed, abs=0.01
+    )
+    assert num_colours(digits_made.run / "plots" / "samples.png") > 30
+    main(["eval", str(digits_made.run), "--baselines", "--only", "copies"])
+    assert list(lines_in(digits_made.run)) == list(COPIES)
+
+
 # ------------------------------------------------------------------------------- options
 
 
@@ -655,10 +703,11 @@ def evaluated_here(run: Path, *flags: str) -> int:
     return main(["eval", str(run), *flags])
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_measure_the_same(world_size, two_view_run, all_lines, tmp_path):
     shutil.copytree(two_view_run, tmp_path / "run")
-    found = run_ranks(evaluated_here, world_size, tmp_path / "run", "--only", "all")
+    numbers = ",".join(name for name in MEASURES if name != "map")
+    found = run_ranks(evaluated_here, world_size, tmp_path / "run", "--only", numbers)
     assert found == [0] * world_size
     lines = lines_in(tmp_path / "run")
     assert list(lines) == list(all_lines)
@@ -668,6 +717,18 @@ def test_ranks_measure_the_same(world_size, two_view_run, all_lines, tmp_path):
     few = "--only", "rankme,knn", "--limit", "2"  # fewer samples than ranks may have
     assert run_ranks(evaluated_here, world_size, tmp_path / "run", *few) == [0] * world_size
     assert {*lines_in(tmp_path / "run")} == {"RankMe, representation", "RankMe, embedding"}
+
+
+@pytest.mark.slow
+def test_ranks_measure_a_generator(digits_made, tmp_path):
+    shutil.copytree(digits_made.run, tmp_path / "run")
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    alone = lines_in(tmp_path / "run")
+    assert run_ranks(evaluated_here, 2, tmp_path / "run") == [0, 0]
+    lines = lines_in(tmp_path / "run")
+    assert list(lines) == list(alone)
+    for name, line in alone.items():
+        assert lines[name]["value"] == pytest.approx(line["value"], rel=1e-4, abs=1e-5), name
 
 
 def test_ranks_refuse_together(two_view_run, tmp_path):
@@ -783,3 +844,36 @@ def test_a_collapsed_encoder_does_not_look_perfect(two_view_run, tmp_path):
     left_out = dict(table.left_out)
     assert "collapsed" in left_out["alignment of two views"]
     assert "all views of a sample are equal" in left_out["LiDAR, 10 views of 120 samples"]
+
+
+def test_splits_of_tables_and_folders_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos/train", "photos/val"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def sources(train, test, split):
+        data = DataConfig(train=train, test=test, global_batch_size=2)
+        return configs_of(held_out(data, split).test)
+
+    table, folder = {"name": "rows", "path": "a.parquet", "split": "x"}, {"name": "folder"}
+    (found,) = sources({**table, "label": "kind", "weight": 2}, None, "val")
+    assert (found.split, found.label, found.path, found.weight) == (
+        "val",
+        "kind",
+        "a.parquet",
+        None,
+    )
+    photos = {**folder, "path": "photos/train/", "classes": ["a", "b"]}
+    (found,) = sources([photos], [photos], "val")
+    assert (found.path, found.classes) == ("photos/val", ("a", "b"))
+    (found,) = sources("photos/train", None, "val")
+    assert found.shards == "photos/val"
+    (found,) = sources("s3://bucket/train", None, "val")
+    assert found.shards == "s3://bucket/val"
+    (found,) = sources("photos/train", None, "photos/val")  # without shards: of images
+    assert (found.name, found.path) == ("folder", "photos/val")
+    assert sources("a", "b", None) == configs_of("b")
+    with pytest.raises(
+        ConfigError, match=r"--split vla is no folder in photos; name one of train, val"
+    ):
+        sources("photos/train", None, "vla")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.evaluation import ranking
+from dist_contrastive.evaluation import neighbours, ranking
 from dist_contrastive.evaluation.neighbours import knn_predict
 from dist_contrastive.evaluation.ranking import rank
 
@@ -167,8 +167,6 @@ def _own(best: Tensor, num_keys: int) -> Tensor:
 
 @pytest.mark.parametrize("tile", [3, 7, 1000])
 def test_neighbours_that_are_equally_near_count_by_their_order(tile, monkeypatch):
-    from dist_contrastive.evaluation import neighbours
-
     monkeypatch.setattr(neighbours, "_TILE", tile)
     generator = torch.Generator().manual_seed(0)
     # Whole numbers on a line, squares: distances are exact, and many are equal.
@@ -183,3 +181,15 @@ def test_neighbours_that_are_equally_near_count_by_their_order(tile, monkeypatch
     assert found.tolist() == [[0, 1, 2, 3, 4]] * 5
     labels = torch.arange(60) % 3
     assert knn_predict(collapsed, labels, collapsed[:5]).tolist() == [0] * 5
+
+
+def test_neighbours_of_rows_with_much_in_common():
+    """Half precision finds another nearest one for some in a hundred."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2000, 64, generator=generator) + 4
+    keys, queries = rows[:1800], rows[1800:]
+    exact = (F.normalize(queries.double()) @ F.normalize(keys.double()).T).argmax(dim=1)
+    found = neighbours._nearest(keys, queries, 1, "cosine", 64)[:, 0]
+    assert (found == exact).double().mean() > 0.995
+    half = (F.normalize(queries).bfloat16() @ F.normalize(keys).bfloat16().T).argmax(dim=1)
+    assert (half == exact).double().mean() < 0.97

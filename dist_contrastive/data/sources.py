@@ -39,6 +39,14 @@ def configs_of(sources: AnySources) -> tuple[Source.Config, ...]:
     return (sources,) if isinstance(sources, Source.Config) else sources
 
 
+def sources_at(location: str) -> tuple[Source.Config, ...]:
+    """Settings of what lies at a location: shards; a folder without any is one of images."""
+    folder = Path(location)
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        return (ImageFolder.Config(path=location),)
+    return configs_of(location)
+
+
 def open_source(config: Source.Config, cache: BlockCache.Config, background: str = WHITE) -> Source:
     """Source that a config names. Raises: as `load_index`, or what an own source raises."""
     if isinstance(config, ShardIndex.Config):

@@ -2,9 +2,12 @@
 
 | question | measure |
 | --- | --- |
-| how well does a representation show classes? | `knn_accuracy`, `linear_probe`, `few_label_probe` |
+| how well does a representation show classes? | `knn_accuracy`, `linear_probe`, `probe_sweep`, \
+`few_label_probe`, `nmi` |
+| how much of its space does it use? | `rank_me`, `lidar`, `uniformity` |
+| how near are two views of a sample? | `alignment` |
 | and continuous labels? | `knn_regression_error` |
-| do two towers find each other? | `recall_at_k`, `zero_shot_accuracy` |
+| do two towers find each other? | `recall_at_k`, `rank`, `zero_shot_accuracy` |
 | how far apart are two distributions? | `energy_distance`, `mmd`, `sliced_wasserstein`, \
 `frechet_distance` |
 | do generated samples look real? | `precision_recall().precision`, `density_coverage().density` |
@@ -45,6 +48,16 @@ from dist_contrastive.evaluation.probe import (
     class_agreement,
     few_label_probe,
     linear_probe,
+    probe_sweep,
+)
+from dist_contrastive.evaluation.ranking import Ranking, rank
+from dist_contrastive.evaluation.representation import (
+    alignment,
+    cluster,
+    lidar,
+    nmi,
+    rank_me,
+    uniformity,
 )
 from dist_contrastive.evaluation.splits import Line, Splits
 
@@ -56,8 +69,11 @@ __all__ = [
     "Memorisation",
     "PrecisionRecall",
     "ProbeResult",
+    "Ranking",
     "Splits",
+    "alignment",
     "class_agreement",
+    "cluster",
     "density_coverage",
     "energy_distance",
     "few_label_probe",
@@ -65,12 +81,18 @@ __all__ = [
     "knn_accuracy",
     "knn_predict",
     "knn_regression_error",
+    "lidar",
     "linear_probe",
     "memorisation",
     "mmd",
+    "nmi",
     "precision_recall",
+    "probe_sweep",
+    "rank",
+    "rank_me",
     "recall_at_k",
     "sliced_wasserstein",
+    "uniformity",
     "zero_shot_accuracy",
 ]
 

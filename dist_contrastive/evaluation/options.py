@@ -9,7 +9,7 @@ from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.rows_source import Rows
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.source import Source
-from dist_contrastive.data.sources import configs_of
+from dist_contrastive.data.sources import configs_of, sources_at
 from dist_contrastive.errors import ConfigError
 
 _Encoders = Literal["knn", "probe", "few", "classifier", "retrieval", "zero-shot", "map"]
@@ -91,7 +91,7 @@ def held_out(data: DataConfig, split: str | None) -> DataConfig:
     if split is None:
         return data
     if "/" in split:
-        return data.model_copy(update={"test": split})
+        return data.model_copy(update={"test": sources_at(split)})
     sources = configs_of(data.test if data.test is not None else data.train)
     return data.model_copy(update={"test": tuple(_named(source, split) for source in sources)})
 

@@ -121,11 +121,11 @@ def few_label_probe(
 
 def _standardised(train_features: Tensor, test_features: Tensor) -> tuple[Tensor, Tensor]:
     """Both in fp64, less the mean and divided by the overall deviation of the first."""
-    train, test = (x.detach().flatten(1).double() for x in (train_features, test_features))
-    mean = train.mean(dim=0)
-    train = train - mean
+    train, test = (x.detach().flatten(1) for x in (train_features, test_features))
+    mean = train.mean(dim=0, dtype=torch.float64)
+    train, test = train - mean, test - mean  # fp64, since the mean is
     scale = train.std(correction=0).item() or 1.0
-    return train.div_(scale), (test - mean).div_(scale)
+    return train.div_(scale), test.div_(scale)
 
 
 def _accuracy(
