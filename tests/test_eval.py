@@ -198,12 +198,18 @@ def test_towers_embed_what_they_are_given(some_digits, overrides, tmp_path):
 @pytest.mark.parametrize(
     "data", [pytest.param("some_digits", marks=pytest.mark.slow), "uneven_digits"]
 )
-def test_eval_of_captions(data, request, overrides, tmp_path):
+def test_eval_of_captions(data, request, overrides, tmp_path, capsys):
     """Two classes of the uneven data are seen in one of the two sets alone."""
     folder = request.getfixturevalue(data)
     found, task, train, test = evaluated(
         "digits_captions", folder, overrides, tmp_path, *LEARNS["digits_captions"]
     )
+    told = capsys.readouterr()
+    uneven = data == "uneven_digits"
+    assert ("classes 3: data.train has no sample; no kNN and no probe" in told.out) is uneven
+    assert ("classes 7: data.test has no sample; nothing is measured" in told.out) is uneven
+    for split, count in (("train", len(train.images)), ("test", len(test.images))):
+        assert f"reading data.{split}: {count} samples" in told.err  # also without a terminal
     missing = {number for number in range(10) if number not in train.labels}
     assert missing == ({UNTAUGHT} if data == "uneven_digits" else set())
     assert found["class by its texts"]["value"] == pytest.approx(naive_zero_shot(task, train, test))

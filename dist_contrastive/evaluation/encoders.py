@@ -40,7 +40,7 @@ NEIGHBOURS = 5
 AMONG = (1, 5, 10)  # k of the measures of a ranking
 VIEWS, VIEWED = 10, 1000  # of a sample, and samples, for LiDAR and alignment
 SPREAD = 10_000  # samples of which uniformity compares all pairs
-_CPU_ROWS = 64  # images at a time whose feature maps stay in a processor's cache
+_CPU_PIXELS, _LEAST_ROWS = 2**16, 8  # of the images that a CPU encodes at a time
 
 _BY_LABELS: tuple[MeasureName, ...] = (
     *("knn", "probe", "sweep", "few", "nmi", "classifier", "zero-shot", "map"),
@@ -75,8 +75,13 @@ def encode_views(task: ImageTask, samples: Samples) -> Encoded:
 
 
 def _in_parts(task: ImageTask, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    on_cpu = device_of(task, images.device).type == "cpu"
-    return torch.cat([network(x) for x in images.split(_CPU_ROWS if on_cpu else len(images) or 1)])
+    """On a CPU as many images at a time as its cache holds, their channels last, takes half as
+    long."""
+    if device_of(task, images.device).type != "cpu" or not len(images):
+        return network(images)
+    rows = max(_LEAST_ROWS, _CPU_PIXELS // math.prod(images.shape[2:]))
+    images = images.contiguous(memory_format=torch.channels_last)
+    return torch.cat([network(x) for x in images.split(rows)])
 
 
 def measure_encoder(
@@ -150,6 +155,7 @@ def _by_labels(task: ImageTask, splits: Splits[Encoded], run: Path, table: Table
             if table.wants(name):
                 table.left_out.append((name, "it needs classes, and these labels are continuous"))
     else:
+        _name_missing_classes(splits, table)
         _classification(features, pixels, labels, table)
         measure = partial(nmi, features[1], labels[1])
         title = f"NMI of {len(labels[1].unique())} clusters with the classes"
@@ -172,6 +178,18 @@ def _by_labels(task: ImageTask, splits: Splits[Encoded], run: Path, table: Table
 
     table.measure("map", "a map of held-out samples", embedding_map)
     return []  # each measure has added its own
+
+
+def _name_missing_classes(splits: Splits[Encoded], table: Table) -> None:
+    """The table tells which classes one of the two splits lacks."""
+    present = [set(labels_of(x).tolist()) for x in (splits.train, splits.test)]
+    for lacking, other, what in (
+        ("data.train", present[1] - present[0], "no kNN and no probe can find them"),
+        ("data.test", present[0] - present[1], "nothing is measured of them"),
+    ):
+        if other:
+            names = ", ".join(str(splits.classes.get(number, number)) for number in sorted(other))
+            table.left_out.append((f"classes {names}", f"{lacking} has no sample; {what}"))
 
 
 Pair = tuple[Tensor, Tensor]  # of training and of held-out samples

@@ -3,6 +3,7 @@ table of its measures."""
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
@@ -31,12 +32,14 @@ from dist_contrastive.evaluation.options import EvalOptions, MeasureName
 
 _logger = logging.getLogger(__name__)
 
+_REPORT_S = 20.0  # from one line of progress to the next
 BATCH = 256  # samples that are decoded and encoded at a time
 Line = tuple[str, float, dict[str, float]]
 """Name of a measure, its value, and reference values by name, as the same measure of raw pixels."""
 
 
 Rows = TypeVar("Rows", Samples, Encoded)
+_Row = tuple[dict[str, Any], str]  # and its shape
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Split:
     rank: int = 0
     world_size: int = 1  # ranks that share the samples, each of which then gets those of all
 
-    def usable_rows(self, reasons: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    def usable_rows(self, reasons: list[str]) -> Iterator[_Row]:
         """Each sample that can be used, and its shape.
 
         Args:
@@ -104,7 +107,7 @@ class Split:
         """
         fields, count = self.fields, len(self.source)
         fields.check(self.source, count - 1)
-        wanted = count if self.limit is None else min(self.limit, count)
+        wanted = self._num_wanted
         local = range(self.rank, wanted, self.world_size)
         numbers = (number * count // wanted for number in local)
         for number in progress_bar(numbers, len(local), f"reading {self.what}"):
@@ -115,6 +118,23 @@ class Split:
                 raise
             except DataError as error:
                 reasons.append(str(error))
+
+    def _reported(self, rows: Iterator[_Row]) -> Iterator[_Row]:
+        """The same, with a line of the log at the begin and now and then."""
+        share = len(range(self.rank, self._num_wanted, self.world_size))
+        others = f" of {self._num_wanted}, the share of this rank" if self.world_size > 1 else ""
+        _logger.info("reading %s: %d samples%s", self.what, share, others)
+        last = time.monotonic()
+        for number, row in enumerate(rows):
+            if time.monotonic() - last > _REPORT_S:
+                last = time.monotonic()
+                _logger.info("reading %s: %d of %d", self.what, number, share)
+            yield row
+
+    @property
+    def _num_wanted(self) -> int:
+        count = len(self.source)
+        return count if self.limit is None else min(self.limit, count)
 
     def usual_shape(self, keys: dict[str, list[str]], reasons: list[str]) -> str:
         """The shape that most samples have; those of other shapes cannot be used either.
@@ -144,7 +164,7 @@ class Split:
         `usable_rows` and `usual_shape`."""
         reasons: list[str] = []
         rows: dict[str, list[dict[str, Any]]] = {}
-        for row, shape in self.usable_rows(reasons):
+        for row, shape in self._reported(self.usable_rows(reasons)):
             rows.setdefault(shape, []).append(row)
         usual = self.usual_shape(
             {shape: [row["__key__"] for row in alike] for shape, alike in rows.items()}, reasons
@@ -170,7 +190,7 @@ class Split:
         keys: dict[str, list[str]] = {}
         refused: dict[str, str] = {}
         with collectives.raised_together():
-            for batch in batched(self.usable_rows(reasons), BATCH):
+            for batch in batched(self._reported(self.usable_rows(reasons)), BATCH):
                 by_shape: dict[str, list[dict[str, Any]]] = {}
                 for row, shape in batch:
                     by_shape.setdefault(shape, []).append(row)
