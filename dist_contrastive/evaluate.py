@@ -81,7 +81,7 @@ def evaluate_runs(
 
     Args:
         is_trusted: the code that their configs name may run, wherever these come from.
-        options: what of it is wanted; None: all.
+        options: what of it is wanted; None: the usual.
 
     Raises:
         UserError: runs of which nothing can be measured, after all others.

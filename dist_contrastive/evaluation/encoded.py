@@ -35,7 +35,7 @@ class Encoded:
     def rows(self, numbers: Tensor) -> "Encoded":
         """Some of the samples, by their rows, int64 [n]."""
         chosen: dict[str, Any] = {
-            name: x[numbers] for name, x in vars(self).items() if isinstance(x, Tensor)
+            name: x[numbers.to(x.device)] for name, x in vars(self).items() if isinstance(x, Tensor)
         }
         if self.texts is not None:
             chosen["texts"] = tuple(self.texts[number] for number in numbers.tolist())

@@ -113,12 +113,15 @@ def measure_encoder(
 
 def _without_labels(task: ImageTask, test: Encoded, views: Encoded | None, table: Table) -> None:
     """Rank and spread of held-out samples, in the representation and in what the loss compares."""
+    if not table.wants("rankme", "uniformity", "lidar", "alignment"):
+        return
     embedded = task.embed_representations(test.features)
     for name, rows in (("representation", test.features), ("embedding", embedded)):
         most = {"at most": float(min(rows.shape))}
         measure = partial(_line, f"RankMe, {name}", partial(rank_me, rows), most)
         table.measure("rankme", f"RankMe, {name}", measure)
-    some = embedded[torch.linspace(0, len(embedded) - 1, min(SPREAD, len(embedded))).long()]
+    few = min(SPREAD, len(embedded))
+    some = embedded[torch.arange(few) * len(embedded) // few]
     measure = partial(_line, "uniformity", partial(uniformity, some), {"one point": 0.0})
     table.measure("uniformity", "uniformity", measure)
     if views is not None:
