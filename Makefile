@@ -58,6 +58,7 @@ bench: .venv/stamp
 	$(BIN)/python benchmarks/group_size.py
 	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/evaluation.py large
 	tests/slurm/run.sh 2 $(BIN)/python benchmarks/launch.py
 
 .venv/stamp: pyproject.toml constraints.txt

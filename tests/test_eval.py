@@ -883,3 +883,49 @@ def test_splits_of_tables_and_folders_by_name(tmp_path, monkeypatch):
         ConfigError, match=r"--split vla is no folder in photos; name one of train, val"
     ):
         sources("photos/train", None, "vla")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("templates: [a photo of a cat]", "which has 0 places {} for the name of a class"),
+        ("templates: ['{} and {}']", "which has 2 places {}"),
+        ("templates: []", "templates is empty"),
+        ("classes: [cat]", "templates"),
+        ("templates: ['a {}']\nclasses: [cat, cat]", "classes holds a name twice"),
+        ("templates: ['a {}'", "prompts.yaml"),
+    ],
+)
+def test_prompts_that_are_none_are_refused_before_the_run(text, words, tmp_path, capsys):
+    (tmp_path / "prompts.yaml").write_text(text)
+    flags = "--prompts", str(tmp_path / "prompts.yaml")
+    assert main(["eval", str(tmp_path / "no run"), *flags]) == 64
+    assert words in capsys.readouterr().err
+
+
+def test_classes_by_prompts(some_digits, overrides, tmp_path, two_view_run, capsys):
+    learns = LEARNS["digits_captions"]
+    _, task, _, test = evaluated("digits_captions", some_digits, overrides, tmp_path, *learns)
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    prompts = tmp_path / "prompts.yaml"
+    templates = ["a handwritten {}", "by hand: {}"]
+    prompts.write_text(json.dumps({"templates": templates, "classes": names}))
+    assert main(["eval", str(tmp_path), "--only", "zero-shot", "--prompts", str(prompts)]) == 0
+    rows = []
+    for name in names:
+        texts = task.embed_pair([template.replace("{}", name) for template in templates])
+        rows.append(sum(F.normalize(x, dim=0) for x in texts))
+    images = task.embed_images(test.images)
+    hits = [
+        max(range(10), key=lambda c: F.cosine_similarity(image, rows[c], dim=0).item()) == label
+        for image, label in zip(images, test.labels.tolist(), strict=True)
+    ]
+    line = lines_in(tmp_path)["class by 2 prompts"]
+    assert line["value"] == pytest.approx(share(hits))
+    capsys.readouterr()
+    prompts.write_text(json.dumps({"templates": templates, "classes": names[:4]}))
+    assert main(["eval", str(tmp_path), "--only", "zero-shot", "--prompts", str(prompts)]) == 0
+    assert "the prompts name 4 classes, and there are 10" in capsys.readouterr().out
+    flags = "--only", "zero-shot,rankme", "--prompts", str(prompts)
+    assert main(["eval", str(two_view_run), *flags]) == 0
+    assert "class by prompts: prompts are for runs of the task paired" in capsys.readouterr().out

@@ -138,6 +138,9 @@ def _evaluate(
             metavar="N,...", help="Labels a class of probes, or 1%,10%.", show_default="10"
         ),
     ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Templates for zero-shot, of YAML.")
+    ] = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Measure raw pixels however many there are.")
     ] = False,
@@ -148,7 +151,7 @@ def _evaluate(
         from dist_contrastive.evaluate import evaluate_runs, print_table
         from dist_contrastive.evaluation.options import eval_options
 
-    options = eval_options(only, limit, baselines, few, split)
+    options = eval_options(only, limit, baselines, few, split, prompts)
     print_table(evaluate_runs(runs, trust, options))
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dist_contrastive import report
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.evaluation.encoded import Encoded
 from dist_contrastive.evaluation.neighbours import (
     knn_accuracy,
@@ -20,6 +22,7 @@ from dist_contrastive.evaluation.neighbours import (
 )
 from dist_contrastive.evaluation.options import MeasureName
 from dist_contrastive.evaluation.probe import few_label_probe, linear_probe, probe_sweep
+from dist_contrastive.evaluation.prompts import Prompts
 from dist_contrastive.evaluation.ranking import Ranking, rank
 from dist_contrastive.evaluation.representation import (
     alignment,
@@ -172,6 +175,9 @@ def _by_labels(task: ImageTask, splits: Splits[Encoded], run: Path, table: Table
         table.measure("classifier", "classifier accuracy", by_level)
     if isinstance(task, Paired) and train.texts is not None:
         table.measure("zero-shot", "class by its texts", partial(_zero_shot, task, splits))
+    if table.options.prompts is not None:
+        by_prompts = partial(_by_prompts, task, splits, table.options.prompts)
+        table.measure("zero-shot", "class by prompts", by_prompts)
 
     def embedding_map() -> list[Line]:
         title = "held-out samples in the representation"
@@ -350,7 +356,7 @@ def _zero_shot(task: Paired, splits: Splits[Encoded]) -> list[Line]:
     train, test = splits.train, splits.test
     assert train.partners is not None
     present, number = labels_of(train).unique(return_inverse=True)
-    embedded = torch.nn.functional.normalize(train.partners, dim=1)
+    embedded = F.normalize(train.partners, dim=1)
     class_means = torch.stack([embedded[number == c].mean(0) for c in range(len(present))])
     truth = labels_of(test)
     known = torch.isin(truth, present).nonzero().flatten()
@@ -360,6 +366,26 @@ def _zero_shot(task: Paired, splits: Splits[Encoded]) -> list[Line]:
     images = task.embed_representations(test.features[known])
     accuracy = zero_shot_accuracy(images, truth, class_means)
     return [("class by its texts", accuracy, {"the most frequent": _largest_share(truth)})]
+
+
+def _by_prompts(task: ImageTask, splits: Splits[Encoded], prompts: Prompts) -> list[Line]:
+    """Zero-shot accuracy by prompts: of each class the mean of normalised embeddings."""
+    test = splits.test
+    if not isinstance(task, Paired) or test.texts is None:
+        raise ConfigError(
+            "prompts are for runs of the task paired whose second modality is texts; leave them out"
+        )
+    truth = labels_of(test)
+    if truth.is_floating_point():
+        raise ConfigError("prompts are of classes, and these labels are continuous; leave them out")
+    seen = (int(labels_of(x).max()) for x in (splits.train, test))
+    num_classes = max(max(seen) + 1, len(prompts.classes or splits.classes))
+    texts = prompts.texts(splits.classes, num_classes)
+    embedded = [F.normalize(task.embed_pair(of_class), dim=1).mean(0) for of_class in texts]
+    images = task.embed_representations(test.features)
+    accuracy = zero_shot_accuracy(images, truth, torch.stack(embedded).to(images.device))
+    title = f"class by {len(prompts.templates)} prompts"
+    return [(title, accuracy, {"the most frequent": _largest_share(truth)})]
 
 
 def _largest_share(numbers: Tensor) -> float:

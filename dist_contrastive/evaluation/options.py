@@ -11,6 +11,7 @@ from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.source import Source
 from dist_contrastive.data.sources import configs_of, sources_at
 from dist_contrastive.errors import ConfigError
+from dist_contrastive.evaluation.prompts import Prompts, read_prompts
 
 _Encoders = Literal["knn", "probe", "few", "classifier", "retrieval", "zero-shot", "map"]
 _Generators = Literal["distances", "classes", "manifold", "copies", "samples"]
@@ -33,6 +34,8 @@ class EvalOptions:
     """Labels a class of few-label probes, below 1 shares of them; none: 10, or what there are."""
     split: str | None = None
     """What is held out, as `held_out`; None: data.test."""
+    prompts: Prompts | None = None
+    """Texts of classes for zero-shot classification, beside those of training."""
 
 
 def eval_options(
@@ -41,11 +44,12 @@ def eval_options(
     baselines: bool = False,
     few: str | None = None,
     split: str | None = None,
+    prompts: Path | None = None,
 ) -> EvalOptions:
     """Options as they are written: names and numbers with commas between, shares in percent.
 
     Raises:
-        ConfigError: a name or number is none of those that there are.
+        ConfigError: a name or number is none of those that there are; or as `read_prompts`.
     """
     names = USUAL if only is None else tuple(name.strip() for name in only.split(","))
     names = MEASURES if names == ("all",) else names
@@ -57,7 +61,8 @@ def eval_options(
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit} leaves nothing to measure; give 1 or more")
     labels = () if few is None else tuple(_number_of_labels(x.strip()) for x in few.split(","))
-    return EvalOptions(chosen, limit, baselines, labels, split)
+    texts = None if prompts is None else read_prompts(prompts)
+    return EvalOptions(chosen, limit, baselines, labels, split, texts)
 
 
 def _number_of_labels(text: str) -> float:
