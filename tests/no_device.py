@@ -76,6 +76,14 @@ def move(module: torch.nn.Module, engine: Replicated) -> None:
             part.impl = "triton"
 
 
+def move_tensors(*holders: Any) -> None:
+    """Put tensors that are no module's on that device: the attributes of these."""
+    for holder in holders:
+        for name, value in vars(holder).items():
+            if isinstance(value, Tensor):
+                setattr(holder, name, value.to(DEVICE))
+
+
 def _is_there(x: Any) -> bool:
     return any(isinstance(y, Tensor) and y.is_meta for y in tree_leaves(x))
 

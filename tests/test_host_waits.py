@@ -33,6 +33,7 @@ def waits_of_a_step(config, spoil=lambda run: None) -> dict[str, int]:
     first, second = islice(run.data.batches(backend.device), 2)
     train_step(run, first.samples, first.consumed, is_logged=False)
     no_device.move(run.task, run.engine)
+    no_device.move_tensors(run.online, *run.online.learners.values())
     samples = second.samples.to(no_device.DEVICE)
     spoil(run)
     with no_device.Waits() as found:
@@ -52,6 +53,7 @@ MICRO = "train.micro_batch_size=5"
 QUICK: list[tuple[str, ...]] = [  # a task, and settings that change what its step does
     ("two_view", CROPS, MICRO),
     ("two_view", "backend.precision=fp16", "task.loss={name: siglip}", "optim.clip_norm=1"),
+    ("two_view", "evaluate={online: [probe, knn]}"),
     ("labelled",),
     ("paired", MICRO),
     ("moco",),

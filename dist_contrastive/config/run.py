@@ -138,6 +138,26 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _can_learn_online(self) -> Self:
+        """Online probes learn classes from the training batches."""
+        online, data = self.evaluate.online, self.data
+        lacks = {
+            "a task with an encoder of images": not isinstance(self.task, ImageTask.Config),
+            "data.label and data.num_classes, the classes of the training data": (
+                data.label is None or data.num_classes is None
+            ),
+        }
+        missing = [what for what, is_missing in lacks.items() if is_missing]
+        if online and missing:
+            raise ValueError(
+                f"evaluate.online={list(online)} needs {missing[0]}; set that, or leave "
+                f"evaluate.online out"
+            )
+        if len(set(online)) < len(online):
+            raise ValueError(f"evaluate.online={list(online)} names one twice; name each once")
+        return self
+
+    @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         optim, train, stage = self.optim, self.train, self.backend.zero_stage
         if optim.name in LAYERWISE and stage:

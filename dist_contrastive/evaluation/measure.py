@@ -38,6 +38,7 @@ class Measure(ABC):
 
 
 DuringName = Literal["knn", "probe", "retrieval"]
+OnlineName = Literal["probe", "knn"]
 _MEASURE = Choice("measure", Measure, {})
 
 
@@ -52,6 +53,10 @@ class EvaluateSettings(Settings):
     and are tested on data.test, retrieval finds partners in data.test (task paired)."""
     limit: PositiveInt | None = 10_000
     """Samples of each split that are measured then, spread evenly over it; null: all."""
+    online: tuple[OnlineName, ...] = ()
+    """Learned from the features of the training batches, at every step: a linear probe, and a kNN
+    (k = 5) among the last 4,096 rows. Their accuracies, as online/probe, are in every row of
+    metrics; the encoder gets no gradient of them. () is none."""
     measures: tuple[Annotated[Measure.Config, _MEASURE], ...] = ()
     """Measures of your own, by import path, each with its settings."""
 

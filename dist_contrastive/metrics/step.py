@@ -77,6 +77,8 @@ class Clock:
             "step_s": elapsed_s / steps,
         }
         row |= {f"{part}_s": self._spent_s[part] / measured for part in PARTS}
+        if "online" in self._spent_s:
+            row["online_s"] = self._spent_s["online"] / measured
         row["reduce_s"] = (reduce_s - self._reduce_s) / steps
         row["data_wait"] = row["data_s"] / row["step_s"]
         row["memory_peak_mb"] = round(peak_memory_mb(self._device), 1)

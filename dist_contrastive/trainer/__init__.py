@@ -7,6 +7,8 @@
     initial.py    weights that a run starts from
     run_dir.py    files that describe and guard the run directory
     saving.py     checkpoints
+    evaluating.py measures of held-out data, every so many steps
+    online.py     classes from the features of training batches, at every step
     recording.py  metrics, the ledger, a profile
     checks.py     the gradient against one process; `doctor`
     watchdog.py   ends a rank that hangs

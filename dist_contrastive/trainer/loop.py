@@ -1,7 +1,5 @@
 """Training loop: data, step, log, save."""
 
-import shlex
-
 from dist_contrastive import checkpoint, collectives
 from dist_contrastive.backend import Backend
 from dist_contrastive.changes import changes_text
@@ -11,7 +9,6 @@ from dist_contrastive.data.training import DeviceBatch
 from dist_contrastive.errors import EXIT_RESTART, UserError
 from dist_contrastive.optim import learning_rate
 from dist_contrastive.signals import stop_flag
-from dist_contrastive.tasks import Drift
 from dist_contrastive.trainer.checks import self_check
 from dist_contrastive.trainer.evaluating import Evaluator
 from dist_contrastive.trainer.recording import Recorder
@@ -44,7 +41,7 @@ def run_loop(
     steps, first = config.train.steps, run.progress.step
     stop_at = steps if stop_after is None else min(steps, first + stop_after)
     if first >= steps:
-        run.info(f"{config.run_dir} is trained to step {first} already{_next_commands(run)}")
+        run.info(f"{config.run_dir} is trained to step {first} already{run.next_commands()}")
         return EXIT_DONE
     _tell_start(run)
     skipped = SkippedLog.open(config.run_dir, config.data.max_skipped, backend.is_main)
@@ -74,7 +71,8 @@ def run_loop(
 
             if row:
                 rates = run.clock.rates(run.progress.consumed, run.engine.reduce_s)
-                row = {**row, **rates, **saver.timing(), "skipped": len(skipped)}
+                row = {**row, **run.online.numbers(), **rates, **saver.timing()}
+                row["skipped"] = len(skipped)
                 row |= evaluator.measure() if is_evaluated else {}
                 recorder.show(row)
                 skipped.report()
@@ -107,16 +105,8 @@ def _end(run: Run) -> int:
     if step < steps:
         run.info(f"saved at step {step} of {steps}; the same command goes on from there")
         return EXIT_REQUEUE
-    run.info(f"done: {steps} steps{_next_commands(run)}")
+    run.info(f"done: {steps} steps{run.next_commands()}")
     return EXIT_DONE
-
-
-def _next_commands(run: Run) -> str:
-    """What may be done with a trained run."""
-    commands = ["eval"] if run.config.data.test is not None else []
-    commands += ["sample" if isinstance(run.task, Drift) else "export"]
-    lines = [f"dist-contrastive {x} {shlex.quote(str(run.config.run_dir))}" for x in commands]
-    return f"; next: {' or '.join(lines)}"
 
 
 def _next_batch(

@@ -3,8 +3,10 @@
 import copy
 import logging
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +16,7 @@ from dist_contrastive.backend import Backend, Engine
 from dist_contrastive.changes import Settings, changes_text
 from dist_contrastive.checkpoint import Checkpoint, Progress
 from dist_contrastive.config import RunConfig
+from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.record import check_record
 from dist_contrastive.data.source import Source
 from dist_contrastive.data.training import TrainingData, open_data
@@ -21,8 +24,9 @@ from dist_contrastive.errors import ConfigError, DataError
 from dist_contrastive.losses.base import PairLoss
 from dist_contrastive.metrics import Clock
 from dist_contrastive.models import check_row_independent
-from dist_contrastive.tasks import Task
+from dist_contrastive.tasks import Drift, Task
 from dist_contrastive.trainer.initial import load_initial
+from dist_contrastive.trainer.online import Online
 from dist_contrastive.trainer.run_dir import check_modules
 
 _log = logging.getLogger(__name__)
@@ -73,6 +77,7 @@ class Run:
     progress: Progress
     saved: Progress  # of the newest checkpoint
     clock: Clock
+    online: Online
     modules: OwnModules  # as they were given, before the engine changed those of the task
     changes: Settings  # that differ from those of the run directory
 
@@ -85,6 +90,30 @@ class Run:
         """Log a warning, on the first rank."""
         if self.backend.is_main:
             _log.warning(message)
+
+    def next_commands(self) -> str:
+        """What may be done with a trained run."""
+        commands = ["eval"] if self.config.data.test is not None else []
+        commands += ["sample" if isinstance(self.task, Drift) else "export"]
+        lines = [f"dist-contrastive {x} {shlex.quote(str(self.config.run_dir))}" for x in commands]
+        return f"; next: {' or '.join(lines)}"
+
+    def begin_step(self, is_logged: bool) -> None:
+        """Start of a step; `is_logged`: its row will be written."""
+        self.clock.begin_step(is_logged)
+        self.online.begin_step()
+
+    def learn_online(self, samples: Samples) -> None:
+        """What learns online does so from this step; collectives as of `Online.observe`."""
+        if self.online.learners:
+            with self.clock.spent("online"):
+                self.online.observe(samples)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Whole state of the optimizer and of what learns online; on ranks other than the first:
+        {}."""
+        state = self.engine.optimizer_state()
+        return {**state, "online": self.online.state()} if self.backend.is_main else {}
 
     def fresh_task(self) -> Task:
         """Another task of the same architecture, which no engine has changed."""
@@ -134,19 +163,24 @@ def open_run(
             _load_weights(task, resumed)
         elif config.init_from is not None:
             load_initial(task, config.init_from, config.init_strict, backend.is_main)
+    online = Online(task, config.evaluate.online, config.data.num_classes, backend.device)
     engine = backend.engine(task, optimizer, config.optim.clip_norm)
     if resumed:
         with collectives.raised_together():
             state = resumed.optimizer_state()
         try:
             engine.load_optimizer_state(state)
+            online.load(state.get("online", {}))
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise DataError(
                 f"{resumed.folder} holds the state of another optimizer ({type(error).__name__}: "
                 f"{error}); go on from another checkpoint"
             ) from error
     clock = Clock(progress.consumed, backend.device)
-    return Run(config, backend, task, engine, data, progress, progress, clock, unchanged, changes)
+    return Run(
+        *(config, backend, task, engine, data, progress, progress, clock, online),
+        *(unchanged, changes),
+    )
 
 
 def open_training_data(

@@ -49,8 +49,8 @@ class Saver:
         """
         if self._best is None:
             return
-        if self._best.metric.startswith("eval/") and self._best.metric not in row:
-            return  # it is measured every so many steps
+        if self._best.metric.startswith(("eval/", "online/")) and self._best.metric not in row:
+            return  # it is measured now and then
         if self._best.metric not in row:
             raise ConfigError(
                 f"train.keep_best.metric={self._best.metric} is not measured; choose one of "
@@ -92,7 +92,7 @@ class Saver:
     def _begin(self) -> None:
         run, score = self._run, None
         self._begun_s = time.perf_counter()
-        weights, state = run.engine.weights(), run.engine.optimizer_state()
+        weights, state = run.engine.weights(), run.optimizer_state()
         with collectives.raised_together():
             _check_weights(weights, run.progress.step)
         if self._scores:

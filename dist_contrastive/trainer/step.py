@@ -38,7 +38,7 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
     Collectives: those of the task, one gradient reduction, those of the metrics.
     """
     config, step = run.config, run.progress.step
-    run.clock.begin_step(is_logged)
+    run.begin_step(is_logged)
     lr = optim.learning_rate(step, config.train.steps, config.optim, config.data.global_batch_size)
     context = run.task.begin_step(
         samples,
@@ -67,6 +67,7 @@ def train_step(run: Run, samples: Samples, consumed: int, is_logged: bool) -> di
         raise out_of_memory(run, error) from error
     with run.clock.spent("optimizer"), run.engine.whole_parameters():
         run.task.finish_step(embeddings, samples, context)
+    run.learn_online(samples)
     run.progress = Progress(step + 1, consumed)
     if not is_logged:
         return {}

@@ -264,4 +264,25 @@ FAULTS = [
         "",
         ("tests/test_embed.py::test_an_interrupted_one_goes_on",),
     ),
+    (
+        "online: a sample is its own neighbour",
+        "dist_contrastive/trainer/online.py",
+        "(key_labels < 0) | (index[:, None] == key_index)",
+        "(key_labels < 0).expand(len(index), -1)",
+        ("tests/test_online.py::test_knn_is_that_of_evaluation",),
+    ),
+    (
+        "online: a probe learns from the rows of its rank",
+        "dist_contrastive/trainer/online.py",
+        "total = collectives.all_reduce_sum(torch.cat(parts))",
+        "total = torch.cat(parts)",
+        ("tests/test_online.py::test_it_is_the_same_on_any_ranks[3-0-None]",),
+    ),
+    (
+        "online: a resumed run begins anew",
+        "dist_contrastive/trainer/run.py",
+        'online.load(state.get("online", {}))',
+        "online.load({})",
+        ("tests/test_online.py::test_a_stop_changes_nothing",),
+    ),
 ]
