@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 EXIT_RESTART = 75
 """Ended early: another start goes on from the last checkpoint."""
 FINAL_EXIT_CODES = (0, 2, 64, 70, 93)
-"""Done, wrong flags, config or data, not finite, no progress: another start would end alike."""
+"""Done, wrong flags, config or data, not finite or collapsed, no progress: another start would end
+alike."""
 
 
 # A user and password, which holds no slash where it could be a port, and the query of a URL, which
@@ -90,6 +91,12 @@ class StalledError(UserError):
     """A rank has not been heard for too long. Start again."""
 
     exit_code = EXIT_RESTART
+
+
+class CollapseError(UserError):
+    """Embeddings are the same for all samples, or as good as; `evaluate.on_collapse` is stop."""
+
+    exit_code = 70
 
 
 class NoProgressError(UserError):

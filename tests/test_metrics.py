@@ -18,13 +18,14 @@ from dist_contrastive import config as configs
 from dist_contrastive import trainer
 from dist_contrastive.backend import trackers
 from dist_contrastive.cli import main
-from dist_contrastive.errors import ConfigError
+from dist_contrastive.errors import CollapseError, ConfigError
 from dist_contrastive.metrics import (
     Clock,
     JsonLines,
     duplicates,
     forget_steps,
     geometry,
+    rankme,
     read_rows,
 )
 from dist_contrastive.testing import run_ranks
@@ -53,6 +54,8 @@ def naive(a: Tensor, b: Tensor) -> dict[str, float]:
     for i in range(n):
         p = torch.tensor([float(a[i] @ b[j]) / TEMPERATURE for j in range(n) if j != i]).softmax(0)
         counts.append(math.exp(-float((p * p.log()).sum())))
+    singular = torch.linalg.svdvals(a)
+    shares = singular / singular.sum()
     return {
         "positive_similarity": sum(float(a[i] @ b[i]) for i in range(n)) / n,
         "negative_similarity": sum(float(a[i] @ b[j]) for i, j in others) / len(others),
@@ -66,6 +69,8 @@ def naive(a: Tensor, b: Tensor) -> dict[str, float]:
             sum(math.exp(-2 * float((a[i] - a[j]).square().sum())) for i, j in others) / len(others)
         ),
         "effective_negatives": sum(counts) / n,
+        "embedding_std": sum(float(a[:, d].std(correction=0)) for d in range(DIM)) / DIM**0.5,
+        "effective_rank": math.exp(-sum(float(p) * math.log(float(p)) for p in shares)),
     }
 
 
@@ -126,6 +131,17 @@ DOUBTS = {  # config, options, words that are said once
         "the loss stays at 4.14",
     ),
     "by chance": ("digits_captions", ["optim.lr=1e-30"], "find their partners no oftener"),
+    "no negatives": (
+        "digits_encoder",
+        ["task.loss={name: vicreg, variance_weight: 0, covariance_weight: 0}", "optim.lr=0.02"],
+        "embeddings have collapsed onto a line",
+    ),
+    "too high a rate": (
+        "digits_encoder",
+        ["optim.lr=3"],
+        "embeddings have collapsed: they are nearly the",
+    ),
+    "ignored": ("digits_encoder", ["optim.lr=3", "evaluate.on_collapse=ignore"], None),
     "nothing": ("digits_encoder", [], None),
     "forces": ("eight_gaussians", [], None),
 }
@@ -143,6 +159,40 @@ def test_what_learns_nothing_is_said_once(case, tmp_path, overrides, capsys):
     told = capsys.readouterr().err
     assert told.count("nothing is learned") == (words is not None), told
     assert words is None or words in told
+
+
+def test_effective_rank():
+    """Equal shares in as many directions, whatever the shape; rows that are all equal."""
+    for shape in ((40, 12), (12, 40)):
+        assert rankme(torch.linalg.qr(torch.randn(shape)).Q) == pytest.approx(12, rel=1e-3)
+    assert rankme(torch.ones(50, 8)) == pytest.approx(1, abs=1e-3)
+    assert rankme(torch.zeros(5, 3)) == pytest.approx(1, abs=1e-3)
+
+
+def outcome_of(config) -> str:
+    try:
+        return str(trainer.train(config))
+    except CollapseError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_collapse_may_stop_a_run(ranks, tmp_path, overrides):
+    """On all ranks; the checkpoint before it stays, and a healthy run is let alone."""
+    stop = ("data.global_batch_size=32", "optim.warmup_steps=0", "train.steps=25")
+    stop += ("evaluate.on_collapse=stop", "task.encoder={name: residual, widths: [8, 16]}")
+    healthy, config = (
+        configs.load(ENCODER, overrides(tmp_path / name, *stop, f"optim.lr={lr}"))
+        for name, lr in (("healthy", 0.002), ("run", 3))
+    )
+    for said in run_ranks(outcome_of, ranks, config):
+        assert said.startswith("embeddings have collapsed")
+        assert "optim.lr" in said
+    rows = read_rows(tmp_path / "run")
+    assert 10 <= rows[-1]["step"] < 25
+    assert rows[-1]["embedding_std"] < 0.05
+    assert run_ranks(outcome_of, ranks, healthy) == ["0"] * ranks
+    assert CollapseError.exit_code == 70
 
 
 @pytest.mark.parametrize("name", ["doctor", "train"])

@@ -57,6 +57,9 @@ class EvaluateSettings(Settings):
     """Learned from the features of the training batches, at every step: a linear probe, and a kNN
     (k = 5) among the last 4,096 rows. Their accuracies, as online/probe, are in every row of
     metrics; the encoder gets no gradient of them. () is none."""
+    on_collapse: Literal["warn", "stop", "ignore"] = "warn"
+    """When embeddings collapse (embedding_std, effective_rank or recall_at_1 of ten rows of metrics
+    in a row, after a tenth of the run): warn once, stop the run with exit code 70, or ignore it."""
     measures: tuple[Annotated[Measure.Config, _MEASURE], ...] = ()
     """Measures of your own, by import path, each with its settings."""
 

@@ -11,6 +11,7 @@ from dist_contrastive.metrics.step import (
     duplicates,
     geometry,
     peak_memory_mb,
+    rankme,
     term_metrics,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "forget_steps",
     "geometry",
     "peak_memory_mb",
+    "rankme",
     "read_rows",
     "term_metrics",
 ]

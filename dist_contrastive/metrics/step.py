@@ -129,6 +129,9 @@ def geometry(
                               ones, as of equal texts, share a hit  (chance: 1 / n)
         alignment             mean |a_i - b_i|^2                      (0: all pairs agree)
         uniformity            log mean exp(-2 |a_i - a_j|^2)          (lower: more evenly spread)
+        embedding_std         standard deviation of a dimension of a, mean over dimensions, times
+                              the root of their number  (1: spread over the sphere, 0: collapsed)
+        effective_rank        `rankme` of a  (1: collapsed)
         effective_negatives   mean over i of exp(entropy of softmax_j(<a_i, b_j> / temperature)):
                               how many of the n - 1 negatives the gradient comes from
 
@@ -137,7 +140,8 @@ def geometry(
         temperature: of the loss; without one there are no effective negatives.
 
     References:
-        Wang and Isola 2020, arXiv 2005.10242 (alignment, uniformity).
+        Wang and Isola 2020, arXiv 2005.10242 (alignment, uniformity); Chen and He 2020, arXiv
+        2011.10566, figure 2 (embedding_std).
 
     Collectives: a gather of objects, and one of rows.
     """
@@ -159,12 +163,29 @@ def geometry(
         "recall_at_1": shared.masked_fill((ahead > _TIE).any(1), 0.0).mean().item(),
         "alignment": (a - b).square().sum(-1).mean().item(),
         "uniformity": (-2 * distances[others]).exp().mean().log().item(),
+        "embedding_std": a.std(0, correction=0).mean().item() * math.sqrt(a.shape[1]),
+        "effective_rank": rankme(a),
     }
     if temperature is not None:
         logits = scores[others].view(len(a), -1) / temperature
         entropy = torch.distributions.Categorical(logits=logits).entropy()
         numbers["effective_negatives"] = entropy.exp().mean().item()
     return numbers
+
+
+@torch.no_grad()
+def rankme(rows: Tensor) -> float:
+    """Effective rank: exp of the entropy of the singular values of rows [n, D], which are not
+    centred, over their sum; from 1 to min(n, D). Computed in fp64.
+
+    References:
+        Garrido et al. 2022, arXiv 2210.02885, equation 1.
+    """
+    x = rows.double()
+    squares = torch.linalg.eigvalsh(x.T @ x if x.shape[1] < len(x) else x @ x.T)
+    singular = squares.clamp(min=0).sqrt()
+    shares = singular / singular.sum().clamp(min=1e-300) + 1e-7
+    return (-shares * shares.log()).sum().exp().item()
 
 
 def duplicates(index: Tensor) -> int:

@@ -242,8 +242,11 @@ class Online:
     def _encoded(self, _: torch.nn.Module, __: Any, output: Tensor) -> None:
         """The encoder's first output since then, whose first rows are of the first views."""
         if self._rows is not None:
-            self._features.append(output.detach()[: self._rows].float())
+            self._take(output.detach()[: self._rows])
             self._rows = None
+
+    def _take(self, features: Tensor) -> None:
+        self._features.append(features.float())
 
 
 def _copied(state: Any) -> Any:

@@ -1,5 +1,6 @@
 """Records of the steps of a run: metrics, the ledger, a profile."""
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,7 +14,9 @@ from dist_contrastive import collectives
 from dist_contrastive import config as configs
 from dist_contrastive.backend import Trackers
 from dist_contrastive.changes import record_changes
+from dist_contrastive.errors import CollapseError
 from dist_contrastive.metrics import GEOMETRY_ROWS, Ledger, MetricsLog, forget_steps
+from dist_contrastive.tasks import ImageTask
 from dist_contrastive.trainer.run import Run
 from dist_contrastive.trainer.run_dir import count_attempt, describe, writable
 
@@ -62,13 +65,15 @@ class Profiler:
             finished.export_chrome_trace(str(self._path))
 
 
+COLLAPSE = "collapse"
 _COUNTS = {"rows_with_positives": "row with a positive", "valid_triplets": "triplet"}
 
 
 class Doubts:
     """Signs in the rows of metrics that a run learns nothing; each is told once."""
 
-    _ROWS, _PATIENCE = 10, 0.1  # rows that must agree; part of a run before recall must be there
+    _ROWS, _PATIENCE = 10, 0.1  # rows that must agree; part of a run before they count as collapse
+    _STD, _RANK, _DIMS = 0.05, 2.0, 16  # below the first two, the second of so many dimensions
 
     def __init__(self, run: Run) -> None:
         self._warn, self._loss_tells = run.warning, run.task.loss_tells
@@ -76,18 +81,34 @@ class Doubts:
         # By labels the partners are all samples of a class, none of them before the others.
         self._partners = not run.config.task.uses_labels
         self._chance = 1 / min(data.global_batch_size, GEOMETRY_ROWS)
+        self._on_collapse = run.config.evaluate.on_collapse
+        head = run.task.head if isinstance(run.task, ImageTask) else None
+        if head is not None and not any(p.requires_grad for p in head.parameters()):
+            self._on_collapse = "ignore"  # nothing is made of these embeddings
+        self._dims = 0 if head is None else head.dim
         self._rows: deque[dict[str, Any]] = deque(maxlen=self._ROWS)
         self._warned: set[str] = set()
 
     def observe(self, row: dict[str, Any]) -> None:
-        """The newest row; the last one of a run decides also where there are few."""
+        """The newest row; the last one of a run decides also where there are few.
+
+        Raises:
+            CollapseError: on all ranks: embeddings have collapsed, and that is to stop the run.
+
+        Collectives: a maximum over ranks, if it is.
+        """
         self._rows.append(row)
+        collapsed = None
         is_last = row["step"] >= self._steps
         if len(self._rows) == self._ROWS or (is_last and len(self._rows) > 1):
             for what, sentence in self._signs(row["step"] / self._steps):
-                if what not in self._warned:
+                if what == COLLAPSE and self._on_collapse == "stop":
+                    collapsed = sentence
+                elif what not in self._warned:
                     self._warned.add(what)
                     self._warn(sentence)
+        if self._on_collapse == "stop" and collectives.max_over_ranks(collapsed is not None):
+            raise CollapseError(collapsed or "embeddings have collapsed; see the first rank")
 
     def _signs(self, progress: float) -> Iterator[tuple[str, str]]:
         """What each is about, and the sentence."""
@@ -99,6 +120,10 @@ class Doubts:
                     f"data.balance or a larger data.global_batch_size, or give more views",
                 )
                 return
+        is_due = progress >= self._PATIENCE and self._on_collapse != "ignore"
+        if is_due and (sentence := self._collapse()):
+            yield COLLAPSE, sentence
+            return
         values = [row["loss"] for row in self._rows]
         if self._loss_tells and max(values) - min(values) <= 1e-6 * max(map(abs, values)):
             yield (
@@ -106,15 +131,38 @@ class Doubts:
                 f"the loss stays at {values[-1]:g}, so nothing is learned; look at optim.lr, at "
                 f"what the loss compares, and at grad_norm in metrics.jsonl",
             )
-            return
-        found = sum(row.get("recall_at_1", 1.0) for row in self._rows) / len(self._rows)
-        if self._partners and progress >= self._PATIENCE and found <= 1.5 * self._chance < 0.1:
-            yield (
-                "recall_at_1",
+    def _collapse(self) -> str | None:
+        """Of complete collapse, of one onto a line, or of partners that are not found."""
+        std, rank, recall = (
+            [row.get(name, math.inf) for row in self._rows]
+            for name in ("embedding_std", "effective_rank", "recall_at_1")
+        )
+        if _stays_below(self._STD, std):
+            return (
+                f"embeddings have collapsed: they are nearly the same for all samples "
+                f"(embedding_std is {std[-1]:.2g}; 1 is evenly spread), so nothing is learned; "
+                f"look at optim.lr, and whether the loss has negatives or another term against it"
+            )
+        if self._partners and self._dims >= self._DIMS and _stays_below(self._RANK, rank):
+            return (
+                f"embeddings have collapsed onto a line (effective_rank is {rank[-1]:.2g} of "
+                f"{self._dims}), so nothing is learned; look at optim.lr, and whether the loss has "
+                f"negatives or another term against it"
+            )
+        found = sum(min(x, 1.0) for x in recall) / len(recall)
+        if self._partners and found <= 1.5 * self._chance < 0.1:
+            return (
                 f"samples find their partners no oftener than by chance (recall_at_1 is "
                 f"{found:.2g}), so nothing is learned yet; look at optim.lr, at the "
-                f"temperature, and whether pairs belong together",
+                f"temperature, and whether pairs belong together"
             )
+        return None
+
+
+def _stays_below(limit: float, values: list[float]) -> bool:
+    """Whether all are below the limit and do not grow; networks may begin there."""
+    half = len(values) // 2
+    return max(values) < limit and sum(values[-half:]) <= 1.1 * sum(values[:half])
 
 
 class Recorder:

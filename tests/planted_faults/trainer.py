@@ -196,6 +196,20 @@ FAULTS = [
         ("tests/test_out_of_memory.py::test_what_the_loss_needs_is_named_first_where_it_lacked",),
     ),
     (
+        "trainer: a collapse is only said where it is to stop the run",
+        f"{TRAINER}recording.py",
+        'what == COLLAPSE and self._on_collapse == "stop"',
+        'what == COLLAPSE and self._on_collapse == "never"',
+        ("tests/test_metrics.py::test_a_collapse_may_stop_a_run[1]",),
+    ),
+    (
+        "metrics: the effective rank is that of squares of singular values",
+        "dist_contrastive/metrics/step.py",
+        "singular = squares.clamp(min=0).sqrt()",
+        "singular = squares.clamp(min=0)",
+        ("tests/test_metrics.py::test_geometry_is_that_of_the_global_batch[1-1024]",),
+    ),
+    (
         "backend: TF32 stays when a run has ended",
         f"{BACKEND}process.py",
         "            products.fp32_precision = precision\n",
