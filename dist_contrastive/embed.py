@@ -5,11 +5,14 @@ all: rows, keys and numbers of its samples. So a part is the same whichever rank
 done before an interruption is not done again, and a row never stands beside another one's key.
 """
 
+import itertools
 import json
+import os
 import shutil
+import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -25,11 +28,12 @@ from dist_contrastive.config import RunConfig
 from dist_contrastive.data.collate import collate
 from dist_contrastive.data.fields import Fields, Samples
 from dist_contrastive.data.progress import map_in_threads
+from dist_contrastive.data.record import recorded_example
 from dist_contrastive.data.source import Source
 from dist_contrastive.data.sources import join_sources, open_source, sources_at
 from dist_contrastive.data.training import first_sample
-from dist_contrastive.errors import ConfigError, DataError, UnreachableError
-from dist_contrastive.evaluation.splits import BATCH, batched, shape_of
+from dist_contrastive.errors import ConfigError, DataError
+from dist_contrastive.evaluation.splits import shape_of, usable_row
 from dist_contrastive.runs import load_weights
 from dist_contrastive.tasks import ImageTask, Paired, Task
 
@@ -38,6 +42,9 @@ What = Literal["representation", "embedding", "partner"]
 of the second modality."""
 FORMATS = (".npy", ".parquet")
 PART = 4096  # samples of a file in the meantime
+BATCH = 128  # samples that are read, and embedded, at a time
+_READERS = min(4, os.cpu_count() or 1)  # threads
+_AHEAD = 2  # batches of each of them
 
 
 class Embedded(NamedTuple):
@@ -78,8 +85,7 @@ def embed(
     try:
         work = _Work.open(config, source, out, what, backend)
         with collectives.raised_together():
-            for number in range(backend.rank, work.num_parts, backend.world_size):
-                work.make_part(number)
+            work.make_parts(range(backend.rank, work.num_parts, backend.world_size))
         with collectives.raised_together():
             embedded = work.count()
         with collectives.raised_together():
@@ -90,13 +96,28 @@ def embed(
         backend.close()
 
 
+class _Read(NamedTuple):
+    """Samples that could be read, and why the others could not."""
+
+    samples: Samples | None
+    keys: list[str]
+    left_out: list[str]
+
+
 class _Work:
     """One source, one network, and the folder of parts."""
 
     def __init__(
-        self, source: Source, fields: Fields, example: Samples, network: "_Network", out: Path
+        self,
+        open_source: Callable[[], Source],
+        source: Source,
+        fields: Fields,
+        example: Samples,
+        network: "_Network",
+        out: Path,
     ) -> None:
         self._source, self._fields, self._network, self._out = source, fields, network, out
+        self._open_source, self._of_thread = open_source, threading.local()
         self._shape = shape_of(example)
         self._folder = out.with_name(f".{out.name}.parts")
         self.num_parts = -(-len(source) // PART)
@@ -107,19 +128,24 @@ class _Work:
     ) -> "_Work":
         """The same on all ranks; parts of other work are refused."""
         with collectives.raised_together():
-            opened = [
-                open_source(one, config.data.cache, config.data.background)
-                for one in sources_at(source)
-            ]
+            data, settings = config.data, sources_at(source)
+
+            def open_all() -> list[Source]:
+                return [open_source(one, data.cache, data.background) for one in settings]
+
+            opened = open_all()
             joined = join_sources(opened)
             wanted = {"label": None} if what == "partner" else {"label": None, "pair": None}
-            example = first_sample(config.fields, join_sources(config.data.open_train()), 1000)
+            example = recorded_example(config.run_dir)
+            if example is None:  # an export, or of an older version
+                example = first_sample(config.fields, join_sources(data.open_train()), 1000)
             fields = config.fields.model_copy(update=wanted)
             fields.check(joined, len(joined) - 1)
             task = config.build_task(example).eval()
             load_weights(task, config.run_dir)
             network = _network(task.to(backend.device), what)
-            work = cls(joined, fields, first_sample(fields, joined, len(joined)), network, out)
+            first = first_sample(fields, joined, len(joined))
+            work = cls(lambda: join_sources(open_all()), joined, fields, first, network, out)
             if backend.is_main:
                 prints = [one.fingerprint for one in opened]
                 work._begin(checkpoint.run_weights(config.run_dir), prints, what)
@@ -143,36 +169,53 @@ class _Work:
         self._folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, json.dumps(about))
 
-    def make_part(self, number: int) -> None:
-        """The file of a part, unless it is there."""
-        path = self._path(number)
-        if path.exists():
-            return
+    def make_parts(self, numbers: Iterable[int]) -> None:
+        """The files of these parts that are not there; samples are read ahead of the network, those
+        of the next part too."""
+        missing = [number for number in numbers if not self._path(number).exists()]
+        batches = (batch for number in missing for batch in self._batches(number))
+        with closing(map_in_threads(self._read, batches, _READERS, _AHEAD)) as read:
+            for number in missing:
+                self._make_part(number, itertools.islice(read, len(self._batches(number))))
+
+    def _batches(self, part: int) -> list[range]:
+        """Numbers of the samples of a part, some at a time."""
+        stop = min((part + 1) * PART, len(self._source))
+        return [range(n, min(n + BATCH, stop)) for n in range(part * PART, stop, BATCH)]
+
+    def _make_part(self, number: int, read: Iterable["_Read"]) -> None:
         rows: list[Tensor] = []
         keys: list[str] = []
         left_out: list[str] = []
-        numbers = range(number * PART, min((number + 1) * PART, len(self._source)))
-        # One thread reads ahead of the network: sources need not be safe for several.
-        with closing(map_in_threads(self._read, numbers, 1)) as samples:
-            for batch in batched(_readable(samples, left_out), BATCH):
-                rows.append(self._network(self._fields.samples(collate(batch))).cpu())
-                keys += [row["__key__"] for row in batch]
+        for batch in read:
+            if batch.samples is not None:
+                rows.append(self._network(batch.samples).cpu())
+            keys += batch.keys
+            left_out += batch.left_out
         vectors = torch.cat(rows).float().numpy() if rows else np.zeros((0, 0), np.float32)
-        with atomic.open_file(path) as file:
+        with atomic.open_file(self._path(number)) as file:
             np.savez(file, rows=vectors, keys=np.array(json.dumps([keys, left_out])))
 
-    def _read(self, number: int) -> dict[str, Any] | str:
-        """A sample, or why it cannot be read."""
-        try:
-            row = self._fields.row(self._source, number)
-            shape = shape_of(self._fields.samples(collate([row])))
-        except UnreachableError:
-            raise
-        except DataError as error:
-            return str(error)
-        if shape != self._shape:
-            return f"sample {row['__key__']} has the shape {shape}, and the first {self._shape}"
-        return row
+    def _read(self, numbers: range) -> "_Read":
+        """Some samples, by a thread that has a source of its own: they need not be safe for
+        several."""
+        if not hasattr(self._of_thread, "source"):
+            self._of_thread.source = self._open_source()
+        rows: list[dict[str, Any]] = []
+        left_out: list[str] = []
+        for number in numbers:
+            found = usable_row(self._fields, self._of_thread.source, number)
+            if isinstance(found, str):
+                left_out.append(found)
+            elif found[1] != self._shape:
+                key = found[0]["__key__"]
+                left_out.append(
+                    f"sample {key} has the shape {found[1]}, and the first {self._shape}"
+                )
+            else:
+                rows.append(found[0])
+        samples = self._fields.samples(collate(rows)) if rows else None
+        return _Read(samples, [row["__key__"] for row in rows], left_out)
 
     def count(self) -> Embedded:
         """What all parts hold together."""
@@ -227,17 +270,6 @@ def _network(task: Task, what: What) -> _Network:
             raise ConfigError("what=partner is of the task paired; use representation or embedding")
         return lambda samples: task.embed_pair(samples.pair or ())
     return lambda samples: task.embed_representations(task.represent(samples.images))
-
-
-def _readable(
-    samples: Iterator[dict[str, Any] | str], left_out: list[str]
-) -> Iterator[dict[str, Any]]:
-    """Samples that could be read; why the others could not goes to `left_out`."""
-    for sample in samples:
-        if isinstance(sample, str):
-            left_out.append(sample)
-        else:
-            yield sample
 
 
 _Parts = Iterator[tuple[np.ndarray, list[str]]]

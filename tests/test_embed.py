@@ -1,6 +1,7 @@
 """Vectors of a data set in a file: rows and keys together, whatever ranks and interruptions."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -102,22 +103,22 @@ def test_two_ranks_write_the_file_of_one(run, source, small_parts, tmp_path):
 def interrupted(run: Path, source: Path, out: Path, monkeypatch) -> list[int]:
     """An embedding with Ctrl-C at part 3; what is read from then on is put into the list."""
     read: list[int] = []
-    in_threads = embed.map_in_threads
+    read_some = embed._Work._read
 
-    def reading(work, numbers: range, workers: int):
+    def reading(work, numbers: range):
         if 3 * embed.PART in numbers:
             raise KeyboardInterrupt
-        return in_threads(work, numbers, workers)
+        return read_some(work, numbers)
 
-    def counting(work, numbers: range, workers: int):
+    def counting(work, numbers: range):
         read.extend(numbers)
-        return in_threads(work, numbers, workers)
+        return read_some(work, numbers)
 
-    monkeypatch.setattr(embed, "map_in_threads", reading)
+    monkeypatch.setattr(embed._Work, "_read", reading)
     with pytest.raises(KeyboardInterrupt):
         embed.embed(run, str(source), out)
     assert not out.exists()
-    monkeypatch.setattr(embed, "map_in_threads", counting)
+    monkeypatch.setattr(embed._Work, "_read", counting)
     return read
 
 
@@ -127,7 +128,7 @@ def test_an_interrupted_one_goes_on(run, source, small_parts, tmp_path, monkeypa
     embed.embed(run, str(source), whole)
     read = interrupted(run, source, out, monkeypatch)
     embed.embed(run, str(source), out)
-    assert read == list(range(48, 100))
+    assert sorted(read) == list(range(48, 100))
     assert out.read_bytes() == whole.read_bytes()
     assert keys_in(out) == keys_in(whole)
 
@@ -177,3 +178,38 @@ def test_both_modalities(overrides, source, tmp_path):
         out = tmp_path / f"{what}.npy"
         embed.embed(tmp_path / "run", str(source), out, what)
         torch.testing.assert_close(torch.from_numpy(np.load(out)), expected)
+
+
+@pytest.mark.parametrize("task", ["two_view", "paired"])
+def test_the_training_data_need_not_be_there(task, overrides, source, tmp_path, monkeypatch):
+    """The run directory knows the shapes of a sample."""
+    config = config_of(task, overrides, tmp_path / "run", *TRAIN)
+    assert trainer.train(config) == 0
+
+    def gone(*_):
+        raise AssertionError("data.train was opened")
+
+    monkeypatch.setattr(type(config.data), "open_train", gone)
+    assert embed.embed(tmp_path / "run", str(source), tmp_path / "out.npy").rows == 97
+    (tmp_path / "run" / "data.json").write_text("[{}]")
+    with pytest.raises(AssertionError, match="was opened"):
+        embed.embed(tmp_path / "run", str(source), tmp_path / "other.npy")
+
+
+def test_several_threads_read_by_sources_of_their_own(
+    run, source, small_parts, tmp_path, monkeypatch
+):
+    """An interpreter's identity of each that reads."""
+    sources: dict[int, set[int]] = {}
+    read_some = embed.usable_row
+
+    def watched(fields, opened, number):
+        sources.setdefault(threading.get_ident(), set()).add(id(opened))
+        return read_some(fields, opened, number)
+
+    monkeypatch.setattr(embed, "usable_row", watched)
+    monkeypatch.setattr(embed, "_READERS", 3)
+    monkeypatch.setattr(embed, "BATCH", 4)
+    embed.embed(run, str(source), tmp_path / "out.npy")
+    assert all(len(found) == 1 for found in sources.values())
+    assert len(set().union(*sources.values())) == len(sources)

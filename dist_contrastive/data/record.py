@@ -8,8 +8,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dist_contrastive.atomic import write_text
 from dist_contrastive.data.config import DataConfig
+from dist_contrastive.data.fields import Samples
 from dist_contrastive.data.source import Source
 from dist_contrastive.errors import ConfigError, redacted
 from dist_contrastive.records import read_json
@@ -18,10 +22,32 @@ _NAME = "data.json"
 _log = logging.getLogger(__name__)
 
 
-def write_record(run_dir: Path, config: DataConfig, sources: list[Source]) -> None:
-    """Write data.json: of each source where it is, its size, weight and checksum."""
-    record = _record(config, sources)
+def write_record(
+    run_dir: Path, config: DataConfig, sources: list[Source], example: Samples
+) -> None:
+    """Write data.json: of each source where it is, its size, weight and checksum; and the shapes of
+    a sample, which all of them share."""
+    pair = example.pair
+    shapes = {
+        "image": list(example.images.shape[1:]),
+        "pair": list(pair.shape[1:]) if isinstance(pair, Tensor) else pair and "text",
+    }
+    record = [{**one, **shapes} for one in _record(config, sources)]
     write_text(run_dir / _NAME, json.dumps(record, indent=1) + "\n")
+
+
+def recorded_example(run_dir: Path) -> Samples | None:
+    """A black sample of the shapes that a run was trained on, for a task to be built by; None where
+    it has no record of them."""
+    try:
+        first = json.loads((run_dir / _NAME).read_bytes())[0]
+        images, pair = torch.zeros(1, *first["image"]), first["pair"]
+        if pair is not None:
+            pair = ("",) if pair == "text" else torch.zeros(1, *pair)
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError):
+        return None
+    number = torch.zeros(1, dtype=torch.int64)
+    return Samples(images, None, number, number, pair)
 
 
 def check_record(run_dir: Path, config: DataConfig, sources: list[Source]) -> None:

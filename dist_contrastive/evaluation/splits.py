@@ -111,13 +111,11 @@ class Split:
         local = range(self.rank, wanted, self.world_size)
         numbers = (number * count // wanted for number in local)
         for number in progress_bar(numbers, len(local), f"reading {self.what}"):
-            try:
-                row = fields.row(self.source, number)
-                yield row, shape_of(fields.samples(collate([row])))
-            except UnreachableError:
-                raise
-            except DataError as error:
-                reasons.append(str(error))
+            found = usable_row(fields, self.source, number)
+            if isinstance(found, str):
+                reasons.append(found)
+            else:
+                yield found
 
     def _reported(self, rows: Iterator[_Row]) -> Iterator[_Row]:
         """The same, with a line of the log at the begin and now and then."""
@@ -288,6 +286,17 @@ def shape_of(sample: Samples) -> str:
     """Shape of an image, and of the array beside it."""
     both = [x for x in (sample.images, sample.pair) if isinstance(x, Tensor)]
     return " and ".join(str(list(x.shape[1:])) for x in both)
+
+
+def usable_row(fields: Fields, source: Source, number: int) -> tuple[dict[str, Any], str] | str:
+    """A sample and its `shape_of`, or why it cannot be used. Raises: UnreachableError."""
+    try:
+        row = fields.row(source, number)
+        return row, shape_of(fields.samples(collate([row])))
+    except UnreachableError:
+        raise
+    except DataError as error:
+        return str(error)
 
 
 def with_labels(splits: Splits[Rows], table: Table) -> Splits[Rows]:

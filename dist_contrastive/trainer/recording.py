@@ -131,6 +131,7 @@ class Doubts:
                 f"the loss stays at {values[-1]:g}, so nothing is learned; look at optim.lr, at "
                 f"what the loss compares, and at grad_norm in metrics.jsonl",
             )
+
     def _collapse(self) -> str | None:
         """Of complete collapse, of one onto a line, or of partners that are not found."""
         std, rank, recall = (
@@ -190,7 +191,7 @@ class Recorder:
         with collectives.raised_together(), writable(run_dir):
             if run.backend.is_main:
                 record_changes(run_dir, first, run.changes)
-                describe(config, run.backend, run.data.sources, run.modules.names())
+                describe(config, run.backend, run.data, run.modules.names())
                 count_attempt(config, first, is_changed=bool(run.changes))
                 forget_steps(run_dir, first)
         with collectives.raised_together(), writable(run_dir), ExitStack() as files:

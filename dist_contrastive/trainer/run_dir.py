@@ -34,8 +34,8 @@ from dist_contrastive.atomic import write_text
 from dist_contrastive.backend import Backend
 from dist_contrastive.config import RunConfig
 from dist_contrastive.data.record import write_record
-from dist_contrastive.data.source import Source
 from dist_contrastive.data.stream.reader import Skipped, check_skipped
+from dist_contrastive.data.training import TrainingData
 from dist_contrastive.errors import (
     ChangedError,
     ConfigError,
@@ -73,12 +73,12 @@ def writable(path: Path) -> Iterator[None]:
 
 
 def describe(
-    config: RunConfig, backend: Backend, sources: list[Source], modules: Mapping[str, str]
+    config: RunConfig, backend: Backend, data: TrainingData, modules: Mapping[str, str]
 ) -> None:
     """Write config.yaml, environment.json, data.json and modules.json; called by one rank.
 
     Args:
-        sources: those of data.train, opened.
+        data: that of data.train, opened.
         modules: names of the classes of the modules that `train` was given.
 
     Raises:
@@ -100,7 +100,7 @@ def describe(
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         configs.save(config, folder)
-        write_record(folder, config.data, sources)
+        write_record(folder, config.data, data.sources, data.example)
         _write_json(folder / "environment.json", environment)
         if modules:
             _write_json(folder / _MODULES, modules)

@@ -253,15 +253,15 @@ FAULTS = [
     (
         "keys of what cannot be read stay beside vectors",
         "dist_contrastive/embed.py",
-        'keys += [row["__key__"] for row in batch]',
-        'keys += [row["__key__"] for row in batch] + ["x"] * len(left_out)',
+        "keys += batch.keys",
+        'keys += batch.keys + ["x"] * len(batch.left_out)',
         ("tests/test_embed.py::test_vectors_stand_beside_their_keys",),
     ),
     (
         "what was embedded is embedded again",
         "dist_contrastive/embed.py",
-        "        if path.exists():\n            return\n",
-        "",
+        "[number for number in numbers if not self._path(number).exists()]",
+        "list(numbers)",
         ("tests/test_embed.py::test_an_interrupted_one_goes_on",),
     ),
     (
