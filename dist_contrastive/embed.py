@@ -117,7 +117,7 @@ class _Work:
         out: Path,
     ) -> None:
         self._source, self._fields, self._network, self._out = source, fields, network, out
-        self._open_source, self._of_thread = open_source, threading.local()
+        self._open_source, self._reader = open_source, threading.local()
         self._shape = shape_of(example)
         self._folder = out.with_name(f".{out.name}.parts")
         self.num_parts = -(-len(source) // PART)
@@ -199,12 +199,12 @@ class _Work:
     def _read(self, numbers: range) -> "_Read":
         """Some samples, by a thread that has a source of its own: they need not be safe for
         several."""
-        if not hasattr(self._of_thread, "source"):
-            self._of_thread.source = self._open_source()
+        if not hasattr(self._reader, "source"):
+            self._reader.source = self._open_source()
         rows: list[dict[str, Any]] = []
         left_out: list[str] = []
         for number in numbers:
-            found = usable_row(self._fields, self._of_thread.source, number)
+            found = usable_row(self._fields, self._reader.source, number)
             if isinstance(found, str):
                 left_out.append(found)
             elif found[1] != self._shape:
