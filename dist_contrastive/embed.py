@@ -42,9 +42,8 @@ What = Literal["representation", "embedding", "partner"]
 of the second modality."""
 FORMATS = (".npy", ".parquet")
 PART = 4096  # samples of a file in the meantime
-BATCH = 128  # samples that are read, and embedded, at a time
+BATCH = 64  # samples that are read, and embedded, at a time
 _READERS = min(4, os.cpu_count() or 1)  # threads
-_AHEAD = 2  # batches of each of them
 
 
 class Embedded(NamedTuple):
@@ -174,7 +173,7 @@ class _Work:
         of the next part too."""
         missing = [number for number in numbers if not self._path(number).exists()]
         batches = (batch for number in missing for batch in self._batches(number))
-        with closing(map_in_threads(self._read, batches, _READERS, _AHEAD)) as read:
+        with closing(map_in_threads(self._read, batches, _READERS)) as read:
             for number in missing:
                 self._make_part(number, itertools.islice(read, len(self._batches(number))))
 

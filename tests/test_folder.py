@@ -1,6 +1,9 @@
 """A folder of images as it lies, against the same images packed."""
 
+import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from dist_contrastive.data import ShardStream, load_index, pack_images
 from dist_contrastive.data.folder import ImageFolder
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
 from dist_contrastive.testing import run_ranks
+from dist_contrastive.trainer import loop
 
 STEPS = ("train.steps=3", "train.save_every=2", "data.image=png", "data.label=cls")
 
@@ -136,3 +140,60 @@ def test_folders_that_cannot_be_used(settings, words, folder, overrides, tmp_pat
         trainer.train(
             config_of("two_view", overrides, tmp_path / "run", *STEPS, f"data.train={settings}")
         )
+
+
+def changed_file(path: Path) -> None:
+    """Another image of the same size in bytes, written a minute later."""
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    later_s = time.time() + 60
+    os.utime(path, (later_s, later_s))
+
+
+@pytest.mark.parametrize("how", [changed_file, Path.unlink])
+def test_an_image_that_changes_during_the_run_is_named(how, folder, overrides, tmp_path):
+    """Replaced by another one and written down, up to data.max_skipped; then the run ends."""
+    own = tmp_path / "images"
+    shutil.copytree(folder, own)
+    words = "has changed since" if how is changed_file else "No such file"
+    source = ImageFolder(ImageFolder.Config(path=str(own)))
+    key = source.key(7)
+    assert source.read(7)["png"].shape[0] == 1
+    (path,) = own.rglob(f"{Path(key).name}.*g")
+    how(path)
+    with pytest.raises(UnreadableSample, match=words) as raised:
+        source.read(7)
+    assert path.name in str(raised.value)
+    assert source.read(8)["__key__"] != key
+
+
+@pytest.mark.parametrize("allowed", [10, 0])
+def test_a_run_on_a_folder_that_changes(allowed, folder, overrides, tmp_path, monkeypatch):
+    own = tmp_path / "images"
+    shutil.copytree(folder, own)
+    more = f"data.max_skipped={allowed}", "data.prefetch_factor=1"
+    config = config_of("two_view", overrides, tmp_path / "run", *STEPS, *read_in(own), *more)
+    train_step, changed = loop.train_step, []
+
+    def changing(run, *rest):
+        if not changed:
+            changed.extend(sorted(own.rglob("*.[jp][pn]g"))[::12])
+            for path in changed[::2]:
+                changed_file(path)
+            for path in changed[1::2]:
+                path.unlink()
+        return train_step(run, *rest)
+
+    monkeypatch.setattr(loop, "train_step", changing)
+    words = "has changed since the folder was opened", "No such file or directory"
+    if not allowed:
+        with pytest.raises(DataError, match="|".join(words)):
+            trainer.train(config)
+        return
+    assert trainer.train(config) == 0
+    rows = [json.loads(x) for x in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert rows
+    for row in rows:
+        assert Path(row["key"]).name in {path.stem for path in changed}
+        assert any(text in row["reason"] for text in words)

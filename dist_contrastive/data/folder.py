@@ -1,6 +1,7 @@
 """A folder of images as a data source, without packing."""
 
 import hashlib
+import time
 from collections.abc import Collection
 from functools import cached_property
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from dist_contrastive.data.source import Source, alternatives, in_parts
 from dist_contrastive.errors import DataError, UnreadableSample
 
 _SEED = 0  # of their order, as of `shards pack`
+_SKEW_S = 10.0  # by which the clock of a file server may be ahead
 
 
 class ImageFolder(Source):
@@ -44,7 +46,7 @@ class ImageFolder(Source):
 
     def __init__(self, config: Config, background: str = WHITE) -> None:
         self._found = find_images(config.path, config.classes)
-        self._background = background
+        self._background, self._opened_s = background, time.time()
         self._order = keyed_permutation(len(self._found.paths), _SEED)
         self.shards, self.shard_samples = in_parts(config.path, len(self._order))
         self.classes = self._found.classes
@@ -62,8 +64,7 @@ class ImageFolder(Source):
         sample: dict[str, Any] = {"__key__": key}
         for name in ("png", "json", "cls", "txt") if only is None else only:
             if set(alternatives(name)) & set(IMAGE_FIELDS):
-                path = self._found.paths[number]
-                data = read_file(self._found.source / path, f"image {path}")
+                data = self._content(self._found.paths[number])
                 where = str(self._found.source)
                 sample[name] = decode_or_explain("png", data, key, where, self._background)
                 continue
@@ -75,6 +76,16 @@ class ImageFolder(Source):
             elif only is not None:
                 raise UnreadableSample(f"image {key!r} of {self._found.source} has no {name!r}")
         return sample
+
+    def _content(self, path: str) -> bytes:
+        """Bytes of an image that is as it was when the folder was opened."""
+        data = read_file(self._found.source / path, f"image {path}")
+        if (self._found.source / path).stat().st_mtime > self._opened_s + _SKEW_S:
+            raise UnreadableSample(
+                f"image {path} of {self._found.source} has changed since the folder was opened; "
+                f"put it back as it was, or train on the changed folder in another run_dir"
+            )
+        return data
 
     def key(self, sample_number: int) -> str | None:
         """Key of a sample."""

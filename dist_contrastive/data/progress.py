@@ -12,6 +12,7 @@ from rich.progress import track
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+_PENDING = 4  # items in work, or whose results wait, for each thread
 
 
 def progress_bar(items: Iterable[_T], total: int | None, what: str) -> Iterator[_T]:
@@ -26,15 +27,15 @@ def progress_bar(items: Iterable[_T], total: int | None, what: str) -> Iterator[
 
 
 def map_in_threads(
-    work: Callable[[_T], _R], items: Iterable[_T], workers: int | None = None, ahead: int = 4
+    work: Callable[[_T], _R], items: Iterable[_T], workers: int | None = None
 ) -> Generator[_R, None, None]:
     """Results of `work` for each item, in order, by threads.
 
     For work that hashes, decodes or reads, which releases the interpreter.
 
     Args:
+        items: at most 4 for each thread are taken ahead of the results.
         workers: number of threads; None is one for each CPU.
-        ahead: items for each thread that are in work, or whose results wait.
     """
     workers = workers or os.cpu_count() or 1
     pending: deque[Future[_R]] = deque()
@@ -42,7 +43,7 @@ def map_in_threads(
     try:
         for item in items:
             pending.append(threads.submit(work, item))
-            if len(pending) >= ahead * workers:
+            if len(pending) >= _PENDING * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

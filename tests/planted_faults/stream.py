@@ -5,6 +5,13 @@ DATA = "dist_contrastive/data/"
 
 FAULTS = [
     (
+        "folder: an image that was replaced is trained on",
+        "dist_contrastive/data/folder.py",
+        "st_mtime > self._opened_s + _SKEW_S",
+        "st_mtime > self._opened_s + 100 * _SKEW_S",
+        ("tests/test_folder.py::test_an_image_that_changes_during_the_run_is_named[changed_file]",),
+    ),
+    (
         "lanes of unequal length start too early",
         DATA + "stream/order.py",
         "start = (epoch * self.num_samples + lane) // self.lanes",
