@@ -146,9 +146,10 @@ def changed_file(path: Path) -> None:
     """Another image of the same size in bytes, written a minute later."""
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
-    path.write_bytes(data)
-    later_s = time.time() + 60
-    os.utime(path, (later_s, later_s))
+    other, later_s = path.with_name("other"), time.time() + 60
+    other.write_bytes(data)
+    os.utime(other, (later_s, later_s))
+    other.replace(path)  # at once: a run may be reading it
 
 
 @pytest.mark.parametrize("how", [changed_file, Path.unlink])
