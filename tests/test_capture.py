@@ -5,18 +5,22 @@ nothing to it from memory that is not pinned, draw no random numbers and size no
 a call must start what those before it have started, whatever Python holds between them.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import no_device
 import pytest
 import torch
+import torch.distributed as dist
 from test_gpu import STEPS as PAIRS
 from torch import Tensor
 
 from dist_contrastive import collectives, losses
+from dist_contrastive.backend import Backend
 from dist_contrastive.collectives import deferred
 from dist_contrastive.losses import PairLoss
+from dist_contrastive.testing import run_ranks
 
 FORCE = {"impl": "triton", "cache_mb": 1.0}
 LOSSES: dict[str, tuple[type[PairLoss], dict[str, Any]]] = {
@@ -110,6 +114,25 @@ def test_what_was_left_before_is_read_after(monkeypatch):
     with pytest.raises(ValueError, match="bad"):
         collectives.read_deferred()
     collectives.read_deferred()  # once
+
+
+def left_and_group() -> tuple[int, int, int]:
+    """Checks that wait: of a group, after it is destroyed, and after a run has ended."""
+    group = dist.new_group()
+    dist.barrier(group)  # no rank ends before another one has joined
+    for one in (group, None):
+        deferred._leave(torch.ones(1, 1, 1), lambda _: None, one)
+    before = len(deferred._WAITING)
+    dist.destroy_process_group(group)
+    del group, one
+    gc.collect()
+    destroyed = len(deferred._WAITING)
+    Backend(Backend.Config(device="cpu")).close()
+    return before, destroyed, len(deferred._WAITING)
+
+
+def test_checks_end_with_their_group():
+    assert run_ranks(left_and_group, 2) == [(2, 1, 0)] * 2
 
 
 def test_a_lazily_made_constant_is_seen(started, monkeypatch):

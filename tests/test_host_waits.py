@@ -1,7 +1,9 @@
 """What the host waits for in a step on a GPU, and settings of a run that are meant for GPUs."""
 
 import math
+from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import no_device
 import pytest
@@ -13,6 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dist_contrastive import collectives, optim
 from dist_contrastive.backend import Backend
 from dist_contrastive.collectives.group import host_device
+from dist_contrastive.data.fields import Samples
+from dist_contrastive.data.training import DeviceBatch
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.optim import OptimConfig
 from dist_contrastive.testing import run_ranks
@@ -130,6 +134,42 @@ def test_a_counter_of_the_device_is_not_read(overrides, tmp_path):
     config = config_of("moco", overrides, tmp_path / "run")
     with pytest.raises(RuntimeError, match="meta"):
         waits_of_a_step(config, counting)
+
+
+def samples_of(count: int) -> Samples:
+    number = torch.arange(count)
+    texts = tuple(map(str, range(count)))
+    return Samples(torch.rand(count, 1, 2, 2), 10 * number, number, number, texts)
+
+
+def test_the_host_keeps_labels_that_it_had():
+    on_host = samples_of(5)
+    assert on_host.to(torch.device("cpu")).host_labels is None
+    there = on_host.to(no_device.DEVICE)
+    assert there.labels.is_meta
+    assert there.labels_on_host is on_host.labels
+    part = there.rows(slice(1, 3))
+    assert part.labels_on_host.tolist() == [10, 20]
+    assert part.pair == ("1", "2")
+    assert len(part.images) == len(part.labels) == 2
+    numbers = torch.tensor([3, 0])
+    assert on_host.rows(numbers).labels_on_host.tolist() == [30, 0]
+    assert on_host.rows(numbers).pair == ("3", "0")
+
+
+def test_a_batch_is_ready_for_the_stream_that_computes(monkeypatch):
+    """It waits for the copies, and the memory is kept until it has used it."""
+    events, used = [], []
+    stream = SimpleNamespace(wait_event=events.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, by: used.append((x, by)))
+    samples = replace(samples_of(3), pair=torch.rand(3, 2))
+    batch = DeviceBatch([], samples, 3, [], copied="copied")
+    assert batch.ready() is batch
+    assert events == ["copied"]
+    tensors = samples.images, samples.labels, samples.epoch, samples.index, samples.pair
+    assert {id(x) for x, _ in used} == {id(x) for x in tensors}
+    assert all(by is stream for _, by in used)
 
 
 def updates_by_a_loss(config) -> list[bool]:

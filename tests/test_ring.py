@@ -64,35 +64,36 @@ def order_of_a_ring(sizes: tuple[int, ...], settings: dict[str, object]) -> list
     return found
 
 
-@pytest.mark.parametrize("settings", [{"impl": "chunked", "chunk_size": 2}, {"impl": "dense"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"impl": "chunked", "chunk_size": 2}, pytest.param({"impl": "dense"}, marks=pytest.mark.slow)],
+    ids=["chunked", "dense"],
+)
 def test_the_next_block_travels_while_one_is_computed(settings):
     """It is asked for before the products of this one, and the sums of this one travel beside the
     products of the next."""
-    forward = ["send block", "products", "send sums", "wait for block"]
-    for _ in range(1):  # blocks between the first and the last
-        forward += ["send block", "products", "wait for sums", "send sums", "wait for block"]
-    forward += ["products", "wait for sums", "send sums", "wait for sums"]
-    for order in run_ranks(order_of_a_ring, 3, (3, 2, 4), settings):
-        assert order[0] == forward
-        assert order[1] == forward
+    order = ["send block", "products", "send sums", "wait for block"]
+    order += ["send block", "products", "wait for sums", "send sums", "wait for block"]
+    order += ["products", "wait for sums", "send sums", "wait for sums"]
+    for found in run_ranks(order_of_a_ring, 3, (3, 2, 4), settings):
+        assert found == [order, order]
 
 
-def staged_or_not(is_staged: bool) -> Tensor:
-    ring._is_staged = lambda device, group: is_staged
-    arrive = collectives.start_shift([torch.arange(3.0) + 10 * dist.get_rank()], 3, first_tag=0)
-    return arrive()[0]
+def staged_or_not() -> tuple[list[Tensor], list[bool]]:
+    """What arrives, directly and through the CPU; whether gloo needs that on a CPU, and on a GPU."""
+    group = dist.new_group(backend="cpu:gloo,cuda:gloo")
+    dist.barrier(group)  # no rank ends before another one has joined
+    needed = [ring._is_staged(torch.device(name), group) for name in ("cpu", "cuda")]
+    arrived = []
+    for is_staged in (False, True):
+        ring._is_staged = lambda device, group, x=is_staged: x
+        arrive = collectives.start_shift([torch.arange(3.0) + dist.get_rank()], 3, first_tag=0)
+        arrived += arrive()
+    return arrived, needed
 
 
-def test_what_goes_through_the_cpu_arrives():
-    for found in zip(*(run_ranks(staged_or_not, 2, x) for x in (False, True)), strict=True):
-        assert torch.equal(*found)
-
-
-def backends_that_send(backend: str) -> bool:
-    group = dist.new_group(backend=backend)
-    return ring._is_staged(torch.device("cuda"), group)
-
-
-@pytest.mark.parametrize(("backend", "expected"), [("cpu:gloo,cuda:gloo", True)])
-def test_gloo_is_not_given_tensors_of_a_gpu(backend, expected):
-    assert run_ranks(backends_that_send, 2, backend) == [expected] * 2
+def test_what_gloo_does_not_take_goes_through_the_cpu():
+    for number, (arrived, needed) in enumerate(run_ranks(staged_or_not, 2)):
+        assert needed == [False, True]
+        for x in arrived:
+            assert torch.equal(x, torch.arange(3.0) + 1 - number)

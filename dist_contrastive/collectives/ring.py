@@ -1,6 +1,7 @@
 """Ring exchange: each rank sends rows to the next while it receives from the previous one."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,4 +56,5 @@ def _is_staged(device: torch.device, group: Group) -> bool:
     """Whether tensors go through the CPU: gloo would take addresses on a GPU for the host's."""
     if device.type == "cpu":
         return False
-    return bool((group or dist.group.WORLD)._get_backend(device).name() == "gloo")
+    used: Any = group or dist.group.WORLD
+    return bool(used._get_backend(device).name() == "gloo")

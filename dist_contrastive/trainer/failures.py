@@ -57,11 +57,7 @@ def out_of_memory(run: Run, error: torch.OutOfMemoryError) -> MemoryLimitError:
 
 def _remedies(config: RunConfig, ranks: int, rows: int, is_loss: bool) -> Iterator[str]:
     """Settings with which a step needs less, those first that act where memory was missing."""
-    of_loss, of_networks = (
-        [*_loss_needs_less(config, ranks)],
-        [*_networks_need_less(config, ranks, rows)],
-    )
-    parts = [of_networks, of_loss]
+    parts = [_networks_need_less(config, ranks, rows), _loss_needs_less(config, ranks)]
     if is_loss:
         parts.reverse()
     for part in parts:
