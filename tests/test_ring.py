@@ -80,7 +80,7 @@ def test_the_next_block_travels_while_one_is_computed(settings):
 
 
 def staged_or_not() -> tuple[list[Tensor], list[bool]]:
-    """What arrives, directly and through the CPU; whether gloo needs that on a CPU, and on a GPU."""
+    """What arrives, directly and through the CPU; whether gloo needs that on CPUs, and on GPUs."""
     group = dist.new_group(backend="cpu:gloo,cuda:gloo")
     dist.barrier(group)  # no rank ends before another one has joined
     needed = [ring._is_staged(torch.device(name), group) for name in ("cpu", "cuda")]
