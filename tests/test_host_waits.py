@@ -20,6 +20,7 @@ from dist_contrastive.data.training import DeviceBatch
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.optim import OptimConfig
 from dist_contrastive.testing import run_ranks
+from dist_contrastive.trainer.checks import self_check
 from dist_contrastive.trainer.run import Run, open_run
 from dist_contrastive.trainer.step import backward, train_step
 
@@ -365,3 +366,15 @@ def test_compiled_networks_train_the_same(task, overrides, tmp_path, monkeypatch
     assert compiled.norms == pytest.approx(plain.norms, rel=1e-4)
     for name, weight in plain.weights.items():
         torch.testing.assert_close(compiled.weights[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_fp16_is_checked_at_a_scale_that_it_finds(overrides, tmp_path):
+    """At that of the start gradients of this task overflow; training finds its own again."""
+    config = config_of("two_view", overrides, tmp_path / "run", "backend.precision=fp16", MICRO)
+    backend = Backend(config.backend)
+    run = open_run(config, backend)
+    state = run.engine.optimizer_state()
+    run.engine.load_optimizer_state({**state, "scaler": {**state["scaler"], "scale": 2.0**24}})
+    assert "parameters have that of one process" in self_check(run)
+    assert run.engine.optimizer_state()["scaler"]["scale"] == 2.0**24
+    backend.close()

@@ -108,6 +108,14 @@ class Engine(ABC):
     def parameter_norm(self) -> float:
         """Euclidean norm of all trained parameters."""
 
+    def scale_kept(self) -> AbstractContextManager[None]:
+        """Context that leaves the scale of losses in fp16 as it was."""
+        return nullcontext()
+
+    def lower_scale(self) -> bool:
+        """Halve the scale of losses in fp16 after a backward pass; False where there is none."""
+        return False
+
     def whole_parameters(self) -> AbstractContextManager[None]:
         """Context in which `module` holds all of its parameters, and they may be changed in place,
         on all ranks alike."""

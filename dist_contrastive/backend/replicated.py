@@ -1,8 +1,8 @@
 """Engine that holds the whole model on every rank: one process alone, or several with DDP."""
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -75,6 +75,22 @@ class Replicated(Engine):
         grad = parameter.grad
         scale = self._scaler.get_scale()
         return torch.zeros_like(parameter) if grad is None else grad.detach() / scale
+
+    @contextmanager
+    def scale_kept(self) -> Iterator[None]:
+        state = self._scaler.state_dict()
+        try:
+            yield
+        finally:
+            if state:
+                self._scaler.load_state_dict(state)
+
+    def lower_scale(self) -> bool:
+        scale = self._scaler.get_scale()
+        if not self._scaler.is_enabled() or scale <= 1:
+            return False
+        self._scaler.update(scale / 2)
+        return True
 
     def discard_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

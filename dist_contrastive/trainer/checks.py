@@ -24,7 +24,7 @@ from dist_contrastive.data.training import TrainingData
 from dist_contrastive.errors import ConfigError, NonFiniteError, UnreadableSample, UserError
 from dist_contrastive.metrics import peak_memory_mb
 from dist_contrastive.ranks import RankError, run_ranks
-from dist_contrastive.tasks import Task
+from dist_contrastive.tasks import StepContext, Task
 from dist_contrastive.trainer.failures import check_finite
 from dist_contrastive.trainer.run import Run, check_changes, open_run, open_training_data
 from dist_contrastive.trainer.step import backward
@@ -79,13 +79,13 @@ def self_check(run: Run) -> str:
     parameters = _some_parameters(run.task)
     progress = run.progress.step / run.config.train.steps
     half = None if micro is None else min(micro, math.ceil(count / 2))
-    with eval_mode(run.task):
+    with eval_mode(run.task), run.engine.scale_kept():
         begin = time.perf_counter()
         context = run.task.begin_step(local, progress=progress, micro_batch_size=half)
-        _, terms, _ = backward(run, local, context)
-        gradients = [run.engine.gradient(p).cpu() for p in parameters.values()]
-        run.engine.discard_gradients()
-        check_finite(terms)
+        gradients = _gradients(run, local, context, list(parameters.values()))
+        # In fp16 training looks for a scale too; gradients are the same on all ranks.
+        while not all(x.isfinite().all() for x in gradients) and run.engine.lower_scale():
+            gradients = _gradients(run, local, context, list(parameters.values()))
         took_s = max(collectives.gather_objects(time.perf_counter() - begin))
     if took_s * run.backend.world_size > _LONGEST_S:
         return f"not looked at: one process would take longer than {_LONGEST_S:g} s"
@@ -98,6 +98,17 @@ def self_check(run: Run) -> str:
             worst = _largest_difference(run, named, expected)
     worst = collectives.gather_objects(worst)[0]
     return f"{len(parameters)} parameters have that of one process to {worst:.0e}"
+
+
+def _gradients(
+    run: Run, local: Samples, context: StepContext, parameters: list[nn.Parameter]
+) -> list[Tensor]:
+    """Gradients of some parameters by these rows of this rank, on the CPU."""
+    _, terms, _ = backward(run, local, context)
+    gradients = [run.engine.gradient(p).cpu() for p in parameters]
+    run.engine.discard_gradients()
+    check_finite(terms)
+    return gradients
 
 
 def _few_samples(run: Run, rows: int) -> Samples | None:
