@@ -720,8 +720,11 @@ def test_ranks_measure_the_same(world_size, two_view_run, all_lines, tmp_path):
     for name, line in all_lines.items():
         # Batches of other sizes round differently: one of 120 samples may be at a border.
         assert lines[name]["value"] == pytest.approx(line["value"], rel=0.002, abs=0.009), name
-    few = "--only", "rankme,knn", "--limit", "2"  # fewer samples than ranks may have
-    assert run_ranks(evaluated_here, world_size, tmp_path / "run", *few) == [0] * world_size
+    # Fewer samples than ranks, after a run that all refuse.
+    runs = tmp_path / "none", str(tmp_path / "run")
+    few = "--only", "rankme,knn", "--limit", "2"
+    found = run_ranks(evaluated_here, world_size, *runs, *few)
+    assert found == [64] * world_size
     assert {*lines_in(tmp_path / "run")} == {"RankMe, representation", "RankMe, embedding"}
 
 
@@ -735,14 +738,6 @@ def test_ranks_measure_a_generator(digits_made, tmp_path):
     assert list(lines) == list(alone)
     for name, line in alone.items():
         assert lines[name]["value"] == pytest.approx(line["value"], rel=1e-4, abs=1e-5), name
-
-
-def test_ranks_refuse_together(two_view_run, tmp_path):
-    shutil.copytree(two_view_run, tmp_path / "run")
-    runs = [tmp_path / "none", tmp_path / "run"]  # the second is measured all the same
-    found = run_ranks(evaluated_here, 2, runs[0], str(runs[1]), "--only", "knn")
-    assert found == [64, 64]
-    assert {*lines_in(tmp_path / "run")} == {"kNN accuracy, k = 5"}
 
 
 def test_a_split_by_name(two_view_run, some_digits, digits, tmp_path, capsys, overrides):
@@ -798,14 +793,23 @@ def test_few_labels_by_number_and_share(two_view_run, capsys):
         assert f"--few {few} is no number of labels" in capsys.readouterr().err
 
 
-def test_rankings_of_partners(some_digits, overrides, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def captions_run(some_digits, overrides, tmp_path_factory) -> Path:
+    """A short run of two towers."""
+    folder = tmp_path_factory.mktemp("captions") / "run"
+    data = [f"data.train={some_digits}/train", f"data.test={some_digits}/test"]
+    config = load("digits_captions", overrides, folder, *LESSONS, *data, "train.steps=2")
+    assert trainer.train(config) == trainer.EXIT_DONE
+    return folder
+
+
+def test_rankings_of_partners(captions_run, capsys):
     """Equal captions are right answers of each other; a k above the number of keys is left out."""
-    evaluated("digits_captions", some_digits, overrides, tmp_path, "train.steps=2")
     only = "--only", "ranking,alignment"
-    assert main(["eval", str(tmp_path), *only]) == 0
-    lines = lines_in(tmp_path)
-    test = read_splits(configs.load_run(tmp_path)).test
-    task = trained_task(tmp_path, test)
+    assert main(["eval", str(captions_run), *only]) == 0
+    lines = lines_in(captions_run)
+    test = read_splits(configs.load_run(captions_run)).test
+    task = trained_task(captions_run, test)
     images, partners = task.embed_images(test.images), task.embed_pair(test.pair)
     texts = sorted({*test.pair})
     groups = torch.tensor([texts.index(text) for text in test.pair])
@@ -822,10 +826,10 @@ def test_rankings_of_partners(some_digits, overrides, tmp_path, capsys):
     aligned = representation.alignment(images, partners)
     assert value["alignment of images and partners"] == pytest.approx(aligned, rel=1e-4)
     capsys.readouterr()
-    assert main(["eval", str(tmp_path), *only, "--limit", "8"]) == 0
+    assert main(["eval", str(captions_run), *only, "--limit", "8"]) == 0
     assert "image to partner, k = 10: there are 8 keys" in capsys.readouterr().out
-    assert not any("@10" in name for name in lines_in(tmp_path))
-    assert "image to partner, nDCG@5" in lines_in(tmp_path)
+    assert not any("@10" in name for name in lines_in(captions_run))
+    assert "image to partner, nDCG@5" in lines_in(captions_run)
 
 
 def test_a_collapsed_encoder_does_not_look_perfect(two_view_run, tmp_path):
@@ -903,14 +907,14 @@ def test_prompts_that_are_none_are_refused_before_the_run(text, words, tmp_path,
     assert words in capsys.readouterr().err
 
 
-def test_classes_by_prompts(some_digits, overrides, tmp_path, two_view_run, capsys):
-    learns = LEARNS["digits_captions"]
-    _, task, _, test = evaluated("digits_captions", some_digits, overrides, tmp_path, *learns)
+def test_classes_by_prompts(captions_run, tmp_path, two_view_run, capsys):
+    test = read_splits(configs.load_run(captions_run)).test
+    task = trained_task(captions_run, test)
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     prompts = tmp_path / "prompts.yaml"
     templates = ["a handwritten {}", "by hand: {}"]
     prompts.write_text(json.dumps({"templates": templates, "classes": names}))
-    assert main(["eval", str(tmp_path), "--only", "zero-shot", "--prompts", str(prompts)]) == 0
+    assert main(["eval", str(captions_run), "--only", "zero-shot", "--prompts", str(prompts)]) == 0
     rows = []
     for name in names:
         texts = task.embed_pair([template.replace("{}", name) for template in templates])
@@ -920,11 +924,11 @@ def test_classes_by_prompts(some_digits, overrides, tmp_path, two_view_run, caps
         max(range(10), key=lambda c: F.cosine_similarity(image, rows[c], dim=0).item()) == label
         for image, label in zip(images, test.labels.tolist(), strict=True)
     ]
-    line = lines_in(tmp_path)["class by 2 prompts"]
+    line = lines_in(captions_run)["class by 2 prompts"]
     assert line["value"] == pytest.approx(share(hits))
     capsys.readouterr()
     prompts.write_text(json.dumps({"templates": templates, "classes": names[:4]}))
-    assert main(["eval", str(tmp_path), "--only", "zero-shot", "--prompts", str(prompts)]) == 0
+    assert main(["eval", str(captions_run), "--only", "zero-shot", "--prompts", str(prompts)]) == 0
     assert "the prompts name 4 classes, and there are 10" in capsys.readouterr().out
     flags = "--only", "zero-shot,rankme", "--prompts", str(prompts)
     assert main(["eval", str(two_view_run), *flags]) == 0
