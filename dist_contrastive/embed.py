@@ -141,16 +141,17 @@ class _Work:
             fields = config.fields.model_copy(update=wanted)
             fields.check(joined, len(joined) - 1)
             task = config.build_task(example).eval()
-            load_weights(task, config.run_dir)
+            load_weights(task, config.run_dir, config.evaluate.weights)
             network = _network(task.to(backend.device), what)
             first = first_sample(fields, joined, len(joined))
             work = cls(lambda: join_sources(open_all()), joined, fields, first, network, out)
             if backend.is_main:
                 prints = [one.fingerprint for one in opened]
-                work._begin(checkpoint.run_weights(config.run_dir), prints, what)
+                about = f"{what}, {config.evaluate.weights} weights"
+                work._begin(checkpoint.run_weights(config.run_dir), prints, about)
         return work
 
-    def _begin(self, weights: dict[str, Tensor], fingerprints: list[str], what: What) -> None:
+    def _begin(self, weights: dict[str, Tensor], fingerprints: list[str], what: str) -> None:
         """Make the folder of parts, or go on with one of the same work."""
         about = {
             "weights": [zlib.crc32(_bytes_of(x)) for x in weights.values()],

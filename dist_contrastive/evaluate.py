@@ -206,7 +206,7 @@ def _measure(run: Path, table: Table, is_trusted: bool, backend: Backend | None)
             device = backend.device
         task = config.build_task(example).eval().to(device)
         if not isinstance(task, Drift):
-            load_weights(task, run)
+            load_weights(task, run, config.evaluate.weights)
     encoded = None
     if isinstance(task, ImageTask):
         encoded = _encoded(partial(encode, task), opened, table)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from dist_contrastive.data.sources import join_sources
 from dist_contrastive.data.training import first_sample
 from dist_contrastive.errors import ConfigError, retired
 from dist_contrastive.records import write_sums
-from dist_contrastive.tasks import Drift, Task
+from dist_contrastive.tasks import Drift, ImageTask, Task
 
 __getattr__ = retired(
     __name__,
@@ -35,11 +36,14 @@ PER_CLASS_IN_GRID = 8
 MOST_SAMPLES = 1_000_000  # they are made in memory, then written
 
 
-def load_weights(task: Task, run_dir: Path) -> None:
+def load_weights(task: Task, run_dir: Path, weights: Literal["live", "ema"] = "live") -> None:
     """Put the weights of a run's newest checkpoint, or those exported, into the task.
 
+    Args:
+        weights: ema: an encoder is its moving average from then on.
+
     Raises:
-        ConfigError: they are those of other modules than the config names.
+        ConfigError: they are those of other modules than the config names; or there is no average.
     """
     try:
         task.load_state_dict(checkpoint.run_weights(run_dir))
@@ -49,6 +53,8 @@ def load_weights(task: Task, run_dir: Path) -> None:
             f"{run_dir} holds weights of other modules than its config names ({problem} ...); if "
             f"train() was given modules from Python, load the weights and measure them there"
         ) from error
+    if weights == "ema" and isinstance(task, ImageTask):
+        task.use_averages()
 
 
 def export(run_dir: Path, folder: Path, which: str, is_trusted: bool = False) -> Checkpoint:

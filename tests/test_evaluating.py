@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS
+from conftest import CONFIGS, num_colours
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_engines import config_of
 
 from dist_contrastive import checkpoint, trainer
@@ -136,6 +137,71 @@ def test_the_best_checkpoint_by_a_measure(overrides, tmp_path):
     assert kept.score == max(measured.values())
 
 
+@pytest.mark.slow
+def test_measures_are_the_same_on_four_ranks(runs, overrides, tmp_path):
+    config = config_of("two_view", overrides, tmp_path / "run", *LEARNS, *MEASURED, "data.lanes=8")
+    alone = config_of("two_view", overrides, tmp_path / "alone", *LEARNS, *MEASURED, "data.lanes=8")
+    assert trained(alone) == 0
+    assert run_ranks(trained, 4, config) == [0] * 4
+    for step, expected in evaluations(tmp_path / "alone").items():
+        assert evaluations(tmp_path / "run")[step] == pytest.approx(expected, abs=0.011)
+
+
+AVERAGED = "evaluate={every: 2, during: [knn], limit: 200, weights: ema}"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_moving_average_is_measured(ranks, overrides, tmp_path, capsys):
+    """By `eval` alike; it is another encoder than the trained one, which is trained on."""
+    slow = ("task.momentum=1", "optim.lr=0.05", "train.save_every=2")
+    config = config_of("moco", overrides, tmp_path / "run", *LEARNS, *slow, AVERAGED)
+    without = config_of("moco", overrides, tmp_path / "without", *LEARNS, *slow)
+    for one in (config, without):
+        assert run_ranks(trained, ranks, one) == [0] * ranks
+    measures = evaluations(tmp_path / "run")
+    assert measures[2] == measures[4], "a momentum of 1 leaves the average as it was"
+    assert main(["eval", str(tmp_path / "run"), "--only", "knn", "--limit", "200"]) == 0
+    (line,) = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert line["value"] == measures[4]["eval/knn"]
+    expected, found = weights(tmp_path / "without"), weights(tmp_path / "run")
+    assert all(torch.equal(found[key], x) for key, x in expected.items())
+
+
+def test_networks_are_the_trained_ones_after_a_measurement(overrides, tmp_path):
+    config = config_of("moco", overrides, tmp_path / "run", *LEARNS, AVERAGED)
+    backend = Backend(config.backend)
+    run = open_run(config, backend)
+    own, names = (run.task.encoder, run.task.head), list(run.task.state_dict())
+    evaluator = Evaluator(run, lambda: None)
+    with run.task.averaged():
+        assert run.task.encoder is run.task.key_encoder.module
+    evaluator.measure()
+    assert (run.task.encoder, run.task.head) == own
+    assert list(run.task.state_dict()) == names
+    backend.close()
+
+
+def test_a_task_without_a_moving_average_is_refused(overrides, tmp_path):
+    config = config_of("two_view", overrides, tmp_path / "run", *LEARNS, AVERAGED)
+    with pytest.raises(ConfigError, match=r"evaluate\.weights=ema"):
+        trainer.train(config)
+
+
+@pytest.mark.parametrize(("task", "name"), [("two_view", "map"), ("drift", "samples")])
+def test_pictures_go_to_trackers(task, name, overrides, tmp_path):
+    picture = f"evaluate={{every: 2, during: [{name}], limit: 60}}"
+    config = config_of(task, overrides, tmp_path / "run", *LEARNS, picture, "train.log_every=2")
+    same = ("train.log_every=2",)  # the steps whose metrics are read
+    without = config_of(task, overrides, tmp_path / "without", *LEARNS, *same)
+    assert trained(config) == trained(without) == 0
+    assert num_colours(tmp_path / "run" / "plots" / f"training_{name}.png") > 10
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"images": 0})
+    events.Reload()
+    assert [image.step for image in events.Images(f"eval/{name}")] == [2, 4]
+    expected, found = weights(tmp_path / "without"), weights(tmp_path / "run")
+    assert all(torch.equal(found[key], x) for key, x in expected.items())
+
+
 def test_what_turns_out_to_be_impossible_is_named_and_left_out(overrides, tmp_path, caplog):
     """Three samples are no five neighbours; the probe may still have two classes."""
     few = "evaluate={every: 2, during: [knn, probe], limit: 3}"
@@ -155,6 +221,7 @@ def test_what_turns_out_to_be_impossible_is_named_and_left_out(overrides, tmp_pa
         ("digits_encoder", ("evaluate.during=[retrieval]",), "paired"),
         ("digits_generator", (), "encoder of images"),
         ("digits_encoder", ("evaluate.every=0",), "evaluate.every"),
+        ("digits_encoder", ("evaluate.during=[samples]",), "the task drift"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(config, options, words, overrides, tmp_path):

@@ -3,10 +3,13 @@
 import logging
 import re
 import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from PIL import Image
 
 from dist_contrastive.atomic import write_text
 from dist_contrastive.errors import ConfigError
@@ -55,9 +58,28 @@ class Trackers:
 
     def __call__(self, numbers: dict[str, float], step: int) -> None:
         """Send a row."""
+        self._send(lambda tracker: tracker.log(numbers, step=step))
+
+    def show(self, pictures: Mapping[str, Path], step: int) -> None:
+        """Send pictures, PNG files by name, to the trackers that take some."""
+        if not pictures or not self._trackers:
+            return
+        images = {
+            name: np.asarray(Image.open(path).convert("RGB"))[None]
+            for name, path in pictures.items()
+        }
+
+        def send(tracker: GeneralTracker) -> None:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images(images, step=step, **layout)
+
+        self._send(send)
+
+    def _send(self, send: Callable[[GeneralTracker], None]) -> None:
         for tracker in list(self._trackers):
             try:
-                tracker.log(numbers, step=step)
+                send(tracker)
             except Exception as error:  # whatever a tracker's own code raises
                 self._drop(tracker, error)
 

@@ -17,7 +17,7 @@ from dist_contrastive.losses import PairLoss
 from dist_contrastive.models.allocation import BoundedAllocation
 from dist_contrastive.optim import LAYERWISE, OptimConfig
 from dist_contrastive.settings import Settings
-from dist_contrastive.tasks import AnyTask, DataInfo, ImageTask, Paired, Task, build_task
+from dist_contrastive.tasks import AnyTask, DataInfo, Drift, ImageTask, Paired, Task, build_task
 
 
 class KeepBestSettings(Settings):
@@ -121,10 +121,13 @@ class RunConfig(Settings):
         evaluate, data = self.evaluate, self.data
         if evaluate.every is None:
             return self
-        by_labels = [name for name in evaluate.during if name != "retrieval"]
+        of_encoder = [name for name in evaluate.during if name != "samples"]
+        by_labels = [name for name in of_encoder if name != "retrieval"]
+        is_encoder, is_generator = (isinstance(self.task, x.Config) for x in (ImageTask, Drift))
         lacks = {
-            "data.test, a folder of held-out shards": data.test is None,
-            "a task with an encoder of images": not isinstance(self.task, ImageTask.Config),
+            "data.test, a folder of held-out shards": of_encoder and data.test is None,
+            "a task with an encoder of images": of_encoder and not is_encoder,
+            "the task drift, for samples": "samples" in evaluate.during and not is_generator,
             f"data.label, by which {' and '.join(by_labels)} goes": by_labels and not data.label,
             "the task paired, for retrieval": (
                 "retrieval" in evaluate.during and not isinstance(self.task, Paired.Config)

@@ -37,7 +37,7 @@ class Measure(ABC):
         """
 
 
-DuringName = Literal["knn", "probe", "retrieval"]
+DuringName = Literal["knn", "probe", "retrieval", "map", "samples"]
 OnlineName = Literal["probe", "knn"]
 _MEASURE = Choice("measure", Measure, {})
 
@@ -50,7 +50,12 @@ class EvaluateSettings(Settings):
     null: none. Its numbers, as eval/knn, are in the row of metrics of that step."""
     during: tuple[DuringName, ...] = ("knn",)
     """What is measured then: knn (k = 5) and probe (linear, C = 1) learn classes from data.train
-    and are tested on data.test, retrieval finds partners in data.test (task paired)."""
+    and are tested on data.test, retrieval finds partners in data.test (task paired). Pictures, for
+    RUN/plots and trackers: map, of held-out samples by label, and samples of a generator (task
+    drift)."""
+    weights: Literal["live", "ema"] = "live"
+    """Of the encoder that is measured, then, by `eval` and by `embed`: those that are trained, or
+    their moving average, of a task that keeps one (moco)."""
     limit: PositiveInt | None = 10_000
     """Samples of each split that are measured then, spread evenly over it; null: all."""
     online: tuple[OnlineName, ...] = ()

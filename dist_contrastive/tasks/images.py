@@ -1,5 +1,8 @@
 """Base of the tasks that train an encoder of images: encoder, projection head, views."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +81,35 @@ class ImageTask(Task):
             return images
         keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         return make_view(images, keys, RandomViews.Config(size=self.views.config.size))
+
+    def use_averages(self) -> dict[str, nn.Module]:
+        """Put the moving averages of networks, which momentum copies are, in their places.
+
+        Returns:
+            The networks that were there, by name.
+        Raises:
+            ConfigError: there is none of the encoder.
+        """
+        copies = {id(module): copy.module for copy, module in self.momentum_copies().values()}
+        own = {name: x for name, x in self.named_children() if id(x) in copies}
+        if "encoder" not in own:
+            raise ConfigError(
+                f"evaluate.weights=ema, but the task {self.config.name} keeps no moving average of "
+                f"its encoder; set evaluate.weights=live, or use a task that keeps one, as moco"
+            )
+        for name, network in own.items():
+            setattr(self, name, copies[id(network)])
+        return own
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context of `use_averages`."""
+        own = self.use_averages()
+        try:
+            yield
+        finally:
+            for name, network in own.items():
+                setattr(self, name, network)
 
     def pairs(self, embeddings: Embeddings) -> tuple[Tensor, Tensor] | None:
         """The first two views, or the two modalities."""

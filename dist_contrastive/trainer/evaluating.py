@@ -1,16 +1,18 @@
-"""Measures of an encoder while it trains, by all ranks together."""
+"""Measures of an encoder while it trains, by all ranks together; pictures, of generators too."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_contrastive import collectives
+from dist_contrastive import collectives, report
 from dist_contrastive.data.collate import collate
-from dist_contrastive.errors import NonFiniteError, UserError
+from dist_contrastive.errors import ConfigError, NonFiniteError, UserError
 from dist_contrastive.evaluation.encoders import NEIGHBOURS, encode
 from dist_contrastive.evaluation.neighbours import knn_accuracy, knn_regression_error, recall_at_k
 from dist_contrastive.evaluation.probe import linear_probe
@@ -25,9 +27,11 @@ from dist_contrastive.evaluation.splits import (
     open_splits,
     shape_of,
 )
-from dist_contrastive.tasks import ImageTask, Paired
+from dist_contrastive.tasks import Drift, ImageTask, Paired, Task
 from dist_contrastive.trainer.checks import eval_mode
 from dist_contrastive.trainer.run import Run
+
+_PER_CLASS, _MOST_CLASSES = 8, 20  # samples of a generator in a picture
 
 
 class Evaluator:
@@ -50,16 +54,20 @@ class Evaluator:
         self._run, self._heartbeat = run, heartbeat
         self._settings, self._warned = run.config.evaluate, set[str]()
         self._splits: tuple[Split, Split] | None = None
-        if self._settings.every is None:
+        self._classes: Mapping[int, str] = {}
+        self._pictures: dict[str, Path] = {}
+        if self._settings.every is None or not isinstance(run.task, ImageTask):
             return
         with collectives.raised_together():
+            with self._weights(run.task):
+                pass  # they are there
             opened = open_splits(run.config.data, run.config.fields, self._settings.limit)
             backend = run.backend
             train, test = (
                 replace(split, rank=backend.rank, world_size=backend.world_size)
                 for split in (opened.train, opened.test)
             )
-            self._splits = train, test
+            self._splits, self._classes = (train, test), opened.classes
 
     def is_due(self, step: int) -> bool:
         """Whether this step is measured."""
@@ -75,12 +83,12 @@ class Evaluator:
 
         Collectives: gathers of rows and of objects.
         """
-        assert self._splits is not None, "evaluate.every is set"
         run, begin = self._run, time.perf_counter()
         task = run.task
-        assert isinstance(task, ImageTask), "the config is checked"
-        with torch.no_grad(), run.engine.whole_parameters(), eval_mode(task):
-            splits = [self._encoded(task, split) for split in self._splits]
+        with torch.no_grad(), run.engine.whole_parameters(), eval_mode(task), self._weights(task):
+            splits = []
+            if isinstance(task, ImageTask) and self._splits is not None:
+                splits = [self._encoded(task, split) for split in self._splits]
             numbers: dict[str, float] = {}
             with collectives.raised_together():
                 if run.backend.is_main:
@@ -89,6 +97,17 @@ class Evaluator:
         seconds = time.perf_counter() - begin
         run.clock.leave_out(seconds)
         return {**numbers, "eval_s": seconds}
+
+    def take_pictures(self) -> dict[str, Path]:
+        """Files of the pictures since the last call, by name; on the first rank."""
+        taken, self._pictures = self._pictures, {}
+        return taken
+
+    def _weights(self, task: Task) -> AbstractContextManager[None]:
+        """Context in which the networks are those that are measured."""
+        if self._settings.weights == "ema" and isinstance(task, ImageTask):
+            return task.averaged()
+        return nullcontext()
 
     def _encoded(self, task: ImageTask, split: Split) -> Encoded:
         """A split as all ranks have encoded it, in the order of its samples."""
@@ -116,13 +135,15 @@ class Evaluator:
             self._warned.add(what)
             self._run.warning(message)
 
-    def _numbers(self, task: ImageTask, train: Encoded, test: Encoded) -> dict[str, float]:
+    def _numbers(self, task: Task, *splits: Encoded) -> dict[str, float]:
         """Numbers by name, of the first rank; what cannot be measured is named once, left out, and
         ends no run."""
         measures: dict[str, Callable[[], dict[str, float]]] = {
-            "knn": lambda: {"eval/knn": _knn(*_sets(train, test))},
-            "probe": lambda: {"eval/probe": linear_probe(*_sets(train, test))},
-            "retrieval": lambda: _retrieval(task, test),
+            "knn": lambda: {"eval/knn": _knn(*_sets(*splits))},
+            "probe": lambda: {"eval/probe": linear_probe(*_sets(*splits))},
+            "retrieval": lambda: _retrieval(task, splits[1]),
+            "map": lambda: self._drawn("map", lambda path: self._map(path, *splits)),
+            "samples": lambda: self._drawn("samples", lambda path: self._samples(task, path)),
         }
         numbers: dict[str, float] = {}
         for name in self._settings.during:
@@ -131,6 +152,30 @@ class Evaluator:
             except (UserError, NonFiniteError) as error:
                 self._warn_once(name, f"{name} is not measured: {error}")
         return numbers
+
+    def _drawn(self, name: str, draw: Callable[[Path], None]) -> dict[str, float]:
+        path = self._run.config.run_dir / "plots" / f"training_{name}.png"
+        draw(path)
+        self._pictures[f"eval/{name}"] = path
+        return {}
+
+    def _map(self, path: Path, train: Encoded, test: Encoded) -> None:
+        _, _, features, labels = _sets(train, test)
+        title = f"held-out samples in the representation, step {self._run.progress.step}"
+        report.embedding_map(features, labels, path, title, names=self._classes)
+
+    def _samples(self, task: Task, path: Path) -> None:
+        assert isinstance(task, Drift), "the config is checked"
+        classes = self._run.config.data.num_classes
+        rows = torch.arange(min(classes or 1, _MOST_CLASSES)).repeat_interleave(_PER_CLASS)
+        samples = task.generate(None if classes is None else rows, len(rows), seed=0)
+        title = f"step {self._run.progress.step}"
+        if report.are_images(samples):
+            report.sample_grid(samples, rows, path=path, per_class=_PER_CLASS, title=title)
+        elif samples[0].numel() == 2:
+            report.point_clouds({"generated": samples.flatten(1)}, path, title)
+        else:
+            raise ConfigError("samples that are neither images nor points cannot be drawn")
 
 
 def _sets(train: Encoded, test: Encoded) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -145,7 +190,7 @@ def _knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor)
     return measure(train, train_labels, test, test_labels, NEIGHBOURS)
 
 
-def _retrieval(task: ImageTask, test: Encoded) -> dict[str, float]:
+def _retrieval(task: Task, test: Encoded) -> dict[str, float]:
     assert isinstance(task, Paired), "the config is checked"
     assert test.partners is not None
     images, partners = task.embed_representations(test.features), test.partners

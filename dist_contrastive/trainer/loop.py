@@ -77,7 +77,7 @@ def run_loop(
                 recorder.show(row)
                 skipped.report()
             if row and is_logged:
-                recorder.write(row)
+                recorder.write(row, evaluator.take_pictures())
                 saver.observe(row)
 
             if step % config.train.save_every == 0 and step < steps:

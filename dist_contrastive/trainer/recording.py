@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -170,9 +170,15 @@ class Recorder:
     """Metrics, ledger and profile of a run that trains. Made by `open`; a context manager."""
 
     def __init__(
-        self, run: Run, metrics: MetricsLog, ledger: Ledger, profiler: Profiler, files: ExitStack
+        self,
+        run: Run,
+        trackers: Trackers,
+        metrics: MetricsLog,
+        ledger: Ledger,
+        profiler: Profiler,
+        files: ExitStack,
     ) -> None:
-        self._run, self._files = run, files
+        self._run, self._trackers, self._files = run, trackers, files
         self._doubts = Doubts(run)
         self._metrics, self._ledger, self._profiler = metrics, ledger, profiler
 
@@ -209,7 +215,7 @@ class Recorder:
             )
             ledger = files.enter_context(Ledger(run_dir, rank, train.ledger))
             profiler = files.enter_context(Profiler(run_dir, rank, train.profile_steps))
-            return cls(run, metrics, ledger, profiler, files.pop_all())
+            return cls(run, trackers, metrics, ledger, profiler, files.pop_all())
 
     def __enter__(self) -> Self:
         return self
@@ -226,7 +232,12 @@ class Recorder:
         """Show a row of metrics as progress."""
         self._metrics.show(row)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Record a row of metrics, and what there is to say of it."""
+    def write(self, row: dict[str, Any], pictures: Mapping[str, Path]) -> None:
+        """Record a row of metrics, its pictures, and what there is to say of it.
+
+        Raises:
+            CollapseError: as `Doubts.observe`.
+        """
         self._metrics.write(row)
+        self._trackers.show(pictures, row["step"])
         self._doubts.observe(row)
