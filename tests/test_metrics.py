@@ -25,7 +25,7 @@ from dist_contrastive.metrics import (
     duplicates,
     forget_steps,
     geometry,
-    rankme,
+    rank_me,
     read_rows,
 )
 from dist_contrastive.testing import run_ranks
@@ -164,9 +164,9 @@ def test_what_learns_nothing_is_said_once(case, tmp_path, overrides, capsys):
 def test_effective_rank():
     """Equal shares in as many directions, whatever the shape; rows that are all equal."""
     for shape in ((40, 12), (12, 40)):
-        assert rankme(torch.linalg.qr(torch.randn(shape)).Q) == pytest.approx(12, rel=1e-3)
-    assert rankme(torch.ones(50, 8)) == pytest.approx(1, abs=1e-3)
-    assert rankme(torch.zeros(5, 3)) == pytest.approx(1, abs=1e-3)
+        assert rank_me(torch.linalg.qr(torch.randn(shape)).Q) == pytest.approx(12, rel=1e-3)
+    assert rank_me(torch.ones(50, 8)) == pytest.approx(1, abs=1e-3)
+    assert rank_me(torch.zeros(5, 3)) == pytest.approx(1, abs=1e-3)
 
 
 def outcome_of(config) -> str:

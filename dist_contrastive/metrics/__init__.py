@@ -11,7 +11,7 @@ from dist_contrastive.metrics.step import (
     duplicates,
     geometry,
     peak_memory_mb,
-    rankme,
+    rank_me,
     term_metrics,
 )
 
@@ -25,7 +25,7 @@ __all__ = [
     "forget_steps",
     "geometry",
     "peak_memory_mb",
-    "rankme",
+    "rank_me",
     "read_rows",
     "term_metrics",
 ]

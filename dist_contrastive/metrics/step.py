@@ -131,7 +131,7 @@ def geometry(
         uniformity            log mean exp(-2 |a_i - a_j|^2)          (lower: more evenly spread)
         embedding_std         standard deviation of a dimension of a, mean over dimensions, times
                               the root of their number  (1: spread over the sphere, 0: collapsed)
-        effective_rank        `rankme` of a  (1: collapsed)
+        effective_rank        `rank_me` of a  (1: collapsed)
         effective_negatives   mean over i of exp(entropy of softmax_j(<a_i, b_j> / temperature)):
                               how many of the n - 1 negatives the gradient comes from
 
@@ -164,7 +164,7 @@ def geometry(
         "alignment": (a - b).square().sum(-1).mean().item(),
         "uniformity": (-2 * distances[others]).exp().mean().log().item(),
         "embedding_std": a.std(0, correction=0).mean().item() * math.sqrt(a.shape[1]),
-        "effective_rank": rankme(a),
+        "effective_rank": rank_me(a),
     }
     if temperature is not None:
         logits = scores[others].view(len(a), -1) / temperature
@@ -174,7 +174,7 @@ def geometry(
 
 
 @torch.no_grad()
-def rankme(rows: Tensor) -> float:
+def rank_me(rows: Tensor) -> float:
     """Effective rank: exp of the entropy of the singular values of rows [n, D], which are not
     centred, over their sum; from 1 to min(n, D). Computed in fp64.
 

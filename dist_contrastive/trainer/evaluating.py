@@ -100,8 +100,8 @@ class Evaluator:
 
     def take_pictures(self) -> dict[str, Path]:
         """Files of the pictures since the last call, by name; on the first rank."""
-        taken, self._pictures = self._pictures, {}
-        return taken
+        pictures, self._pictures = self._pictures, {}
+        return pictures
 
     def _weights(self, task: Task) -> AbstractContextManager[None]:
         """Context in which the networks are those that are measured."""
