@@ -63,6 +63,7 @@ def interpret() -> None:
     assert "triton" not in sys.modules or kernel_calls.is_interpreted(), "it could not know"
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN
     for key in kernel_calls.TILES:
         rows = 16 if "gradient" in key[0] else 32
         kernel_calls.TILES[key] = TileShape(rows, 16, 16, 4, 1)

@@ -29,6 +29,15 @@ SIZES = ["M", "N", "own"]
 
 
 @triton.jit
+def blocks_of(part, N, BN: tl.constexpr):
+    """The first block of keys of a part, one of as many as programs share a block of rows, and the
+    one after its last."""
+    num_blocks = tl.cdiv(N, BN)
+    in_part = tl.cdiv(num_blocks, tl.num_programs(1))
+    return part * in_part, tl.minimum((part + 1) * in_part, num_blocks)
+
+
+@triton.jit
 def tile_product(X, Y, row, key, M, N, D: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr):
     """Products of rows and keys by their numbers: fp32; 0 beyond the last.
 
@@ -97,6 +106,18 @@ def similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N):
 
 
 @triton.jit
+def pairs_inside(row, key, M, N):
+    """Which pairs are of one of the first M rows and one of the first N keys."""
+    return (row < M)[:, None] & (key < N)[None, :]
+
+
+@triton.jit
+def own_pairs(row, key, own):
+    """Which pairs are of a row and its own key."""
+    return (row + own)[:, None] == key[None, :]
+
+
+@triton.jit
 def holds_own(first_row, first_key, own, BM: tl.constexpr, BN: tl.constexpr):
     """Whether a tile has pairs of a row and its own key; most have none, and skip their masks."""
     return (first_row + own < first_key + BN) & (first_key < first_row + own + BM)
@@ -110,8 +131,7 @@ def store_gradient(G, grad, row, key, M, stride):
     that eight numbers at a time are inside.
     """
     at = G + row[:, None].to(tl.int64) * stride + key[None, :]
-    is_inside = (row < M)[:, None] & (key < stride)[None, :]
-    tl.store(at, grad.to(G.dtype.element_ty), mask=is_inside)
+    tl.store(at, grad.to(G.dtype.element_ty), mask=pairs_inside(row, key, M, stride))
 
 
 @triton.jit
@@ -234,7 +254,7 @@ def _pair_part(
     similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N) if HAS_IDS else scores
     if holds_own(first_row, first_key, own, BM, BN) | (first_key + BN > N):
         tl.debug_barrier()  # without it the masks would be computed in every tile
-        counts = (key < N)[None, :] & ((row + own)[:, None] != key[None, :])
+        counts = (key < N)[None, :] & ~own_pairs(row, key, own)
         scores = tl.where(counts, scores, -float("inf") * UNIT)
         if HAS_IDS:
             similar = similar & counts
@@ -291,10 +311,9 @@ def pair_kernel(
     """
     first_row, part = tl.program_id(0) * BM, tl.program_id(1)
     row = first_row + tl.arange(0, BM)
-    num_blocks = tl.cdiv(N, BN)
-    in_part = tl.cdiv(num_blocks, tl.num_programs(1))
     values, grads = tl.zeros([BM, 8], tl.float32), tl.zeros([BM, 8], tl.float32)
-    for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
+    begin, end = blocks_of(part, N, BN)
+    for block in range(begin, end):
         first_key = block * BN
         key = first_key + tl.arange(0, BN)
         tile = tile_product(X, Y, row, key, M, N, D, PRECISION, BK)

@@ -11,9 +11,12 @@ import triton.language as tl
 from dist_contrastive.pairwise.kernels import (
     LOG2E,
     SIZES,
+    blocks_of,
     exp2,
     holds_own,
     load_factors,
+    own_pairs,
+    pairs_inside,
     part_of,
     similar_pairs,
     store_gradient,
@@ -57,12 +60,11 @@ def lse_kernel(
     """
     first_row, part = tl.program_id(0) * BM, tl.program_id(1)
     row = first_row + tl.arange(0, BM)
-    num_blocks = tl.cdiv(N, BN)
-    in_part = tl.cdiv(num_blocks, tl.num_programs(1))
     total = tl.zeros([BM], tl.float32)
     positive_sum = tl.zeros([BM], tl.float32)
     shift = tl.load(SHIFT)
-    for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
+    begin, end = blocks_of(part, N, BN)
+    for block in range(begin, end):
         first_key = block * BN
         key = first_key + tl.arange(0, BN)
         z = tile_product(X, Y, row, key, M, N, D, PRECISION, BK)
@@ -70,18 +72,17 @@ def lse_kernel(
         key_factor = load_factors(KEY_FACTORS, key, N, HAS_FACTORS)
         z = z * row_factor[:, None] * key_factor[None, :]
         z -= shift
-        if WITH_POSITIVES:
+        if WITH_POSITIVES or LEAVE_OUT == "similar":
             similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
-            positive_sum += tl.sum(tl.where(similar, z, 0.0), 1)
-        if LEAVE_OUT == "similar":
-            similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
-            z = tl.where(similar, -float("inf"), z)
+            if WITH_POSITIVES:
+                positive_sum += tl.sum(tl.where(similar, z, 0.0), 1)
+            if LEAVE_OUT == "similar":
+                z = tl.where(similar, -float("inf"), z)
         is_masked = (first_key + BN > N) | (first_row + BM > M)
         if WITH_POSITIVES or LEAVE_OUT == "own":
             is_masked |= holds_own(first_row, first_key, own, BM, BN)
         if is_masked:
-            counts = (row < M)[:, None] & (key < N)[None, :]
-            is_own = (row + own)[:, None] == key[None, :]
+            counts, is_own = pairs_inside(row, key, M, N), own_pairs(row, key, own)
             if WITH_POSITIVES:
                 positive_sum -= tl.sum(tl.where(counts & is_own, z, 0.0), 1)
             if LEAVE_OUT == "own":
@@ -128,21 +129,20 @@ def running_lse_kernel(
         return
     first_row, part = tl.program_id(0) * BM, tl.program_id(1)
     row = first_row + tl.arange(0, BM)
-    num_blocks = tl.cdiv(N, BN)
-    in_part = tl.cdiv(num_blocks, tl.num_programs(1))
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], -float("inf"), tl.float32)
-    for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
+    begin, end = blocks_of(part, N, BN)
+    for block in range(begin, end):
         key = block * BN + tl.arange(0, BN)
         z = tile_product(X, Y, row, key, M, N, D, PRECISION, BK)
         row_factor = load_factors(ROW_FACTORS, row, M, HAS_FACTORS) * LOG2E
         key_factor = load_factors(KEY_FACTORS, key, N, HAS_FACTORS)
         z = z * row_factor[:, None] * key_factor[None, :]
-        counts = (row < M)[:, None] & (key < N)[None, :]
+        counts = pairs_inside(row, key, M, N)
         if LEAVE_OUT == "similar":
             counts = counts & ~similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
         if LEAVE_OUT == "own":
-            counts = counts & ((row + own)[:, None] != key[None, :])
+            counts = counts & ~own_pairs(row, key, own)
         z = tl.where(counts, z, -float("inf"))
         higher = tl.maximum(top, tl.max(z, 1))
         finite = tl.where(higher == -float("inf"), 0.0, higher)
@@ -256,9 +256,8 @@ def lse_gradient_kernel(
             return
     first_row, part = tl.program_id(0) * BM, tl.program_id(1)
     row = first_row + tl.arange(0, BM)
-    num_blocks = tl.cdiv(N, BN)
-    in_part = tl.cdiv(num_blocks, tl.num_programs(1))
-    for block in range(part * in_part, tl.minimum((part + 1) * in_part, num_blocks)):
+    begin, end = blocks_of(part, N, BN)
+    for block in range(begin, end):
         first_key = block * BN
         key = first_key + tl.arange(0, BN)
         tile = tile_product(X, Y, row, key, M, N, D, PRECISION, BK)

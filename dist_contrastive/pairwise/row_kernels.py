@@ -132,54 +132,41 @@ def unit_gradient_kernel(
     square = tl.zeros([BM], tl.float32)
     row_product = tl.zeros([BM], tl.float32)
     key_product = tl.zeros([BM], tl.float32)
-    for first in range(0, D, BK):
-        dim = first + tl.arange(0, BK)
-        as_row, as_key = _gradients(
-            ROW_SUMS,
-            KEY_SUMS,
-            WEIGHT,
-            PARTNERS,
-            COEFFICIENTS,
-            row,
-            dim,
-            M,
-            P,
-            shift,
-            D,
-            IS_ROW,
-            IS_KEY,
-            HAS_PARTNERS,
-        )
-        x = _load(X, row, dim, M, D)
-        square += tl.sum(x * x, 1)
-        row_product += tl.sum(x * as_row, 1)
-        key_product += tl.sum(x * as_key, 1)
+    along = tl.zeros([BM], tl.float32)
+    share = tl.zeros([BM], tl.float32)
+    for is_last in tl.static_range(2):  # what points along X is known when all of it has been read
+        for first in range(0, D, BK):
+            dim = first + tl.arange(0, BK)
+            as_row, as_key = _gradients(
+                ROW_SUMS,
+                KEY_SUMS,
+                WEIGHT,
+                PARTNERS,
+                COEFFICIENTS,
+                row,
+                dim,
+                M,
+                P,
+                shift,
+                D,
+                IS_ROW,
+                IS_KEY,
+                HAS_PARTNERS,
+            )
+            x = _load(X, row, dim, M, D)
+            if is_last:
+                total = as_row + as_key
+                if UNIT:
+                    total = (total - along[:, None] * x) * share[:, None]
+                at = GRAD + row[:, None].to(tl.int64) * D + dim[None, :]
+                inside = (row < M)[:, None] & (dim < D)[None, :]
+                tl.store(at, total.to(GRAD.dtype.element_ty), mask=inside)
+            else:
+                square += tl.sum(x * x, 1)
+                row_product += tl.sum(x * as_row, 1)
+                key_product += tl.sum(x * as_key, 1)
+        has_length = square > _NO_LENGTH * _NO_LENGTH
+        along = tl.where(has_length, (row_product + key_product) / square, 0.0)
+        share = tl.minimum(square / _SHORT_SQUARE, 1.0)
     if IS_ROW:
         tl.store(PRODUCTS + row, row_product, mask=row < M)
-    has_length = square > _NO_LENGTH * _NO_LENGTH
-    along = tl.where(has_length, (row_product + key_product) / square, 0.0)
-    share = tl.minimum(square / _SHORT_SQUARE, 1.0)
-    for first in range(0, D, BK):
-        dim = first + tl.arange(0, BK)
-        as_row, as_key = _gradients(
-            ROW_SUMS,
-            KEY_SUMS,
-            WEIGHT,
-            PARTNERS,
-            COEFFICIENTS,
-            row,
-            dim,
-            M,
-            P,
-            shift,
-            D,
-            IS_ROW,
-            IS_KEY,
-            HAS_PARTNERS,
-        )
-        total = as_row + as_key
-        if UNIT:
-            total = (total - along[:, None] * _load(X, row, dim, M, D)) * share[:, None]
-        at = GRAD + row[:, None].to(tl.int64) * D + dim[None, :]
-        inside = (row < M)[:, None] & (dim < D)[None, :]
-        tl.store(at, total.to(GRAD.dtype.element_ty), mask=inside)
