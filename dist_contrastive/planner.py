@@ -25,6 +25,7 @@ from dist_contrastive.planner_constants import (
     FORCE_PANEL,
     FORCE_ROUNDS,
     FORCE_TEMPERATURES,
+    FP32_PRODUCTS,
     KERNELS,
     SPECS,
     Assumed,
@@ -173,7 +174,8 @@ def _rates(name: str) -> tuple[Card, Assumed]:
 
 def _kernel_seconds(asked: Asked, scores: int, card: Card, assumed: Assumed) -> dict[str, float]:
     """Scores and their gradients by kernels, and the two products of these."""
-    passes = 6 if asked.dtype == "fp32" else 1  # three in TF32, which has half the rate
+    is_fp32 = asked.dtype == "fp32"
+    passes = 6 if is_fp32 else 1  # three in TF32, which has half the rate
     product = 1024 * 2 * asked.dim * passes / card.half
     sm_s = card.sms * card.clock * assumed.products
     times = [
@@ -181,17 +183,17 @@ def _kernel_seconds(asked: Asked, scores: int, card: Card, assumed: Assumed) -> 
         for x in KERNELS[asked.name, _kind(asked)]
     ]
     by_kernels = scores / 1024 * sum(times) / sm_s
-    rate = card.fp32 if asked.dtype == "fp32" else card.sms * card.clock * card.half
-    products = 4 * scores * asked.dim / (rate * assumed.products)
+    turns = FP32_PRODUCTS * passes if is_fp32 else passes
+    products = 4 * scores * asked.dim * turns / (card.half * sm_s)
     return {"scores and their gradients": by_kernels, "products": products}
 
 
-_ROWS, _BYTES, _BLOCK = 4096, 2**29, 256  # as pairwise/fused.py has them
+_ROWS, _BYTES, _BLOCK = {2: 4096, 4: 8192}, 2**29, 256  # as pairwise/fused.py has them
 
 
 def tile_of_gradients(rows: int, keys: int, size: int) -> tuple[int, int]:
     """Rows and keys whose gradients of scores, of so many bytes each, are kept at a time."""
-    num_rows = min(rows, _ROWS)
+    num_rows = min(rows, _ROWS[size])
     return num_rows, min(keys, max(1, _BYTES // (num_rows * size * _BLOCK)) * _BLOCK)
 
 

@@ -124,6 +124,10 @@ FORCE_CYCLES = ForceKernels(distances=560, passes=2600, weights=670)
 FORCE_NUMBERS = Numbers(of_rows=128, of_keys=8, row=0, key=0)
 FORCE_LAUNCHES = ForceLaunches()
 
+FP32_PRODUCTS = 1.15
+"""Cycles of an SM in which products by gradients in fp32 issue their instructions, which split each
+operand in two, by cycles of their tensor cores, as `fp32_products` of predict.py reads them: two
+blocks on an SM overlap these."""
 KERNELS: Mapping[tuple[str, str], tuple[Kernel, ...]] = {
     ("infonce", "half"): (Kernel(64.0, 2), Kernel(77.1, 2)),
     ("infonce", "fp32"): (Kernel(64.0, 1), Kernel(64.0, 1)),

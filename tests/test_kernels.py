@@ -122,6 +122,55 @@ def test_kernels_equal_the_specification(interpreted, reduction, shape):
     interpreted(check_random, reduction, shape)
 
 
+def check_products(num_rows: int, num_keys: int, dim: int) -> None:
+    torch.manual_seed(0)
+    lines = torch.full((num_rows, -(-num_keys // 16) * 16), 1e30)  # what fills them up adds nothing
+    lines[:, :num_keys] = torch.randn(num_rows, num_keys)
+    g = lines[:, :num_keys]
+    for a in (g, g.T):
+        b, total = torch.randn(a.shape[1], dim), torch.randn(len(a), dim)
+        exact = total.double() + a.double() @ b.double()
+        kernel_calls.add_product(total, a, b)
+        torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (32, 48, 16)])
+def test_products_by_gradients_of_scores(interpreted, shape):
+    interpreted(check_products, *shape)
+
+
+def in_three_products(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` as tensor cores make it of tf32x3: each operand is the sum of two numbers of eleven
+    digits, the second of which is cut off; the product of the second ones is left out."""
+
+    def cut(x: Tensor) -> Tensor:
+        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    larger = [cut((x.view(torch.int32) + 0x1000).view(torch.float32)) for x in (a, b)]
+    smaller = [cut(x - y) for x, y in zip((a, b), larger, strict=True)]
+    return smaller[0] @ larger[1] + larger[0] @ smaller[1] + larger[0] @ larger[1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0, 100.0])
+def test_three_products_in_tf32_are_as_exact_as_one_in_fp32(scale):
+    """Softmaxes of scores times rows, all products made either way: errors against fp64 at most
+    twice those of fp32, or than one rounding. The interpreter has no TF32."""
+
+    def made(dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        x, y = rows.to(dtype), keys.to(dtype)
+        scores = scale * product(x, y.T)
+        grad = scores.softmax(0) + scores.softmax(1)
+        return [product(grad, y).double(), product(grad.T.contiguous(), x).double()]
+
+    torch.manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(768, 64), dim=1)
+    keys = torch.nn.functional.normalize(rows + 0.1 * torch.randn(768, 64), dim=1)
+    exact, plain = made(torch.float64, torch.matmul), made(torch.float32, torch.matmul)
+    split = made(torch.float32, in_three_products)
+    for right, x, y in zip(exact, plain, split, strict=True):
+        assert (y - right).norm() <= 2 * max((x - right).norm(), 2**-24 * right.norm())
+
+
 def check_extremes(reduction: pairwise.Reduction, kind: str) -> None:
     pairs = random_pairs(20, 33, 16, 100.0)
     rows, keys = pairs.rows, pairs.keys.clone()
@@ -159,6 +208,18 @@ def check_far_from_shift() -> None:
 
 def test_rows_far_from_the_shift(interpreted):
     interpreted(check_far_from_shift)
+
+
+def check_very_long_keys() -> None:
+    """Exponentials times the factors of keys, the inverse lengths, would have few digits or none:
+    rows are opposite to all keys."""
+    torch.manual_seed(0)
+    rows, keys = (torch.ones(n, 16) + 0.2 * torch.randn(n, 16) for n in (20, 33))
+    check(LogSumExp(both=True), make_pairs(-rows, 2.0**61 * keys, scale=55.0), rtol=2e-5)
+
+
+def test_very_long_keys(interpreted):
+    interpreted(check_very_long_keys)
 
 
 def check_nothing_counted() -> None:

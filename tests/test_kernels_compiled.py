@@ -26,6 +26,7 @@ COMPILED = [
     for name in static.VARIANTS
     for card in static.CARDS
     for dtype in ("bf16", "fp32")
+    if dtype in static.VARIANTS[name].dtypes
 ]
 
 
@@ -33,9 +34,9 @@ COMPILED = [
 # All have two blocks on an SM, of which one computes while the other multiplies.
 LIMITS = {
     "InfoNCE, symmetric": 0.22,
-    "InfoNCE, symmetric, gradient": 0.25,
-    "InfoNCE, gradient": 0.22,
-    "NT-Xent, gradient": 0.22,
+    "InfoNCE, symmetric, gradient": 0.2,
+    "InfoNCE, gradient": 0.2,
+    "NT-Xent, gradient": 0.2,
     "SupCon": 0.35,
     "any range, gradient": 0.35,
     "DCL, gradient": 0.35,
@@ -77,7 +78,7 @@ def test_compiled_for_fp16(name):
     assert ".f32.f16.f16" in report.ptx  # with fp32 sums
 
 
-KERNELS = ["lse", "running_lse", "lse_gradient", "pair", "cosine", "unit_gradient"]
+KERNELS = ["lse", "running_lse", "lse_gradient", "pair", "cosine", "unit_gradient", "add_product"]
 
 
 @pytest.mark.parametrize("name", KERNELS)

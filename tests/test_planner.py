@@ -23,7 +23,7 @@ from dist_contrastive import planner
 from dist_contrastive.cli import main
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.planner import Asked
-from dist_contrastive.planner_constants import KERNELS, SPECS
+from dist_contrastive.planner_constants import FP32_PRODUCTS, KERNELS, SPECS
 from dist_contrastive.trainer.failures import plan_of_run
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +109,7 @@ def test_cycles_are_those_of_the_machine_code():
         for found, known in zip(kernels, KERNELS[loss, kind], strict=True):
             assert found.blocks == known.blocks, (loss, kind)
             assert found.cycles == pytest.approx(known.cycles, rel=0.1), (loss, kind)
+    assert predict.fp32_products() == pytest.approx(FP32_PRODUCTS, rel=0.05)
 
 
 def test_time_grows_as_it_should():

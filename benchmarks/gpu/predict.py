@@ -256,6 +256,20 @@ def read_kernel(name: str, kind: str) -> Kernel:
     return Kernel(round(cycles, 1), report.blocks)
 
 
+def fp32_products() -> float:
+    """Cycles in which the products by gradients in fp32 issue a turn of their loops, by those in
+    which tensor cores do its three products in TF32; the mean of both, for sm_90."""
+    import static
+
+    found = []
+    for name in ("product by rows", "product by keys"):
+        variant = static.VARIANTS[name]
+        tile, report = variant.tile("fp32", 90), static.compiled(variant, 90, dtype="fp32")
+        product = 6 * 2 * tile.rows * tile.keys * tile.dims / static.CARDS[90].bf16
+        found.append(report.turn * tile.warps / 4 / product)
+    return sum(found) / len(found)
+
+
 def cost_table() -> dict[tuple[str, str, str], Cost]:
     """Bytes and launches, by loss, kind of dtype and source of keys."""
     return {

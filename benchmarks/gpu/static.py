@@ -70,6 +70,7 @@ class Report(NamedTuple):
     ttir: str
     tensor: int
     way: Way
+    turn: int  # instructions in the loop of the product
 
     def epilogue(self) -> float:
         """Cycles of an SM for what is not the product of a tile."""
@@ -84,6 +85,7 @@ class Variant:
     name: str
     constants: dict[str, Any]
     ids: bool = False
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
 
     def tile(self, dtype: str, card: int) -> TileShape:
         """Its tile of the table."""
@@ -101,8 +103,9 @@ class Variant:
         ids = "*i32" if self.ids else f"*{operand}"
         types = dict.fromkeys(("X", "Y", "G"), f"*{operand}")
         types |= dict.fromkeys(("ROW_IDS", "KEY_IDS"), ids)
-        types |= dict.fromkeys(("REPEAT", "FAR"), "*i32")
-        types |= dict.fromkeys(("M", "N", "own", "shift", "count", "first", "stride"), "i32")
+        types |= dict.fromkeys(("REPEAT", "NEAR"), "*i32")
+        sizes = ("M", "N", "own", "shift", "count", "first", "stride", "R", "K")
+        types |= dict.fromkeys(sizes, "i32")
         types["parameter"] = "fp32"
         kernel = kernel_of(self.name)
         return {name: types.get(name, "*fp32") for name in kernel.arg_names}
@@ -140,6 +143,8 @@ VARIANTS = {
     "SigLIP, value and gradient": _pair("softplus", True, True),
     "SigLIP, gradient": _pair("softplus", False, True),
     "cosine embedding, value and gradient": _pair("cosine_embedding", True, True),
+    "product by rows": Variant("add_product", {"TRANSPOSED": False}, dtypes=("fp32",)),
+    "product by keys": Variant("add_product", {"TRANSPOSED": True}, dtypes=("fp32",)),
 }
 """The kernel of each loss."""
 
@@ -150,7 +155,7 @@ def compiled(
     dim: int = 768,
     dtype: str = "bf16",
     tile: TileShape | None = None,
-    factors: bool | None = None,
+    factors: bool = True,
     precision: str | None = None,
     **options: Any,
 ) -> Report:
@@ -158,9 +163,10 @@ def compiled(
     tile = tile or variant.tile(dtype, card)
     kernel = kernel_of(variant.name)
     constants = {**variant.constants, "D": dim, "BM": tile.rows, "BN": tile.keys, "BK": tile.dims}
-    constants["HAS_FACTORS"] = dtype != "fp32" if factors is None else factors
+    constants["HAS_FACTORS"] = factors  # as losses of every dtype have them
     constants["PRECISION"] = precision or ("tf32x3" if dtype == "fp32" else "ieee")
-    constants |= {"PARTS": tile.parts} if "PARTS" in kernel.arg_names else {}
+    constants["PARTS"] = tile.parts
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     names, types = kernel.arg_names, variant.signature(dtype)
     types |= dict.fromkeys(constants, "constexpr")
     aligned = [name for name in names if types[name].startswith("*") or name == "stride"]
@@ -246,8 +252,8 @@ class _Code:
         return Way(len(found), sum(self.ops[i] == "MUFU" for i in found))
 
 
-def _read(text: str) -> tuple[int, Way]:
-    """Instructions of tensor cores, and the way around the loop of the product."""
+def _read(text: str) -> tuple[int, Way, int]:
+    """Instructions of tensor cores, the way around the loop of the product, and what that has."""
     code = _Code(text)
     tensor = [i for i, op in enumerate(code.ops) if op in TENSOR_CORES]
     loops = code.loops()
@@ -256,7 +262,7 @@ def _read(text: str) -> tuple[int, Way]:
         loops, key=lambda loop: (sum(i in loop for i in tensor), -len(loop)), default=None
     )
     if product is None or not tensor:
-        return len(tensor), Way(0, 0)
+        return len(tensor), Way(0, 0), 0
     around = [loop for loop in loops if set(product) < set(loop)]
     if around:  # a loop over keys, of which a tile is one turn
         outer = min(around, key=len)
@@ -264,7 +270,7 @@ def _read(text: str) -> tuple[int, Way]:
     else:
         first, ends = 0, {i for i, op in enumerate(code.ops) if op == "EXIT"}
     ways = code.path(first, {product.start}), code.path(product.stop, ends)
-    return len(tensor), Way(*map(sum, zip(*ways, strict=True)))
+    return len(tensor), Way(*map(sum, zip(*ways, strict=True))), len(product)
 
 
 def main() -> None:
@@ -280,7 +286,7 @@ def main() -> None:
     print(f"{'kernel':30} card dtype {'tile':>17} regs spill shared blocks  mma product  rest")
     for card, dtype in ((card, dtype) for card in args.cards for dtype in args.dtypes):
         for name, variant in VARIANTS.items():
-            if args.only in name:
+            if args.only in name and dtype in variant.dtypes:
                 print(line(name, variant, card, args.dim, dtype, shape), flush=True)
 
 

@@ -3,7 +3,7 @@
 What the host would have to ask the device (whether sums have left the range of fp32) is decided
 there: the kernel that repeats them ends at once where it is not needed. Gradients of the scores of
 some rows and keys at a time are written in the dtype of the operands, for two matrix products,
-which add to sums in fp32.
+which add to sums in fp32: of half precision by cuBLAS, of fp32 by a kernel on the tensor cores.
 """
 
 import math
@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_contrastive.pairwise.kernel_calls import Operands, launch, num_similar
+from dist_contrastive.pairwise.kernel_calls import (
+    Operands,
+    add_product,
+    filled,
+    is_interpreted,
+    launch,
+    num_similar,
+)
 from dist_contrastive.pairwise.keys import Block
 from dist_contrastive.pairwise.pairs import Pairs, chunks
 from dist_contrastive.pairwise.reductions import (
@@ -31,7 +38,8 @@ _LOG2E = 1 / math.log(2)
 _BELOW, _FAR_ABOVE = 82.0, 90.0
 _KEY_SUMS = 2**26  # numbers that blocks of rows hold for keys at a time: 256 MiB
 _GRADIENTS = 2**29  # bytes of gradients of scores that are kept at a time
-_ROWS, _BLOCK = 4096, 256  # rows that they are of at the most, and multiples of what of keys
+_ROWS = {2: 4096, 4: 8192}  # that they are of at the most, by bytes of a number
+_BLOCK = 256  # multiples of what they are of in keys
 _ALIGNED = 16  # numbers to which their lines are filled up, for the loads of products
 _UNITS = {"softplus": -_LOG2E}  # in which a function takes scores, where these are not natural
 
@@ -245,7 +253,7 @@ def _pair_gradients(
 def _lse_gradients(
     reduction: LogSumExp, operands: Operands, statistics: Statistics, partners: int | None
 ) -> _GradScores:
-    shift, num_keys = operands.shift(), len(operands.keys)
+    num_rows, num_keys = len(operands.rows), len(operands.keys)
     lse = torch.cat([statistics.rows[0], *statistics.keys])  # of rows and keys, in one go
     grads = torch.cat([statistics.grad_rows[0], *statistics.grad_keys])
     by_positives = statistics.grad_rows[1:2]
@@ -253,13 +261,27 @@ def _lse_gradients(
     if unit is not None:
         grads, by_positives = grads / unit, tuple(x / unit for x in by_positives)
     powers = torch.where(lse == -torch.inf, torch.inf, lse * _LOG2E)
-    rounded, far = powers.float(), _far(powers, shift)
+    rounded, near, kernels = powers.float(), lse, []
     if operands.factors is not None:  # the weights of a pair have the factors of both
-        row_factors = operands.factors[0]
-        grads = grads * (torch.cat(operands.factors) if reduction.both else row_factors)
+        row_factors = operands.factors[0][:num_rows]
+        grads[:num_rows].mul_(row_factors)
         by_positives = tuple(x * row_factors for x in by_positives)
-    each, shared = (_weights(powers, grads, x) for x in (rounded, shift))
-    positives = by_positives[0].float() if by_positives else each
+    if reduction.both:
+        shift = operands.shift()
+        key_shift = shift.expand(num_keys)
+        if operands.factors is not None:
+            key_shift = shift - operands.factors[1][:num_keys].log2()
+        near = _near(powers, shift, key_shift)
+        weights, tile = _weights(shift - powers, grads), operands.tile("lse_gradient")
+        kernels = [(True, tile, weights[:num_rows], filled(key_shift), filled(weights[num_rows:]))]
+        if operands.factors is not None:
+            grads[num_rows:].mul_(operands.factors[1][:num_keys])
+    # inf - inf where nothing is counted
+    weights = _weights((rounded - powers).nan_to_num(nan=-torch.inf), grads)
+    tile = operands.tile("lse_gradient_each" if reduction.both else "lse_gradient")
+    key_lse, key_weights = filled(rounded[num_rows:]), filled(weights[num_rows:])
+    kernels.append((False, tile, weights[:num_rows], key_lse, key_weights))
+    positives = by_positives[0].float() if by_positives else weights
     constants = {
         "LEAVE_OUT": reduction.leave_out,
         "BOTH": reduction.both,
@@ -267,18 +289,13 @@ def _lse_gradients(
         "HAS_PARTNERS": partners is not None and reduction.leave_out != "similar",
         **operands.constants(),
     }
-    kernels = [(False, each, operands.tile("lse_gradient"))]
-    if reduction.both:
-        tile = operands.tile("lse_gradient_each")
-        kernels = [(True, shared, kernels[0][2]), (False, each, tile)]
 
     def fill(r: slice, k: slice, g: Tensor) -> None:
-        for is_shared, weights, tile in kernels:
-            of_rows = rounded[r], weights[r]
-            of_keys = rounded[-num_keys:][k], weights[-num_keys:][k]
+        for is_shared, tile, row_weights, key_lse, key_weights in kernels:
+            of_rows, of_keys = (rounded[r], row_weights[r]), (key_lse[k], key_weights[k])
             launch(
                 *("lse_gradient", tile.row_grid(*g.shape), tile),
-                [*operands.tensors(r, k), shift, far, *of_rows, *of_keys, positives[r], g],
+                [*operands.tensors(r, k), near, *of_rows, *of_keys, positives[r], g],
                 [*operands.sizes(r, k), partners or 0, len(operands.rows), r.start, g.stride(0)],
                 SHARED=is_shared,
                 PARTS=tile.parts,
@@ -288,16 +305,17 @@ def _lse_gradients(
     return _GradScores(unit, fill)
 
 
-def _far(powers: Tensor, shift: Tensor) -> Tensor:
-    """Whether a log-sum-exp is too far from the shift, or NaN: a number on the device."""
-    above = powers - shift
-    near = ((above < _FAR_ABOVE) & (above > -_BELOW)) | (powers == torch.inf)
-    return (~near.all()).int()
+def _near(powers: Tensor, shift: Tensor, key_shift: Tensor) -> Tensor:
+    """Whether all log-sum-exps are near enough to the shift, and none is NaN: a number on the
+    device. A key's own shift, by so much more as its factor is small, takes digits as well."""
+    lowest = torch.maximum(key_shift.amax(), shift) - _BELOW
+    near = ((powers - shift < _FAR_ABOVE) & (powers > lowest)) | (powers == torch.inf)
+    return near.all().int()
 
 
-def _weights(powers: Tensor, grads: Tensor, shift: Tensor) -> Tensor:
-    """What ``2^(z - shift)`` is multiplied by, for log-sum-exps and the gradients by them."""
-    differences = (shift - powers).nan_to_num(nan=-torch.inf)  # 0 where nothing is counted
+def _weights(differences: Tensor, grads: Tensor) -> Tensor:
+    """What exponentials are multiplied by, of these differences of their exponents from powers of
+    log-sum-exps, and of the gradients by them."""
     return (differences.exp2() * grads).float()
 
 
@@ -309,7 +327,7 @@ def _add_products(
     Those of rows and keys are of what the factors multiply, the factors held.
     """
     rows, keys, (all_rows, all_keys) = operands.rows, operands.keys, operands.whole
-    num_rows = min(len(rows), chunk_size or _ROWS)
+    num_rows = min(len(rows), chunk_size or _ROWS[rows.element_size()])
     at_a_time = max(1, _GRADIENTS // (num_rows * rows.element_size() * _BLOCK)) * _BLOCK
     width = -(-min(len(keys), at_a_time) // _ALIGNED) * _ALIGNED
     buffer = rows.new_empty(num_rows, width)
@@ -333,7 +351,9 @@ def _add_products(
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add ``a @ b`` to the total in fp32, of operands that may be in half precision."""
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
+    if a.dtype == torch.float32:
+        add_product(total, a, b)
+    elif is_interpreted():
         total.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

@@ -27,6 +27,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # fp32 operands in three products of tensor cores, or in fp32 arithmetic; never in one of tf32.
 _FP32_PRODUCT = "tf32x3"
 _PROGRAMS = 264  # that keys are split among, where rows are few: two for each SM of a large card
+_KEYS = 128  # multiples of which the keys of every tile divide
 _ROWS, _DIMS = 8, 256  # a program of a kernel of rows, and a step of it
 _LARGEST = 80.0  # power of 2 that no exponential exceeds: a sum of 2^40 of them is finite
 
@@ -63,6 +64,7 @@ TILES = {
     ("lse_gradient", 4): TileShape(128, 64, 32, 8, 3),
     ("lse_gradient_each", 4): TileShape(128, 64, 32, 8, 3),
     ("pair", 4): TileShape(128, 64, 32, 8, 3, 2),
+    ("add_product", 4): TileShape(128, 64, 32, 8, 3),
 }
 _HOPPER = 9
 OTHER_TILES = {  # those of other generations that differ, by the first digit of the capability
@@ -75,6 +77,8 @@ OTHER_TILES = {  # those of other generations that differ, by the first digit of
     (10, "lse_gradient", 2): TileShape(128, 128, 64, 4, 3, 4),
     (10, "lse_gradient_each", 2): TileShape(128, 64, 64, 8, 3),
     (10, "pair", 2): TileShape(128, 64, 64, 8, 3),
+    (10, "lse_positives", 4): TileShape(128, 64, 32, 8, 3),
+    (10, "add_product", 4): TileShape(128, 128, 32, 8, 3),
 }
 
 
@@ -83,6 +87,11 @@ def tile_of(name: str, operand_bytes: int, generation: int) -> TileShape:
     generation = generation if generation in (_HOPPER, 10) else 8
     other = OTHER_TILES.get((generation, name, operand_bytes))
     return other or TILES[name, operand_bytes]
+
+
+def _generation(device: torch.device) -> int:
+    """The first digit of a card's capability; where there is none, of the most usual."""
+    return torch.cuda.get_device_properties(device).major if device.type == "cuda" else _HOPPER
 
 
 def unfit(reduction: Reduction, pairs: Pairs) -> str | None:
@@ -136,6 +145,18 @@ def launch(
     constants |= {"BM": tile.rows, "BN": tile.keys, "BK": tile.dims}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     start(name, grid, tensors, numbers, constants | options)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` to the total, all in fp32, with the digits of fp32 by tensor cores.
+
+    `a` or its transpose has lines of a multiple of 16 numbers, of which all but NaN may fill them.
+    """
+    num_rows, dim = total.shape
+    tile = tile_of("add_product", 4, _generation(b.device))
+    grid = -(-num_rows // tile.rows), -(-dim // tile.keys)
+    constants = {"D": dim, "TRANSPOSED": a.stride(1) != 1, "PRECISION": _FP32_PRODUCT}
+    launch("add_product", grid, tile, [a, b, total], [*a.shape, max(a.stride())], **constants)
 
 
 def launch_of_rows(
@@ -213,7 +234,7 @@ def _(*_: Any) -> None:
 
 _OUTPUTS = {  # tensors, the last ones, that a kernel writes
     **{"lse": 3, "running_lse": 2, "lse_gradient": 1},
-    **{"pair": 2, "cosine": 2, "unit_gradient": 2},
+    **{"pair": 2, "cosine": 2, "unit_gradient": 2, "add_product": 1},
 }
 
 
@@ -221,7 +242,7 @@ def kernel_of(name: str) -> Any:
     """The kernel of that name."""
     from dist_contrastive.pairwise import kernels, lse_kernels, row_kernels
 
-    if name in ("cosine", "unit_gradient"):
+    if name in ("cosine", "unit_gradient", "add_product"):
         return getattr(row_kernels, f"{name}_kernel")
     return getattr(lse_kernels if "lse" in name else kernels, f"{name}_kernel")
 
@@ -232,7 +253,7 @@ class Operands:
 
     rows: Tensor  # [b, D]
     keys: Tensor  # [k, D]
-    factors: tuple[Tensor, Tensor] | None  # of rows [b] and keys [k], fp32
+    factors: tuple[Tensor, Tensor] | None  # of rows [b] and keys [k], fp32, and zeros: `filled`
     ids: tuple[Tensor, Tensor] | None  # of rows [b] and keys [k], int32
     own: int  # the number in the block of the first row's own key
     bias: Tensor | None = None  # one number, fp32
@@ -243,7 +264,7 @@ class Operands:
         """Those of this rank's rows and a block of keys."""
         factors, ids, own = None, None, pairs.start - block.first
         if pairs.factors is not None and block.factors is not None:
-            factors = pairs.factors[0].contiguous(), block.factors.contiguous()
+            factors = filled(pairs.factors[0]), filled(block.factors)
         if pairs.tags is not None and block.tags is not None:
             ids = _ids(pairs.tags[: len(pairs.rows)], block.tags, own)
         bias = pairs.bias
@@ -259,10 +280,7 @@ class Operands:
 
     def tile(self, name: str) -> TileShape:
         """The tile of a kernel of `TILES`, for this card and dtype."""
-        generation = _HOPPER
-        if self.rows.is_cuda:
-            generation = torch.cuda.get_device_properties(self.rows.device).major
-        return tile_of(name, self.rows.element_size(), generation)
+        return tile_of(name, self.rows.element_size(), _generation(self.rows.device))
 
     def tensors(self, r: slice, k: slice) -> tuple[Tensor, ...]:
         """Of rows r and keys k, in the order of the kernels; where there are none, others, never
@@ -302,6 +320,12 @@ class Operands:
         first = min(max(0, -self.own), len(self.rows))
         last = max(first, min(len(self.rows), len(self.keys) - self.own))
         return slice(first, last), slice(first + self.own, last + self.own)
+
+
+def filled(x: Tensor) -> Tensor:
+    """Numbers of keys [k], with zeros up to the end of a tile."""
+    missing = -len(x) % _KEYS
+    return torch.cat([x, x.new_zeros(missing)]) if missing else x.contiguous()
 
 
 def num_similar(operands: Operands) -> Tensor:

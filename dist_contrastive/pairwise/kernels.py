@@ -9,8 +9,9 @@ row and key are similar, and row i's own key is key ``own + i`` of the block. No
 atomics, so results do not depend on which program ends first.
 
 Shapes: X [M, D] and Y [N, D] rows and keys, contiguous; *_FACTORS multiply them (HAS_FACTORS), so
-that rows in half precision need not be rounded again to have unit length. BM x BN is the tile, BK
-the dimensions of one step of its product. Tensors of a single number stay on the device.
+that rows in half precision need not be rounded again to have unit length. KEY_* but ids can be read
+up to the end of the last tile. BM x BN is the tile, BK the dimensions of one step of its product.
+Tensors of a single number stay on the device.
 """
 
 import os
@@ -85,11 +86,19 @@ def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def load_factors(FACTORS, number, count, HAS_FACTORS: tl.constexpr):
-    """Factors of rows or keys by their numbers; ones, which cost nothing, where there are none."""
+def row_factors(FACTORS, row, M, HAS_FACTORS: tl.constexpr):
+    """Factors of rows by their numbers; ones, which cost nothing, where there are none."""
     if HAS_FACTORS:
-        return tl.load(FACTORS + number, mask=number < count, other=0.0)
-    return tl.full([number.shape[0]], 1.0, tl.float32)
+        return tl.load(FACTORS + row, mask=row < M, other=0.0)
+    return tl.full([row.shape[0]], 1.0, tl.float32)
+
+
+@triton.jit
+def key_factors(FACTORS, key, HAS_FACTORS: tl.constexpr):
+    """`row_factors` of keys: of a whole tile, since a mask would cost an instruction a key."""
+    if HAS_FACTORS:
+        return tl.load(FACTORS + key)
+    return tl.full([key.shape[0]], 1.0, tl.float32)
 
 
 @triton.jit
@@ -246,8 +255,8 @@ def _pair_part(
     BM: tl.constexpr = scores.shape[0]
     BN: tl.constexpr = scores.shape[1]
     key = first_key + tl.arange(0, BN)
-    row_factor = load_factors(ROW_FACTORS, row, M, HAS_FACTORS)
-    key_factor = load_factors(KEY_FACTORS, key, N, HAS_FACTORS)
+    row_factor = row_factors(ROW_FACTORS, row, M, HAS_FACTORS)
+    key_factor = key_factors(KEY_FACTORS, key, HAS_FACTORS)
     scores = scores * (row_factor * UNIT)[:, None] * key_factor[None, :]
     if HAS_BIAS:
         scores += tl.load(BIAS) * UNIT

@@ -14,10 +14,11 @@ from dist_contrastive.pairwise.kernels import (
     blocks_of,
     exp2,
     holds_own,
-    load_factors,
+    key_factors,
     own_pairs,
     pairs_inside,
     part_of,
+    row_factors,
     similar_pairs,
     store_gradient,
     store_zeros,
@@ -68,8 +69,8 @@ def lse_kernel(
         first_key = block * BN
         key = first_key + tl.arange(0, BN)
         z = tile_product(X, Y, row, key, M, N, D, PRECISION, BK)
-        row_factor = load_factors(ROW_FACTORS, row, M, HAS_FACTORS) * LOG2E
-        key_factor = load_factors(KEY_FACTORS, key, N, HAS_FACTORS)
+        row_factor = row_factors(ROW_FACTORS, row, M, HAS_FACTORS) * LOG2E
+        key_factor = key_factors(KEY_FACTORS, key, HAS_FACTORS)
         z = z * row_factor[:, None] * key_factor[None, :]
         z -= shift
         if WITH_POSITIVES or LEAVE_OUT == "similar":
@@ -135,8 +136,8 @@ def running_lse_kernel(
     for block in range(begin, end):
         key = block * BN + tl.arange(0, BN)
         z = tile_product(X, Y, row, key, M, N, D, PRECISION, BK)
-        row_factor = load_factors(ROW_FACTORS, row, M, HAS_FACTORS) * LOG2E
-        key_factor = load_factors(KEY_FACTORS, key, N, HAS_FACTORS)
+        row_factor = row_factors(ROW_FACTORS, row, M, HAS_FACTORS) * LOG2E
+        key_factor = key_factors(KEY_FACTORS, key, HAS_FACTORS)
         z = z * row_factor[:, None] * key_factor[None, :]
         counts = pairs_inside(row, key, M, N)
         if LEAVE_OUT == "similar":
@@ -179,20 +180,19 @@ def _gradient_part(
 ):
     """Gradient of the scores of a part of a tile, from its products, into its part of G."""
     key = first_key + tl.arange(0, z.shape[1])
-    key_factor = load_factors(KEY_FACTORS, key, N, HAS_FACTORS)[None, :]
+    key_factor = key_factors(KEY_FACTORS, key, HAS_FACTORS)[None, :]
     z = z * (row_factor * LOG2E)[:, None] * key_factor
-    e = exp2(z - row_lse[:, None])
-    # The pair's factors are in its weights, where they cost less than one by one.
+    # The pair's factors are in its weights and exponents, where they cost less than one by one.
     if BOTH:
-        key_weight = tl.load(KEY_WEIGHTS + key, mask=key < N, other=0.0)[None, :]
-        by_keys = row_factor[:, None] * key_weight
+        of_keys = exp2(z - tl.load(KEY_LSE + key)[None, :])
+        by_keys = row_factor[:, None] * tl.load(KEY_WEIGHTS + key)[None, :]
         if SHARED:
-            grad = e * (row_weight[:, None] * key_factor + by_keys)
+            grad = of_keys * (row_weight[:, None] + by_keys)
         else:
-            key_lse = tl.load(KEY_LSE + key, mask=key < N, other=0.0)[None, :]
-            grad = e * row_weight[:, None] * key_factor + exp2(z - key_lse) * by_keys
+            of_rows = exp2(z - row_lse[:, None])
+            grad = of_rows * row_weight[:, None] * key_factor + of_keys * by_keys
     else:
-        grad = e * row_weight[:, None]
+        grad = exp2(z - row_lse[:, None]) * row_weight[:, None]
         if WITH_POSITIVES:
             similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
             grad += tl.where(similar, positive_weight[:, None], 0.0)
@@ -210,8 +210,7 @@ def lse_gradient_kernel(
     KEY_FACTORS,
     ROW_IDS,
     KEY_IDS,
-    SHIFT,
-    FAR,
+    NEAR,
     ROW_LSE,
     ROW_WEIGHTS,
     KEY_LSE,
@@ -245,14 +244,16 @@ def lse_gradient_kernel(
     key of row (first + i + shift) % count: the caller adds it in fp32.
 
     With BOTH one exponential is SHARED by rows and keys, ``2^(z - shift) (row weight + key
-    weight)``. Where log-sum-exps are FAR from the shift that product leaves the range of fp32: then
+    weight)``. Where log-sum-exps are not NEAR the shift that product leaves the range of fp32: then
     that kernel ends at once, and in its place does not the one in which each has its own.
 
     *_LSE: in powers of 2. *_WEIGHTS: gradients by log-sum-exps, times what rounding has taken from
-    these, and times factors; of SHARED, times ``2^(shift - lse)``. Program (i, s) as in lse_kernel.
+    these, and times factors. Of SHARED KEY_LSE is the shift, less the key's factor as a power of 2,
+    and weights, without that factor, are times ``2^(shift - lse)``. Program (i, s) as in
+    lse_kernel.
     """
     if BOTH:  # noqa: SIM102  # a condition of the compiler, and one of the device
-        if (tl.load(FAR) == 0) != SHARED:
+        if (tl.load(NEAR) != 0) != SHARED:
             return
     first_row, part = tl.program_id(0) * BM, tl.program_id(1)
     row = first_row + tl.arange(0, BM)
@@ -261,12 +262,11 @@ def lse_gradient_kernel(
         first_key = block * BN
         key = first_key + tl.arange(0, BN)
         tile = tile_product(X, Y, row, key, M, N, D, PRECISION, BK)
-        row_factor = load_factors(ROW_FACTORS, row, M, HAS_FACTORS)
+        row_factor = row_factors(ROW_FACTORS, row, M, HAS_FACTORS)
         row_weight = tl.load(ROW_WEIGHTS + row, mask=row < M, other=0.0)
-        row_lse = tl.zeros([BM], tl.float32) + tl.load(SHIFT)
+        row_lse, positive_weight = row_weight, row_weight
         if not (BOTH and SHARED):
             row_lse = tl.load(ROW_LSE + row, mask=row < M, other=0.0)
-        positive_weight = row_weight
         if WITH_POSITIVES:
             positive_weight = tl.load(POSITIVE_WEIGHTS + row, mask=row < M, other=0.0)
         for i in tl.static_range(PARTS):

@@ -1,8 +1,9 @@
-"""Triton kernels of rows alone: what unit length, and the gradient of being brought to it, cost one
-pass over the rows each; shapes and names as in kernels.py.
+"""Triton kernels of rows: what unit length, and the gradient of being brought to it, cost one pass
+over the rows each, and products of gradients of scores; shapes and names as in kernels.py.
 
 cosine_kernel          inverse lengths, and cosines of rows with their partners
 unit_gradient_kernel   gradient of rows, from that of their multiples of unit length
+add_product_kernel     products of gradients of scores and rows in fp32
 """
 
 import triton
@@ -170,3 +171,47 @@ def unit_gradient_kernel(
         share = tl.minimum(square / _SHORT_SQUARE, 1.0)
     if IS_ROW:
         tl.store(PRODUCTS + row, row_product, mask=row < M)
+
+
+@triton.jit(do_not_specialize=["R", "K"])
+def add_product_kernel(
+    G,
+    Y,
+    OUT,
+    R,
+    K,
+    stride,
+    D: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Adds ``G @ Y`` to OUT [R, D], or ``G.T @ Y`` (TRANSPOSED), of Y [K, D].
+
+    Lines of G have `stride` numbers, a multiple of 16: what fills them up is read, times 0.
+
+    Program (i, j) makes rows i BM ... and dimensions j BN ...; BK terms are added in a step.
+    """
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    dim, term = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    # Of these the compiler knows that four numbers at a time are inside.
+    filled_rows, filled_terms = tl.cdiv(R, 16) * 16, tl.cdiv(K, 16) * 16
+    total = tl.zeros([BM, BN], tl.float32)
+    for first in range(0, K, BK):
+        k = first + term
+        k_at = k[:, None].to(tl.int64)
+        y_at = Y + k_at * D + dim[None, :]
+        y = tl.load(y_at, mask=(k < K)[:, None] & (dim < D)[None, :], other=0.0)
+        if TRANSPOSED:
+            inside = (k < K)[:, None] & (row < filled_rows)[None, :]
+            g = tl.trans(tl.load(G + k_at * stride + row[None, :], mask=inside, other=0.0))
+        else:
+            inside = (row < R)[:, None] & (k < filled_terms)[None, :]
+            g_at = G + row[:, None].to(tl.int64) * stride + k[None, :]
+            g = tl.load(g_at, mask=inside, other=0.0)
+        total = tl.dot(g, y, total, input_precision=PRECISION)
+    at = OUT + row[:, None].to(tl.int64) * D + dim[None, :]
+    inside = (row < R)[:, None] & (dim < D)[None, :]
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)

@@ -169,4 +169,25 @@ FAULTS = [
         "        if len(set(sizes.values())) <= 2:",
         ("tests/test_objectives.py::test_bad_input_is_one_sentence",),
     ),
+    (
+        "a key's factor divides exponentials",
+        f"{PAIRWISE}/fused.py",
+        "key_shift = shift - operands.factors",
+        "key_shift = shift + operands.factors",
+        ("tests/test_kernels.py::test_losses_by_kernels[InfoNCE, symmetric-dtype0]",),
+    ),
+    (
+        "lengths of keys are not near or far",
+        f"{PAIRWISE}/fused.py",
+        "lowest = torch.maximum(key_shift.amax(), shift) - _BELOW",
+        "lowest = shift - _BELOW",
+        ("tests/test_kernels.py::test_very_long_keys",),
+    ),
+    (
+        "a product takes the place of what it is added to",
+        f"{PAIRWISE}/row_kernels.py",
+        "tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)",
+        "tl.store(at, total, mask=inside)",
+        ("tests/test_kernels.py::test_products_by_gradients_of_scores",),
+    ),
 ]
