@@ -129,91 +129,93 @@ FP32_PRODUCTS = 1.15
 operand in two, by cycles of their tensor cores, as `fp32_products` of predict.py reads them: two
 blocks on an SM overlap these."""
 KERNELS: Mapping[tuple[str, str], tuple[Kernel, ...]] = {
-    ("infonce", "half"): (Kernel(64.0, 2), Kernel(77.1, 2)),
-    ("infonce", "fp32"): (Kernel(64.0, 1), Kernel(64.0, 1)),
-    ("infonce, symmetric", "half"): (Kernel(80.2, 2), Kernel(89.2, 2)),
-    ("infonce, symmetric", "fp32"): (Kernel(99.9, 1), Kernel(88.5, 1)),
-    ("ntxent", "half"): (Kernel(64.0, 2), Kernel(77.7, 2)),
-    ("ntxent", "fp32"): (Kernel(64.0, 1), Kernel(65.2, 1)),
-    ("dcl", "half"): (Kernel(66.9, 2), Kernel(110.6, 2)),
-    ("dcl", "fp32"): (Kernel(102.6, 1), Kernel(95.8, 1)),
-    ("siglip", "half"): (Kernel(178.9, 2),),
-    ("siglip", "fp32"): (Kernel(158.8, 1),),
-    ("self_diagonal", "half"): (Kernel(64.0, 2), Kernel(77.1, 2)),
-    ("self_diagonal", "fp32"): (Kernel(64.0, 1), Kernel(64.0, 1)),
-    ("supcon", "half"): (Kernel(97.2, 2), Kernel(106.2, 2)),
-    ("supcon", "fp32"): (Kernel(100.2, 1), Kernel(97.8, 1)),
-    ("cosine_embedding", "half"): (Kernel(171.2, 2),),
-    ("cosine_embedding", "fp32"): (Kernel(171.5, 1),),
+    ("infonce", "half"): (Kernel(64.0, 2), Kernel(70.1, 2)),
+    ("infonce", "fp32"): (Kernel(64.0, 1), Kernel(84.2, 1)),
+    ("infonce, symmetric", "half"): (Kernel(80.2, 2), Kernel(74.8, 2)),
+    ("infonce, symmetric", "fp32"): (Kernel(111.1, 1), Kernel(92.0, 1)),
+    ("ntxent", "half"): (Kernel(64.0, 2), Kernel(70.8, 2)),
+    ("ntxent", "fp32"): (Kernel(64.0, 1), Kernel(85.2, 1)),
+    ("dcl", "half"): (Kernel(66.8, 2), Kernel(107.7, 2)),
+    ("dcl", "fp32"): (Kernel(112.6, 1), Kernel(116.0, 1)),
+    ("siglip", "half"): (Kernel(170.5, 2),),
+    ("siglip", "fp32"): (Kernel(183.2, 1),),
+    ("self_diagonal", "half"): (Kernel(64.0, 2), Kernel(70.1, 2)),
+    ("self_diagonal", "fp32"): (Kernel(64.0, 1), Kernel(84.2, 1)),
+    ("supcon", "half"): (Kernel(94.2, 2), Kernel(103.8, 2)),
+    ("supcon", "fp32"): (Kernel(110.4, 1), Kernel(117.2, 1)),
+    ("cosine_embedding", "half"): (Kernel(167.9, 2),),
+    ("cosine_embedding", "fp32"): (Kernel(200.2, 1),),
 }
 COSTS: Mapping[tuple[str, str, str], Cost] = {
     ("infonce", "half", "gather"): Cost(
-        Numbers(8, 4, 139, -82), Numbers(48, 6, 821, -8), (49, 49, 3)
+        Numbers(8, 4, 147, -82), Numbers(48, 6, 691, -8), (40, 41, 3)
     ),
     ("infonce", "half", "ring"): Cost(
-        Numbers(24, 0, 56, 0), Numbers(37, 18, -721, 754), (43, 55, 3)
+        Numbers(24, 0, 64, 0), Numbers(37, 18, -716, 623), (43, 38, 3)
     ),
     ("infonce", "fp32", "gather"): Cost(
-        Numbers(12, 4, 231, -161), Numbers(76, 8, 821, -8), (49, 49, 3)
+        Numbers(12, 4, 238, -161), Numbers(76, 8, 691, -8), (41, 40, 3)
     ),
     ("infonce", "fp32", "ring"): Cost(
-        Numbers(32, 0, 56, 0), Numbers(65, 20, -705, 749), (43, 55, 3)
+        Numbers(32, 0, 64, 0), Numbers(65, 20, -701, 618), (43, 38, 3)
     ),
     ("infonce, symmetric", "half", "gather"): Cost(
-        Numbers(8, 4, 133, -44), Numbers(52, 5, -197, 3040), (61, 61, 4)
+        Numbers(8, 4, 133, -40), Numbers(52, 5, -223, 3037), (62, 62, 4)
     ),
     ("infonce, symmetric", "half", "ring"): Cost(
-        Numbers(24, 0, 112, 0), Numbers(15, 23, 14828, 305), (53, 63, 4)
+        Numbers(24, 0, 116, 0), Numbers(15, 23, 14828, 277), (53, 66, 4)
     ),
     ("infonce, symmetric", "fp32", "gather"): Cost(
-        Numbers(12, 4, 224, -123), Numbers(80, 9, -265, 3139), (60, 60, 4)
+        Numbers(12, 4, 224, -119), Numbers(80, 9, -290, 3136), (62, 62, 4)
     ),
     ("infonce, symmetric", "fp32", "ring"): Cost(
-        Numbers(32, 0, 112, 0), Numbers(43, 27, 14823, 307), (53, 63, 4)
+        Numbers(32, 0, 116, 0), Numbers(43, 27, 14822, 279), (53, 66, 4)
     ),
-    ("ntxent", "half", "gather"): Cost(Numbers(6, 4, 43, 5), Numbers(34, 6, 814, -8), (49, 49, 3)),
+    ("ntxent", "half", "gather"): Cost(Numbers(6, 4, 51, 5), Numbers(34, 6, 684, -8), (40, 41, 3)),
     ("ntxent", "half", "ring"): Cost(
-        Numbers(22, 0, 56, 0), Numbers(23, 18, -739, 758), (43, 55, 3)
+        Numbers(22, 0, 64, 0), Numbers(23, 18, -733, 626), (43, 38, 3)
     ),
-    ("ntxent", "fp32", "gather"): Cost(Numbers(8, 4, 43, 5), Numbers(56, 8, 814, -8), (49, 49, 3)),
+    ("ntxent", "fp32", "gather"): Cost(Numbers(8, 4, 51, 5), Numbers(56, 8, 684, -8), (41, 40, 3)),
     ("ntxent", "fp32", "ring"): Cost(
-        Numbers(28, 0, 56, 0), Numbers(45, 20, -721, 752), (43, 55, 3)
+        Numbers(28, 0, 64, 0), Numbers(45, 20, -717, 621), (43, 38, 3)
     ),
-    ("dcl", "half", "gather"): Cost(Numbers(6, 4, 36, 20), Numbers(34, 6, 734, 80), (50, 50, 3)),
-    ("dcl", "half", "ring"): Cost(Numbers(22, 0, 84, 0), Numbers(23, 18, -976, 996), (31, 69, 3)),
-    ("dcl", "fp32", "gather"): Cost(Numbers(8, 4, 36, 20), Numbers(56, 8, 734, 80), (50, 50, 3)),
-    ("dcl", "fp32", "ring"): Cost(Numbers(28, 0, 84, 0), Numbers(45, 20, -957, 990), (31, 69, 3)),
+    ("dcl", "half", "gather"): Cost(Numbers(6, 4, 44, 20), Numbers(34, 6, 604, 80), (41, 42, 3)),
+    ("dcl", "half", "ring"): Cost(Numbers(22, 0, 92, 0), Numbers(23, 18, -971, 865), (31, 52, 3)),
+    ("dcl", "fp32", "gather"): Cost(Numbers(8, 4, 44, 20), Numbers(56, 8, 604, 80), (42, 42, 3)),
+    ("dcl", "fp32", "ring"): Cost(Numbers(28, 0, 92, 0), Numbers(45, 20, -952, 859), (31, 52, 3)),
     ("siglip", "half", "gather"): Cost(
         Numbers(8, 4, 153, -85), Numbers(54, 6, 259, 125), (26, 26, 6)
     ),
     ("siglip", "half", "ring"): Cost(Numbers(24, 0, 54, 0), Numbers(42, 18, 160, 180), (45, 7, 6)),
     ("siglip", "fp32", "gather"): Cost(
-        Numbers(12, 4, 244, -164), Numbers(80, 8, 117, 288), (26, 26, 6)
+        Numbers(12, 4, 247, -165), Numbers(81, 7, 71, 430), (26, 26, 6)
     ),
-    ("siglip", "fp32", "ring"): Cost(Numbers(32, 0, 54, 0), Numbers(66, 20, 1318, 83), (45, 7, 6)),
+    ("siglip", "fp32", "ring"): Cost(
+        Numbers(32, 0, 53, 0), Numbers(63, 21, 3366, -219), (45, 7, 6)
+    ),
     ("self_diagonal", "half", "gather"): Cost(
-        Numbers(6, 4, 43, 5), Numbers(30, 6, 806, -8), (48, 48, 3)
+        Numbers(6, 4, 51, 5), Numbers(30, 6, 677, -8), (40, 40, 3)
     ),
     ("self_diagonal", "half", "ring"): Cost(
-        Numbers(22, 0, 56, 0), Numbers(19, 18, -750, 759), (41, 55, 3)
+        Numbers(22, 0, 64, 0), Numbers(19, 18, -745, 627), (41, 38, 3)
     ),
     ("self_diagonal", "fp32", "gather"): Cost(
-        Numbers(8, 4, 43, 5), Numbers(48, 8, 806, -8), (48, 48, 3)
+        Numbers(8, 4, 51, 5), Numbers(48, 8, 676, -8), (40, 39, 3)
     ),
     ("self_diagonal", "fp32", "ring"): Cost(
-        Numbers(28, 0, 56, 0), Numbers(37, 20, -734, 754), (41, 55, 3)
+        Numbers(28, 0, 64, 0), Numbers(37, 20, -729, 622), (41, 38, 3)
     ),
     ("supcon", "half", "gather"): Cost(
-        Numbers(6, 4, 56, 20), Numbers(34, 6, 1163, 104), (67, 66, 3)
+        Numbers(6, 4, 64, 20), Numbers(34, 6, 1033, 104), (58, 58, 3)
     ),
     ("supcon", "half", "ring"): Cost(
-        Numbers(22, 0, 104, 0), Numbers(23, 18, -820, 1254), (51, 82, 3)
+        Numbers(22, 0, 112, 0), Numbers(23, 18, -814, 1123), (51, 65, 3)
     ),
     ("supcon", "fp32", "gather"): Cost(
-        Numbers(8, 4, 56, 20), Numbers(56, 8, 1163, 104), (66, 66, 3)
+        Numbers(8, 4, 64, 20), Numbers(56, 8, 1033, 104), (58, 58, 3)
     ),
     ("supcon", "fp32", "ring"): Cost(
-        Numbers(28, 0, 104, 0), Numbers(45, 20, -798, 1248), (51, 82, 3)
+        Numbers(28, 0, 112, 0), Numbers(45, 20, -793, 1116), (51, 65, 3)
     ),
     ("cosine_embedding", "half", "gather"): Cost(
         Numbers(6, 4, 42, 17), Numbers(36, 6, 191, 153), (20, 20, 5)
@@ -222,9 +224,9 @@ COSTS: Mapping[tuple[str, str, str], Cost] = {
         Numbers(22, 0, 74, 0), Numbers(24, 18, 68, 250), (30, 11, 5)
     ),
     ("cosine_embedding", "fp32", "gather"): Cost(
-        Numbers(8, 4, 42, 17), Numbers(52, 8, 52, 296), (20, 20, 5)
+        Numbers(8, 4, 45, 16), Numbers(53, 8, 8, 391), (20, 20, 5)
     ),
     ("cosine_embedding", "fp32", "ring"): Cost(
-        Numbers(28, 0, 74, 0), Numbers(39, 20, 1009, 171), (30, 11, 5)
+        Numbers(28, 0, 73, 0), Numbers(36, 20, 2474, -58), (30, 11, 5)
     ),
 }

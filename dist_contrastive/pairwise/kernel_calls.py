@@ -150,7 +150,7 @@ def launch(
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add ``a @ b`` to the total, all in fp32, with the digits of fp32 by tensor cores.
 
-    `a` or its transpose has lines of a multiple of 16 numbers, of which all but NaN may fill them.
+    `a` or its transpose has lines of a multiple of 16 numbers, of which any finite ones fill them.
     """
     num_rows, dim = total.shape
     tile = tile_of("add_product", 4, _generation(b.device))

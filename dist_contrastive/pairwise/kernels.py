@@ -153,6 +153,16 @@ def store_zeros(G, row, key, first_key, M, N, stride, BN: tl.constexpr):
 
 
 @triton.jit
+def store_zeros_beyond(G, row, key, M, N, stride):
+    """Zeros into what fills up lines of G beyond the last key, in a tile that was just stored:
+    exponentials of no key may be inf, which a product would not forget."""
+    tl.debug_barrier()
+    at = G + row[:, None].to(tl.int64) * stride + key[None, :]
+    zeros = tl.zeros([row.shape[0], key.shape[0]], G.dtype.element_ty)
+    tl.store(at, zeros, mask=pairs_inside(row, key, M, stride) & (key >= N)[None, :])
+
+
+@triton.jit
 def exp2(x):
     """``2^x`` of a relative error of two units of the last digit; 0 below the smallest normal
     number, for which the language's own adds three instructions."""

@@ -190,7 +190,7 @@ def add_product_kernel(
 ):
     """Adds ``G @ Y`` to OUT [R, D], or ``G.T @ Y`` (TRANSPOSED), of Y [K, D].
 
-    Lines of G have `stride` numbers, a multiple of 16: what fills them up is read, times 0.
+    Lines of G have `stride` numbers, a multiple of 16: what fills them up is read, and finite.
 
     Program (i, j) makes rows i BM ... and dimensions j BN ...; BK terms are added in a step.
     """
