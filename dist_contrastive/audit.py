@@ -252,10 +252,28 @@ CASES: dict[str, Case] = {
     "InfoNCE, symmetric, bank": Case(
         losses.InfoNCE, {"symmetric": True, **_LEARNABLE}, 2, shared={"bank": _BANK}
     ),
+    "InfoNCE, ids, margin": Case(
+        losses.InfoNCE,
+        {"false_negative_margin": 0.1, **_LEARNABLE},
+        2,
+        labels=(_SOME_MISSING,),
+        named=("ids",),
+    ),
+    "InfoNCE, symmetric, hard negatives, ids, ratio": Case(
+        losses.InfoNCE,
+        {"symmetric": True, "false_negative_ratio": 0.9, **_LEARNABLE},
+        3,
+        labels=(_SOME_MISSING, _CLASSES),
+        opposite=(2, 4),
+        named=("ids", "negative_ids"),
+    ),
     "NTXent": Case(losses.NTXent, _LEARNABLE, 2),
     "DCL": Case(losses.DCL, _LEARNABLE, 2),
     "SelfDiagonal": Case(losses.SelfDiagonal, _LEARNABLE),
     "SigLIP": Case(losses.SigLIP, {"scale": 3.0, "bias": -1.0}, 2),
+    "SigLIP, ids": Case(
+        losses.SigLIP, {"scale": 3.0, "bias": -1.0}, 2, labels=(_SOME_MISSING,), named=("ids",)
+    ),
     "SupCon, labels": Case(losses.SupCon, _LEARNABLE, labels=(_CLASSES,)),
     "SupCon, views, labels missing": Case(
         losses.SupCon, _LEARNABLE, views=True, labels=(_SOME_MISSING,)

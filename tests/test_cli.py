@@ -376,7 +376,8 @@ def test_audit_prints_its_table(capsys):
     for keys_from in ("gather", "ring"):
         for tiles in ("dense", "chunked"):
             assert f"| SigLIP | {keys_from} | {tiles} | 1.0000000000 | 1.0000000000 |" in out
-    assert "20 ways, worst error " in out  # 4 paths: one rank even, two ranks split in four ways
+    # 2 cases, 4 paths: one rank even, two ranks split in four ways
+    assert "40 ways, worst error " in out
 
 
 @pytest.mark.parametrize(

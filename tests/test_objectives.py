@@ -324,6 +324,7 @@ def test_a_config_names_every_loss():
 def test_settings_are_arguments_in_the_order_of_declaration():
     signature = inspect.signature(losses.InfoNCE)
     names = ["temperature", "symmetric", "learnable", "keys_from", "impl", "chunk_size"]
+    names += ["false_negative_margin", "false_negative_ratio"]
     assert [*signature.parameters] == [*names, "group", "grad_reduction"]
     assert signature.parameters["temperature"].default == 0.07
     loss = losses.InfoNCE(0.2, True, True, impl="dense")

@@ -55,6 +55,7 @@ from dist_contrastive.collectives.rows import (
 from dist_contrastive.collectives.schema import (
     ClassLabels,
     Embeddings,
+    Ids,
     Input,
     Integers,
     Labels,
@@ -68,6 +69,7 @@ __all__ = [
     "Embeddings",
     "GradReduction",
     "Group",
+    "Ids",
     "Input",
     "Integers",
     "Labels",

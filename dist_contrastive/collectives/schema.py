@@ -154,17 +154,23 @@ class Labels(Input):
                 )
 
 
+class Ids(Labels):
+    """Integers from 0, -1 where missing."""
+
+    kind = "integers from 0, -1 where missing, as"
+
+    def accepts(self, dtype: torch.dtype) -> bool:
+        """Integer."""
+        return not dtype.is_floating_point
+
+
 @dataclass(frozen=True)
-class ClassLabels(Labels):
+class ClassLabels(Ids):
     """Integers from 0 to below ``num_classes``, -1 where missing."""
 
     num_classes: int = 0
 
     kind = "integers, -1 where missing, as"
-
-    def accepts(self, dtype: torch.dtype) -> bool:
-        """Integer."""
-        return not dtype.is_floating_point
 
     def check_values(self, name: str, headers: Headers) -> None:
         """In the range of classes."""

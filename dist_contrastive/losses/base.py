@@ -8,7 +8,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from dist_contrastive import collectives, pairwise
-from dist_contrastive.collectives import Embeddings, GradReduction, Group, Sizes
+from dist_contrastive.collectives import Embeddings, GradReduction, Group, Input, Sizes
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.scale import TEMPERATURES, Scale, check_start, refuse_parameters
 from dist_contrastive.pairwise import Impl, KeysFrom, Pairs, Reduction
@@ -106,7 +106,7 @@ class PairLoss(nn.Module):
             keywords = {p.name: p for p in (*own, *shared) if p.kind is p.KEYWORD_ONLY}
             cls.__signature__ = signature_of(cls.Config, keywords)  # type: ignore[attr-defined]
 
-    def check_rows(self, sizes: Sizes | None, **embeddings: Tensor) -> Sizes:
+    def check_rows(self, sizes: Sizes | None, **given: Tensor | Input) -> Sizes:
         """Rows of every rank, of embeddings [n, D] whose rows i belong to the same sample.
 
         Args:
@@ -118,8 +118,10 @@ class PairLoss(nn.Module):
         Collectives: one all-gather of a few numbers, or none if sizes are known.
         """
         if sizes is None:
-            inputs = {name: Embeddings(x, "n D") for name, x in embeddings.items()}
-            sizes = collectives.check_inputs(inputs, self.group)["n"]
+            kinds = {
+                n: x if isinstance(x, Input) else Embeddings(x, "n D") for n, x in given.items()
+            }
+            sizes = collectives.check_inputs(kinds, self.group)["n"]
         self.check_batch(sizes)
         return sizes
 
@@ -139,14 +141,12 @@ class PairLoss(nn.Module):
         sizes: Sizes,
         tags: Tensor | None = None,
         max_delta: float = 0.0,
-        bias: Tensor | None = None,
-        scale: Tensor | float | None = None,
+        **more: Any,
     ) -> Pairs:
         """This rank's rows against the keys that `keys_from` names; see `pairwise.Pairs`."""
         if self.keys_from == "local":
             sizes = (len(keys),)
-        how = self.keys_from, tags, max_delta, self.group
-        return Pairs(rows, keys, sizes, *how, bias, scale)
+        return Pairs(rows, keys, sizes, self.keys_from, tags, max_delta, self.group, **more)
 
     def reduce(
         self, reduction: Reduction, pairs: Pairs, partners: int | None = None

@@ -7,8 +7,16 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.collectives import Embeddings, Sizes
-from dist_contrastive.losses.base import TemperatureLoss, not_below_zero
+from dist_contrastive.collectives import Embeddings, Ids, Sizes
+from dist_contrastive.losses.base import TemperatureLoss
+from dist_contrastive.losses.false_negatives import (
+    FalseNegatives,
+    FalseNegativeSettings,
+    Masks,
+    cross_entropy,
+    id_tags,
+    refuse_useless_ids,
+)
 from dist_contrastive.pairwise import LogSumExp, Pairs
 from dist_contrastive.pairwise.distances import joined_rows
 
@@ -19,11 +27,12 @@ class InfoNCE(TemperatureLoss):
     Equals, on the rows of all ranks together::
 
         q, k = normalize(queries), normalize(cat([keys, negatives, bank]))
-        loss = cross_entropy(q @ k.T / temperature, arange(B))
+        scores = (q @ k.T / temperature).masked_fill(false_negative, -inf)  # none but by choice
+        loss = cross_entropy(scores, arange(B))
 
-    and with ``symmetric=True`` the mean of that and of
-    ``cross_entropy(k[:B] @ q.T / temperature, arange(B))`` (CLIP, arXiv 2103.00020). The bank is a
-    queue of past keys (MoCo, arXiv 1911.05722), which all ranks hold alike and which counts once.
+    and with ``symmetric=True`` the mean of that and of the same of ``k[:B] @ q.T / temperature``
+    (CLIP, arXiv 2103.00020). The bank is a queue of past keys (MoCo, arXiv 1911.05722), which all
+    ranks hold alike and which counts once. False negatives: see `FalseNegativeSettings`.
 
     Collectives: those of one `pairwise.reduce`. Symmetric costs no second matrix: each score is
     computed once and serves both directions. Of the bank nothing is exchanged.
@@ -31,7 +40,7 @@ class InfoNCE(TemperatureLoss):
 
     takes = "views"
 
-    class Config(TemperatureLoss.Config):
+    class Config(TemperatureLoss.Config, FalseNegativeSettings):
         """InfoNCE between two views, the batch as negatives."""
 
         name: Literal["infonce"] = "infonce"
@@ -48,6 +57,10 @@ class InfoNCE(TemperatureLoss):
         negatives: Tensor | None = None,
         bank: Tensor | None = None,
         sizes: Sizes | None = None,
+        *,
+        ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        bank_ids: Tensor | None = None,
     ) -> Tensor:
         """Scalar loss.
 
@@ -57,33 +70,48 @@ class InfoNCE(TemperatureLoss):
                 n may differ between ranks.
             bank: [Q, D] further keys that are no one's positive, the same numbers on all ranks
                 (shapes alone are compared); without gradient, given on all ranks or none.
-            sizes: of checked queries and keys without further ones, see `PairLoss.check_rows`.
+            sizes: of checked inputs without further keys, see `PairLoss.check_rows`.
+            ids: [b] integers from 0, -1 for none: other keys of a row's id are no negatives of it.
+            negative_ids, bank_ids: [n], [Q], those of the further keys.
         """
-        num_keys = sizes
-        if num_keys is None or negatives is not None or bank is not None:
+        ids, negative_ids, bank_ids = map(collectives.as_labels, (ids, negative_ids, bank_ids))
+        further = negatives, bank, negative_ids, bank_ids
+        if sizes is not None and all(x is None for x in further):
+            rows = {"n": sizes}
+        else:
             inputs = {
                 "queries": Embeddings(queries, "n D"),
                 "keys": Embeddings(keys, "n D"),
                 "negatives": Embeddings(negatives, "m D", optional=True),
                 "bank": Embeddings(bank, "q D", optional=True, replicated=True),
+                "ids": Ids(ids, "n", optional=True),
+                "negative_ids": Ids(negative_ids, "m", optional=True),
+                "bank_ids": Ids(bank_ids, "q", optional=True, replicated=True),
             }
             rows = collectives.check_inputs(inputs, self.group)
-            num_keys = rows["n"]
-            if negatives is not None:
-                keys = joined_rows(keys, negatives)
-                num_keys = tuple(map(sum, zip(rows["n"], rows["m"], strict=True)))
+            refuse_useless_ids(inputs)
+        num_keys = rows["n"]
+        if negatives is not None:
+            num_keys = tuple(map(sum, zip(rows["n"], rows["m"], strict=True)))
         self.check_batch(num_keys)
-        pairs = self.pairs(queries, keys, num_keys, scale=self.scale())
-        reduction = LogSumExp(both=self.settings.symmetric)
-        (row_lse, positive), key_lse = self.reduce(reduction, pairs, partners=0)
+        scale, symmetric = self.scale(), self.settings.symmetric
+        tags = None if ids is None else id_tags(ids, rows["n"], queries.device, self.group)
+        known = FalseNegatives(tags, self.settings.thresholds(queries, keys, scale))
+        masks = known.of_pairs(negatives, negative_ids, symmetric)
+        keys = keys if negatives is None else joined_rows(keys, negatives)
+        pairs = self.pairs(queries, keys, num_keys, scale=scale, **masks)
+        reduction = LogSumExp(known.leave_out, symmetric)
+        (row_lse, positive), key_lses = self.reduce(reduction, pairs, partners=0)
         if bank is not None:
-            row_lse = self._with_bank(row_lse, queries, bank)
-        if self.settings.symmetric:
-            row_lse = (row_lse + key_lse[0][: len(queries)]) / 2
-        return self.mean(not_below_zero(row_lse - positive).sum(), len(queries))
+            row_lse = self._with_bank(row_lse, queries, bank, known.of_bank(bank_ids))
+        lses = torch.stack([row_lse, *(lse[: len(queries)] for lse in key_lses)])
+        terms = cross_entropy(lses, positive, known.leave_out).mean(0)
+        return self.mean(terms.sum(), len(queries))
 
-    def _with_bank(self, row_lse: Tensor, queries: Tensor, bank: Tensor) -> Tensor:
+    def _with_bank(self, lse: Tensor, queries: Tensor, bank: Tensor, masks: Masks) -> Tensor:
         """The log-sum-exp of each row, over the bank as well: [b]."""
-        pairs = Pairs(queries, bank, (len(bank),), "local", scale=self.scale())
-        (bank_lse,), _ = self.reduce(LogSumExp(), pairs)
-        return torch.logaddexp(row_lse.double(), bank_lse.double()).to(row_lse.dtype)
+        pairs = Pairs(queries, bank, (len(bank),), "local", scale=self.scale(), **masks)
+        reduction = LogSumExp("similar" if "tags" in masks else "nothing")
+        (bank_lse,), _ = self.reduce(reduction, pairs)
+        bank_lse = bank_lse.double().clamp(min=-1e300)  # a sum of nothing has no derivative
+        return torch.logaddexp(lse.double(), bank_lse).to(lse.dtype)

@@ -3,6 +3,7 @@
     pairs.py       rows of this rank and keys of all ranks, and which pairs are similar
     keys.py        blocks of keys (gather, ring, local), reductions over ranks for keys
     reductions.py  statistics of a tile: log-sum-exp, sums over pairs; their derivatives
+    exponentials.py  sums of exponentials, and softmax weights, of a tile
     choice.py      which of these ways is taken: dense, chunked, triton
     dense.py       the specification: plain torch on whole matrices
     chunked.py     block by block of keys, computed again in backward: memory linear in the batch
@@ -29,6 +30,7 @@ from dist_contrastive.pairwise.nearest import extremes, fetch
 from dist_contrastive.pairwise.pairs import KEYS_FROM, KeysFrom, Pairs, Tile
 from dist_contrastive.pairwise.panels import Mining, dense_triplet_sums, triplet_sums
 from dist_contrastive.pairwise.reductions import (
+    LeaveOut,
     LogSumExp,
     LogSumExpAndPositives,
     PairSum,
@@ -47,6 +49,7 @@ __all__ = [
     "DistanceName",
     "Impl",
     "KeysFrom",
+    "LeaveOut",
     "LogSumExp",
     "LogSumExpAndPositives",
     "Mining",

@@ -21,8 +21,7 @@ from dist_contrastive.pairwise.kernel_calls import (
     launch,
     num_similar,
 )
-from dist_contrastive.pairwise.keys import Block
-from dist_contrastive.pairwise.pairs import Pairs, chunks
+from dist_contrastive.pairwise.pairs import Block, Pairs, chunks
 from dist_contrastive.pairwise.reductions import (
     LogSumExp,
     LogSumExpAndPositives,

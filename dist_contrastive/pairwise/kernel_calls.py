@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_contrastive.pairwise.keys import Block
-from dist_contrastive.pairwise.pairs import Pairs
+from dist_contrastive.pairwise.pairs import Block, Pairs
 from dist_contrastive.pairwise.reductions import (
     LogSumExp,
     LogSumExpAndPositives,
@@ -109,6 +108,8 @@ def unfit(reduction: Reduction, pairs: Pairs) -> str | None:
         return f"{type(reduction).__name__} has no kernel"
     if pairs.tags is not None and pairs.tags.dim() > 1:
         return "labels are continuous, and kernels compare whole ones"
+    if pairs.thresholds is not None or getattr(reduction, "leave_out", "own") == "masked":
+        return "masks"
     return None
 
 
@@ -266,7 +267,8 @@ class Operands:
         if pairs.factors is not None and block.factors is not None:
             factors = filled(pairs.factors[0]), filled(block.factors)
         if pairs.tags is not None and block.tags is not None:
-            ids = _ids(pairs.tags[: len(pairs.rows)], block.tags, own)
+            is_among = pairs.row_tags is None and 0 <= own <= len(block.keys) - len(pairs.rows)
+            ids = _ids(pairs.tags_of_rows, block.tags, own if is_among else None)
         bias = pairs.bias
         bias = None if bias is None else bias.float()
         largest = pairs.scale if isinstance(pairs.scale, Tensor) else None
@@ -339,9 +341,13 @@ def num_similar(operands: Operands) -> Tensor:
     return count
 
 
-def _ids(row_tags: Tensor, key_tags: Tensor, own: int) -> tuple[Tensor, Tensor]:
-    """Ids [b], [k] in int32 that are equal where tags are; of keys like no row any other, or -1."""
-    if 0 <= own <= len(key_tags) - len(row_tags):  # the rows' tags are those of their own keys
+def _ids(row_tags: Tensor, key_tags: Tensor, own: int | None) -> tuple[Tensor, Tensor]:
+    """Ids [b], [k] in int32 that are equal where tags are; of keys like no row any other, or -1.
+
+    Args:
+        own: the number of the key whose tag is the first row's; None: keys are other ones.
+    """
+    if own is not None:
         ids = torch.searchsorted(key_tags.sort().values, key_tags, out_int32=True)
         return ids[own : own + len(row_tags)], ids
     known = row_tags.sort().values

@@ -10,14 +10,14 @@ memory does not depend on the number of ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dist_contrastive import collectives
-from dist_contrastive.pairwise.pairs import Pairs
+from dist_contrastive.pairwise.pairs import Block, Pairs
 
 # Blocks and sums are exchanged at the same time: where messages are matched by tag, by these.
 _BLOCK_TAG, _SUMS_TAG = 0, 100
@@ -44,22 +44,6 @@ SUM = Join(0.0, torch.add, collectives.sum_over_ranks)
 LOGSUMEXP = Join(-torch.inf, torch.logaddexp, collectives.logsumexp_over_ranks)
 
 
-@dataclass(frozen=True)
-class Block:
-    """Keys first, first + 1, ... of those the rows are compared with."""
-
-    first: int
-    keys: Tensor  # [k, D]
-    tags: Tensor | None  # [k] or [k, 2]
-    extras: tuple[Tensor, ...]  # each [k, ...]
-    factors: Tensor | None = None  # [k]
-
-    @property
-    def span(self) -> slice:
-        """The numbers of its keys."""
-        return slice(self.first, self.first + len(self.keys))
-
-
 class KeyReduction(Protocol):
     """Reduction over ranks of what is summed for keys, onto the rank that has the key."""
 
@@ -81,12 +65,12 @@ class KeySource(Protocol):
 
 
 def open_keys(pairs: Pairs) -> KeySource:
-    """Keys as `pairs.keys_from` names them. Collectives: gather all-gathers keys, tags, factors."""
+    """Keys as `pairs.keys_from` names them. Collectives: gather all-gathers all of them."""
     if pairs.keys_from == "ring":
         return RingKeys(pairs)
-    others = pairs.tags, pairs.factors and pairs.factors[1]
-    tags, factors = (None if x is None else gathered(pairs, x) for x in others)
-    return WholeKeys(pairs, gathered(pairs, pairs.keys), tags, factors)
+    keys = gathered(pairs, pairs.keys)
+    beside: Any = {name: gathered(pairs, x) for name, x in pairs.beside_keys.items()}
+    return WholeKeys(pairs, Block(0, keys, **beside))
 
 
 def gathered(pairs: Pairs, x: Tensor) -> Tensor:
@@ -99,15 +83,12 @@ def gathered(pairs: Pairs, x: Tensor) -> Tensor:
 class WholeKeys:
     """All keys as one block: gathered from all ranks, or only this rank's own (``local``)."""
 
-    def __init__(
-        self, pairs: Pairs, keys: Tensor, tags: Tensor | None, factors: Tensor | None = None
-    ) -> None:
-        self._pairs, self.keys, self.tags, self.factors = pairs, keys, tags, factors
+    def __init__(self, pairs: Pairs, block: Block) -> None:
+        self._pairs, self.block = pairs, block
 
     def blocks(self, *extras: Tensor) -> Iterator[Block]:
         """One block. Collectives: one all-gather for each of the extras."""
-        of_block = tuple(gathered(self._pairs, x) for x in extras)
-        yield Block(0, self.keys, self.tags, of_block, self.factors)
+        yield replace(self.block, extras=tuple(gathered(self._pairs, x) for x in extras))
 
     def reduction(self, *joins: Join) -> KeyReduction:
         return _GatheredReduction(self._pairs, joins)
@@ -142,17 +123,15 @@ class RingKeys:
     def blocks(self, *extras: Tensor) -> Iterator[Block]:
         """A block of each rank; the next one arrives while the caller works on this one."""
         pairs, owner = self._pairs, collectives.rank(self._pairs.group)
-        sizes, held = pairs.sizes, [pairs.keys]
-        factors = pairs.factors and pairs.factors[1]
-        held += [x for x in (pairs.tags, factors, *extras) if x is not None]
+        sizes, beside = pairs.sizes, pairs.beside_keys
+        held = [pairs.keys, *beside.values(), *extras]
         for step in range(len(sizes)):
             following = (owner - 1) % len(sizes)
             last = step == len(sizes) - 1
             arrive = None if last else self._start_shift(held, sizes[following])
             keys, *others = held
-            tags = None if pairs.tags is None else others.pop(0)
-            factors = None if pairs.factors is None else others.pop(0)
-            yield Block(sum(sizes[:owner]), keys, tags, tuple(others), factors)
+            of_block: Any = dict(zip(beside, others, strict=False))
+            yield Block(sum(sizes[:owner]), keys, **of_block, extras=tuple(others[len(beside) :]))
             if arrive is not None:
                 held, owner = arrive(), following
 

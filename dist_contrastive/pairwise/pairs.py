@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ class Pairs:
     Kernels multiply rows in half precision as they are, so that none is rounded to unit length."""
     factors: tuple[Tensor, Tensor] | None = None
     """Of kernels alone, which multiply rows [b] and keys [n] by them in fp32."""
+    row_tags: Tensor | None = None
+    """[b], where rows are not the first of the keys."""
+    thresholds: tuple[Tensor, Tensor | None] | None = None
+    """Of rows [b], and of keys [n] where they have statistics: a pair whose score is above its
+    row's does not count for the row, nor above its key's for the key. No gradient is theirs."""
 
     @property
     def start(self) -> int:
@@ -51,6 +56,19 @@ class Pairs:
     def num_keys(self) -> int:
         """How many keys each row is compared with."""
         return len(self.keys) if self.keys_from == "local" else sum(self.sizes)
+
+    @property
+    def tags_of_rows(self) -> Tensor:
+        """Tags of the rows: [b, ...]."""
+        assert self.tags is not None, "without tags no pair is known to be similar"
+        return self.tags[: len(self.rows)] if self.row_tags is None else self.row_tags
+
+    @property
+    def beside_keys(self) -> dict[str, Tensor]:
+        """What there is of each key beside its dimensions, by its name in a `Block`."""
+        of_keys = {"factors": self.factors, "thresholds": self.thresholds}
+        found = {name: x and x[1] for name, x in of_keys.items()} | {"tags": self.tags}
+        return {name: x for name, x in found.items() if x is not None}
 
     def multiplied(self) -> "Pairs":
         """The same pairs in fp32 or fp64, whose scores are the products of rows and keys."""
@@ -80,8 +98,7 @@ class Pairs:
 
     def similar(self, r: slice, key_tags: Tensor) -> Tensor:
         """Which pairs are similar; a row and its own key are: bool [r, k]."""
-        assert self.tags is not None, "without tags no pair is known to be similar"
-        row_tags = self.tags[: len(self.rows)][r, None]
+        row_tags = self.tags_of_rows[r, None]
         if key_tags.dim() == 1:
             return row_tags == key_tags
         within = (row_tags[..., 0] - key_tags[:, 0]).abs() <= self.max_delta
@@ -98,13 +115,40 @@ class Pairs:
         similar, own = self.similar(r, key_tags), self.own(r, first, first + len(key_tags))
         return similar if own is None else similar & ~own, ~similar
 
-    def tile(self, r: slice, first: int, keys: Tensor, tags: Tensor | None) -> "Tile":
-        """Rows r against the keys first, first + 1, ... and their tags."""
-        own = self.own(r, first, first + len(keys))
-        similar = None if tags is None else self.similar(r, tags)
-        rows = self.rows[r]
+    def tile(self, r: slice, block: "Block") -> "Tile":
+        """Rows r against the keys of a block."""
+        rows, keys = self.rows[r], block.keys
+        own = self.own(r, block.span.start, block.span.stop)
+        similar = None if block.tags is None else self.similar(r, block.tags)
         scores = rows @ keys.T if self.bias is None else torch.addmm(self.bias, rows, keys.T)
-        return Tile(scores, own, similar)
+        above = above_key = None
+        if self.thresholds is not None:
+            above = scores > self.thresholds[0][r, None]
+            above_key = None if block.thresholds is None else scores > block.thresholds
+        return Tile(scores, own, similar, above, above_key)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Keys first, first + 1, ... of those the rows are compared with, and what there is of each."""
+
+    first: int
+    keys: Tensor  # [k, D]
+    tags: Tensor | None = None  # [k] or [k, 2]
+    factors: Tensor | None = None  # [k]
+    thresholds: Tensor | None = None  # [k]
+    extras: tuple[Tensor, ...] = ()  # each [k, ...]
+
+    @property
+    def span(self) -> slice:
+        """The numbers of its keys."""
+        return slice(self.first, self.first + len(self.keys))
+
+    def part(self, k: slice) -> Self:
+        """Its keys k, without extras."""
+        of_keys = {"tags": self.tags, "factors": self.factors, "thresholds": self.thresholds}
+        beside = {name: x if x is None else x[k] for name, x in of_keys.items()}
+        return replace(self, first=self.first + k.start, keys=self.keys[k], **beside, extras=())
 
 
 @dataclass(frozen=True)
@@ -114,6 +158,8 @@ class Tile:
     scores: Tensor  # [r, k]
     own: Tensor | None  # bool [r, k]; None where no row meets its own key
     similar: Tensor | None  # bool [r, k], own included; None without tags
+    above: Tensor | None = None  # bool [r, k]: above the row's threshold; None without thresholds
+    above_key: Tensor | None = None  # above the key's
 
     def positive(self) -> Tensor:
         """Similar pairs other than a row and its own key: bool [r, k]."""

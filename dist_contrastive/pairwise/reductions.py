@@ -12,11 +12,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dist_contrastive.pairwise.exponentials import (
+    LEAST_SUM,
+    MOST_SPREAD,
+    logsumexp,
+    weighted_softmax,
+    without,
+)
 from dist_contrastive.pairwise.keys import LOGSUMEXP, SUM, Join
 from dist_contrastive.pairwise.pairs import Tile
 
 Parts = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 Joins = tuple[tuple[Join, ...], tuple[Join, ...]]
+LeaveOut = Literal["nothing", "own", "similar"]
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,11 @@ class LogSumExp(Reduction):
 
     Args:
         leave_out: pairs that do not count: a row and its ``own`` key, or all ``similar`` ones.
+            Those above `Pairs.thresholds` do not count either.
         both: also over the rows of each key.
     """
 
-    leave_out: Literal["nothing", "own", "similar"] = "nothing"
+    leave_out: LeaveOut = "nothing"
     both: bool = False
 
     @property
@@ -102,76 +111,57 @@ class LogSumExp(Reduction):
         return (LOGSUMEXP,), (LOGSUMEXP,) if self.both else ()
 
     def _counted(self, tile: Tile) -> Tensor:
-        """Scores, -inf where a pair does not count."""
-        out = {"nothing": None, "own": tile.own, "similar": tile.similar}[self.leave_out]
-        return tile.scores if out is None else tile.scores.masked_fill(out, -torch.inf)
+        """Scores, -inf where a pair counts neither for its row nor, with `both`, for its key."""
+        out = {"own": tile.own, "similar": tile.similar}.get(self.leave_out)
+        scores, above = without(tile.scores, out, -torch.inf), tile.above
+        if self.both and above is not None:
+            above = None if tile.above_key is None else above & tile.above_key
+        return without(scores, above, -torch.inf)
 
     def parts(self, tile: Tile) -> Parts:
         scores = self._counted(tile)
-        return (scores.logsumexp(1),), (scores.logsumexp(0),) if self.both else ()
+        of_rows, of_keys = (without(scores, x, -torch.inf) for x in (tile.above, tile.above_key))
+        return (of_rows.logsumexp(1),), (of_keys.logsumexp(0),) if self.both else ()
 
     def fast_parts(self, tile: Tile) -> Parts:
         """Statistics in fp64; each exponential serves both directions if it can."""
         scores = self._counted(tile)
         if not self.both:
-            return (_logsumexp(scores, 1),), ()
+            return (logsumexp(scores, 1),), ()
         if scores.numel():
             shift = scores.max()
             weights = (scores - shift).exp_()
-            sums = weights.sum(1), weights.sum(0)
+            sums = without(weights, tile.above).sum(1), without(weights, tile.above_key).sum(0)
             # Below this a row or key far from the tile's largest score has lost its digits.
-            if min(x.min() for x in sums) > _LEAST_SUM[scores.dtype]:
+            if min(x.min() for x in sums) > LEAST_SUM[scores.dtype]:
                 row, key = (x.double().log_().add_(shift) for x in sums)
                 return (row,), (key,)
-        return (_logsumexp(scores, 1),), (_logsumexp(scores, 0),)
+        of_rows, of_keys = (without(scores, x, -torch.inf) for x in (tile.above, tile.above_key))
+        return (logsumexp(of_rows, 1),), (logsumexp(of_keys, 0),)
 
     def grad_scores(self, tile: Tile, statistics: Statistics) -> Tensor:
         """Softmax weights of both directions, times the gradients by their log-sum-exps."""
         scores = self._counted(tile)
         row_lse, grad_row = statistics.rows[0], statistics.grad_rows[0]
         if not self.both:
-            return _weighted_softmax(scores, row_lse, grad_row)
+            return weighted_softmax(scores, row_lse, grad_row)
         (key_lse,), (grad_key,) = statistics.keys, statistics.grad_keys
         # exp(score - lse) of both directions is one exponential times a factor, as long as that
         # factor and the exponential keep their digits.
         shift = row_lse.max().to(scores.dtype)  # the factors make up for its rounding
         spread = max((shift - x).abs().max() for x in (row_lse, key_lse))
-        if not spread <= _MOST_SPREAD:  # NaN where nothing counts
-            by_keys = _weighted_softmax(scores, key_lse, grad_key)
-            return _weighted_softmax(scores, row_lse, grad_row) + by_keys
-        row_factor = grad_row * (shift - row_lse).exp()
-        key_factor = grad_key * (shift - key_lse).exp()
-        factor = row_factor.to(scores.dtype) + key_factor.to(scores.dtype)
+        if not spread <= MOST_SPREAD:  # NaN where nothing counts
+            by_rows = weighted_softmax(scores, row_lse, grad_row)
+            by_keys = weighted_softmax(scores, key_lse, grad_key)
+            return without(by_rows, tile.above) + without(by_keys, tile.above_key)
+        row_factor = (grad_row * (shift - row_lse).exp()).to(scores.dtype)
+        key_factor = (grad_key * (shift - key_lse).exp()).to(scores.dtype)
+        if tile.above is not None:
+            row_factor = row_factor.where(~tile.above, 0.0)
+        if tile.above_key is not None:
+            key_factor = key_factor.where(~tile.above_key, 0.0)
+        factor = row_factor + key_factor
         return (scores - shift).exp_().mul_(factor)
-
-
-# A sum of 2**20 terms, each of which may have lost up to the smallest normal number.
-_LEAST_SUM = {
-    dtype: torch.finfo(dtype).tiny * 2**20 / torch.finfo(dtype).eps
-    for dtype in (torch.float32, torch.float64)
-}
-_MOST_SPREAD = 30.0
-
-
-def _logsumexp(scores: Tensor, dim: int) -> Tensor:
-    """Log-sum-exp in fp64 of scores in a lower precision."""
-    if not scores.numel():
-        return scores.logsumexp(dim).double()
-    shift = scores.amax(dim, keepdim=True)
-    shift = torch.where(shift.isfinite(), shift, 0.0)
-    return (scores - shift).exp_().sum(dim).double().log_().add_(shift.squeeze(dim))
-
-
-def _weighted_softmax(scores: Tensor, lse: Tensor, weight: Tensor) -> Tensor:
-    """``weight * exp(scores - lse)``, 0 for rows or keys that have nothing to be compared with.
-
-    Args:
-        lse: fp64; what it has beyond the digits of the scores goes into the weight.
-    """
-    lse = torch.where(lse == -torch.inf, torch.inf, lse)
-    shift = lse.to(scores.dtype)
-    rest = torch.where(lse.isfinite(), shift - lse, 0.0).exp()
-    return (scores - shift).exp_().mul_((weight * rest).to(scores.dtype))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from dist_contrastive.pairwise.keys import Block
-from dist_contrastive.pairwise.pairs import Pairs, Tile, chunks
+from dist_contrastive.pairwise.pairs import Block, Pairs, Tile, chunks
 from dist_contrastive.pairwise.reductions import Reduction, Statistics
 from dist_contrastive.pairwise.way import Grads, Results
 
@@ -49,5 +48,4 @@ class Tiles:
         """Tiles of a block, each with its slice of rows and of the block's keys."""
         for r in chunks(slice(0, len(pairs.rows)), self._chunk_size):
             for k in chunks(slice(0, len(block.keys)), self._chunk_size):
-                tags = None if block.tags is None else block.tags[k]
-                yield r, k, pairs.tile(r, block.first + k.start, block.keys[k], tags)
+                yield r, k, pairs.tile(r, block.part(k))

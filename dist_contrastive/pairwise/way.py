@@ -4,8 +4,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from dist_contrastive.pairwise.keys import Block
-from dist_contrastive.pairwise.pairs import Pairs
+from dist_contrastive.pairwise.pairs import Block, Pairs
 from dist_contrastive.pairwise.reductions import Reduction, Statistics
 
 Results = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # statistics of rows, of keys

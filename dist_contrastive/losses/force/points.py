@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.pairwise.distances import distances
-from dist_contrastive.pairwise.keys import Block, open_keys
-from dist_contrastive.pairwise.pairs import Pairs, chunks
+from dist_contrastive.pairwise.keys import open_keys
+from dist_contrastive.pairwise.pairs import Block, Pairs, chunks
 
 # The kinds of points, in the order of rows: generated ones, which move; other negatives; data.
 GENERATED, FIXED, POSITIVE = 0, 1, 2
