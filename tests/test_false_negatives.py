@@ -243,6 +243,6 @@ def test_limits_are_numbers():
 def test_cosines_of_rows_without_direction():
     settings = losses.InfoNCE.Config(false_negative_margin=0.25)
     rows, scale = torch.tensor([[0.0, 0.0], [3e-10, 0.0]]), torch.tensor(2.0)
-    found = settings.thresholds(rows, torch.tensor([[1.0, 0.0], [5.0, 0.0]]), scale)
+    found = settings.thresholds(rows, torch.tensor([[1.0, 0.0], [5.0, 0.0]]), scale, "auto")
     torch.testing.assert_close(found, torch.tensor([0.5, 2.5]))
     assert false_negatives.cross_entropy(found, found + 200, "own").tolist() == [0, 0]

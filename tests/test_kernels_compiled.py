@@ -41,6 +41,16 @@ LIMITS = {
     "any range, gradient": 0.35,
     "DCL, gradient": 0.35,
     "SupCon, gradient": 0.35,
+    "any range, masks": 0.4,
+    "any range, masks, gradient": 0.6,  # exponentials of both, where one does not serve
+    "InfoNCE, masks": 0.3,
+    "InfoNCE, symmetric, ids": 0.28,
+    "InfoNCE, symmetric, masks": 0.45,
+    "InfoNCE, masks, gradient": 0.37,
+    "InfoNCE, symmetric, ids, gradient": 0.35,
+    "InfoNCE, symmetric, masks, gradient": 0.48,
+    "SigLIP, ids": 0.45,
+    "SigLIP, ids, value and gradient": 0.55,  # ids take three instructions a pair
     "SigLIP": 0.42,
     "SigLIP, value and gradient": 0.5,
     "SigLIP, gradient": 0.35,

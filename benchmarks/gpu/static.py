@@ -96,6 +96,7 @@ class Variant:
             name = "lse_positives"
         elif name == "lse_gradient" and constants["BOTH"] and not constants["SHARED"]:
             name = "lse_gradient_each"
+        name += "_limited" if constants.get("HAS_LIMITS") else ""
         return tile_of(name, 4 if dtype == "fp32" else 2, card // 10)
 
     def signature(self, operand: str) -> dict[str, str]:
@@ -112,15 +113,17 @@ class Variant:
 
 
 def _lse(name: str, leave_out: str = "nothing", **more: Any) -> Variant:
-    flags = {"BOTH": False, "WITH_POSITIVES": False, **more}
+    flags = {"BOTH": False, "WITH_POSITIVES": False, "HAS_LIMITS": False, **more}
     flags |= {} if name == "lse" else {"SHARED": True, "HAS_PARTNERS": False} | more
     with_ids = leave_out == "similar" or flags["WITH_POSITIVES"]
     return Variant(name, {"LEAVE_OUT": leave_out, **flags}, with_ids)
 
 
-def _pair(expression: str, values: bool, gradient: bool) -> Variant:
-    ids = expression == "cosine_embedding"
-    flags = {"HAS_IDS": ids, "HAS_BIAS": not ids, "UNIT": 1.0 if ids else -LOG2E}
+def _pair(expression: str, values: bool, gradient: bool, leave_out: str = "own") -> Variant:
+    is_cosine = expression == "cosine_embedding"
+    ids = is_cosine or leave_out == "similar"
+    flags = {"HAS_IDS": ids, "HAS_BIAS": not is_cosine, "UNIT": 1.0 if is_cosine else -LOG2E}
+    flags |= {"LEAVE_OUT": leave_out}
     flags |= {"WITH_VALUES": values, "WITH_GRADIENT": gradient}
     return Variant("pair", {"EXPRESSION": getattr(kernels, expression), **flags}, ids)
 
@@ -131,16 +134,30 @@ VARIANTS = {
     "NT-Xent": _lse("lse", "own"),
     "DCL": _lse("lse", "similar"),
     "SupCon": _lse("lse", "own", WITH_POSITIVES=True),
-    "any range": Variant("running_lse", {"LEAVE_OUT": "nothing"}),
+    "InfoNCE, masks": _lse("lse", "similar", HAS_LIMITS=True),
+    "InfoNCE, symmetric, ids": _lse("lse", "similar", BOTH=True),
+    "InfoNCE, symmetric, masks": _lse("lse", "similar", BOTH=True, HAS_LIMITS=True),
+    "any range": Variant("running_lse", {"LEAVE_OUT": "nothing", "HAS_LIMITS": False}),
+    "any range, masks": Variant("running_lse", {"LEAVE_OUT": "similar", "HAS_LIMITS": True}, True),
+    "SigLIP, ids": _pair("softplus", True, False, "similar"),
     "SigLIP": _pair("softplus", True, False),
     "cosine embedding": _pair("cosine_embedding", True, False),
     "InfoNCE, symmetric, gradient": _lse("lse_gradient", BOTH=True, HAS_PARTNERS=True),
     "any range, gradient": _lse("lse_gradient", BOTH=True, SHARED=False, HAS_PARTNERS=True),
     "InfoNCE, gradient": _lse("lse_gradient", HAS_PARTNERS=True),
     "NT-Xent, gradient": _lse("lse_gradient", "own", HAS_PARTNERS=True),
+    "InfoNCE, masks, gradient": _lse("lse_gradient", "similar", HAS_LIMITS=True),
+    "InfoNCE, symmetric, ids, gradient": _lse("lse_gradient", "similar", BOTH=True),
+    "InfoNCE, symmetric, masks, gradient": _lse(
+        "lse_gradient", "similar", BOTH=True, HAS_LIMITS=True
+    ),
+    "any range, masks, gradient": _lse(
+        "lse_gradient", "similar", BOTH=True, SHARED=False, HAS_LIMITS=True
+    ),
     "DCL, gradient": _lse("lse_gradient", "similar"),
     "SupCon, gradient": _lse("lse_gradient", "own", WITH_POSITIVES=True),
     "SigLIP, value and gradient": _pair("softplus", True, True),
+    "SigLIP, ids, value and gradient": _pair("softplus", True, True, "similar"),
     "SigLIP, gradient": _pair("softplus", False, True),
     "cosine embedding, value and gradient": _pair("cosine_embedding", True, True),
     "product by rows": Variant("add_product", {"TRANSPOSED": False}, dtypes=("fp32",)),

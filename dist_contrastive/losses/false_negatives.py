@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from pydantic import FiniteFloat, PositiveFloat
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from dist_contrastive import collectives
+from dist_contrastive import collectives, pairwise
 from dist_contrastive.collectives import Group, Input, Sizes
 from dist_contrastive.errors import ConfigError
-from dist_contrastive.losses.base import in_full_precision, not_below_zero
+from dist_contrastive.losses.base import not_below_zero
 from dist_contrastive.losses.supcon import label_tags
-from dist_contrastive.pairwise import LeaveOut
+from dist_contrastive.pairwise import Impl, LeaveOut
 from dist_contrastive.settings import ComponentSettings
 
 Masks = dict[str, Any]
@@ -90,7 +91,9 @@ class FalseNegativeSettings(ComponentSettings):
     NV-Retriever; null: none."""
 
     @torch.no_grad()
-    def thresholds(self, rows: Tensor, positives: Tensor, scale: Tensor) -> Tensor | None:
+    def thresholds(
+        self, rows: Tensor, positives: Tensor, scale: Tensor, impl: Impl
+    ) -> Tensor | None:
         """Scores [b], of cosine similarities times the scale, above which negatives are false;
         None: there is no limit.
 
@@ -100,13 +103,10 @@ class FalseNegativeSettings(ComponentSettings):
         margin, ratio = self.false_negative_margin, self.false_negative_ratio
         if margin is None and ratio is None:
             return None
-        with torch.autocast(rows.device.type, enabled=False):
-            x, y = in_full_precision(rows, positives)
-            lengths = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(y, dim=1)
-            cosines = (x * y).sum(1) / lengths.clamp(min=torch.finfo(x.dtype).tiny)
-            by_margin = [] if margin is None else [cosines + margin]
-            by_ratio = [] if ratio is None else [cosines * ratio]
-            return torch.stack([*by_margin, *by_ratio]).amin(0) * scale
+        cosines = pairwise.by_kernels.cosines(rows, positives, impl)
+        limits = [] if margin is None else [cosines + margin]
+        limits += [] if ratio is None else [cosines * ratio]
+        return scale * (torch.minimum(*limits) if len(limits) > 1 else limits[0])
 
 
 def id_tags(ids: Tensor, sizes: Sizes, device: torch.device, group: Group) -> Tensor:
@@ -121,10 +121,9 @@ def cross_entropy(lses: Tensor, positive: Tensor, leave_out: LeaveOut) -> Tensor
     Args:
         leave_out: of the log-sum-exps; unless it is nothing, they are without the positives.
     """
-    apart = lses - positive
     if leave_out == "nothing":
-        return not_below_zero(apart)
-    return torch.logaddexp(apart, torch.zeros_like(apart))  # 0 where no negative is left
+        return not_below_zero(lses - positive)
+    return -logsigmoid(positive - lses)  # 0 where no negative is left
 
 
 def refuse_useless_ids(inputs: Mapping[str, Input]) -> None:

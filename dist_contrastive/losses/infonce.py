@@ -96,7 +96,8 @@ class InfoNCE(TemperatureLoss):
         self.check_batch(num_keys)
         scale, symmetric = self.scale(), self.settings.symmetric
         tags = None if ids is None else id_tags(ids, rows["n"], queries.device, self.group)
-        known = FalseNegatives(tags, self.settings.thresholds(queries, keys, scale))
+        thresholds = self.settings.thresholds(queries, keys, scale, self.impl)
+        known = FalseNegatives(tags, thresholds)
         masks = known.of_pairs(negatives, negative_ids, symmetric)
         keys = keys if negatives is None else joined_rows(keys, negatives)
         pairs = self.pairs(queries, keys, num_keys, scale=scale, **masks)
@@ -105,13 +106,12 @@ class InfoNCE(TemperatureLoss):
         if bank is not None:
             row_lse = self._with_bank(row_lse, queries, bank, known.of_bank(bank_ids))
         lses = torch.stack([row_lse, *(lse[: len(queries)] for lse in key_lses)])
-        terms = cross_entropy(lses, positive, known.leave_out).mean(0)
-        return self.mean(terms.sum(), len(queries))
+        terms = cross_entropy(lses, positive, known.leave_out)
+        return self.mean(terms.sum(), terms.numel())
 
     def _with_bank(self, lse: Tensor, queries: Tensor, bank: Tensor, masks: Masks) -> Tensor:
         """The log-sum-exp of each row, over the bank as well: [b]."""
         pairs = Pairs(queries, bank, (len(bank),), "local", scale=self.scale(), **masks)
-        reduction = LogSumExp("similar" if "tags" in masks else "nothing")
-        (bank_lse,), _ = self.reduce(reduction, pairs)
+        (bank_lse,), _ = self.reduce(LogSumExp("similar" if "tags" in masks else "nothing"), pairs)
         bank_lse = bank_lse.double().clamp(min=-1e300)  # a sum of nothing has no derivative
         return torch.logaddexp(lse.double(), bank_lse).to(lse.dtype)

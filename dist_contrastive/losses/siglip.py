@@ -87,9 +87,7 @@ class _Negatives(PairSum):
 
     leave_out: Literal["own", "similar"] = "own"
 
-    @property
-    def expression(self) -> tuple[str, float]:
-        return "softplus", 0.0
+    expression = "softplus", 0.0
 
     def value(self, tile: Tile) -> Tensor:
         return self._counted(-logsigmoid(-tile.scores), tile)

@@ -151,17 +151,18 @@ def label_tags(
     Returns:
         [b] int64, or for continuous labels [b, 2] fp64: label and row number.
     """
-    number = first + torch.arange(num_rows, device=device)
     if labels is None:
-        return number
+        return torch.arange(first, first + num_rows, device=device)
     _check_max_delta(labels, max_delta)
     labels = collectives.to_device(labels, device)
     if not labels.is_floating_point():
         labels = labels.to(torch.int64)
-        return torch.where(labels == -1, -2 - number, labels)  # unlike any other label
+        unlike_all = torch.arange(-2 - first, -2 - first - num_rows, -1, device=device)
+        return torch.where(labels == -1, unlike_all, labels)
     labels = labels.double()
     labels = torch.where(labels.isfinite(), labels, torch.nan)
-    return torch.stack([labels, number.double()], dim=1)
+    number = torch.arange(first, first + num_rows, dtype=torch.float64, device=device)
+    return torch.stack([labels, number], dim=1)
 
 
 def kinds_of_pairs(labels: Tensor, max_delta: float | None) -> tuple[bool, bool]:

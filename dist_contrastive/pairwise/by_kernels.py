@@ -14,9 +14,11 @@ from torch import Tensor
 
 from dist_contrastive import collectives
 from dist_contrastive.pairwise import chunked
+from dist_contrastive.pairwise.choice import Impl
+from dist_contrastive.pairwise.distances import unit_rows
 from dist_contrastive.pairwise.fused import Kernels
-from dist_contrastive.pairwise.kernel_calls import launch_of_rows
-from dist_contrastive.pairwise.keys import SUM, KeySource, open_keys
+from dist_contrastive.pairwise.kernel_calls import LOG2E, ids_of, launch_of_rows, unfit_rows
+from dist_contrastive.pairwise.keys import SUM, KeySource, WholeKeys, open_keys
 from dist_contrastive.pairwise.pairs import Pairs
 from dist_contrastive.pairwise.reductions import (
     LogSumExp,
@@ -49,16 +51,40 @@ def reduce(
         rows, keys = rows.float(), keys.float()
     keys_or_none = None if pairs.keys is pairs.rows else keys
     scale = None
-    if pairs.scale is not None:  # times a number of the device, since a copy to it would wait
+    if isinstance(pairs.scale, Tensor) and pairs.scale.device == rows.device:
+        scale = pairs.scale.float()
+    elif pairs.scale is not None:  # times a number of the device, since a copy to it would wait
         scale = (rows.new_ones((), dtype=torch.float32) * pairs.scale).float()
     given = [x for x in (rows, keys, scale, pairs.bias) if x is not None]
     by_total = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     by_total &= isinstance(reduction, PairSum)
-    job = _Job(reduction, Kernels(chunk_size, partners), partners, by_total)
+    way = Kernels(chunk_size, partners if _are_counted(reduction, pairs, partners) else None)
+    job = _Job(reduction, way, partners, by_total)
     results = _Reduce.apply(rows, keys_or_none, scale, pairs.bias, pairs, job)
     num_rows = len(reduction.joins[0])
     of_rows, of_partners, of_keys = results[:num_rows], results[-1:], results[num_rows:-1]
     return (*of_rows, *(() if partners is None else of_partners)), of_keys
+
+
+def cosines(x: Tensor, y: Tensor, impl: Impl = "auto") -> Tensor:
+    """Cosine similarity of each row with its partner, 0 without direction, in fp32 or fp64:
+    [n, D] twice to [n]. It has no gradient.
+
+    Args:
+        impl: as of `pairwise.reduce`; what is neither triton nor auto is plain torch.
+    """
+    x, y = x.detach(), y.detach()
+    by_kernels = impl == "triton" or (impl == "auto" and x.is_cuda)
+    if by_kernels and unfit_rows(x, y) is None:
+        if x.dtype != y.dtype:
+            x, y = x.float(), y.float()
+        inverses, found = x.new_empty(2, len(x), dtype=torch.float32).unbind()
+        constants = {"HAS_PARTNERS": True, "UNIT": True}
+        tensors = [x.contiguous(), y.contiguous(), inverses, found]
+        launch_of_rows("cosine", tensors, [len(x), 0], **constants)
+        return found
+    dtype = collectives.accumulation_dtype(torch.promote_types(x.dtype, y.dtype))
+    return (unit_rows(x.to(dtype)) * unit_rows(y.to(dtype))).sum(1)
 
 
 class _Reduce(torch.autograd.Function):
@@ -75,6 +101,10 @@ class _Reduce(torch.autograd.Function):
         ctx.job, ctx.is_same = job, keys is None
         pairs, of_partners = _operands(pairs, job.partners, rows, keys, scale)
         source = open_keys(pairs)
+        if isinstance(source, WholeKeys) and pairs.tags is not None and not job.by_total:
+            row_tags, tags = ids_of(pairs, source.block)  # once, for backward, too
+            pairs = replace(pairs, row_tags=row_tags)
+            source = WholeKeys(pairs, replace(source.block, tags=tags))
         if job.by_total:
             wants_keys = ctx.is_same or ctx.needs_input_grad[1]
             sums, made = _sums_and_gradients(job, pairs, source, wants_keys)
@@ -94,7 +124,8 @@ class _Reduce(torch.autograd.Function):
 def _operands(
     pairs: Pairs, partners: int | None, rows: Tensor, keys: Tensor | None, scale: Tensor | None
 ) -> tuple[Pairs, Tensor]:
-    """The pairs as kernels take them, and scores of partners [b], nothing if not asked for."""
+    """The pairs as kernels take them, thresholds in powers of 2, and scores of partners [b],
+    nothing if not asked for."""
     rows = rows.contiguous()
     keys = rows if keys is None else keys.contiguous()
     has_partners, is_unit = partners is not None, scale is not None
@@ -114,7 +145,12 @@ def _operands(
             launch_of_rows("cosine", tensors, [len(keys), 0], **constants)
         factors = inverses[: len(rows)] * scale, key_inverses[: len(keys)]
         of_partners = of_partners * scale
-    return replace(pairs, rows=rows, keys=keys, scale=scale, factors=factors), of_partners
+    thresholds = pairs.thresholds
+    if thresholds is not None:  # those of rows and keys may be the same
+        powers = {id(x): (x * LOG2E).float().contiguous() for x in thresholds if x is not None}
+        thresholds = powers[id(thresholds[0])], powers.get(id(thresholds[1]))
+    made: Any = {"rows": rows, "keys": keys, "scale": scale, "factors": factors}
+    return replace(pairs, **made, thresholds=thresholds), of_partners
 
 
 def _sums_and_gradients(
@@ -152,8 +188,8 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
     else:
         if not job.by_total:
             known = replace(known, rows=saved[1 : 1 + num_rows], keys=saved[1 + num_rows :])
-            if job.partners is not None:
-                by_partners = by_partners + _partner_gradients(job, saved[0], known)
+            if job.way.partners is not None:
+                by_partners = by_partners + _partner_gradients(job.way.partners, saved[0], known)
         source = held or open_keys(pairs)
         by_keys = ctx.is_same or wants[1]
         sums = chunked.gradients(job.reduction, pairs, source, job.way, known, by_keys, wants[3])
@@ -165,16 +201,18 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]
     return rows, keys, scale, bias
 
 
-def _partner_gradients(job: _Job, scores: Tensor, known: Statistics) -> Tensor:
+def _are_counted(reduction: Reduction, pairs: Pairs, partners: int | None) -> bool:
+    """Whether partners count in log-sum-exps, as is known without their scores."""
+    if not isinstance(reduction, LogSumExp) or pairs.thresholds is not None:
+        return False
+    return {"nothing": True, "own": partners != 0, "similar": False}[reduction.leave_out]
+
+
+def _partner_gradients(shift: int, scores: Tensor, known: Statistics) -> Tensor:
     """What pairs of partners add to the gradients of their scores by log-sum-exps: [b] fp64."""
-    reduction, shift = job.reduction, job.partners
-    left_out = {"nothing": False, "own": shift == 0, "similar": True}
-    assert isinstance(reduction, LogSumExp)
-    if left_out[reduction.leave_out]:
-        return torch.zeros_like(scores)
     total = (scores - known.rows[0]).exp() * known.grad_rows[0]
     for lse, grad in zip(known.keys, known.grad_keys, strict=True):
-        own_lse, own_grad = (x[: len(scores)].roll(-(shift or 0)) for x in (lse, grad))
+        own_lse, own_grad = (x[: len(scores)].roll(-shift) for x in (lse, grad))
         total = total + (scores - own_lse).exp() * own_grad
     return total
 

@@ -6,7 +6,6 @@ some rows and keys at a time are written in the dtype of the operands, for two m
 which add to sums in fp32: of half precision by cuBLAS, of fp32 by a kernel on the tensor cores.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.pairwise.kernel_calls import (
+    LOG2E,
     Operands,
     add_product,
     filled,
@@ -31,7 +31,6 @@ from dist_contrastive.pairwise.reductions import (
 )
 from dist_contrastive.pairwise.way import Grads, Results
 
-_LOG2E = 1 / math.log(2)
 # Powers of 2 around the shift: below which a sum of 2^20 exponentials may have lost digits to terms
 # below the smallest normal number, and above which a weight may, times a gradient of 2^-30.
 _BELOW, _FAR_ABOVE = 82.0, 90.0
@@ -40,7 +39,7 @@ _GRADIENTS = 2**29  # bytes of gradients of scores that are kept at a time
 _ROWS = {2: 4096, 4: 8192}  # that they are of at the most, by bytes of a number
 _BLOCK = 256  # multiples of what they are of in keys
 _ALIGNED = 16  # numbers to which their lines are filled up, for the loads of products
-_UNITS = {"softplus": -_LOG2E}  # in which a function takes scores, where these are not natural
+_UNITS = {"softplus": -LOG2E}  # in which a function takes scores, where these are not natural
 
 
 class Kernels:
@@ -53,7 +52,7 @@ class Kernels:
     """
 
     def __init__(self, chunk_size: int | None, partners: int | None = None) -> None:
-        self._chunk_size, self._partners = chunk_size, partners
+        self._chunk_size, self.partners = chunk_size, partners
 
     def add_statistics(
         self, reduction: Reduction, pairs: Pairs, block: Block, totals: Results
@@ -88,7 +87,7 @@ class Kernels:
             scores = _pair_gradients(reduction, operands, statistics.grad_rows[0], None)
         else:
             assert isinstance(reduction, LogSumExp)
-            scores = _lse_gradients(reduction, operands, statistics, self._partners)
+            scores = _lse_gradients(reduction, operands, statistics, self.partners)
         _add_products(operands, scores, self._chunk_size, grads)
 
     def add_sums_and_gradients(
@@ -125,6 +124,7 @@ def _pair_kernel(
         [*operands.tensors(r, k), *optional, sums],
         [*sizes, 0 if g is None else g.stride(0), parameter],
         EXPRESSION=expression,
+        LEAVE_OUT=reduction.leave_out,
         UNIT=_UNITS.get(expression, 1.0),
         HAS_IDS=operands.ids is not None,
         HAS_BIAS=bias is not None,
@@ -147,8 +147,8 @@ def _lse_parts(reduction: LogSumExp, operands: Operands) -> Results:
     num_parts = min(_running_grid(way)[1] for way in ways)
     again = torch.cat([_running_sums(reduction, way, num_parts, repeat) for way in ways], 2)
     tops, scaled = again.double().unbind()
-    lse = torch.logsumexp((tops + scaled.log2()) / _LOG2E, 0)
-    lse = torch.where(in_range, powers / _LOG2E, lse)
+    lse = torch.logsumexp((tops + scaled.log2()) / LOG2E, 0)
+    lse = torch.where(in_range, powers / LOG2E, lse)
     of_rows, *of_keys = lse.split([len(x) for x in sums])
     return (of_rows, *positives), tuple(of_keys)
 
@@ -171,11 +171,19 @@ def _shifted_sums(
         key_sums = shift.new_empty(grid[0], num_keys) if reduction.both else sums
         launch(
             *("lse", grid, tile),
-            [*operands.tensors(r, k), shift, sums[0], key_sums, sums[-1]],
+            [
+                *operands.tensors(r, k),
+                *operands.limits_of(r, k),
+                shift,
+                sums[0],
+                key_sums,
+                sums[-1],
+            ],
             operands.sizes(r, k),
             LEAVE_OUT=reduction.leave_out,
             BOTH=reduction.both,
             WITH_POSITIVES=has_positives,
+            HAS_LIMITS=operands.limits is not None,
             **operands.constants(),
         )
         of_rows.append(sums.sum(1, dtype=torch.float64))
@@ -185,7 +193,7 @@ def _shifted_sums(
     if not has_positives:
         return [row_sums, *of_keys], ()
     count = num_similar(operands)
-    return [row_sums, *of_keys], ((positives[0] + shift * count) / _LOG2E, count)
+    return [row_sums, *of_keys], ((positives[0] + shift * count) / LOG2E, count)
 
 
 def _running_grid(operands: Operands) -> tuple[int, int]:
@@ -201,9 +209,10 @@ def _running_sums(
     found = operands.rows.new_empty(2, num_parts, len(operands.rows), dtype=torch.float32)
     launch(
         *("running_lse", grid, operands.tile("lse")),
-        [*operands.tensors(*whole), repeat, found[1], found[0]],
+        [*operands.tensors(*whole), *operands.limits_of(*whole), repeat, found[1], found[0]],
         operands.sizes(*whole),
         LEAVE_OUT=reduction.leave_out,
+        HAS_LIMITS=operands.limits is not None,
         **operands.constants(),
     )
     return found
@@ -259,7 +268,7 @@ def _lse_gradients(
     unit = _unit(operands, [grads, *by_positives])
     if unit is not None:
         grads, by_positives = grads / unit, tuple(x / unit for x in by_positives)
-    powers = torch.where(lse == -torch.inf, torch.inf, lse * _LOG2E)
+    powers = torch.where(lse == -torch.inf, torch.inf, lse * LOG2E)
     rounded, near, kernels = powers.float(), lse, []
     if operands.factors is not None:  # the weights of a pair have the factors of both
         row_factors = operands.factors[0][:num_rows]
@@ -285,16 +294,18 @@ def _lse_gradients(
         "LEAVE_OUT": reduction.leave_out,
         "BOTH": reduction.both,
         "WITH_POSITIVES": bool(by_positives),
-        "HAS_PARTNERS": partners is not None and reduction.leave_out != "similar",
+        "HAS_PARTNERS": partners is not None,
+        "HAS_LIMITS": operands.limits is not None,
         **operands.constants(),
     }
 
     def fill(r: slice, k: slice, g: Tensor) -> None:
         for is_shared, tile, row_weights, key_lse, key_weights in kernels:
             of_rows, of_keys = (rounded[r], row_weights[r]), (key_lse[k], key_weights[k])
+            given = *operands.tensors(r, k), *operands.limits_of(r, k)
             launch(
                 *("lse_gradient", tile.row_grid(*g.shape), tile),
-                [*operands.tensors(r, k), near, *of_rows, *of_keys, positives[r], g],
+                [*given, near, *of_rows, *of_keys, positives[r], g],
                 [*operands.sizes(r, k), partners or 0, len(operands.rows), r.start, g.stride(0)],
                 SHARED=is_shared,
                 PARTS=tile.parts,

@@ -20,7 +20,7 @@ from dist_contrastive.pairwise.reductions import (
 )
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_LOG2E = 1 / math.log(2)
+LOG2E = 1 / math.log(2)
 _OLDEST = (8, 0)  # compute capability: the first with products of bf16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # fp32 operands in three products of tensor cores, or in fp32 arithmetic; never in one of tf32.
@@ -57,11 +57,17 @@ TILES = {
     ("lse_positives", 2): TileShape(128, 64, 64, 4, 3),
     ("lse_gradient", 2): TileShape(128, 128, 64, 4, 3, 4),
     ("lse_gradient_each", 2): TileShape(128, 128, 64, 4, 3, 4),
+    ("lse_limited", 2): TileShape(128, 64, 64, 4, 3),
+    ("lse_gradient_limited", 2): TileShape(128, 128, 64, 4, 3, 4),
+    ("lse_gradient_each_limited", 2): TileShape(128, 64, 64, 4, 3, 2),
     ("pair", 2): TileShape(128, 64, 64, 4, 3, 2),
     ("lse", 4): TileShape(128, 128, 32, 8, 3),
     ("lse_positives", 4): TileShape(128, 128, 32, 8, 3),
     ("lse_gradient", 4): TileShape(128, 64, 32, 8, 3),
     ("lse_gradient_each", 4): TileShape(128, 64, 32, 8, 3),
+    ("lse_limited", 4): TileShape(128, 64, 32, 8, 3),
+    ("lse_gradient_limited", 4): TileShape(128, 64, 32, 8, 3),
+    ("lse_gradient_each_limited", 4): TileShape(128, 64, 32, 8, 3),
     ("pair", 4): TileShape(128, 64, 32, 8, 3, 2),
     ("add_product", 4): TileShape(128, 64, 32, 8, 3),
 }
@@ -75,6 +81,8 @@ OTHER_TILES = {  # those of other generations that differ, by the first digit of
     **{(10, name, 2): TileShape(128, 128, 64, 8, 3) for name, size in TILES if size == 2},
     (10, "lse_gradient", 2): TileShape(128, 128, 64, 4, 3, 4),
     (10, "lse_gradient_each", 2): TileShape(128, 64, 64, 8, 3),
+    (8, "lse_limited", 4): TileShape(64, 64, 32, 8, 3),
+    **{(10, name, 2): TileShape(128, 64, 64, 8, 3) for name, size in TILES if "limited" in name},
     (10, "pair", 2): TileShape(128, 64, 64, 8, 3),
     (10, "lse_positives", 4): TileShape(128, 64, 32, 8, 3),
     (10, "add_product", 4): TileShape(128, 128, 32, 8, 3),
@@ -95,21 +103,28 @@ def _generation(device: torch.device) -> int:
 
 def unfit(reduction: Reduction, pairs: Pairs) -> str | None:
     """Why kernels cannot reduce these pairs; None if they can."""
-    if (reason := _no_place(pairs.rows.device)) is not None:
+    if (reason := unfit_rows(pairs.rows, pairs.keys)) is not None:
         return reason
-    dtype = torch.promote_types(pairs.rows.dtype, pairs.keys.dtype)
-    if dtype not in _DTYPES:
-        return f"rows are {dtype}, and kernels take float32, bfloat16 and float16"
     if isinstance(reduction, PairSum):
         known = reduction.expression is not None
     else:
         known = type(reduction) in (LogSumExp, LogSumExpAndPositives) and pairs.bias is None
     if not known:
         return f"{type(reduction).__name__} has no kernel"
+    if isinstance(reduction, LogSumExpAndPositives) and pairs.thresholds is not None:
+        return "positives are summed, and kernels that do so know no thresholds"
     if pairs.tags is not None and pairs.tags.dim() > 1:
         return "labels are continuous, and kernels compare whole ones"
-    if pairs.thresholds is not None or getattr(reduction, "leave_out", "own") == "masked":
-        return "masks"
+    return None
+
+
+def unfit_rows(x: Tensor, y: Tensor) -> str | None:
+    """Why kernels cannot take these rows; None if they can."""
+    if (reason := _no_place(x.device)) is not None:
+        return reason
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    if dtype not in _DTYPES:
+        return f"rows are {dtype}, and kernels take float32, bfloat16 and float16"
     return None
 
 
@@ -256,6 +271,7 @@ class Operands:
     keys: Tensor  # [k, D]
     factors: tuple[Tensor, Tensor] | None  # of rows [b] and keys [k], fp32, and zeros: `filled`
     ids: tuple[Tensor, Tensor] | None  # of rows [b] and keys [k], int32
+    limits: tuple[Tensor, Tensor] | None  # on scores of rows [b] and keys [k], in powers of 2, fp32
     own: int  # the number in the block of the first row's own key
     bias: Tensor | None = None  # one number, fp32
     largest: Tensor | None = None  # what no score exceeds; None: their lengths tell
@@ -263,25 +279,30 @@ class Operands:
     @classmethod
     def of(cls, pairs: Pairs, block: Block) -> "Operands":
         """Those of this rank's rows and a block of keys."""
-        factors, ids, own = None, None, pairs.start - block.first
+        factors, ids, limits, own = None, None, None, pairs.start - block.first
         if pairs.factors is not None and block.factors is not None:
             factors = filled(pairs.factors[0]), filled(block.factors)
         if pairs.tags is not None and block.tags is not None:
-            is_among = pairs.row_tags is None and 0 <= own <= len(block.keys) - len(pairs.rows)
-            ids = _ids(pairs.tags_of_rows, block.tags, own if is_among else None)
+            ids = ids_of(pairs, block)
+        if pairs.thresholds is not None:
+            of_rows, of_keys = pairs.thresholds[0], block.thresholds
+            limits = of_rows, of_rows if of_keys is None else of_keys.contiguous()
         bias = pairs.bias
         bias = None if bias is None else bias.float()
         largest = pairs.scale if isinstance(pairs.scale, Tensor) else None
         rows, keys = pairs.rows.contiguous(), block.keys.contiguous()
-        return cls(rows, keys, factors, ids, own, bias, largest)
+        return cls(rows, keys, factors, ids, limits, own, bias, largest)
 
     def transposed(self) -> "Operands":
         """Keys as rows, rows as keys."""
-        factors, ids = (x and (x[1], x[0]) for x in (self.factors, self.ids))
-        return Operands(self.keys, self.rows, factors, ids, -self.own, largest=self.largest)
+        pairs = self.factors, self.ids, self.limits
+        factors, ids, limits = (x and (x[1], x[0]) for x in pairs)
+        return Operands(self.keys, self.rows, factors, ids, limits, -self.own, largest=self.largest)
 
     def tile(self, name: str) -> TileShape:
-        """The tile of a kernel of `TILES`, for this card and dtype."""
+        """The tile of a kernel of `TILES`, for this card and dtype; with limits, one in which the
+        steps of a product are those of all kernels, so that its last digit is."""
+        name += "_limited" if self.limits is not None and "lse" in name else ""
         return tile_of(name, self.rows.element_size(), _generation(self.rows.device))
 
     def tensors(self, r: slice, k: slice) -> tuple[Tensor, ...]:
@@ -291,6 +312,11 @@ class Operands:
         row_ids, key_ids = self.ids or (self.rows, self.keys)
         factors = row_factors[r], key_factors[k]
         return self.rows[r], self.keys[k], *factors, row_ids[r], key_ids[k]
+
+    def limits_of(self, r: slice, k: slice) -> tuple[Tensor, Tensor]:
+        """Limits of rows r and keys k as `tensors`."""
+        row_limits, key_limits = self.limits or (self.rows, self.keys)
+        return row_limits[r], key_limits[k]
 
     def sizes(self, r: slice, k: slice) -> tuple[int, int, int]:
         """M, N and own of rows r and keys k."""
@@ -315,7 +341,7 @@ class Operands:
                 for x in (self.rows, self.keys)
             ]
             largest = lengths[0] * lengths[1]
-        return (largest.float() * _LOG2E - _LARGEST).clamp(min=0)
+        return (largest.float() * LOG2E - _LARGEST).clamp(min=0)
 
     def own_pairs(self) -> tuple[slice, slice]:
         """Rows whose own key is in the block, and these keys."""
@@ -341,16 +367,20 @@ def num_similar(operands: Operands) -> Tensor:
     return count
 
 
-def _ids(row_tags: Tensor, key_tags: Tensor, own: int | None) -> tuple[Tensor, Tensor]:
-    """Ids [b], [k] in int32 that are equal where tags are; of keys like no row any other, or -1.
-
-    Args:
-        own: the number of the key whose tag is the first row's; None: keys are other ones.
-    """
-    if own is not None:
+def ids_of(pairs: Pairs, block: Block) -> tuple[Tensor, Tensor]:
+    """Ids [b], [k] in int32 that are equal where tags are, of keys like no row any other, or -1;
+    tags that are in int32 already are ids."""
+    row_tags, key_tags, own = pairs.tags_of_rows, block.tags, pairs.start - block.first
+    assert key_tags is not None, "rows have tags, and keys none"
+    if row_tags.dtype == key_tags.dtype == torch.int32:
+        return row_tags, key_tags
+    if pairs.row_tags is None and 0 <= own <= len(key_tags) - len(row_tags):
+        # The rows' tags are those of their own keys.
         ids = torch.searchsorted(key_tags.sort().values, key_tags, out_int32=True)
         return ids[own : own + len(row_tags)], ids
     known = row_tags.sort().values
     row_ids, key_ids = (torch.searchsorted(known, x, out_int32=True) for x in (row_tags, key_tags))
+    if not len(known):
+        return row_ids, key_ids
     found = known[key_ids.clamp(max=len(known) - 1)]
     return row_ids, torch.where(found == key_tags, key_ids, -1)

@@ -108,6 +108,12 @@ def load_ids(IDS, number, count, BEYOND: tl.constexpr):
 
 
 @triton.jit
+def load_limits(LIMITS, number, count):
+    """Scores above which pairs do not count, of rows or keys by their numbers."""
+    return tl.load(LIMITS + number, mask=number < count, other=float("inf"))
+
+
+@triton.jit
 def similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N):
     """Which pairs are similar, own pairs among them; none beyond the last row or key."""
     row_id, key_id = load_ids(ROW_IDS, row, M, _NO_ROW), load_ids(KEY_IDS, key, N, _NO_KEY)
@@ -255,6 +261,7 @@ def _pair_part(
     first_row,
     first_key,
     EXPRESSION: tl.constexpr,
+    LEAVE_OUT: tl.constexpr,
     UNIT: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -271,11 +278,13 @@ def _pair_part(
     if HAS_BIAS:
         scores += tl.load(BIAS) * UNIT
     similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N) if HAS_IDS else scores
+    if LEAVE_OUT == "similar":
+        scores = tl.where(similar, -float("inf") * UNIT, scores)
     if holds_own(first_row, first_key, own, BM, BN) | (first_key + BN > N):
         tl.debug_barrier()  # without it the masks would be computed in every tile
         counts = (key < N)[None, :] & ~own_pairs(row, key, own)
         scores = tl.where(counts, scores, -float("inf") * UNIT)
-        if HAS_IDS:
+        if HAS_IDS and LEAVE_OUT == "own":
             similar = similar & counts
     value, grad = EXPRESSION(scores, similar, parameter)
     if not WITH_GRADIENT:
@@ -306,6 +315,7 @@ def pair_kernel(
     parameter,
     D: tl.constexpr,
     EXPRESSION: tl.constexpr,
+    LEAVE_OUT: tl.constexpr,
     UNIT: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -320,7 +330,7 @@ def pair_kernel(
 ):
     """Sums over keys of EXPRESSION's value (WITH_VALUES), and the gradient of the scores
     (WITH_GRADIENT): its derivative times WEIGHTS [M] and the factors of the pair. Both are 0 for
-    own pairs.
+    pairs of LEAVE_OUT: own or similar ones.
 
     SUMS [2, parts, M]: of values, and of gradients before factors, which is that of a bias.
     EXPRESSION takes scores in units of 1 / UNIT, and is 0 with a derivative of 0 where the score is
@@ -355,6 +365,7 @@ def pair_kernel(
                 first_row,
                 first_key + i * (BN // PARTS),
                 EXPRESSION,
+                LEAVE_OUT,
                 UNIT,
                 HAS_IDS,
                 HAS_BIAS,

@@ -15,6 +15,7 @@ from dist_contrastive.pairwise.kernels import (
     exp2,
     holds_own,
     key_factors,
+    load_limits,
     own_pairs,
     pairs_inside,
     part_of,
@@ -35,6 +36,8 @@ def lse_kernel(
     KEY_FACTORS,
     ROW_IDS,
     KEY_IDS,
+    ROW_LIMITS,
+    KEY_LIMITS,
     SHIFT,
     ROW_SUMS,
     KEY_SUMS,
@@ -46,13 +49,15 @@ def lse_kernel(
     LEAVE_OUT: tl.constexpr,
     BOTH: tl.constexpr,
     WITH_POSITIVES: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Sums of ``2^z``, z = score log2(e) - shift, but of LEAVE_OUT: nothing, own or similar pairs.
+    """Sums of ``2^z``, z = score log2(e) - shift, but of LEAVE_OUT: nothing, own or similar pairs,
+    and of rows, or keys, whose limit a score is above (HAS_LIMITS; in powers of 2).
 
     One exponential a pair serves rows and keys (BOTH), which is right while their sums stay in
     range.
@@ -73,6 +78,10 @@ def lse_kernel(
         row_factor = row_factors(ROW_FACTORS, row, M, HAS_FACTORS) * LOG2E
         key_factor = key_factors(KEY_FACTORS, key, HAS_FACTORS)
         z = z * row_factor[:, None] * key_factor[None, :]
+        if HAS_LIMITS:  # before the shift: what is compared is the same number in all kernels
+            above = z > load_limits(ROW_LIMITS, row, M)[:, None]
+            if BOTH:
+                above_key = z > load_limits(KEY_LIMITS, key, N)[None, :]
         z -= shift
         if WITH_POSITIVES or LEAVE_OUT == "similar":
             similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
@@ -91,10 +100,15 @@ def lse_kernel(
                 counts = counts & ~is_own
             z = tl.where(counts, z, -float("inf"))
         e = exp2(z)
+        of_keys = e
+        if HAS_LIMITS:
+            if BOTH:
+                of_keys = tl.where(above_key, 0.0, e)
+            e = tl.where(above, 0.0, e)
         total += tl.sum(e, 1)
         if BOTH:
             key_at = KEY_SUMS + tl.program_id(0).to(tl.int64) * N + key
-            tl.store(key_at, tl.sum(e, 0), mask=key < N)
+            tl.store(key_at, tl.sum(of_keys, 0), mask=key < N)
     at, is_row = part.to(tl.int64) * M + row, row < M
     tl.store(ROW_SUMS + at, total, mask=is_row)
     if WITH_POSITIVES:
@@ -109,6 +123,8 @@ def running_lse_kernel(
     KEY_FACTORS,
     ROW_IDS,
     KEY_IDS,
+    ROW_LIMITS,
+    KEY_LIMITS,
     REPEAT,
     ROW_SUMS,
     ROW_TOPS,
@@ -117,6 +133,7 @@ def running_lse_kernel(
     own,
     D: tl.constexpr,
     LEAVE_OUT: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -145,6 +162,8 @@ def running_lse_kernel(
             counts = counts & ~similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
         if LEAVE_OUT == "own":
             counts = counts & ~own_pairs(row, key, own)
+        if HAS_LIMITS:
+            counts = counts & (z <= load_limits(ROW_LIMITS, row, M)[:, None])
         z = tl.where(counts, z, -float("inf"))
         higher = tl.maximum(top, tl.max(z, 1))
         finite = tl.where(higher == -float("inf"), 0.0, higher)
@@ -165,6 +184,8 @@ def _gradient_part(
     KEY_FACTORS,
     ROW_IDS,
     KEY_IDS,
+    row_limit,
+    KEY_LIMITS,
     KEY_LSE,
     KEY_WEIGHTS,
     G,
@@ -177,6 +198,7 @@ def _gradient_part(
     BOTH: tl.constexpr,
     WITH_POSITIVES: tl.constexpr,
     SHARED: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
 ):
     """Gradient of the scores of a part of a tile, from its products, into its part of G."""
@@ -187,13 +209,20 @@ def _gradient_part(
     if BOTH:
         of_keys = exp2(z - tl.load(KEY_LSE + key)[None, :])
         by_keys = row_factor[:, None] * tl.load(KEY_WEIGHTS + key)[None, :]
+        by_rows = row_weight[:, None]
+        if not SHARED:
+            by_keys = of_keys * by_keys
+            by_rows = exp2(z - row_lse[:, None]) * by_rows * key_factor
+        if HAS_LIMITS:  # of products, since a score above may have an infinite exponential
+            by_rows = tl.where(z > row_limit[:, None], 0.0, by_rows)
+            by_keys = tl.where(z > load_limits(KEY_LIMITS, key, N)[None, :], 0.0, by_keys)
+        grad = by_rows + by_keys
         if SHARED:
-            grad = of_keys * (row_weight[:, None] + by_keys)
-        else:
-            of_rows = exp2(z - row_lse[:, None])
-            grad = of_rows * row_weight[:, None] * key_factor + of_keys * by_keys
+            grad = of_keys * grad
     else:
         grad = exp2(z - row_lse[:, None]) * row_weight[:, None]
+        if HAS_LIMITS:
+            grad = tl.where(z > row_limit[:, None], 0.0, grad)
         if WITH_POSITIVES:
             similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
             grad += tl.where(similar, positive_weight[:, None], 0.0)
@@ -211,6 +240,8 @@ def lse_gradient_kernel(
     KEY_FACTORS,
     ROW_IDS,
     KEY_IDS,
+    ROW_LIMITS,
+    KEY_LIMITS,
     NEAR,
     ROW_LSE,
     ROW_WEIGHTS,
@@ -232,6 +263,7 @@ def lse_gradient_kernel(
     SHARED: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_PARTNERS: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -268,6 +300,7 @@ def lse_gradient_kernel(
         row_lse, positive_weight = row_weight, row_weight
         if not (BOTH and SHARED):
             row_lse = tl.load(ROW_LSE + row, mask=row < M, other=0.0)
+        row_limit = load_limits(ROW_LIMITS, row, M) if HAS_LIMITS else row_weight
         if WITH_POSITIVES:
             positive_weight = tl.load(POSITIVE_WEIGHTS + row, mask=row < M, other=0.0)
         for i in tl.static_range(PARTS):
@@ -280,6 +313,8 @@ def lse_gradient_kernel(
                 KEY_FACTORS,
                 ROW_IDS,
                 KEY_IDS,
+                row_limit,
+                KEY_LIMITS,
                 KEY_LSE,
                 KEY_WEIGHTS,
                 G,
@@ -292,6 +327,7 @@ def lse_gradient_kernel(
                 BOTH,
                 WITH_POSITIVES,
                 SHARED,
+                HAS_LIMITS,
                 HAS_FACTORS,
             )
         if G.dtype.element_ty == tl.float32:  # noqa: SIM102  # what others fill up is not read

@@ -67,9 +67,12 @@ class Reduction(ABC):
 class PairSum(Reduction):
     """Sum over keys of a function of each pair."""
 
+    leave_out: LeaveOut = "own"
+    """Of kernels alone: pairs that do not count."""
+
     @property
     def expression(self) -> tuple[str, float] | None:
-        """Name in `pairwise.kernels` of the same function of all but own pairs, and its parameter;
+        """Name in `pairwise.kernels` of the same function of pairs that count, and its parameter;
         None: it has no kernel."""
         return None
 
@@ -156,11 +159,7 @@ class LogSumExp(Reduction):
             return without(by_rows, tile.above) + without(by_keys, tile.above_key)
         row_factor = (grad_row * (shift - row_lse).exp()).to(scores.dtype)
         key_factor = (grad_key * (shift - key_lse).exp()).to(scores.dtype)
-        if tile.above is not None:
-            row_factor = row_factor.where(~tile.above, 0.0)
-        if tile.above_key is not None:
-            key_factor = key_factor.where(~tile.above_key, 0.0)
-        factor = row_factor + key_factor
+        factor = without(row_factor, tile.above) + without(key_factor, tile.above_key)
         return (scores - shift).exp_().mul_(factor)
 
 
