@@ -390,10 +390,10 @@ def test_kernels_where_they_cannot_run():
 def check_unfit() -> None:
     pairs = random_pairs(3, 4, 8)
     double = replace(pairs, rows=pairs.rows.double(), keys=pairs.keys.double())
-    continuous = replace(pairs, tags=torch.zeros(4, 2))
+    limited = replace(pairs, thresholds=(torch.zeros(3), None))
     for reduction, unfit, reason in (
         (LogSumExp(), double, r"rows are torch.float64, and kernels take"),
-        (LogSumExp("similar"), continuous, r"labels are continuous"),
+        (LogSumExpAndPositives("own"), limited, r"positives are summed, and kernels"),
         (Unknown(), pairs, r"Unknown has no kernel"),
     ):
         with pytest.raises(ConfigError, match=reason):

@@ -56,6 +56,9 @@ LIMITS = {
     "SigLIP, gradient": 0.35,
     "cosine embedding": 0.42,
     "cosine embedding, value and gradient": 0.5,
+    "SupCon, continuous": 0.4,
+    "SupCon, gradient, continuous": 0.5,
+    "cosine embedding, value and gradient, continuous": 0.55,  # labels are fp64
 }
 
 

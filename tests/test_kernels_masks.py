@@ -1,5 +1,5 @@
-"""Triton kernels that leave false negatives out: interpreted, against the dense specification in
-fp64, and counted at full size."""
+"""Triton kernels that leave false negatives out, or compare continuous labels: interpreted, against
+the dense specification in fp64, and counted at full size."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,8 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_contrastive import losses, pairwise
 from dist_contrastive.collectives import deferred
+from dist_contrastive.losses.cosine_embedding import _Embedding
 from dist_contrastive.losses.siglip import _Negatives
-from dist_contrastive.pairwise import LogSumExp, Pairs
+from dist_contrastive.pairwise import LogSumExp, LogSumExpAndPositives, Pairs
 from dist_contrastive.testing import run_ranks
 
 SLOW = pytest.mark.slow
@@ -99,6 +100,40 @@ def check_dissimilar() -> None:
 
 def test_sums_over_dissimilar_pairs(interpreted):  # noqa: F811
     interpreted(check_dissimilar)
+
+
+def check_continuous(reduction: pairwise.Reduction) -> None:
+    """Labels at the largest difference, up to rounding of fp64, and missing ones."""
+    pairs, labels = random_pairs(21, 37, 19), torch.randint(0, 8, (37,)).double() / 10
+    labels[3::7] = torch.nan
+    tags = torch.stack([labels, torch.arange(37).double() // 2], 1)
+    check(reduction, replace(pairs, tags=tags, max_delta=0.1), 16)
+
+
+@pytest.mark.parametrize(
+    "reduction",
+    [
+        LogSumExpAndPositives("own"),
+        pytest.param(LogSumExp("similar", both=True), marks=SLOW),
+        pytest.param(_Embedding(0.2), marks=SLOW),
+    ],
+    ids=["SupCon", "similar", "cosine embedding"],
+)
+def test_continuous_labels(interpreted, reduction):  # noqa: F811
+    interpreted(check_continuous, reduction)
+
+
+@pytest.mark.parametrize("kind", [losses.SupCon, losses.CosineEmbedding])
+def test_continuous_labels_at_full_size(kind, recorded):  # noqa: F811
+    loss = kind(max_delta=0.1, impl="triton")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rows = torch.empty(ROWS, DIM, dtype=torch.bfloat16, requires_grad=True)
+        with counts.Counts() as found:
+            loss(rows, torch.empty(ROWS, dtype=torch.float64)).backward()
+    deferred._WAITING.clear()
+    assert not found.waits
+    assert found.launches + len(recorded) <= LAUNCHES
+    assert found.peak <= MEMORY
 
 
 LOSSES: dict[str, tuple[type[losses.PairLoss], dict[str, Any], bool]] = {  # whether with ids

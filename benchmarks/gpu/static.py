@@ -86,6 +86,7 @@ class Variant:
     constants: dict[str, Any]
     ids: bool = False
     dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    continuous: bool = False
 
     def tile(self, dtype: str, card: int) -> TileShape:
         """Its tile of the table."""
@@ -96,12 +97,12 @@ class Variant:
             name = "lse_positives"
         elif name == "lse_gradient" and constants["BOTH"] and not constants["SHARED"]:
             name = "lse_gradient_each"
-        name += "_limited" if constants.get("HAS_LIMITS") else ""
-        return tile_of(name, 4 if dtype == "fp32" else 2, card // 10)
+        limited = constants.get("HAS_LIMITS", False)
+        return tile_of(name, 4 if dtype == "fp32" else 2, card // 10, limited, self.continuous)
 
     def signature(self, operand: str) -> dict[str, str]:
         """Triton's type of each argument that is no constant."""
-        ids = "*i32" if self.ids else f"*{operand}"
+        ids = "*fp64" if self.continuous else "*i32" if self.ids else f"*{operand}"
         types = dict.fromkeys(("X", "Y", "G"), f"*{operand}")
         types |= dict.fromkeys(("ROW_IDS", "KEY_IDS"), ids)
         types |= dict.fromkeys(("REPEAT", "NEAR"), "*i32")
@@ -163,7 +164,9 @@ VARIANTS = {
     "product by rows": Variant("add_product", {"TRANSPOSED": False}, dtypes=("fp32",)),
     "product by keys": Variant("add_product", {"TRANSPOSED": True}, dtypes=("fp32",)),
 }
-"""The kernel of each loss."""
+for _name in ("SupCon", "SupCon, gradient", "cosine embedding, value and gradient"):
+    VARIANTS[f"{_name}, continuous"] = dataclasses.replace(VARIANTS[_name], continuous=True)
+"""The kernel of each loss; of labelled ones also that of continuous labels."""
 
 
 def compiled(

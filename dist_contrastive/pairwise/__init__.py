@@ -11,7 +11,7 @@
     tiles.py       a block in tiles of plain torch
     by_kernels.py  by Triton kernels, whose scores never reach memory; fused.py: a block of it
     kernels.py, lse_kernels.py, row_kernels.py  the kernels
-    kernel_calls.py  their operands, and where they can run
+    kernel_calls.py  their operands, and where they can run; ids.py: what is similar
     distances.py   Euclidean and cosine distance, rows of unit length
     triplets.py    which triplets of a row count, for every way of mining
     panels.py      losses that need all distances of a row at once

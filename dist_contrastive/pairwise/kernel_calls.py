@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_contrastive.pairwise.ids import ids_of
 from dist_contrastive.pairwise.pairs import Block, Pairs
 from dist_contrastive.pairwise.reductions import (
     LogSumExp,
@@ -60,7 +61,10 @@ TILES = {
     ("lse_limited", 2): TileShape(128, 64, 64, 4, 3),
     ("lse_gradient_limited", 2): TileShape(128, 128, 64, 4, 3, 4),
     ("lse_gradient_each_limited", 2): TileShape(128, 64, 64, 4, 3, 2),
+    ("lse_continuous", 2): TileShape(128, 64, 64, 4, 3),
+    ("lse_gradient_continuous", 2): TileShape(128, 64, 64, 4, 3, 2),
     ("pair", 2): TileShape(128, 64, 64, 4, 3, 2),
+    ("pair_continuous", 2): TileShape(128, 64, 64, 4, 3, 2),
     ("lse", 4): TileShape(128, 128, 32, 8, 3),
     ("lse_positives", 4): TileShape(128, 128, 32, 8, 3),
     ("lse_gradient", 4): TileShape(128, 64, 32, 8, 3),
@@ -68,9 +72,13 @@ TILES = {
     ("lse_limited", 4): TileShape(128, 64, 32, 8, 3),
     ("lse_gradient_limited", 4): TileShape(128, 64, 32, 8, 3),
     ("lse_gradient_each_limited", 4): TileShape(128, 64, 32, 8, 3),
+    ("lse_continuous", 4): TileShape(128, 64, 32, 8, 3),
+    ("lse_gradient_continuous", 4): TileShape(128, 64, 32, 8, 3),
     ("pair", 4): TileShape(128, 64, 32, 8, 3, 2),
+    ("pair_continuous", 4): TileShape(128, 64, 32, 8, 3, 2),
     ("add_product", 4): TileShape(128, 64, 32, 8, 3),
 }
+_COUNTED = TileShape(64, 128, 0, 4, 1)  # of a kernel without a product
 _HOPPER = 9
 OTHER_TILES = {  # those of other generations that differ, by the first digit of the capability
     **{(8, name, 2): TileShape(128, 128, 32, 8, 3) for name, size in TILES if size == 2},
@@ -82,15 +90,36 @@ OTHER_TILES = {  # those of other generations that differ, by the first digit of
     (10, "lse_gradient", 2): TileShape(128, 128, 64, 4, 3, 4),
     (10, "lse_gradient_each", 2): TileShape(128, 64, 64, 8, 3),
     (8, "lse_limited", 4): TileShape(64, 64, 32, 8, 3),
-    **{(10, name, 2): TileShape(128, 64, 64, 8, 3) for name, size in TILES if "limited" in name},
+    **{(10, name, 2): TileShape(128, 64, 64, 8, 3) for name, size in TILES if "_limited" in name},
+    (8, "lse_continuous", 2): TileShape(128, 64, 32, 8, 3),
+    (8, "pair_continuous", 4): TileShape(64, 64, 32, 8, 3),
+    **{(10, name, 2): TileShape(128, 64, 64, 8, 3) for name, size in TILES if "_cont" in name},
+    (10, "lse_continuous", 2): TileShape(64, 64, 64, 8, 3),
+    (10, "pair_continuous", 4): TileShape(64, 64, 32, 8, 3),
     (10, "pair", 2): TileShape(128, 64, 64, 8, 3),
     (10, "lse_positives", 4): TileShape(128, 64, 32, 8, 3),
     (10, "add_product", 4): TileShape(128, 128, 32, 8, 3),
 }
 
 
-def tile_of(name: str, operand_bytes: int, generation: int) -> TileShape:
-    """The tile of a kernel on a card; of unknown ones as on the oldest, which need least."""
+def tile_of(
+    name: str,
+    operand_bytes: int,
+    generation: int,
+    limited: bool = False,
+    continuous: bool = False,
+) -> TileShape:
+    """The tile of a kernel on a card; of unknown ones as on the oldest, which need least.
+
+    Args:
+        limited: scores have limits; then steps of a product are those of all kernels, so that its
+            last digit is, too. continuous: labels are.
+    """
+    if continuous:
+        fewer = {"lse_positives": "lse", "lse_gradient_each": "lse_gradient"}
+        name = f"{fewer.get(name, name)}_continuous"
+    elif limited and "lse" in name:
+        name += "_limited"
     generation = generation if generation in (_HOPPER, 10) else 8
     other = OTHER_TILES.get((generation, name, operand_bytes))
     return other or TILES[name, operand_bytes]
@@ -113,8 +142,6 @@ def unfit(reduction: Reduction, pairs: Pairs) -> str | None:
         return f"{type(reduction).__name__} has no kernel"
     if isinstance(reduction, LogSumExpAndPositives) and pairs.thresholds is not None:
         return "positives are summed, and kernels that do so know no thresholds"
-    if pairs.tags is not None and pairs.tags.dim() > 1:
-        return "labels are continuous, and kernels compare whole ones"
     return None
 
 
@@ -158,9 +185,8 @@ def launch(
     **constants: Any,
 ) -> None:
     """Run a kernel of pairs, in tiles of this shape."""
-    constants |= {"BM": tile.rows, "BN": tile.keys, "BK": tile.dims}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    start(name, grid, tensors, numbers, constants | options)
+    constants |= {"BM": tile.rows, "BN": tile.keys, "BK": tile.dims, "num_warps": tile.warps}
+    start(name, grid, tensors, numbers, constants | {"num_stages": tile.stages})
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -250,7 +276,7 @@ def _(*_: Any) -> None:
 
 _OUTPUTS = {  # tensors, the last ones, that a kernel writes
     **{"lse": 3, "running_lse": 2, "lse_gradient": 1},
-    **{"pair": 2, "cosine": 2, "unit_gradient": 2, "add_product": 1},
+    **{"pair": 2, "cosine": 2, "unit_gradient": 2, "add_product": 1, "count_similar": 1},
 }
 
 
@@ -260,7 +286,7 @@ def kernel_of(name: str) -> Any:
 
     if name in ("cosine", "unit_gradient", "add_product"):
         return getattr(row_kernels, f"{name}_kernel")
-    return getattr(lse_kernels if "lse" in name else kernels, f"{name}_kernel")
+    return getattr(kernels if name == "pair" else lse_kernels, f"{name}_kernel")
 
 
 @dataclass(frozen=True)
@@ -270,7 +296,7 @@ class Operands:
     rows: Tensor  # [b, D]
     keys: Tensor  # [k, D]
     factors: tuple[Tensor, Tensor] | None  # of rows [b] and keys [k], fp32, and zeros: `filled`
-    ids: tuple[Tensor, Tensor] | None  # of rows [b] and keys [k], int32
+    ids: tuple[Tensor, Tensor] | None  # of rows and keys, see `ids_of`
     limits: tuple[Tensor, Tensor] | None  # on scores of rows [b] and keys [k], in powers of 2, fp32
     own: int  # the number in the block of the first row's own key
     bias: Tensor | None = None  # one number, fp32
@@ -300,10 +326,10 @@ class Operands:
         return Operands(self.keys, self.rows, factors, ids, limits, -self.own, largest=self.largest)
 
     def tile(self, name: str) -> TileShape:
-        """The tile of a kernel of `TILES`, for this card and dtype; with limits, one in which the
-        steps of a product are those of all kernels, so that its last digit is."""
-        name += "_limited" if self.limits is not None and "lse" in name else ""
-        return tile_of(name, self.rows.element_size(), _generation(self.rows.device))
+        """The tile of a kernel of `TILES`, for this card, dtype and what is known of pairs."""
+        continuous = self.ids is not None and self.ids[0].dtype == torch.float64
+        size, generation = self.rows.element_size(), _generation(self.rows.device)
+        return tile_of(name, size, generation, self.limits is not None, continuous)
 
     def tensors(self, r: slice, k: slice) -> tuple[Tensor, ...]:
         """Of rows r and keys k, in the order of the kernels; where there are none, others, never
@@ -360,27 +386,14 @@ def num_similar(operands: Operands) -> Tensor:
     """Keys that are similar to each row, but its own: [b] fp64."""
     assert operands.ids is not None, "positives need tags"
     row_ids, key_ids = operands.ids
+    if row_ids.dim() > 1:
+        (r, k), grid = operands.whole, _COUNTED.row_grid(len(row_ids), len(key_ids))
+        counts = row_ids.new_empty(grid[1], len(row_ids), dtype=torch.int32)
+        constants = {"BM": _COUNTED.rows, "BN": _COUNTED.keys, "num_warps": _COUNTED.warps}
+        start("count_similar", grid, [row_ids, key_ids, counts], operands.sizes(r, k), constants)
+        return counts.sum(0, dtype=torch.float64)
     known = key_ids.sort().values
     first, last = (torch.searchsorted(known, row_ids, right=right) for right in (False, True))
     count = (last - first).double()
     count[operands.own_pairs()[0]] -= 1
     return count
-
-
-def ids_of(pairs: Pairs, block: Block) -> tuple[Tensor, Tensor]:
-    """Ids [b], [k] in int32 that are equal where tags are, of keys like no row any other, or -1;
-    tags that are in int32 already are ids."""
-    row_tags, key_tags, own = pairs.tags_of_rows, block.tags, pairs.start - block.first
-    assert key_tags is not None, "rows have tags, and keys none"
-    if row_tags.dtype == key_tags.dtype == torch.int32:
-        return row_tags, key_tags
-    if pairs.row_tags is None and 0 <= own <= len(key_tags) - len(row_tags):
-        # The rows' tags are those of their own keys.
-        ids = torch.searchsorted(key_tags.sort().values, key_tags, out_int32=True)
-        return ids[own : own + len(row_tags)], ids
-    known = row_tags.sort().values
-    row_ids, key_ids = (torch.searchsorted(known, x, out_int32=True) for x in (row_tags, key_tags))
-    if not len(known):
-        return row_ids, key_ids
-    found = known[key_ids.clamp(max=len(known) - 1)]
-    return row_ids, torch.where(found == key_tags, key_ids, -1)

@@ -115,9 +115,23 @@ def load_limits(LIMITS, number, count):
 
 @triton.jit
 def similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N):
-    """Which pairs are similar, own pairs among them; none beyond the last row or key."""
-    row_id, key_id = load_ids(ROW_IDS, row, M, _NO_ROW), load_ids(KEY_IDS, key, N, _NO_KEY)
-    return row_id[:, None] == key_id[None, :]
+    """Which pairs are similar, own pairs among them; none beyond the last row or key.
+
+    Ids in fp64 are a label, a sample and the largest difference of similar labels: [M, 3], [N, 3].
+    """
+    if ROW_IDS.dtype.element_ty == tl.float64:
+        row_at, key_at = ROW_IDS + row.to(tl.int64) * 3, KEY_IDS + key.to(tl.int64) * 3
+        row_label = tl.load(row_at, mask=row < M, other=float("nan"))
+        key_label = tl.load(key_at, mask=key < N, other=float("nan"))
+        row_sample = tl.load(row_at + 1, mask=row < M, other=_NO_ROW)
+        key_sample = tl.load(key_at + 1, mask=key < N, other=_NO_KEY)
+        most = tl.load(row_at + 2, mask=row < M, other=0.0)
+        similar = tl.abs(row_label[:, None] - key_label[None, :]) <= most[:, None]
+        similar = similar | (row_sample[:, None] == key_sample[None, :])
+    else:
+        row_id, key_id = load_ids(ROW_IDS, row, M, _NO_ROW), load_ids(KEY_IDS, key, N, _NO_KEY)
+        similar = row_id[:, None] == key_id[None, :]
+    return similar
 
 
 @triton.jit

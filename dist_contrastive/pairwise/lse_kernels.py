@@ -3,6 +3,7 @@
 lse_kernel            sums of exponentials of rows and of keys; positives summed
 running_lse_kernel    the same of rows alone, at any range of scores
 lse_gradient_kernel   gradient of the scores, from final log-sum-exps
+count_similar_kernel  numbers of positives
 """
 
 import triton
@@ -342,3 +343,26 @@ def lse_gradient_kernel(
             if near | holds_own(first_row, first_key, before, BM, BN):
                 partner = row + tl.where(first + row + shift < count, own + shift, before)
                 store_zeros(G, row, partner, first_key, M, N, stride, BN)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def count_similar_kernel(
+    ROW_IDS,
+    KEY_IDS,
+    COUNTS,
+    M,
+    N,
+    own,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """COUNTS [parts, M] of the keys that are similar to each row, but its own. Program (i, s) takes
+    rows i BM ... and the s-th part of the keys."""
+    row, part = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
+    total = tl.zeros([BM], tl.int32)
+    begin, end = blocks_of(part, N, BN)
+    for block in range(begin, end):
+        key = block * BN + tl.arange(0, BN)
+        similar = similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N) & ~own_pairs(row, key, own)
+        total += tl.sum(similar.to(tl.int32), 1)
+    tl.store(COUNTS + part.to(tl.int64) * M + row, total, mask=row < M)

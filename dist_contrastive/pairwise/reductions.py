@@ -114,12 +114,10 @@ class LogSumExp(Reduction):
         return (LOGSUMEXP,), (LOGSUMEXP,) if self.both else ()
 
     def _counted(self, tile: Tile) -> Tensor:
-        """Scores, -inf where a pair counts neither for its row nor, with `both`, for its key."""
+        """Scores, -inf where a pair does not count; with `both` those above thresholds are left."""
         out = {"own": tile.own, "similar": tile.similar}.get(self.leave_out)
-        scores, above = without(tile.scores, out, -torch.inf), tile.above
-        if self.both and above is not None:
-            above = None if tile.above_key is None else above & tile.above_key
-        return without(scores, above, -torch.inf)
+        scores = without(tile.scores, out, -torch.inf)
+        return scores if self.both else without(scores, tile.above, -torch.inf)
 
     def parts(self, tile: Tile) -> Parts:
         scores = self._counted(tile)
@@ -160,7 +158,8 @@ class LogSumExp(Reduction):
         row_factor = (grad_row * (shift - row_lse).exp()).to(scores.dtype)
         key_factor = (grad_key * (shift - key_lse).exp()).to(scores.dtype)
         factor = without(row_factor, tile.above) + without(key_factor, tile.above_key)
-        return (scores - shift).exp_().mul_(factor)
+        # What counts is not above the log-sum-exps; what does not might be infinite.
+        return (scores - shift).clamp_(max=2 * MOST_SPREAD).exp_().mul_(factor)
 
 
 @dataclass(frozen=True)
