@@ -44,7 +44,7 @@ DOORS = {  # big dependencies, and the one file or part that knows each
     "webdataset": "tars.py",
     "fsspec": "remote.py",
     "datasets": "packing",
-    "transformers": "transformers_encoder.py",
+    "transformers": "transformers",
     "kornia": "views.py",
     "pytorch_optimizer": "optim.py",
     "submitit": "slurm",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.models import FeatureMaps
 from dist_contrastive.models.encoders import ResidualEncoder
-from dist_contrastive.models.transformers_encoder import (
+from dist_contrastive.models.transformers.vision import (
     TransformersEncoder,
 )
 

@@ -13,7 +13,7 @@ from dist_contrastive.models import (
     check_row_independent,
     momentum_at,
 )
-from dist_contrastive.models.transformers_encoder import (
+from dist_contrastive.models.transformers.vision import (
     TransformersEncoder,
 )
 

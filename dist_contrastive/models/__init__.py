@@ -48,7 +48,7 @@ from dist_contrastive.models.momentum import (
     ema_decay_at,
     momentum_at,
 )
-from dist_contrastive.models.transformers_encoder import TransformersEncoder
+from dist_contrastive.models.transformers import TransformersEncoder, TransformersTextEncoder
 from dist_contrastive.settings import Choice
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "ResidualEncoder",
     "TextEncoder",
     "TransformersEncoder",
+    "TransformersTextEncoder",
     "UNetGenerator",
     "VectorEncoder",
     "build_encoder",
@@ -90,6 +91,7 @@ ENCODERS: dict[str, type[Encoder]] = {
 PAIR_ENCODERS: dict[str, type[Encoder]] = {
     **ENCODERS,
     "text": TextEncoder,
+    "transformers_text": TransformersTextEncoder,
     "vector": VectorEncoder,
 }
 GENERATORS: dict[str, type[ConditionalGenerator]] = {
@@ -170,7 +172,7 @@ def build_generator(
 def _unreadable(name: str, example: Tensor | Sequence[str]) -> str:
     """Why the encoder `name` does not fit, and which do."""
     if not isinstance(example, Tensor):
-        holds, fit = "text", "text"
+        holds, fit = "text", "text or transformers_text"
     else:
         shape = "x".join(map(str, example.shape[1:]))
         holds = f"arrays of {shape}" if shape else "single numbers"

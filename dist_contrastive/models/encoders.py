@@ -9,7 +9,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -39,6 +39,10 @@ class Encoder(nn.Module, ABC):
     """What a row is; one of texts has `tokens` too."""
     dim: int
     """D."""
+    num_read: int = 0
+    """Texts of which this process has made `tokens`."""
+    num_cut: int = 0
+    """Those of them that were longer than what is read."""
 
     @abstractmethod
     def forward(self, rows: Tensor) -> Tensor:
@@ -149,6 +153,8 @@ class TextEncoder(Encoder):
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """`text_tokens` of as many bytes as are read."""
+        self.num_read += len(texts)
+        self.num_cut += sum(len(text.encode(errors="replace")) > self.max_bytes for text in texts)
         return text_tokens(texts, self.max_bytes)
 
     def forward(self, rows: Sequence[str] | Tensor) -> Tensor:
@@ -231,11 +237,14 @@ class ProjectionHead(nn.Module):
         """Dimension of the hidden layers."""
         out: Size = 64
         """Dimension of the compared embedding."""
-        layers: Count = 2
-        """Linear layers; 1 is a plain linear map."""
+        layers: Annotated[int, Field(ge=0, le=1024)] = 2
+        """Linear layers; 1 is a plain linear map, 0 leaves the representation as it is."""
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
+        if config.layers == 0:
+            self.net, self.dim = nn.Sequential(), dim
+            return
         widths = [dim, *[config.hidden] * (config.layers - 1), config.out]
         layers: list[nn.Module] = []
         for width_in, width_out in itertools.pairwise(widths):

@@ -17,8 +17,8 @@ from dist_contrastive.pairwise import chunked
 from dist_contrastive.pairwise.choice import Impl
 from dist_contrastive.pairwise.distances import unit_rows
 from dist_contrastive.pairwise.fused import Kernels
-from dist_contrastive.pairwise.kernel_calls import LOG2E, launch_of_rows, unfit_rows
 from dist_contrastive.pairwise.ids import ids_of
+from dist_contrastive.pairwise.kernel_calls import LOG2E, launch_of_rows, unfit_rows
 from dist_contrastive.pairwise.keys import SUM, KeySource, WholeKeys, open_keys
 from dist_contrastive.pairwise.pairs import Pairs
 from dist_contrastive.pairwise.reductions import (

@@ -70,7 +70,7 @@ class Moco(ContrastiveTask):
         self.key_encoder = MomentumCopy(self.encoder)
         self.key_head = MomentumCopy(self.head)
         self.momentum = config.momentum
-        self.register_buffer("queue", torch.zeros(config.queue_size, config.head.out))
+        self.register_buffer("queue", torch.zeros(config.queue_size, self.head.dim))
         # Since the start; on the host, which cuts the queue by it.
         self.register_buffer("num_queued", torch.zeros((), dtype=torch.int64))
 

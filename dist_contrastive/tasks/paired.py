@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dist_contrastive import collectives
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Samples
+from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses import PairedLoss, PairLoss
 from dist_contrastive.models import (
     AnyPairEncoder,
@@ -52,7 +53,7 @@ class Paired(ContrastiveTask):
                 raise ValueError(
                     "the task paired needs data.pair, the field of the second modality"
                 )
-            if self.head.out != self.pair.head.out:
+            if self.head.layers and self.pair.head.layers and self.head.out != self.pair.head.out:
                 raise ValueError(
                     f"task.head.out={self.head.out} and "
                     f"task.pair.head.out={self.pair.head.out} differ; both towers must embed into "
@@ -70,6 +71,12 @@ class Paired(ContrastiveTask):
         assert data.example.pair is not None, "the config asks for data.pair"
         self.pair_encoder = build_pair_encoder(config.pair.encoder, data.example.pair)
         self.pair_head = ProjectionHead(config.pair.head, self.pair_encoder.dim)
+        if self.head.dim != self.pair_head.dim:
+            raise ConfigError(
+                f"the towers embed into {self.head.dim} and {self.pair_head.dim} dimensions; set "
+                f"task.head.out and task.pair.head.out to one size, or layers to 0 where both "
+                f"encoders have it"
+            )
 
     def inputs(self, samples: Samples, context: StepContext) -> tuple[Tensor, ...]:
         """A view of every image [b, C, H, W], and what its partner's encoder takes [b, ...]."""
@@ -85,6 +92,16 @@ class Paired(ContrastiveTask):
     def compare(self, embeddings: Embeddings, samples: Samples, context: StepContext) -> Terms:
         """The loss between modalities, all rows of the global batch as negatives."""
         return {"contrastive": self.loss(*embeddings)}
+
+    @torch.no_grad()
+    def scalars(self, context: StepContext) -> dict[str, float]:
+        """Those of all tasks, and the share of this rank's texts that was cut, since the start."""
+        encoder, found = self.pair_encoder, super().scalars(context)
+        return (
+            {**found, "texts_cut": encoder.num_cut / encoder.num_read}
+            if encoder.num_read
+            else found
+        )
 
     def as_input(self, pair: Tensor | Sequence[str]) -> Tensor:
         """What the second encoder takes: tokens of texts, numbers as they are."""

@@ -100,7 +100,9 @@ def plan_of_run(config: RunConfig, ranks: int, card: str = "h100") -> planner.Pl
     task = config.task
     settings, head = getattr(task, "loss", None), getattr(task, "head", None)
     is_known = task.name in ("two_view", "paired", "labelled") and not getattr(task, "crops", None)
-    if not is_known or head is None or settings is None or settings.name not in planner.LOSSES:
+    if not is_known or not head or not head.layers or settings is None:
+        return None
+    if settings.name not in planner.LOSSES:
         return None
     if settings.name == "self_diagonal" or config.data.global_batch_size % ranks:
         return None
