@@ -48,7 +48,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(kernel_calls, "start", record)
     monkeypatch.setattr(kernel_calls, "_no_place", lambda device: None)
-    monkeypatch.setattr(fused, "_add_product", product)
+    monkeypatch.setattr(fused, "add_product", product)
     for module in (force_fused, panels, segments, softmaxes):
         monkeypatch.setattr(module, "launch", record)
     monkeypatch.setattr(collectives, "to_device", to_device)

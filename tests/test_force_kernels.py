@@ -25,7 +25,8 @@ from dist_contrastive import losses
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.force import fused, kernel_calls, panels, segments, softmaxes
 from dist_contrastive.pairwise import kernel_calls as pair_kernel_calls
-from dist_contrastive.pairwise.kernel_calls import TileShape
+from dist_contrastive.pairwise import tile_shapes
+from dist_contrastive.pairwise.tile_shapes import TileShape
 from dist_contrastive.testing import run_ranks
 
 PRESETS = ("seed", "drift", "paper")
@@ -40,8 +41,8 @@ def interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # what is not written is NaN
-    for key in kernel_calls.TILES:
-        kernel_calls.TILES[key] = TileShape(32, 32, 32, 4, 1)
+    for key in tile_shapes.TILES:
+        tile_shapes.TILES[key] = TileShape(32, 32, 32, 4, 1)
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,15 @@ from dist_contrastive.collectives import deferred, schema
 from dist_contrastive.errors import ConfigError
 from dist_contrastive.losses.cosine_embedding import _Embedding
 from dist_contrastive.losses.siglip import _Negatives
-from dist_contrastive.pairwise import LogSumExp, LogSumExpAndPositives, Pairs, fused, kernel_calls
-from dist_contrastive.pairwise.kernel_calls import TileShape
+from dist_contrastive.pairwise import (
+    LogSumExp,
+    LogSumExpAndPositives,
+    Pairs,
+    fused,
+    kernel_calls,
+    tile_shapes,
+)
+from dist_contrastive.pairwise.tile_shapes import TileShape
 from dist_contrastive.testing import run_ranks
 
 REDUCTIONS = [
@@ -64,9 +71,9 @@ def interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # what is not written is NaN
-    for key in kernel_calls.TILES:
+    for key in tile_shapes.TILES:
         rows = 16 if "gradient" in key[0] else 32
-        kernel_calls.TILES[key] = TileShape(rows, 16, 16, 4, 1)
+        tile_shapes.TILES[key] = TileShape(rows, 16, 16, 4, 1)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +137,7 @@ def check_products(num_rows: int, num_keys: int, dim: int) -> None:
     for a in (g, g.T):
         b, total = torch.randn(a.shape[1], dim), torch.randn(len(a), dim)
         exact = total.double() + a.double() @ b.double()
-        kernel_calls.add_product(total, a, b)
+        kernel_calls.add_fp32_product(total, a, b)
         torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -287,6 +294,8 @@ SETTINGS: dict[str, tuple[type[losses.PairLoss], dict[str, Any]]] = {
     "SelfDiagonal": (losses.SelfDiagonal, {}),
     "SupCon": (losses.SupCon, {"learnable": True}),
     "cosine embedding": (losses.CosineEmbedding, {}),
+    "KoLeo": (losses.KoLeo, {}),
+    "triplet, hard": (losses.Triplet, {"mining": "hard", "margin": 5.0}),
 }
 
 
@@ -383,8 +392,8 @@ def test_kernels_where_they_cannot_run():
     pairs = random_pairs(3, 4, 8)
     with pytest.raises(ConfigError, match=r"'triton' cannot be used: rows are on cpu.*; use auto"):
         pairwise.reduce(LogSumExp(), pairs, "triton")
-    with pytest.raises(ConfigError, match=r"Triplet has no kernels; use auto, dense or chunked"):
-        losses.Triplet(impl="triton")
+    with pytest.raises(ConfigError, match=r"VICReg has no kernels; use auto, dense or chunked"):
+        losses.VICReg(impl="triton")
 
 
 def check_unfit() -> None:
@@ -427,7 +436,7 @@ def recorded(monkeypatch) -> Launches:
         started.append(("product", ()))
 
     monkeypatch.setattr(kernel_calls, "start", record)
-    monkeypatch.setattr(fused, "_add_product", product)
+    monkeypatch.setattr(fused, "add_product", product)
     monkeypatch.setattr(kernel_calls, "_no_place", lambda device: None)
     monkeypatch.setattr(schema, "is_deferred", lambda x: x is not None)  # as of tensors on CUDA
     monkeypatch.setattr(deferred, "_WAITING", {})  # what has no data is never read

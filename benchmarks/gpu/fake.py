@@ -38,6 +38,10 @@ LOSSES: dict[str, tuple[type[PairLoss], dict[str, Any]]] = {
     "self_diagonal": (losses.SelfDiagonal, {"learnable": True}),
     "supcon": (losses.SupCon, {"learnable": True}),
     "cosine_embedding": (losses.CosineEmbedding, {}),
+    "koleo": (losses.KoLeo, {}),
+    "triplet, all": (losses.Triplet, {}),
+    "triplet, hard": (losses.Triplet, {"mining": "hard"}),
+    "triplet, semihard": (losses.Triplet, {"mining": "semihard"}),
 }
 """Pair losses by the names that the planner has for them, with all that can be learned."""
 
@@ -121,7 +125,7 @@ def without_card(found: Traffic) -> Iterator[None]:
         found.kernels.append("product")
 
     with (
-        replaced(pair_kernels, _add_product=product),
+        replaced(pair_kernels, add_product=product),
         replaced(kernel_calls, start=start, _no_place=lambda device: None),
     ):
         yield

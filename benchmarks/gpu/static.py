@@ -25,7 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dist_contrastive.pairwise import kernels
-from dist_contrastive.pairwise.kernel_calls import TileShape, kernel_of, tile_of
+from dist_contrastive.pairwise.kernel_calls import kernel_of
+from dist_contrastive.pairwise.tile_shapes import TileShape, tile_of
 
 LOG2E = 1.4426950408889634
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

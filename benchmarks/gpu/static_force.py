@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dist_contrastive.losses.force.kernel_calls import PRECISION, kernel_of, tile_of
-from dist_contrastive.pairwise.kernel_calls import TileShape
+from dist_contrastive.pairwise.tile_shapes import TileShape
 
 _INTS = {"M", "P", "N", "R", "G", "first", "stride", "parts", "sides", "split"}
 _INTS |= {"num_negative", "out_rows", "n", "num_labels"}

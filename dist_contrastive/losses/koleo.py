@@ -1,5 +1,6 @@
 """KoLeo over the global batch (Sablayrolles et al., arXiv 1806.03198, equation 2; DINOv2)."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -9,8 +10,16 @@ from torch import Tensor
 from dist_contrastive import collectives
 from dist_contrastive.collectives import Sizes
 from dist_contrastive.losses.base import PairLoss, normalised
-from dist_contrastive.pairwise import DISTANCES, extremes, fetch
+from dist_contrastive.pairwise import (
+    DISTANCES,
+    Pairs,
+    choose,
+    extremes,
+    fetch,
+)
+from dist_contrastive.pairwise.chosen import Search, extreme_distances
 from dist_contrastive.pairwise.distances import bounded
+from dist_contrastive.pairwise.kernel_calls import unfit_distances
 
 
 class KoLeo(PairLoss):
@@ -24,11 +33,11 @@ class KoLeo(PairLoss):
 
     No matrix of scores is kept, whatever ``impl`` is.
 
-    Collectives: one round over the keys, and the fetch of one neighbour a row.
+    Collectives: one round over the keys, and the fetch of one neighbour a row, or by kernels
+    another round in backward.
     """
 
     takes = "features"
-    has_kernels = False
 
     class Config(PairLoss.Config):
         """Every embedding moves away from its nearest neighbour."""
@@ -42,12 +51,25 @@ class KoLeo(PairLoss):
     def forward(self, features: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Scalar loss; features: [b, D]."""
         sizes = self.check_rows(sizes, features=features)
-        (z,) = normalised(features)
-        number = sum(sizes[: collectives.rank(self.group)]) + torch.arange(len(z), device=z.device)
-        pairs = self.pairs(z, z, sizes, tags=number)  # similar to itself alone
-        with torch.autocast(z.device.type, enabled=False):
-            _, nearest = extremes(pairs, DISTANCES["euclidean"], self.chunk_size)
-        neighbours = fetch(pairs, nearest.number)
-        d = torch.nn.functional.pairwise_distance(z, neighbours, eps=self.settings.eps)
+        first, device = sum(sizes[: collectives.rank(self.group)]), features.device
+        number = first + torch.arange(len(features), device=device)
+        pairs = self.pairs(features, features, sizes, tags=number)  # similar to itself alone
+        num_scores = max(pairs.sizes) * pairs.num_keys
+        with torch.autocast(device.type, enabled=False):
+            how = choose(self.impl, num_scores, unfit_distances(pairs), features.is_cuda)
+            d = self._by_kernels(pairs) if how == "triton" else self._in_tiles(pairs)
         d = bounded(d, d)  # of equal rows there is no way apart
-        return self.mean(-(d + self.settings.eps).log().sum(), len(z))
+        return self.mean(-(d + self.settings.eps).log().sum(), len(d))
+
+    def _by_kernels(self, pairs: Pairs) -> Tensor:
+        """Distances to nearest neighbours [b], of rows of unit length."""
+        search = Search("euclidean", farthest=False, unit=True, eps=self.settings.eps)
+        return extreme_distances(pairs, search)[0]
+
+    def _in_tiles(self, pairs: Pairs) -> Tensor:
+        """The same in plain torch."""
+        (z,) = normalised(pairs.rows)
+        pairs = replace(pairs, rows=z, keys=z)
+        _, nearest = extremes(pairs, DISTANCES["euclidean"], self.chunk_size)
+        neighbours = fetch(pairs, nearest.number)
+        return torch.nn.functional.pairwise_distance(z, neighbours, eps=self.settings.eps)

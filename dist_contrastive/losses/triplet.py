@@ -1,6 +1,7 @@
 """Triplet loss over the global batch (Schroff et al., arXiv 1503.03832; Hermans et al., 1703.07737;
 seed of this project)."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,9 @@ from dist_contrastive.pairwise import (
     fetch,
     triplet_sums,
 )
+from dist_contrastive.pairwise.chosen import Search, extreme_distances
+from dist_contrastive.pairwise.kernel_calls import unfit_distances
+from dist_contrastive.pairwise.mined import MinedTriplets, mined_sums
 
 MiningName = Literal["all", "hard", "semihard"]
 
@@ -49,8 +53,6 @@ class Triplet(LabelledLoss):
     otherwise ``hard`` those of one round over the keys and of the fetch of two keys a row, and the
     others those of `pairwise.triplet_sums`.
     """
-
-    has_kernels = False
 
     class Config(LabelledLoss.Config):
         """An embedding is nearer to similar ones than to others, by a margin."""
@@ -87,15 +89,18 @@ class Triplet(LabelledLoss):
         """
         features, tags, sizes = self.points(features, labels, sizes)
         with torch.autocast(features.device.type, enabled=False):
-            x = self.mining.distance.prepare(*in_full_precision(features))
-            pairs = self.pairs(x, x, sizes, tags, self.settings.max_delta or 0.0)
+            pairs = self.pairs(features, features, sizes, tags, self.settings.max_delta or 0.0)
             total, active, valid = self._sums(pairs)
         self.report_counts(valid_triplets=valid, active_triplets=active)
         return self.mean(total, valid)
 
     def _sums(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         num_scores = max(pairs.sizes) * pairs.num_keys
-        how = choose(self.impl, num_scores, "triplets have no kernels")
+        how = choose(self.impl, num_scores, unfit_distances(pairs), pairs.rows.is_cuda)
+        if how == "triton":
+            return self._sums_by_kernels(pairs)
+        x = self.mining.distance.prepare(*in_full_precision(pairs.rows))
+        pairs = replace(pairs, rows=x, keys=x)
         if how == "dense" and self.keys_from != "ring":
             return dense_triplet_sums(self.mining, pairs)
         if self.settings.mining == "hard":
@@ -111,5 +116,21 @@ class Triplet(LabelledLoss):
         keys = fetch(pairs, torch.cat([farthest.number, nearest.number]))
         keys = keys.unflatten(0, (2, len(pairs.rows)))
         positive, negative = (distance.rowwise(pairs.rows, of_kind) for of_kind in keys)
-        loss = torch.relu(positive - negative + margin).masked_fill(~is_valid, 0.0)
-        return loss.sum(), (loss > 0).sum(), is_valid.sum()
+        return _hard_losses(positive, negative, margin, is_valid)
+
+    def _sums_by_kernels(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        mining, distance, margin = self.settings.mining, self.settings.distance, self.mining.margin
+        if mining != "hard":
+            return mined_sums(MinedTriplets(mining, distance, margin), pairs, self.chunk_size)
+        negative, positive = extreme_distances(pairs, Search(distance, farthest=True))
+        is_valid = negative.isfinite() & positive.isfinite()
+        return _hard_losses(positive, negative, margin, is_valid)
+
+
+def _hard_losses(
+    positive: Tensor, negative: Tensor, margin: float, is_valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over rows of their hard triplet's loss; how many are active, and valid."""
+    difference = torch.where(is_valid, positive - negative, -torch.inf)
+    loss = torch.relu(difference + margin)
+    return loss.sum(), (loss > 0).sum(), is_valid.sum()

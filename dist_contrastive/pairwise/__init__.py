@@ -10,12 +10,12 @@
     way.py         what a way to compute a block has to do; saved.py what its backward needs
     tiles.py       a block in tiles of plain torch
     by_kernels.py  by Triton kernels, whose scores never reach memory; fused.py: a block of it
-    kernels.py, lse_kernels.py, row_kernels.py  the kernels
-    kernel_calls.py  their operands, and where they can run; ids.py: what is similar
+    *kernels.py    the kernels; kernel_calls.py: their operands, and where they can run
+    tile_shapes.py  their tiles; ids.py: what they know as similar
     distances.py   Euclidean and cosine distance, rows of unit length
     triplets.py    which triplets of a row count, for every way of mining
-    panels.py      losses that need all distances of a row at once
-    nearest.py     the nearest and the farthest key of each row, tile by tile
+    panels.py      losses that need all distances of a row at once; mined.py: by kernels
+    nearest.py     the nearest and the farthest key of each row; chosen.py: by kernels
 
 Where keys come from and how a tile is computed are independent of each other, and a loss sees
 neither: it names a reduction.

@@ -100,7 +100,7 @@ class _Reduce(torch.autograd.Function):
         job: _Job,
     ) -> tuple[Tensor, ...]:
         ctx.job, ctx.is_same = job, keys is None
-        pairs, of_partners = _operands(pairs, job.partners, rows, keys, scale)
+        pairs, of_partners = unit_operands(pairs, job.partners, rows, keys, scale)
         source = open_keys(pairs)
         if isinstance(source, WholeKeys) and pairs.tags is not None and not job.by_total:
             row_tags, tags = ids_of(pairs, source.block)  # once, for backward, too
@@ -122,7 +122,7 @@ class _Reduce(torch.autograd.Function):
             return *_gradients(ctx, grads), None, None
 
 
-def _operands(
+def unit_operands(
     pairs: Pairs, partners: int | None, rows: Tensor, keys: Tensor | None, scale: Tensor | None
 ) -> tuple[Pairs, Tensor]:
     """The pairs as kernels take them, thresholds in powers of 2, and scores of partners [b],

@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_contrastive.pairwise.kernel_calls import (
     LOG2E,
     Operands,
-    add_product,
+    add_fp32_product,
     filled,
     is_interpreted,
     launch,
@@ -347,9 +347,9 @@ def _add_products(
         for k in chunks(all_keys, at_a_time):
             g = buffer[: r.stop - r.start, : k.stop - k.start]
             scores.fill(r, k, g)
-            _add_product(grads.rows[r], g, keys[k])
+            add_product(grads.rows[r], g, keys[k])
             if grads.keys is not None:
-                _add_product(grads.keys[k], g.T, rows[r])
+                add_product(grads.keys[k], g.T, rows[r])
     by_bias = None if scores.bias is None else scores.bias.sum()
     if scores.unit is not None:
         for total in (grads.rows, grads.keys, by_bias):
@@ -359,10 +359,10 @@ def _add_products(
         grads.bias.add_(by_bias)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add ``a @ b`` to the total in fp32, of operands that may be in half precision."""
     if a.dtype == torch.float32:
-        add_product(total, a, b)
+        add_fp32_product(total, a, b)
     elif is_interpreted():
         total.addmm_(a.float(), b.float())
     else:

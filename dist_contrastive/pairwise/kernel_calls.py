@@ -1,4 +1,4 @@
-"""Calls of the Triton kernels: where they can run, their tiles, and their operands."""
+"""Calls of the Triton kernels: where they can run, and their operands."""
 
 import ast
 import importlib.util
@@ -19,6 +19,7 @@ from dist_contrastive.pairwise.reductions import (
     PairSum,
     Reduction,
 )
+from dist_contrastive.pairwise.tile_shapes import HOPPER, TileShape, tile_of
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 LOG2E = 1 / math.log(2)
@@ -26,108 +27,15 @@ _OLDEST = (8, 0)  # compute capability: the first with products of bf16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # fp32 operands in three products of tensor cores, or in fp32 arithmetic; never in one of tf32.
 _FP32_PRODUCT = "tf32x3"
-_PROGRAMS = 264  # that keys are split among, where rows are few: two for each SM of a large card
+_COUNTED = TileShape(64, 128, 0, 4, 1)  # of a kernel without a product
 _KEYS = 128  # multiples of which the keys of every tile divide
 _ROWS, _DIMS = 8, 256  # a program of a kernel of rows, and a step of it
 _LARGEST = 80.0  # power of 2 that no exponential exceeds: a sum of 2^40 of them is finite
 
 
-@dataclass(frozen=True)
-class TileShape:
-    """Rows, keys and dimensions of a step of the product; warps; steps that are loaded ahead; parts
-    of the keys that follow it one by one."""
-
-    rows: int
-    keys: int
-    dims: int
-    warps: int
-    stages: int
-    parts: int = 1
-
-    def row_grid(self, num_rows: int, num_keys: int) -> tuple[int, int]:
-        """Grid of a program for each block of rows and part of the keys, which is all of them
-        unless rows are few."""
-        blocks = -(-num_rows // self.rows)
-        return blocks, max(1, min(-(-num_keys // self.keys), _PROGRAMS // blocks))
-
-
-# By kernel and bytes of an operand: as large as spills no register. A table, since what timing
-# chooses would differ between ranks, and with it their last digits.
-TILES = {
-    ("lse", 2): TileShape(128, 128, 64, 4, 3),
-    ("lse_positives", 2): TileShape(128, 64, 64, 4, 3),
-    ("lse_gradient", 2): TileShape(128, 128, 64, 4, 3, 4),
-    ("lse_gradient_each", 2): TileShape(128, 128, 64, 4, 3, 4),
-    ("lse_limited", 2): TileShape(128, 64, 64, 4, 3),
-    ("lse_gradient_limited", 2): TileShape(128, 128, 64, 4, 3, 4),
-    ("lse_gradient_each_limited", 2): TileShape(128, 64, 64, 4, 3, 2),
-    ("lse_continuous", 2): TileShape(128, 64, 64, 4, 3),
-    ("lse_gradient_continuous", 2): TileShape(128, 64, 64, 4, 3, 2),
-    ("pair", 2): TileShape(128, 64, 64, 4, 3, 2),
-    ("pair_continuous", 2): TileShape(128, 64, 64, 4, 3, 2),
-    ("lse", 4): TileShape(128, 128, 32, 8, 3),
-    ("lse_positives", 4): TileShape(128, 128, 32, 8, 3),
-    ("lse_gradient", 4): TileShape(128, 64, 32, 8, 3),
-    ("lse_gradient_each", 4): TileShape(128, 64, 32, 8, 3),
-    ("lse_limited", 4): TileShape(128, 64, 32, 8, 3),
-    ("lse_gradient_limited", 4): TileShape(128, 64, 32, 8, 3),
-    ("lse_gradient_each_limited", 4): TileShape(128, 64, 32, 8, 3),
-    ("lse_continuous", 4): TileShape(128, 64, 32, 8, 3),
-    ("lse_gradient_continuous", 4): TileShape(128, 64, 32, 8, 3),
-    ("pair", 4): TileShape(128, 64, 32, 8, 3, 2),
-    ("pair_continuous", 4): TileShape(128, 64, 32, 8, 3, 2),
-    ("add_product", 4): TileShape(128, 64, 32, 8, 3),
-}
-_COUNTED = TileShape(64, 128, 0, 4, 1)  # of a kernel without a product
-_HOPPER = 9
-OTHER_TILES = {  # those of other generations that differ, by the first digit of the capability
-    **{(8, name, 2): TileShape(128, 128, 32, 8, 3) for name, size in TILES if size == 2},
-    **{(8, name, 4): TileShape(128, 64, 32, 8, 3) for name, size in TILES if size == 4},
-    (8, "lse", 4): TileShape(128, 64, 16, 8, 3),
-    (8, "pair", 2): TileShape(128, 128, 32, 8, 3, 2),
-    (8, "pair", 4): TileShape(64, 64, 32, 8, 3),
-    **{(10, name, 2): TileShape(128, 128, 64, 8, 3) for name, size in TILES if size == 2},
-    (10, "lse_gradient", 2): TileShape(128, 128, 64, 4, 3, 4),
-    (10, "lse_gradient_each", 2): TileShape(128, 64, 64, 8, 3),
-    (8, "lse_limited", 4): TileShape(64, 64, 32, 8, 3),
-    **{(10, name, 2): TileShape(128, 64, 64, 8, 3) for name, size in TILES if "_limited" in name},
-    (8, "lse_continuous", 2): TileShape(128, 64, 32, 8, 3),
-    (8, "pair_continuous", 4): TileShape(64, 64, 32, 8, 3),
-    **{(10, name, 2): TileShape(128, 64, 64, 8, 3) for name, size in TILES if "_cont" in name},
-    (10, "lse_continuous", 2): TileShape(64, 64, 64, 8, 3),
-    (10, "pair_continuous", 4): TileShape(64, 64, 32, 8, 3),
-    (10, "pair", 2): TileShape(128, 64, 64, 8, 3),
-    (10, "lse_positives", 4): TileShape(128, 64, 32, 8, 3),
-    (10, "add_product", 4): TileShape(128, 128, 32, 8, 3),
-}
-
-
-def tile_of(
-    name: str,
-    operand_bytes: int,
-    generation: int,
-    limited: bool = False,
-    continuous: bool = False,
-) -> TileShape:
-    """The tile of a kernel on a card; of unknown ones as on the oldest, which need least.
-
-    Args:
-        limited: scores have limits; then steps of a product are those of all kernels, so that its
-            last digit is, too. continuous: labels are.
-    """
-    if continuous:
-        fewer = {"lse_positives": "lse", "lse_gradient_each": "lse_gradient"}
-        name = f"{fewer.get(name, name)}_continuous"
-    elif limited and "lse" in name:
-        name += "_limited"
-    generation = generation if generation in (_HOPPER, 10) else 8
-    other = OTHER_TILES.get((generation, name, operand_bytes))
-    return other or TILES[name, operand_bytes]
-
-
 def _generation(device: torch.device) -> int:
     """The first digit of a card's capability; where there is none, of the most usual."""
-    return torch.cuda.get_device_properties(device).major if device.type == "cuda" else _HOPPER
+    return torch.cuda.get_device_properties(device).major if device.type == "cuda" else HOPPER
 
 
 def unfit(reduction: Reduction, pairs: Pairs) -> str | None:
@@ -152,6 +60,15 @@ def unfit_rows(x: Tensor, y: Tensor) -> str | None:
     dtype = torch.promote_types(x.dtype, y.dtype)
     if dtype not in _DTYPES:
         return f"rows are {dtype}, and kernels take float32, bfloat16 and float16"
+    return None
+
+
+def unfit_distances(pairs: Pairs) -> str | None:
+    """Why kernels cannot compare the distances of these pairs; None if they can."""
+    if (reason := unfit_rows(pairs.rows, pairs.keys)) is not None:
+        return reason
+    if pairs.tags is not None and pairs.tags.dim() > 1:
+        return "labels are continuous, and kernels of distances compare whole ones"
     return None
 
 
@@ -189,7 +106,7 @@ def launch(
     start(name, grid, tensors, numbers, constants | {"num_stages": tile.stages})
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_fp32_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add ``a @ b`` to the total, all in fp32, with the digits of fp32 by tensor cores.
 
     `a` or its transpose has lines of a multiple of 16 numbers, of which any finite ones fill them.
@@ -202,10 +119,15 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def launch_of_rows(
-    name: str, tensors: Sequence[Tensor], numbers: Sequence[float], **constants: Any
+    name: str,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    num_rows: int | None = None,
+    **constants: Any,
 ) -> None:
-    """Run a kernel of the rows of the first of the tensors."""
-    num_rows, dim = tensors[0].shape
+    """Run a kernel of the rows of the first of the tensors, or of so many pairs of them."""
+    dim = tensors[0].shape[1]
+    num_rows = len(tensors[0]) if num_rows is None else num_rows
     if num_rows:
         constants |= {"D": dim, "BM": _ROWS, "BK": min(_DIMS, 1 << (dim - 1).bit_length())}
         start(name, (-(-num_rows // _ROWS),), tensors, numbers, constants)
@@ -257,7 +179,7 @@ def start_compiled(
     pairs = [pair.split("=") for pair in constants.split(";")]
     values = {key: _value(text) for key, text in pairs}
     whole = [int(x) for x in numbers]
-    if name == "pair":  # its parameter
+    if name in _WITH_PARAMETER:
         whole[-1] = numbers[-1]  # type: ignore[call-overload]
     _start(name, tuple(grid), [*inputs, *outputs], whole, values)
 
@@ -277,16 +199,26 @@ def _(*_: Any) -> None:
 _OUTPUTS = {  # tensors, the last ones, that a kernel writes
     **{"lse": 3, "running_lse": 2, "lse_gradient": 1},
     **{"pair": 2, "cosine": 2, "unit_gradient": 2, "add_product": 1, "count_similar": 1},
+    **{"panel": 1, "all": 6, "semihard": 7, "positive": 2},
+    **{"extreme": 2, "chosen": 1, "chosen_rows": 1, "chosen_keys": 1},
 }
+# Their last number is a float.
+_WITH_PARAMETER = ("pair", "chosen", "chosen_rows", "chosen_keys", "all", "semihard")
 
 
 def kernel_of(name: str) -> Any:
     """The kernel of that name."""
-    from dist_contrastive.pairwise import kernels, lse_kernels, row_kernels
+    from dist_contrastive.pairwise import (
+        distance_kernels,
+        kernels,
+        lse_kernels,
+        panel_kernels,
+        row_kernels,
+        triplet_kernels,
+    )
 
-    if name in ("cosine", "unit_gradient", "add_product"):
-        return getattr(row_kernels, f"{name}_kernel")
-    return getattr(kernels if name == "pair" else lse_kernels, f"{name}_kernel")
+    modules = (kernels, lse_kernels, row_kernels, distance_kernels, panel_kernels, triplet_kernels)
+    return next(vars(x)[f"{name}_kernel"] for x in modules if f"{name}_kernel" in vars(x))
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def row_factors(FACTORS, row, M, HAS_FACTORS: tl.constexpr):
-    """Factors of rows by their numbers; ones, which cost nothing, where there are none."""
+    """Factors of rows or keys by their numbers; ones, which cost nothing, where there are none."""
     if HAS_FACTORS:
         return tl.load(FACTORS + row, mask=row < M, other=0.0)
     return tl.full([row.shape[0]], 1.0, tl.float32)

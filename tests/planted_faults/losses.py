@@ -142,6 +142,27 @@ FAULTS = [
         ("tests/test_objectives.py::test_formula_with_labels",),
     ),
     (
+        "by kernels, keys of later ranks have the numbers of the first",
+        f"{PAIRWISE}/chosen.py",
+        "found = torch.where(found < 0, found, found + block.first)",
+        "found = torch.where(found < 0, found, found + 0)",
+        ("tests/test_kernels.py::test_ranks_with_uneven_rows[ring]",),
+    ),
+    (
+        "by kernels, only the last positives of a row are counted",
+        f"{PAIRWISE}/triplet_kernels.py",
+        "        active += count\n",
+        "        active = count.to(tl.int64)\n",
+        ("tests/test_triplet_kernels.py::test_triplets_by_kernels[all-euclidean-dtype1]",),
+    ),
+    (
+        "by kernels, close negatives have the distance of a product",
+        f"{PAIRWISE}/panel_kernels.py",
+        "square < magnitude * CLOSE",
+        "square < magnitude * 0.0",
+        ("tests/test_triplet_kernels.py::test_extreme_rows[semihard-near negatives-5.0]",),
+    ),
+    (
         "the mean is over this rank's elements",
         f"{COLLECTIVES}/reductions.py",
         'factor = world_size(group) if grad_reduction == "mean" else 1',

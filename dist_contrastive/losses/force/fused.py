@@ -27,7 +27,7 @@ from dist_contrastive.losses.force.softmaxes import (
     temperature_constants,
 )
 from dist_contrastive.losses.force.sums import LogSums, Pool, log_largest_force, log_mean_length
-from dist_contrastive.pairwise.kernel_calls import TileShape
+from dist_contrastive.pairwise.tile_shapes import TileShape
 
 
 def distance_sums(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.pairwise import kernel_calls
-from dist_contrastive.pairwise.kernel_calls import TileShape
+from dist_contrastive.pairwise.tile_shapes import TileShape
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Distances want the digits of fp32: three products of tensor cores, never one of tf32.

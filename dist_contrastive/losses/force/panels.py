@@ -22,9 +22,9 @@ from dist_contrastive.losses.force.kernel_calls import (
     tile_of,
 )
 from dist_contrastive.losses.force.points import Counts, sorting
-from dist_contrastive.pairwise.kernel_calls import TileShape
 from dist_contrastive.pairwise.keys import open_keys
 from dist_contrastive.pairwise.pairs import Block, Pairs, chunks
+from dist_contrastive.pairwise.tile_shapes import TileShape
 
 _PANEL = 2**30  # bytes of distances that are computed at a time, and of weights
 _ALIGNED = 32  # numbers to which lines of a panel are filled up: a step of products

@@ -1,0 +1,258 @@
+"""Kernels of triplets and of nearest neighbours, interpreted, against the dense specification in
+fp64; counted at full size, and compiled for cards that are not there."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_kernels import (  # noqa: F401  # fixtures among them
+    LAUNCHES,
+    MEMORY,
+    counts,
+    gradients,
+    interpret,
+    interpreted,
+    recorded,
+)
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "gpu"))
+import static
+import static_triplets
+
+from dist_contrastive import losses
+from dist_contrastive.collectives import deferred
+from dist_contrastive.errors import ConfigError
+from dist_contrastive.pairwise import mined
+from dist_contrastive.testing import run_ranks
+
+SLOW = pytest.mark.slow
+MININGS = ["all", "semihard", "hard"]
+DISTANCES = ["euclidean", "squared_euclidean", "cosine"]
+DIM = 11
+OF_DTYPE = {x: torch.finfo(x).eps for x in (torch.bfloat16, torch.float16)}
+ALWAYS = [("all", "euclidean", torch.bfloat16), ("semihard", "cosine", torch.float32)]
+
+
+def interpret_small() -> None:
+    """Two positives at a time, so that most rows have several chunks of them."""
+    interpret()
+    mined.MINING_STEPS, mined._POSITIVES, mined._DIMS = (1, 8, 4), 2, 8
+
+
+def rows_and_labels(kind: str) -> tuple[Tensor, Tensor]:
+    """Rows in fp32, in which something may be lost."""
+    torch.manual_seed(0)
+    labels = torch.tensor([2, 0, 1, 0, 2, 0, -1, 0, 1])
+    x = torch.randn(len(labels), DIM)
+    if kind == "equal":
+        return x[:1].expand(len(x), -1).clone(), labels
+    if kind == "pairs of equal rows":
+        return torch.cat([x[:4], x[:4], x[:1]]), torch.tensor([2, 0, 1, 0, 2, 0, 1, 0, 2])
+    if kind == "tight classes":
+        return torch.randn(4, DIM)[labels] + 1e-4 * x, labels
+    if kind == "far from the origin":
+        return x + 1e4, labels
+    if kind == "near negatives":  # closer than any positive
+        return x[:3].repeat(4, 1)[: len(x)] + 1e-3 * x, labels
+    if kind == "one class":
+        return x, torch.zeros_like(labels)
+    if kind == "no positives":
+        return x, torch.full_like(labels, -1)
+    return x, labels
+
+
+def check(kind: str, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """Value, gradient and counts of kernels, on the same numbers, up to rounding."""
+    interpret_small()
+    x, labels = rows_and_labels(kind)
+    x = x.to(dtype)
+    made = [losses.Triplet(impl=impl, **settings) for impl in ("triton", "dense")]
+    value, grad = gradients(made[0], [x, labels])
+    exact, slope = gradients(made[1], [x.double(), labels])
+    assert made[0].metrics == made[1].metrics
+    assert (value - exact).abs() <= 2e-6 * (1 + exact.abs())
+    # Gradients by negatives are differences of products, which lose what is small beside the norms.
+    rounding = (1e-4 if kind == "near negatives" else 2e-5) if dtype == torch.float32 else 0.0
+    assert (grad - slope).norm() <= max(rounding, OF_DTYPE.get(dtype, 0.0)) * slope.norm()
+
+
+@pytest.mark.parametrize(
+    ("mining", "distance", "dtype"),
+    [
+        pytest.param(mining, distance, dtype, marks=[] if quick else SLOW)
+        for mining in MININGS
+        for distance in DISTANCES
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for quick in [
+            (mining, distance, dtype) in ALWAYS or (mining == "hard" and dtype != torch.float16)
+        ]
+    ],
+)
+def test_triplets_by_kernels(interpreted, mining, distance, dtype):  # noqa: F811
+    settings = {"mining": mining, "distance": distance, "chunk_size": 6}
+    interpreted(check, "random", dtype, settings)
+
+
+EXTREMES = ["tight classes", "near negatives", "pairs of equal rows", "far from the origin"]
+EXTREMES += ["equal", "one class", "no positives"]
+
+
+@pytest.mark.parametrize(
+    ("mining", "kind", "margin"),
+    [
+        pytest.param(mining, kind, margin, marks=[] if quick else SLOW)
+        for mining in MININGS
+        for kind in EXTREMES
+        for margin in (5.0, 0.0)
+        for quick in [margin and kind == EXTREMES[MININGS.index(mining)]]
+    ],
+)
+def test_extreme_rows(interpreted, mining, kind, margin):  # noqa: F811
+    interpreted(check, kind, torch.float32, {"mining": mining, "margin": margin})
+
+
+def check_twice() -> None:
+    """The same numbers, and gradients for any weight of the loss."""
+    interpret_small()
+    x, labels = rows_and_labels("random")
+    for mining in ("all", "hard"):
+        x.requires_grad_()
+        value = losses.Triplet(mining=mining, impl="triton")(x, labels)
+        (once,) = torch.autograd.grad(value, x, retain_graph=True)
+        (again,) = torch.autograd.grad(3 * value, x)
+        torch.testing.assert_close(3 * once, again)
+        with torch.no_grad():
+            assert torch.equal(losses.Triplet(mining=mining, impl="triton")(x, labels), value)
+
+
+@SLOW
+def test_backward_with_another_weight(interpreted):  # noqa: F811
+    interpreted(check_twice)
+
+
+RANK_SIZES = (5, 0, 4)
+OF_RANKS = [("all", "euclidean"), ("semihard", "cosine")]
+
+
+def on_rank(keys_from: str, settings: list[tuple[str, str]]) -> list[list[Tensor]]:
+    interpret_small()
+    found = []
+    for mining, distance in settings:
+        x, labels = rows_and_labels("random")
+        mine = [t.split(RANK_SIZES)[torch.distributed.get_rank()] for t in (x, labels)]
+        options = {"keys_from": keys_from, "grad_reduction": "sum", "chunk_size": 4}
+        loss = losses.Triplet(1.0, distance, mining, impl="triton", **options)
+        found.append([*gradients(loss, mine), loss.metrics["active_triplets"]])
+    return found
+
+
+def check_ranks(keys_from: str, settings: list[tuple[str, str]]) -> None:
+    ranks = run_ranks(on_rank, len(RANK_SIZES), keys_from, settings)
+    for number, (mining, distance) in enumerate(settings):
+        x, labels = rows_and_labels("random")
+        loss = losses.Triplet(1.0, distance, mining, impl="dense")
+        value, slope = gradients(loss, [x.double(), labels])
+        found = [results[number] for results in ranks]
+        for of_rank in found:
+            torch.testing.assert_close(of_rank[0], value, rtol=2e-6, atol=2e-6)
+            assert of_rank[2] == loss.metrics["active_triplets"]
+        total = torch.cat([of_rank[1] for of_rank in found])
+        torch.testing.assert_close(total, slope, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("keys_from", "settings"),
+    [
+        ("ring", OF_RANKS[:1]),
+        pytest.param("gather", OF_RANKS, marks=SLOW),
+        pytest.param("ring", OF_RANKS[1:], marks=SLOW),
+    ],
+)
+def test_ranks_with_uneven_rows(interpreted, keys_from, settings):  # noqa: F811
+    interpreted(check_ranks, keys_from, settings)
+
+
+def check_koleo(kind: str, dtype: torch.dtype, eps: float) -> None:
+    interpret_small()
+    x = rows_and_labels(kind)[0].to(dtype)
+    value, grad = gradients(losses.KoLeo(eps, impl="triton"), [x])
+    exact, slope = gradients(losses.KoLeo(eps, impl="dense"), [x.double()])
+    assert (value - exact).abs() <= 2e-6 * (1 + exact.abs())
+    rounding = 2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert (grad - slope).norm() <= rounding * slope.norm()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "eps"),
+    [
+        ("pairs of equal rows", torch.float32, 1e-2),
+        pytest.param("near negatives", torch.bfloat16, 1e-8, marks=SLOW),
+        pytest.param("random", torch.float16, 1e-8, marks=SLOW),
+    ],
+)
+def test_koleo_by_kernels(interpreted, kind, dtype, eps):  # noqa: F811
+    interpreted(check_koleo, kind, dtype, eps)
+
+
+def test_where_they_cannot_run():
+    x = torch.randn(6, 4)
+    for loss, given in ((losses.Triplet, [x, torch.arange(6) % 2]), (losses.KoLeo, [x])):
+        with pytest.raises(ConfigError, match=r"'triton' cannot be used: rows are on cpu"):
+            loss(impl="triton")(*given)
+
+
+def check_unfit() -> None:
+    x = torch.randn(6, 4)
+    for inputs, delta, reason in (
+        ([x.double(), torch.arange(6) % 2], None, r"rows are torch.float64, and kernels take"),
+        ([x, torch.rand(6)], 0.5, r"labels are continuous"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            losses.Triplet(max_delta=delta, impl="triton")(*inputs)
+
+
+def test_what_kernels_do_not_take(interpreted):  # noqa: F811
+    interpreted(check_unfit)
+
+
+@pytest.mark.parametrize("mining", ["all", "semihard"])
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_no_waits_few_launches_linear_memory_at_full_size(mining, distance, recorded):  # noqa: F811
+    loss = losses.Triplet(mining=mining, distance=distance, impl="triton")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(65536, 768, dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.empty(65536, dtype=torch.int64)
+        with counts.Counts() as found:
+            loss(x, labels).backward()
+    deferred._WAITING.clear()
+    assert not found.waits
+    assert found.launches + len(recorded) <= LAUNCHES
+    assert found.peak <= MEMORY
+
+
+COMPILED = [
+    pytest.param(name, card, dtype, marks=[] if (name, card, dtype) == QUICK else SLOW)
+    for QUICK in [("panel", 90, "bf16")]
+    for name in static_triplets.VARIANTS
+    for card in static.CARDS
+    for dtype in ("bf16", "fp32")
+]
+
+
+@pytest.mark.parametrize(("name", "card", "dtype"), COMPILED)
+def test_compiled_for_cards(name, card, dtype):
+    """No register is spilled, no sum is made by floating atomics, offsets are of 64 bits."""
+    report = static_triplets.compiled(static_triplets.VARIANTS[name], card, dtype=dtype)
+    assert report.spilled == 0
+    assert report.blocks >= 1
+    assert not re.search(r"\b(atom|red)\.\S*add\S*\.(f|bf)\d+", report.ptx)
+    assert "xi64>" in report.ttir
+    if static_triplets.VARIANTS[name].name in ("panel", "extreme"):
+        assert report.tensor > 0
+        if dtype == "fp32" or name == "panel":
+            assert "inputPrecision = tf32x3" in report.ttir
