@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -142,9 +143,8 @@ def row(folder: Path, source: str, threads: int, args: argparse.Namespace) -> st
     for turn in range(args.turns):
         out = folder / f"{source}-{threads}-{turn}.npy"
         alone = spent(bare)
-        _Work.make_parts = timed_parts
-        embed(folder / "run", str(folder / source), out)
-        _Work.make_parts = make_parts
+        with mock.patch.object(_Work, "make_parts", timed_parts):
+            embed(folder / "run", str(folder / source), out)
         turns.append((*alone, *measured.pop()))
         assert len(np.load(out)) == args.images
     bare_s = statistics.median(turn[0] for turn in turns)
