@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pydantic import FiniteFloat, PositiveFloat
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
 
 from dist_contrastive import collectives, pairwise
 from dist_contrastive.collectives import Group, Input, Sizes
@@ -123,7 +123,7 @@ def cross_entropy(lses: Tensor, positive: Tensor, leave_out: LeaveOut) -> Tensor
     """
     if leave_out == "nothing":
         return not_below_zero(lses - positive)
-    return -logsigmoid(positive - lses)  # 0 where no negative is left
+    return softplus(lses - positive, threshold=40)  # 0 where no negative is left
 
 
 def refuse_useless_ids(inputs: Mapping[str, Input]) -> None:

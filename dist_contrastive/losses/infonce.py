@@ -105,7 +105,9 @@ class InfoNCE(TemperatureLoss):
         (row_lse, positive), key_lses = self.reduce(reduction, pairs, partners=0)
         if bank is not None:
             row_lse = self._with_bank(row_lse, queries, bank, known.of_bank(bank_ids))
-        lses = torch.stack([row_lse, *(lse[: len(queries)] for lse in key_lses)])
+        if negatives is not None:
+            key_lses = tuple(lse[: len(queries)] for lse in key_lses)
+        lses = torch.stack([row_lse, *key_lses])
         terms = cross_entropy(lses, positive, known.leave_out)
         return self.mean(terms.sum(), terms.numel())
 

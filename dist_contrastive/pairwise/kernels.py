@@ -109,8 +109,9 @@ def load_ids(IDS, number, count, BEYOND: tl.constexpr):
 
 @triton.jit
 def load_limits(LIMITS, number, count):
-    """Scores above which pairs do not count, of rows or keys by their numbers."""
-    return tl.load(LIMITS + number, mask=number < count, other=float("inf"))
+    """Scores above which pairs do not count, of rows or keys by their numbers; beyond the last, any
+    one."""
+    return tl.load(LIMITS + tl.minimum(number, count - 1))
 
 
 @triton.jit
