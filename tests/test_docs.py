@@ -167,7 +167,7 @@ def test_tables_of_benchmarks_are_put_into_the_document():
         document.with_tables(page, printed + "\n" + printed)
 
 
-@pytest.mark.parametrize("name", ["precision", "force_precision", "speed", "memory"])
+@pytest.mark.parametrize("name", ["precision", "force_precision", "speed", "memory", "evaluation"])
 def test_heads_of_benchmarks_are_those_of_the_document(name):
     """Benchmarks whose tables are replaced as they are printed."""
     text = (ROOT / "benchmarks" / f"{name}.py").read_text()
