@@ -11,6 +11,7 @@ Nothing is run. Constants stand in planner_constants.py.
 """
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -255,8 +256,8 @@ def _wire_seconds(asked: Asked, sent: int) -> float:
 
 
 def _force(asked: Asked) -> Plan:
-    """Preset `drift`: as many points of data as generated ones. Distances in fp32 by three products
-    in TF32, kept where memory allows; one exponential a temperature; weighted sums in fp32."""
+    """Preset `drift`: as many points of data as generated ones. Distances and weighted sums in fp32
+    by three products in TF32, distances kept where memory allows; one exponential a temperature."""
     card, assumed = _rates(asked.card)
     generated, dim, ranks = asked.global_batch // asked.ranks, asked.dim, asked.ranks
     rows, keys = 2 * generated, 2 * asked.global_batch
@@ -269,42 +270,45 @@ def _force(asked: Asked) -> Plan:
     sm_s, scores = card.sms * card.clock, rows * keys / 1024
     product = 1024 * 12 * dim / (card.half * assumed.products)
     of_all, of_generated = FORCE_CYCLES.passes, FORCE_CYCLES.weights / 2
-    sent, panels = _force_wire(asked, rows), -(-rows // at_a_time) * keys // block
-    launches = _force_launches(ranks, is_ring, panels, kept > 0)
-    # A panel is written, read for close pairs, by three kernels, and of generated points by one,
-    # whose weights are written twice and read.
-    moved = 4 * rows * keys * (2 * rounds + 3.5 + 1.5) + FORCE_NUMBERS.bytes(rows, keys, dim)
+    sent, panels = _force_wire(asked, rows), [-(-x // at_a_time) for x in (rows, generated)]
+    of_panels = FORCE_LAUNCHES.kept_panels if kept else FORCE_LAUNCHES.panels
+    launches = keys // block * sum(map(operator.mul, panels, of_panels))
+    launches += _force_launches(ranks, is_ring)
+    # A panel is written, read by three kernels, and of generated points by one, whose weights are
+    # written and read. Pairs that are close or near, of which there are few, are left out.
+    moved = 4 * rows * keys * (rounds + 3.5 + 1) + FORCE_NUMBERS.bytes(rows, keys, dim)
     seconds = {
         "distances": rounds * scores * (product + FORCE_CYCLES.distances) / sm_s,
         "weights": scores * (of_all + of_generated) / sm_s,
-        "weighted sums": 2 * generated * keys * dim / (card.fp32 * assumed.products),
+        "weighted sums": scores / 2 * product / sm_s,
         "panels": moved / (card.bandwidth * assumed.bandwidth),
         "wire": _wire_seconds(asked, sum(sent.values())),
         "launches": launches * assumed.launch_s,
     }
     memory = {
         "inputs and their gradients": 3 * generated * dim * 4,
-        "points": rows * (20 * dim + 42),
+        "points": rows * (20 * dim + 300),
         "keys of others": keys_of_others(rows, dim, ranks, is_ring),
         "distances": kept or 4 * at_a_time * block,
-        "weights": 8 * min(at_a_time, generated) * block,
+        "weights": 4 * min(at_a_time, generated) * block,
     }
     return Plan(asked, rows, keys, seconds, memory, sent, launches, card.source)
 
 
-def _force_launches(ranks: int, is_ring: bool, panels: int, is_kept: bool) -> int:
+def _force_launches(ranks: int, is_ring: bool) -> int:
+    """Beside those of panels."""
     has = FORCE_LAUNCHES
-    of_panels = panels * (has.kept_panel if is_kept else has.panel)
-    if ranks == 1:
-        return has.step + of_panels
-    return of_panels + (has.ring + ranks * has.block if is_ring else has.step + has.gather)
+    if is_ring:
+        return has.ring + ranks * has.block
+    return has.step + (has.gather if ranks > 1 else 0)
 
 
 def keys_of_others(rows: int, dim: int, ranks: int, is_ring: bool) -> int:
-    """Bytes of keys, as they came and sorted; of a ring those that are there, and come."""
+    """Bytes of keys as they came, sorted and transposed; of a ring those that are there, and
+    come."""
     if ranks == 1:
         return 0
-    return 7 * rows * dim if is_ring else 8 * rows * ranks * dim
+    return 14 * rows * dim if is_ring else (12 * ranks - 4) * rows * dim
 
 
 def _force_wire(asked: Asked, rows: int) -> dict[str, int]:

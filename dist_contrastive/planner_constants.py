@@ -99,8 +99,8 @@ SPECS: Mapping[str, Spec] = {
 
 
 class ForceKernels(NamedTuple):
-    """Cycles of an SM for 1,024 distances, as the machine code for sm_90 has them at five
-    temperatures: estimates, since its loops are not told apart."""
+    """Cycles of an SM for 1,024 distances, of kernels for sm_90 at five temperatures, as
+    benchmarks/gpu/static_force.py reads them."""
 
     distances: float  # after their product
     passes: float  # mean distance, softmaxes, sums of weights
@@ -110,17 +110,17 @@ class ForceKernels(NamedTuple):
 class ForceLaunches(NamedTuple):
     """Kernels and operators of a step of the force."""
 
-    step: int = 187
-    panel: int = 11  # of four passes over it
-    kept_panel: int = 6  # whose distances are kept
-    gather: int = 26  # more where there are other ranks
-    ring: int = 144  # in the place of a step's
-    block: int = 75  # of the keys of a rank
+    step: int = 137
+    panels: tuple[int, int] = (9, 5)  # a panel of all rows, and one of generated ones
+    kept_panels: tuple[int, int] = (5, 3)  # whose distances are kept
+    gather: int = 28  # more where there are other ranks
+    ring: int = 149  # in the place of a step's
+    block: int = 12  # of the keys of a rank
 
 
 FORCE_TEMPERATURES, FORCE_ROUNDS = 5, 4
-FORCE_PANEL = 2**30  # bytes of distances that are computed at a time
-FORCE_CYCLES = ForceKernels(distances=560, passes=2600, weights=670)
+FORCE_PANEL = 2**31  # bytes of distances that are computed at a time
+FORCE_CYCLES = ForceKernels(distances=560, passes=1250, weights=684)
 FORCE_NUMBERS = Numbers(of_rows=128, of_keys=8, row=0, key=0)
 FORCE_LAUNCHES = ForceLaunches()
 

@@ -3,12 +3,15 @@
     python benchmarks/gpu/static_force.py [--cards 80 90 100] [--dim 1024] [--temperatures 5]
 
 Of each kernel registers of a thread, bytes spilled, shared memory, blocks that an SM holds, and
-instructions of tensor cores. The distances are a product; the others read a panel of them once.
+instructions of tensor cores; of those that read a panel of distances once also cycles of an SM for
+1,024 pairs, where no pairs coincide. The distances and the weighted sums are products.
 """
 
 import argparse
 import dataclasses
+import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import static
@@ -65,9 +68,10 @@ VARIANTS = {
     "product": Variant("product", "product", {"HAS_LABELS": False}),
     "product, labels": Variant("product", "product", {"HAS_LABELS": True}),
     "product, small groups": Variant("product", "small product", {"HAS_LABELS": False}),
-    "labels": Variant("segment_sum", "segments", {}),
+    "labels": Variant("segment", "segments", {"KINDS": 3, "HOW": "logsumexp"}),
 }
 """The kernels by what they are for."""
+NO_PANEL = ("difference", "near", "segment")  # whose loops are over other things
 
 
 def compiled(
@@ -83,8 +87,8 @@ def compiled(
     constants, names = variant.constants(tile, dim, temperatures), kernel.arg_names
     types = dict.fromkeys(names, "*fp32") | dict.fromkeys(_INTS & {*names}, "i32")
     types |= dict.fromkeys({"OWN", "FLAGS", "CLOSE", "ROW_LABELS", "KEY_LABELS"} & {*names}, "*i32")
-    if variant.name == "segment_sum":
-        types |= {"X": "*fp64", "SUMS": "*fp64", "BEGINS": "*i64", "ENDS": "*i64"}
+    if variant.name == "segment":
+        types |= {"X": "*fp64", "OUT": "*fp64", "BOUNDS": "*i64"}
     types |= {"log_floor": "fp32"} if "log_floor" in names else {}
     types |= dict.fromkeys(constants, "constexpr")
     aligned = [name for name in names if types[name].startswith("*") or name == "stride"]
@@ -96,7 +100,35 @@ def compiled(
     )
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     built = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
-    return static._report(built, card)
+    report = static._report(built, card)
+    if report.tensor:
+        return report
+    return report._replace(way=way_of_pairs(built.asm["cubin"], temperatures))
+
+
+def way_of_pairs(cubin: bytes, temperatures: int) -> static.Way:
+    """Instructions of a warp for a tile: once around the longest loop, that over keys, and around
+    a loop in it, that over temperatures, once for each."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [static.TOOLS / "nvdisasm", "-c", file.name]
+        code = static._Code(subprocess.run(command, capture_output=True, text=True).stdout)
+    loops = code.loops()
+    if not loops:
+        return static.Way(0, 0)
+    outer = max(loops, key=len)
+    around = code.path(outer.start, {outer.stop - 1})
+    for inner in loops:
+        if inner.start <= outer.start or inner.stop >= outer.stop:
+            continue
+        turn = code.path(inner.start, {inner.stop - 1})
+        before = code.path(outer.start, {inner.start})
+        after = code.path(inner.stop, {outer.stop - 1})
+        if sum(x.instructions for x in (before, turn, after)) - 1 == around.instructions:
+            more = temperatures - 1
+            return static.Way(*(x + more * y for x, y in zip(around, turn, strict=True)))
+    return around
 
 
 def main() -> None:
@@ -109,7 +141,7 @@ def main() -> None:
     parser.add_argument("--tile", help="rows,keys,dims,warps,stages in the place of the table's")
     args = parser.parse_args()
     shape = TileShape(*map(int, args.tile.split(","))) if args.tile else None
-    print(f"{'kernel':26} card {'tile':>17} regs spill shared blocks  mma")
+    print(f"{'kernel':26} card {'tile':>17} regs spill shared blocks  mma cycles")
     for card in args.cards:
         for name, variant in VARIANTS.items():
             if args.only in name:
@@ -126,9 +158,11 @@ def line(
         found = compiled(variant, card, dim, temperatures, tile)
     except Exception as error:  # one that does not compile must not end the table
         return f"{name:26} {card:4} {text:>17} {type(error).__name__} {str(error)[:300]}"
+    of_panels = not found.tensor and tile.keys and variant.name not in NO_PANEL
+    cycles = f"{found.epilogue() * 1024 / (tile.rows * tile.keys):6.0f}" if of_panels else ""
     return (
         f"{name:26} {card:4} {text:>17} {found.registers:4} {found.spilled:5} "
-        f"{found.shared >> 10:5}K {found.blocks:6} {found.tensor:4}"
+        f"{found.shared >> 10:5}K {found.blocks:6} {found.tensor:4} {cycles}"
     )
 
 

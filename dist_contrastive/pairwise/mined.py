@@ -21,8 +21,8 @@ from dist_contrastive.pairwise import fused, kernel_calls
 from dist_contrastive.pairwise.by_kernels import unit_operands
 from dist_contrastive.pairwise.chosen import squared_norms
 from dist_contrastive.pairwise.kernel_calls import Operands, launch, launch_of_rows
-from dist_contrastive.pairwise.keys import SUM, Block, gathered, open_keys
-from dist_contrastive.pairwise.pairs import Pairs
+from dist_contrastive.pairwise.keys import SUM, gathered, open_keys
+from dist_contrastive.pairwise.pairs import Block, Pairs
 from dist_contrastive.pairwise.saved import recall, remember
 
 _PANEL = 928 * 2**20  # bytes of distances, and of their gradients, that are kept at a time

@@ -4,6 +4,7 @@ FORCE = "dist_contrastive/losses/force/"
 ONE = "tests/test_force.py::"
 EXTREMES = "tests/test_force_extremes.py::"
 RANKS = "tests/test_force_ranks.py::"
+KERNELS = "tests/test_force_kernels.py::"
 
 FAULTS = [
     (
@@ -31,9 +32,9 @@ FAULTS = [
         "half tiles of distances are counted once",
         FORCE + "passes.py",
         "times = 2 if is_halved or (one_block and tile.row_kind != tile.key_kind) else 1\n"
-        "        if weights is None:",
+        "            if weights is None:",
         "times = 2 if one_block and tile.row_kind != tile.key_kind else 1\n"
-        "        if weights is None:",
+        "            if weights is None:",
         (ONE + "test_seed_loss_and_gradient_through_the_scale",),
     ),
     (
@@ -154,5 +155,26 @@ FAULTS = [
         "all_labels = collectives.gather_rows(all_labels, sizes, group)",
         "pass",
         (RANKS + "test_ranks_find_what_one_process_finds[2]",),
+    ),
+    (
+        "a thread's sums of weights are not seen from its new largest",
+        FORCE + "sum_kernels.py",
+        "total = total * shrinks_by + tl.sum(e, 2)",
+        "total = total + tl.sum(e, 2)",
+        (KERNELS + "test_tiles_one_after_the_other[drift]",),
+    ),
+    (
+        "pairs that are near are in the product, too",
+        FORCE + "weight_kernels.py",
+        "weight = tl.where(weight < 0, 0.0, weight)  # NaN stays",
+        "weight = tl.where(weight < 0, -weight, weight)",
+        (KERNELS + "test_sums_of_close_points_keep_their_digits",),
+    ),
+    (
+        "panels of the force are small",
+        FORCE + "panels.py",
+        "_PANEL = 2**31",
+        "_PANEL = 2**29",
+        (KERNELS + "test_no_waits_and_few_launches_at_full_size[paper-True]",),
     ),
 ]

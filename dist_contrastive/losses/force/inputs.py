@@ -46,7 +46,7 @@ class ForceInputs:
     weights: Tensor | None  # [R, G]
     counts: tuple[Counts, ...]  # of every rank whose points are compared with these
     num_labels: int  # ids of labels, of all those ranks
-    has_label: Tensor | None  # bool [L], which ids some point has; None: all
+    label_counts: Tensor | None  # fp64 [L], how many of their points have each id; None: some
     num_generated: int  # the first rows of this rank
     with_gradient: frozenset[int]  # kinds whose points need gradients
 
@@ -89,9 +89,9 @@ def force_inputs(
     if not are_compared:
         counts = (_own_counts(kinds),)
     tags, all_labels = _tags(kinds, tuple(map(sum, counts)) if are_compared else None, group)
-    num_labels, has_label = 1, None
+    num_labels, label_counts = 1, None
     if all_labels is not None:
-        num_labels, has_label = _number_labels(tags, all_labels, with_waits)
+        num_labels, label_counts = _number_labels(tags, all_labels, with_waits)
     weights = _weights(kinds, rows)
     if num_labels > 1:
         order = sorting(tags)
@@ -103,7 +103,7 @@ def force_inputs(
         weights,
         counts,
         num_labels,
-        has_label,
+        label_counts,
         kinds["negative"].points.shape[-2],
         frozenset(KINDS[name] for name, kind in kinds.items() if kind.points.requires_grad),
     )
@@ -203,15 +203,15 @@ def _number_labels(tags: Tensor, all_labels: Tensor, with_waits: bool) -> tuple[
     that of the first point with the label, of all points in the order of labels.
 
     Returns:
-        How many numbers there are, and which of them are labels; None: all.
+        How many numbers there are; and how many points have each, fp64, if some have none.
     """
     known = all_labels.unique() if with_waits else all_labels.sort().values
     tags[:, 1] = torch.searchsorted(known, tags[:, 1].contiguous())
     if with_waits:
         return len(known), None
-    is_first = torch.ones_like(known, dtype=torch.bool)
-    is_first[1:] = known[1:] != known[:-1]
-    return len(known), is_first
+    counts = torch.zeros_like(known, dtype=torch.float64)
+    ones = torch.ones_like(counts)  # whose sums are exact in any order
+    return len(known), counts.scatter_add_(0, torch.searchsorted(known, known), ones)
 
 
 def _weights(kinds: Kinds, rows: Tensor) -> Tensor | None:

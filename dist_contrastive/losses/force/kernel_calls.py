@@ -25,7 +25,6 @@ TILES = {
     ("sums", 8): TileShape(32, 64, 0, 4, 1),
     ("affinities", 8): TileShape(32, 32, 0, 4, 1),
     ("affinities", 9): TileShape(16, 64, 0, 4, 1),
-    ("affinities", 10): TileShape(16, 64, 0, 4, 1),
     ("weights", 8): TileShape(32, 64, 64, 4, 1),
     ("product", 8): TileShape(64, 128, 16, 8, 3),
     ("product", 9): TileShape(128, 128, 32, 8, 3),

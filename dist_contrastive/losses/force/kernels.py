@@ -71,20 +71,28 @@ def log_affinity(
     KEY_TERMS,
     LOG_WEIGHTS,
     x,
+    t,
+    g,
+    first,
+    row,
+    key,
     is_row,
     is_key,
+    R,
+    N,
+    G,
     log_floor,
     HAS_FLOOR: tl.constexpr,
 ):
-    """log2 A of a tile less the row terms; with a floor the whole, but not below it, and times the
-    weights of keys. Pointers are those of the tile's rows and keys, x their distances less half of
-    both nearest ones."""
-    rate = tl.load(RATES, mask=is_row, other=1.0)
-    key_term = tl.load(KEY_TERMS, mask=is_key, other=-INF)
+    """log2 A of a tile at a temperature less the row terms; with a floor the whole, but not below
+    it, and times the weights of keys. x are distances less half of both nearest ones."""
+    at = (t * G + g) * R + first + row
+    rate = tl.load(RATES + at, mask=is_row, other=1.0)
+    key_term = tl.load(KEY_TERMS + (t * G + g) * N + key, mask=is_key, other=-INF)
     z = key_term[None, :] - rate[:, None] * x
     if HAS_FLOOR:
-        row_term = tl.load(ROW_TERMS, mask=is_row, other=-INF)
-        log_weight = tl.load(LOG_WEIGHTS, mask=is_key, other=-INF)
+        row_term = tl.load(ROW_TERMS + at, mask=is_row, other=-INF)
+        log_weight = tl.load(LOG_WEIGHTS + g * N + key, mask=is_key, other=-INF)
         z += row_term[:, None]
         z = tl.maximum(z, log_floor, propagate_nan=tl.PropagateNan.ALL) + log_weight[None, :]
     return z

@@ -20,18 +20,14 @@ from torch import Tensor
 
 from dist_contrastive import collectives, pairwise
 from dist_contrastive.losses.base import PairLoss
-from dist_contrastive.losses.force import fused
 from dist_contrastive.losses.force.affinity import ForceRules, Scope
+from dist_contrastive.losses.force.fused import PanelRounds
 from dist_contrastive.losses.force.inputs import ForceInputs, PointKind, center, force_inputs
 from dist_contrastive.losses.force.kernel_calls import unfit
 from dist_contrastive.losses.force.panels import Panels
-from dist_contrastive.losses.force.passes import (
-    RankForce,
-    dense_force,
-    distance_sums,
-    streamed_force,
-)
+from dist_contrastive.losses.force.passes import TileRounds
 from dist_contrastive.losses.force.points import Counts, Points
+from dist_contrastive.losses.force.rounds import RankForce, Rounds, force_in_rounds
 from dist_contrastive.losses.force.sums import AttachGradient, Pool
 
 Preset = Literal["seed", "drift", "paper"]
@@ -215,7 +211,7 @@ class ContrastiveForce(PairLoss):
         inputs = self._inputs(PointKind(negative), PointKind(positive), others)
         with torch.autocast(inputs.rows.device.type, enabled=False):
             points = self._points(inputs)
-            scale = points.rows.new_ones(len(points.rows), inputs.num_labels)
+            scale = inputs.rows.new_ones(inputs.rows.shape[1], inputs.num_labels)
             force = self._force(points, inputs, scale)
             return force.transpose(0, 1).reshape(negative.shape)
 
@@ -246,11 +242,7 @@ class ContrastiveForce(PairLoss):
         return pairwise.choose(self.impl, _MANY, unfit(rows.device, rows.dtype), rows.is_cuda)
 
     def _loss(self, inputs: ForceInputs) -> Tensor:
-        with torch.no_grad():
-            points = self._points(inputs)
-            mean, grad_rows = self._mean_distance(points, inputs)
-            scale = torch.where(mean > 0, mean, 1.0)
-            force = self._force(points, inputs, scale)
+        scale, grad_rows, force = self._scale_and_force(inputs)
         if self.rules.scale_gradient:
             labels, pool = inputs.tags[:, 1], self._pool_scale.sum
             scale = AttachGradient.apply(inputs.rows, scale, grad_rows, labels, pool)
@@ -263,48 +255,53 @@ class ContrastiveForce(PairLoss):
             error.register_hook(lambda _: collectives.refuse_graph())
         return self.mean(error.sum(), error.numel())
 
-    def _points(self, inputs: ForceInputs) -> Points | Panels:
+    @torch.no_grad()
+    def _scale_and_force(self, inputs: ForceInputs) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Unit of the distances [G, L], its derivative by the rows [R, G, D] where gradients need
+        it, and the force [m, G, D]. Distances that are kept for these are freed with it."""
+        points = self._points(inputs)
+        mean, grad_rows = self._mean_distance(points, inputs)
+        scale = torch.where(mean > 0, mean, 1.0)
+        return scale, grad_rows, self._force(points, inputs, scale)
+
+    def _points(self, inputs: ForceInputs) -> Rounds[Any]:
         """This rank's rows, relative to the center of all points, and the keys of all ranks."""
         rows = inputs.rows.detach()
         rows = rows - center(rows, inputs.sizes, self.keys_from != "local", self.group)
         pairs = self.pairs(rows, rows, inputs.sizes, inputs.tags)
-        cache_mb = self.settings.cache_mb
+        cache_mb, num_labels = self.settings.cache_mb, inputs.num_labels
         if self._way(rows) == "triton":
-            has_labels = inputs.num_labels > 1
-            return Panels(pairs, inputs.counts, has_labels, self.chunk_size, cache_mb)
+            panels = Panels(pairs, inputs.counts, num_labels, self.chunk_size, cache_mb)
+            return PanelRounds(panels, self.rules, inputs.weights, inputs.label_counts)
         chunk_size = max(inputs.sizes) if self.impl == "dense" else self.chunk_size
-        return Points(pairs, chunk_size, _CACHE_MB if cache_mb is None else cache_mb)
+        points = Points(pairs, chunk_size, _CACHE_MB if cache_mb is None else cache_mb)
+        return TileRounds(points, self.rules, inputs.weights, num_labels)
 
     def _mean_distance(
-        self, points: Points | Panels, inputs: ForceInputs
+        self, points: Rounds[Any], inputs: ForceInputs
     ) -> tuple[Tensor, Tensor | None]:
         """Mean of d [G, L], and its derivative by the rows [R, G, D] where gradients need it."""
         kinds = inputs.with_gradient if self.rules.scale_gradient else frozenset()
-        arguments = self.rules, inputs.weights, inputs.num_labels, kinds
-        if isinstance(points, Panels):
-            total, count, grad_points = fused.distance_sums(points, *arguments)
-        else:
-            total, count, grad_points = distance_sums(points, *arguments)
+        total, count, grad_points = points.distance_sums(kinds)
         total, count = self._pool_scale.sum(torch.stack([total, count]))
         count = torch.where(count > 0, count, 1.0)  # 0 where nothing interacts
-        mean = (total / count).to(points.rows.dtype)
+        mean = (total / count).to(inputs.rows.dtype)
         if grad_points is None:
             return mean, None
         count_of_rows = count.T[inputs.tags[:, 1], :, None]
         return mean, grad_points.transpose(0, 1) / count_of_rows.to(grad_points.dtype)
 
-    def _force(self, points: Points | Panels, inputs: ForceInputs, scale: Tensor) -> Tensor:
+    def _force(self, points: Rounds[Any], inputs: ForceInputs, scale: Tensor) -> Tensor:
         """Force on the generated points, in units of scale [G, L]: [m, G, D]."""
-        arguments = self.rules, self._pool_norm, scale, inputs.weights, self.diagnostics
-        if isinstance(points, Panels):
-            found = fused.force(points, *arguments)
-        elif self.impl == "dense" and self.keys_from != "ring":
-            found = dense_force(points, *arguments)
+        is_dense = self.impl == "dense" and self.keys_from != "ring"
+        if is_dense and isinstance(points, TileRounds):
+            found = points.dense(self._pool_norm, scale, self.diagnostics)
         else:
-            found = streamed_force(points, *arguments)
+            found = force_in_rounds(points, self.rules, self._pool_norm, scale, self.diagnostics)
         self.metrics = {}
         if self.diagnostics:
-            self._report(found, scale, inputs.has_label)
+            counts = inputs.label_counts
+            self._report(found, scale, None if counts is None else counts > 0)
         return found.force.transpose(0, 1)
 
     def _report(self, found: RankForce, scale: Tensor, has_label: Tensor | None) -> None:

@@ -9,6 +9,7 @@ G groups, R points of this rank, K keys of a block.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,18 +23,20 @@ from dist_contrastive.losses.force.kernel_calls import (
     tile_of,
 )
 from dist_contrastive.losses.force.points import Counts, sorting
+from dist_contrastive.losses.force.segments import Segments
 from dist_contrastive.pairwise.keys import open_keys
 from dist_contrastive.pairwise.pairs import Block, Pairs, chunks
 from dist_contrastive.pairwise.tile_shapes import TileShape
 
-_PANEL = 2**30  # bytes of distances that are computed at a time, and of weights
+_PANEL = 2**31  # bytes of distances that are computed at a time, and of weights
 _ALIGNED = 32  # numbers to which lines of a panel are filled up: a step of products
 _BLOCK = 128  # rows of a panel are a multiple of this
 _FEW_DIMENSIONS = 4  # of which differences are no dearer than a product
 _SMALL = 32  # rows and keys, for which small tiles are enough
 _GROUP = 8  # blocks of rows whose programs share keys in the cache
-# Of a card's memory, and of what is free of it, what distances may take from pass to pass.
-_OF_ALL, _OF_FREE = 1 / 3, 1 / 2
+# Of a card's memory, and of what is free of it, what distances may take from pass to pass; and of
+# what is free, a panel.
+_OF_ALL, _OF_FREE, _OF_PANEL = 1 / 3, 1 / 2, 1 / 16
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class KeyBlock:
     """Keys that rows are compared with, sorted by kind and label."""
 
     keys: Tensor  # [G, K, D]
-    columns: Tensor  # [G, D, stride]: the same transposed, 0 beyond the last
     squares: Tensor  # [G, K], of their norms
+    tags: Tensor  # [K, 2] int64
     labels: Tensor  # [K] int32
     own: Tensor  # [R] int32: which key is the row itself, -1 for none
     order: Tensor | None  # [K] of the block's keys; None: as they are
@@ -71,6 +74,14 @@ class Panel:
         """Rows of a group."""
         return self.d.shape[1]
 
+    def part(self, rows: slice) -> "Panel | None":
+        """Those of its rows that are among some; None where none are."""
+        first, last = max(self.r.start, rows.start), min(self.r.stop, rows.stop)
+        if first >= last:
+            return None
+        d = self.d[:, first - self.r.start : last - self.r.start]
+        return Panel(self.g, slice(first, last), d)
+
     @property
     def sizes(self) -> tuple[int, int]:
         """M and P of the kernels."""
@@ -93,7 +104,7 @@ class Panels:
         pairs: rows [R, G, D] in fp32, which are this rank's keys too, near the origin; tags [R, 2]
             int64, kind and label, in the order of `sorting`.
         counts: points of each kind on every rank that is compared with, this one included.
-        has_labels: whether labels differ.
+        num_labels: ids of labels; 1 where they do not differ.
         chunk_size: rows of a panel; None chooses.
         cache_mb: MiB of distances that are kept from pass to pass; None: up to a third of the
             card's memory and half of what is free, nothing elsewhere. Nothing is kept of a ring.
@@ -105,49 +116,70 @@ class Panels:
         self,
         pairs: Pairs,
         counts: tuple[Counts, ...],
-        has_labels: bool,
+        num_labels: int,
         chunk_size: int | None,
         cache_mb: float | None,
     ) -> None:
         assert pairs.tags is not None, "kinds and labels are tags"
-        self._pairs, self._all_counts, self.has_labels = pairs, counts, has_labels
+        self._pairs, self._all_counts, self.num_labels = pairs, counts, num_labels
         self.rows = pairs.rows.transpose(0, 1).contiguous()  # [G, R, D]
         self.labels = pairs.tags[:, 1]  # [R]
         self.counts = counts[collectives.rank(pairs.group) if len(counts) > 1 else 0]
+        self.segments = Segments(pairs.tags, self.counts, num_labels)
         self.norms = torch.linalg.vector_norm(self.rows, dim=-1)  # [G, R]
         self._squares = self.norms.square()
         self._row_labels = self.labels.int()
         self._source = open_keys(pairs)
         self._chunk_size = chunk_size
-        self._budget = 0 if pairs.keys_from == "ring" else _budget(self.rows.device, cache_mb)
+        self._panel_bytes, budget = _memory(self.rows.device, cache_mb)
+        self._budget = 0 if pairs.keys_from == "ring" else budget
         self._kept: dict[tuple[int, int], Tensor] = {}
         self._block: KeyBlock | None = None
+        self._columns: tuple[Tensor, Tensor] | None = None  # of the keys that were asked for last
         self._buffers: dict[str, Tensor] = {}
         self._generation = generation_of(self.rows.device)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether labels differ."""
+        return self.num_labels > 1
 
     @property
     def num_generated(self) -> int:
         """The first rows."""
         return self.counts[0]
 
+    @property
+    def num_keys(self) -> int:
+        """Of all blocks."""
+        return sum(map(sum, self._all_counts))
+
+    @property
+    def _most_keys(self) -> int:
+        """Of a block."""
+        of_ranks = [sum(counts) for counts in self._all_counts]
+        return max(of_ranks) if self._pairs.keys_from == "ring" else sum(of_ranks)
+
     def span_of(self, kind: int) -> slice:
         """The rows of a kind."""
         first = sum(self.counts[:kind])
         return slice(first, first + self.counts[kind])
 
-    def tile(self, name: str, num_keys: int = _BLOCK) -> TileShape:
+    def tile(self, name: str) -> TileShape:
         """Of a kernel, on this card; not wider than keys are many, and whole lines are filled."""
         tile = tile_of(name, self._generation)
-        return replace(tile, keys=min(tile.keys, max(_ALIGNED, _power_of_2(num_keys))))
+        most = max(_ALIGNED, _power_of_2(min(_BLOCK, self._most_keys)))
+        return replace(tile, keys=min(tile.keys, most))
 
-    def product_tile(self, num_rows: int) -> TileShape:
-        """Of the product of weights of so many rows and keys, whose dimensions are its keys."""
-        small = "small " if num_rows <= _BLOCK // 2 else ""
+    def product_tile(self, rows: slice) -> TileShape:
+        """Of the product of weights of some rows of all panels and keys, whose dimensions are its
+        keys."""
+        small = "small " if rows.stop - rows.start <= _BLOCK // 2 else ""
         return tile_of(f"{small}product", self._generation)
 
-    def parts(self, rows: slice, num_keys: int, tile: TileShape) -> int:
-        """Into which these keys are split for these rows."""
-        return num_parts(rows.stop - rows.start, len(self.rows), num_keys, tile)
+    def parts(self, rows: slice, tile: TileShape) -> int:
+        """Into which the keys of a block are split for these rows."""
+        return num_parts(rows.stop - rows.start, len(self.rows), self._most_keys, tile)
 
     def buffer(self, name: str, *shape: int) -> Tensor:
         """Memory that is used again and again, with whatever is in it: fp32."""
@@ -156,6 +188,15 @@ class Panels:
         if held is None or held.numel() < size:
             self._buffers[name] = held = self.rows.new_empty(size)
         return held[:size].view(shape)
+
+    def columns(self, block: KeyBlock) -> Tensor:
+        """The keys of a block transposed [G, D, stride], 0 beyond the last."""
+        if self._columns is None or self._columns[0] is not block.keys:
+            num_groups, num_keys, num_dims = block.keys.shape
+            columns = block.keys.new_zeros(num_groups, num_dims, _aligned(num_keys))
+            columns[..., :num_keys].copy_(block.keys.mT)
+            self._columns = block.keys, columns
+        return self._columns[1]
 
     def blocks(self, *extras: Tensor) -> Iterator[KeyBlock]:
         """Every key once, with further numbers that this rank has for its own points [R, ..., G].
@@ -174,21 +215,26 @@ class Panels:
 
     def _sorted(self, block: Block) -> KeyBlock:
         assert block.tags is not None
-        counts, order, keys, labels = self._counts_of(block), None, block.keys, block.tags[:, 1]
-        own = torch.full_like(self._row_labels, -1)
-        first = self._pairs.start - block.first
-        number = torch.arange(len(keys), device=keys.device)
+        order, keys, tags, first = None, block.keys, block.tags, self._pairs.start - block.first
+        own = slice(first, first + len(self.labels))
         if self._pairs.keys_from == "gather" and len(self._all_counts) > 1:  # each rank's are
-            order = sorting(block.tags)
-            keys, labels = keys.index_select(0, order), labels[order]
-            number = torch.empty_like(order).scatter_(0, order, number)
-        if 0 <= first < len(keys):
-            own = number[first : first + len(self.labels)].int()
+            order = sorting(tags)
+            places = torch.arange(len(order), device=order.device)
+            number = torch.empty_like(order).scatter_(0, order, places)[own].int()
+            keys, tags = keys.index_select(0, order), tags[order]
+        elif 0 <= first < len(keys):
+            number = torch.arange(own.start, own.stop, dtype=torch.int32, device=keys.device)
+        else:
+            number = self._not_among
         keys = keys.transpose(0, 1).contiguous()
         squares = torch.linalg.vector_norm(keys, dim=-1).square_()
-        columns = keys.new_zeros(len(keys), keys.shape[2], _aligned(keys.shape[1]))
-        columns[..., : keys.shape[1]].copy_(keys.mT)
-        return KeyBlock(keys, columns, squares, labels.int(), own, order, counts)
+        labels = tags[:, 1].int() if self.has_labels else number  # which are not looked at
+        return KeyBlock(keys, squares, tags, labels, number, order, self._counts_of(block))
+
+    @cached_property
+    def _not_among(self) -> Tensor:
+        """That no row is among the keys of a block: [R] int32."""
+        return torch.full_like(self.labels, -1, dtype=torch.int32)
 
     def _counts_of(self, block: Block) -> Counts:
         """Of the block's keys."""
@@ -208,9 +254,9 @@ class Panels:
         by the next."""
         stride = _aligned(len(block))
         of_row = 4 * stride
-        num_groups = max(1, _PANEL // (of_row * max(1, min(_BLOCK, len(self.labels)))))
-        num_groups = min(num_groups, len(self.rows))
-        at_a_time = max(1, _PANEL // (of_row * num_groups * _BLOCK)) * _BLOCK
+        at_least = of_row * max(1, min(_BLOCK, len(self.labels)))
+        num_groups = min(max(1, self._panel_bytes // at_least), len(self.rows))
+        at_a_time = max(1, self._panel_bytes // (of_row * num_groups * _BLOCK)) * _BLOCK
         for g in chunks(slice(0, len(self.rows)), num_groups):
             for r in chunks(slice(0, len(self.labels)), self._chunk_size or at_a_time):
                 wanted = slice(max(r.start, rows.start), min(r.stop, rows.stop))
@@ -264,13 +310,12 @@ def _power_of_2(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _budget(device: torch.device, cache_mb: float | None) -> int:
-    """Bytes of distances to keep."""
-    if cache_mb is not None:
-        return int(cache_mb * 2**20)
+def _memory(device: torch.device, cache_mb: float | None) -> tuple[int, int]:
+    """Bytes of distances of a panel, and of those to keep."""
     if device.type != "cuda":
-        return 0
+        return _PANEL, int((cache_mb or 0) * 2**20)
     free, total = torch.cuda.mem_get_info(device)
     # What this process has reserved and does not use is free, too.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(min(_OF_ALL * total, _OF_FREE * free))
+    to_keep = int(min(_OF_ALL * total, _OF_FREE * free) if cache_mb is None else cache_mb * 2**20)
+    return min(_PANEL, int(_OF_PANEL * free)), to_keep

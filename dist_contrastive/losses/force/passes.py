@@ -1,17 +1,13 @@
-"""The force on this rank's generated points: by passes over tiles, or on whole matrices.
+"""The force's rounds by tiles of torch, and the force on whole matrices.
 
-Weights A of pairs are kept as logarithms: they underflow for small temperatures where the force, a
-quotient, does not. d is symmetric, so the column of a point in a softmax is the row that it has
-itself: one or two vectors of log-sum-exps for each temperature are all that ranks exchange.
-The force is a length divided by a length: in other units it is the same at temperatures in them.
+d is symmetric, so the column of a point in a softmax is the row that it has itself: one or two
+vectors of log-sum-exps for each temperature are all that ranks exchange. The force is a length
+divided by a length: in other units it is the same at temperatures in them.
 
-Every pass is one round over the keys. T temperatures, G groups, L labels, R points of this rank, of
-which m are generated.
+T temperatures, G groups, L labels, R points of this rank, of which m are generated.
 """
 
 import math
-from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,200 +21,174 @@ from dist_contrastive.losses.force.points import (
     PointTile,
     generated_rows,
 )
+from dist_contrastive.losses.force.rounds import RankForce
 from dist_contrastive.losses.force.sums import (
+    ByLabel,
     LogSums,
+    PlainByLabel,
     Pool,
     add_log,
-    log_largest_force,
-    log_mean_length,
     log_sum_exps,
-    root_mean_square,
-    with_unit_rms,
 )
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class RankForce(NamedTuple):
-    """Force on this rank's generated points, in units of the scale."""
-
-    force: Tensor  # [G, m, D]
-    rms: Tensor | None  # [T, G, L], diagnostics: root mean square, for paper before division by it
-    neighbours: Tensor | None  # [T, G, m], diagnostics: 1 / sum(softmax^2) of each row
-
-
-def distance_sums(
-    points: Points,
-    rules: ForceRules,
-    weights: Tensor | None,
-    num_labels: int,
-    grad_kinds: frozenset[int],
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums over pairs of the distance and of 1, both times the key's weight: [G, L] fp64 each; and
-    grad_points [G, R, D], the derivative of the first sum, over all ranks, by the points.
+class TileRounds:
+    """`Rounds` of points, tile by tile.
 
     Args:
-        weights: of this rank's points [R, G]; None: 1 each.
-        grad_kinds: kinds of points to derive by, for a square A; grad_points is 0 for rows of other
-            kinds, and None without any kind.
-
-    Collectives: one round over the keys.
-    """
-    total, count = points.rows.new_zeros(2, len(points.rows), num_labels, dtype=torch.float64)
-    grad_points = torch.zeros_like(points.rows) if grad_kinds else None
-    extras = () if weights is None else (weights,)
-    is_symmetric = weights is None
-    # Of two kinds of points, one block has both what keys add to rows and what rows add to keys.
-    one_block = rules.square and is_symmetric and grad_kinds <= {GENERATED}
-
-    def wanted(row_kind: int, key_kind: int) -> bool:
-        return rules.has_row(row_kind, key_kind) and not (one_block and row_kind > key_kind)
-
-    def halved(row_kind: int, key_kind: int) -> bool:
-        return is_symmetric and row_kind == key_kind
-
-    for tile, key_extras in points.tiles(wanted, *extras, halved=halved):
-        place, per_key = (tile.g, tile.label), tile.finite_distances.sum(1)
-        is_halved = tile.is_off_diagonal and halved(tile.row_kind, tile.key_kind)
-        times = 2 if is_halved or (one_block and tile.row_kind != tile.key_kind) else 1
-        if weights is None:
-            total[place] += times * per_key.sum(-1).double()
-            count[place] += times * tile.num_pairs
-        else:
-            weight = key_extras[0].T[tile.g]  # [g, k]
-            total[place] += (per_key * weight).sum(-1).double()
-            count[place] += tile.rows.shape[1] * weight.sum(-1).double()
-        if grad_points is not None and tile.row_kind in grad_kinds:
-            pair_weight = tile.d.clamp(min=_TINY).reciprocal_()
-            # A point is a row, and a key of the other rows.
-            both = 2.0 if weights is None else weights.T[tile.g, tile.r, None] + weight[:, None]
-            pair_weight *= both
-            grad_points[tile.g, tile.r] += tile.weighted_differences(pair_weight)
-            if is_halved:
-                of_keys = tile.weighted_differences_of_keys(pair_weight)
-                grad_points[tile.g, tile.k] += of_keys
-    return total, count, grad_points
-
-
-def dense_force(
-    points: Points,
-    rules: ForceRules,
-    pool: Pool,
-    scale: Tensor,
-    weights: Tensor | None,
-    diagnostics: bool,
-) -> RankForce:
-    """The specification on the points of all ranks, which every rank computes and takes its own of.
-
-    Args: those of `streamed_force`. Memory: a few matrices of [G, K, K] for K points of all ranks.
-    """
-    (block,) = points.source.blocks(*(() if weights is None else (weights,)))
-    assert block.tags is not None
-    kinds, labels = block.tags.unbind(1)
-    result = spec.force(
-        block.keys.transpose(0, 1) / scale[:, labels, None],
-        kinds == GENERATED,
-        kinds == POSITIVE,
-        labels,
-        block.extras[0].T if block.extras else None,
-        temperatures=rules.temperatures,
-        square=rules.square,
-        mask_self=rules.mask_self,
-        divide_by=rules.divide_by,
-        norm_scope=rules.norm_scope,
-        floor=rules.floor,
-        normalise_total=rules.normalise_total,
-        of_processes=pool.of_processes,
-    )
-    own = slice(points.pairs.start, points.pairs.start + points.num_generated)
-    if not diagnostics:
-        return RankForce(result.force[:, own], None, None)
-    numbers = torch.arange(scale.shape[-1], device=labels.device)
-    first = (labels == numbers[:, None]).int().argmax(-1)  # point of each label
-    return RankForce(result.force[:, own], result.rms[..., first], result.neighbours[..., own])
-
-
-def streamed_force(
-    points: Points,
-    rules: ForceRules,
-    pool: Pool,
-    scale: Tensor,
-    weights: Tensor | None,
-    diagnostics: bool,
-) -> RankForce:
-    """The force tile by tile.
-
-    Args:
-        pool: of the scope over which the unit is a mean.
-        scale: unit of the coordinates, in which temperatures and the force are [G, L].
         weights: what the columns of A are multiplied by, of this rank's points [R, G]; None: 1.
-        diagnostics: whether to compute rms and neighbours, for one more round.
-
-    Collectives: three rounds over the keys, and those of the pool.
     """
-    labels, num_labels = points.labels[: points.num_generated], scale.shape[-1]
-    factor = -1 / (scale.new_tensor(rules.temperatures)[:, None, None] * scale)
-    powers, by_force = Powers(rules.temperatures), rules.divide_by == "force"
-    lse, nearest = log_sum_exps(points, rules, factor, powers)
-    terms = LogAffinity.from_log_sum_exps(factor, lse, nearest, weights, rules.floor)
-    sums = _log_sums(points, rules, terms, powers, with_square=not by_force)
-    # In units of each scale, since a unit may be a mean over several of these.
-    log_scale = scale.double().log()
-    sums = replace(sums, square=sums.square - 2 * log_scale)
-    log_unit = log_largest_force(sums, labels, pool) if by_force else log_mean_length(sums, pool)
-    per_temperature = by_force or diagnostics
-    force = _weighted_sum(points, terms, powers, sums, log_unit + log_scale, per_temperature)
-    rms = neighbours = None
-    if diagnostics:
-        rms = root_mean_square(force, labels, num_labels, pool)
-        rms = rms * log_unit.exp() if by_force else rms
-        half_lse, _ = log_sum_exps(points, rules, 2 * factor, powers)  # at half the temperatures
-        # sum(softmax^2) is exp(lse at t/2) / exp(lse)^2; a row without any has 0 neighbours.
-        neighbours = (2 * lse[0] - half_lse[0])[..., : len(labels)].exp().nan_to_num(0.0)
-    if by_force:
-        force = with_unit_rms(force, labels, num_labels, pool)
-    force = force.sum(0, keepdim=True)
-    if rules.normalise_total:
-        force = with_unit_rms(force, labels, num_labels, pool)
-    return RankForce(force[0], rms, neighbours)
 
+    def __init__(
+        self, points: Points, rules: ForceRules, weights: Tensor | None, num_labels: int
+    ) -> None:
+        self.points, self.weights = points, weights
+        self._rules, self._powers = rules, Powers(rules.temperatures)
+        labels = points.labels[: points.num_generated]
+        self.by_label: ByLabel = PlainByLabel(labels, num_labels)
 
-def _log_sums(
-    points: Points, rules: ForceRules, terms: LogAffinity, powers: Powers, with_square: bool
-) -> LogSums:
-    """Sums over keys for generated rows, and over pairs for all rows.
+    def distance_sums(self, grad_kinds: frozenset[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Sums over pairs of the distance and of 1, and the derivative of the first."""
+        points, rules, weights = self.points, self._rules, self.weights
+        total, count = points.rows.new_zeros(
+            2, len(points.rows), self.by_label.num_labels, dtype=torch.float64
+        )
+        grad_points = torch.zeros_like(points.rows) if grad_kinds else None
+        extras = () if weights is None else (weights,)
+        is_symmetric = weights is None
+        # Of two kinds of points, one block has what keys add to rows and what rows add to keys.
+        one_block = rules.square and is_symmetric and grad_kinds <= {GENERATED}
 
-    Collectives: one round over the keys.
-    """
-    # By side: over negatives, over positives; of keys that coincide with the row, of others.
-    coincide, others = (terms.row.new_full((2, *terms.row.shape), -torch.inf) for _ in range(2))
-    square = torch.full_like(terms.neg_inv_temperature, -torch.inf, dtype=torch.float64)
-    num_pairs = square.new_zeros(square.shape[-1])
-    # Without weights a square A is symmetric: of two kinds of points, one block has both sums.
-    one_block = rules.square and terms.log_weights is None
+        def wanted(row_kind: int, key_kind: int) -> bool:
+            return rules.has_row(row_kind, key_kind) and not (one_block and row_kind > key_kind)
 
-    def wanted(row_kind: int, key_kind: int) -> bool:
-        with_row = with_square and rules.has_row(row_kind, key_kind)
-        return row_kind == GENERATED or (with_row and not (one_block and row_kind > key_kind))
+        def halved(row_kind: int, key_kind: int) -> bool:
+            return is_symmetric and row_kind == key_kind
 
-    def halved(row_kind: int, key_kind: int) -> bool:
-        return one_block and row_kind == key_kind and row_kind != GENERATED
+        for tile, key_extras in points.tiles(wanted, *extras, halved=halved):
+            place, per_key = (tile.g, tile.label), tile.finite_distances.sum(1)
+            is_halved = tile.is_off_diagonal and halved(tile.row_kind, tile.key_kind)
+            times = 2 if is_halved or (one_block and tile.row_kind != tile.key_kind) else 1
+            if weights is None:
+                total[place] += times * per_key.sum(-1).double()
+                count[place] += times * tile.num_pairs
+            else:
+                weight = key_extras[0].T[tile.g]  # [g, k]
+                total[place] += (per_key * weight).sum(-1).double()
+                count[place] += tile.rows.shape[1] * weight.sum(-1).double()
+            if grad_points is not None and tile.row_kind in grad_kinds:
+                pair_weight = tile.d.clamp(min=_TINY).reciprocal_()
+                # A point is a row, and a key of the other rows.
+                both = 2.0 if weights is None else weights.T[tile.g, tile.r, None] + weight[:, None]
+                pair_weight *= both
+                grad_points[tile.g, tile.r] += tile.weighted_differences(pair_weight)
+                if is_halved:
+                    of_keys = tile.weighted_differences_of_keys(pair_weight)
+                    grad_points[tile.g, tile.k] += of_keys
+        return total, count, grad_points
 
-    for tile, payload in points.tiles(wanted, *terms.key_payload(), halved=halved):
-        tile_terms, is_generated = terms.of_tile(tile, payload), tile.row_kind == GENERATED
-        is_halved = tile.is_off_diagonal and halved(tile.row_kind, tile.key_kind)
-        times = 2 if is_halved or (one_block and tile.row_kind != tile.key_kind) else 1
-        row_sums, squares = _tile_sums(tile_terms, tile, powers, is_generated, with_square)
-        place, side = (slice(None), tile.g, tile.r), int(tile.key_kind == POSITIVE)
-        add_log(others[side], place, row_sums)
-        if is_generated and tile.coinciding is not None:
-            add_log(coincide[side], place, tile_terms.coinciding_log_sums(tile.coinciding))
-        add_log(square, (slice(None), tile.g, tile.label), squares + math.log(times))
-        if tile.g.start == 0:
-            num_pairs[tile.label] += times * tile.num_pairs
-    negative, positive = torch.logaddexp(coincide, others)
-    force = torch.logaddexp(positive + others[0], negative + others[1])
-    return LogSums(negative, positive, force, square, num_pairs)
+    def terms(self, scale: Tensor) -> tuple[LogAffinity, Tensor]:
+        """Terms of log A, and log-sum-exps of rows."""
+        factor = -1 / (scale.new_tensor(self._rules.temperatures)[:, None, None] * scale)
+        lse, nearest = log_sum_exps(self.points, self._rules, factor, self._powers)
+        floor = self._rules.floor
+        terms = LogAffinity.from_log_sum_exps(factor, lse, nearest, self.weights, floor)
+        return terms, lse[0]
+
+    def log_sums(self, terms: LogAffinity, with_square: bool) -> LogSums:
+        """Sums over keys for generated rows, and over pairs for all rows."""
+        # By side: over negatives, over positives; of keys that coincide with the row, of others.
+        coincide, others = (terms.row.new_full((2, *terms.row.shape), -torch.inf) for _ in range(2))
+        square = torch.full_like(terms.neg_inv_temperature, -torch.inf, dtype=torch.float64)
+        num_pairs = square.new_zeros(square.shape[-1])
+        # Without weights a square A is symmetric: of two kinds of points, one block has both sums.
+        one_block = self._rules.square and terms.log_weights is None
+
+        def wanted(row_kind: int, key_kind: int) -> bool:
+            with_row = with_square and self._rules.has_row(row_kind, key_kind)
+            return row_kind == GENERATED or (with_row and not (one_block and row_kind > key_kind))
+
+        def halved(row_kind: int, key_kind: int) -> bool:
+            return one_block and row_kind == key_kind and row_kind != GENERATED
+
+        for tile, payload in self.points.tiles(wanted, *terms.key_payload(), halved=halved):
+            tile_terms, is_generated = terms.of_tile(tile, payload), tile.row_kind == GENERATED
+            is_halved = tile.is_off_diagonal and halved(tile.row_kind, tile.key_kind)
+            times = 2 if is_halved or (one_block and tile.row_kind != tile.key_kind) else 1
+            row_sums, squares = _tile_sums(
+                tile_terms, tile, self._powers, is_generated, with_square
+            )
+            place, side = (slice(None), tile.g, tile.r), int(tile.key_kind == POSITIVE)
+            add_log(others[side], place, row_sums)
+            if is_generated and tile.coinciding is not None:
+                add_log(coincide[side], place, tile_terms.coinciding_log_sums(tile.coinciding))
+            add_log(square, (slice(None), tile.g, tile.label), squares + math.log(times))
+            if tile.g.start == 0:
+                num_pairs[tile.label] += times * tile.num_pairs
+        negative, positive = torch.logaddexp(coincide, others)
+        return LogSums(negative, positive, (others[0], others[1]), square, num_pairs)
+
+    def weighted_sum(
+        self, terms: LogAffinity, sums: LogSums, log_unit: Tensor, per_temperature: bool
+    ) -> Tensor:
+        """Force on every generated point: [T, G, m, D], or the sum over T [1, G, m, D], which is
+        one matrix product a tile."""
+        points, powers = self.points, self._powers
+        log_unit = torch.where(log_unit == -torch.inf, torch.inf, log_unit).to(terms.row.dtype)
+        generated = points.rows[:, : points.num_generated]
+        num_forces = len(terms.neg_inv_temperature) if per_temperature else 1
+        force = generated.new_zeros(num_forces, *generated.shape)
+        for tile, payload in points.tiles(generated_rows, *terms.key_payload()):
+            place, is_positive, total = (tile.g, tile.r), tile.key_kind == POSITIVE, None
+            sign = -1 if is_positive else 1
+            other = (sums.negative if is_positive else sums.positive)[:, *place]
+            log_factor = other - log_unit[:, tile.g, tile.label, None]
+            tile_terms = terms.of_tile(tile, payload)
+            for t, weight, log_shift in tile_terms.weights(tile, powers, log_factor):
+                factor = log_shift.exp()[..., None]
+                if per_temperature:
+                    force[t][place] += sign * tile.weighted_differences(weight.mul_(factor))
+                elif total is None:
+                    total = powers.scratch.like("total", weight)
+                    torch.mul(weight, factor, out=total)
+                else:
+                    total.addcmul_(weight, factor)
+            if total is not None:
+                force[0][place] += sign * tile.weighted_differences(total)
+        return force
+
+    def dense(self, pool: Pool, scale: Tensor, diagnostics: bool) -> RankForce:
+        """The specification on the points of all ranks, of which every rank takes its own.
+
+        Args: those of `force_in_rounds`. Memory: a few matrices of [G, K, K] for K points of all
+        ranks.
+        """
+        (block,) = self.points.source.blocks(*(() if self.weights is None else (self.weights,)))
+        assert block.tags is not None
+        kinds, labels = block.tags.unbind(1)
+        result = spec.force(
+            block.keys.transpose(0, 1) / scale[:, labels, None],
+            kinds == GENERATED,
+            kinds == POSITIVE,
+            labels,
+            block.extras[0].T if block.extras else None,
+            temperatures=self._rules.temperatures,
+            square=self._rules.square,
+            mask_self=self._rules.mask_self,
+            divide_by=self._rules.divide_by,
+            norm_scope=self._rules.norm_scope,
+            floor=self._rules.floor,
+            normalise_total=self._rules.normalise_total,
+            of_processes=pool.of_processes,
+        )
+        own = slice(self.points.pairs.start, self.points.pairs.start + len(self.by_label.labels))
+        if not diagnostics:
+            return RankForce(result.force[:, own], None, None)
+        numbers = torch.arange(scale.shape[-1], device=labels.device)
+        first = (labels == numbers[:, None]).int().argmax(-1)  # point of each label
+        return RankForce(result.force[:, own], result.rms[..., first], result.neighbours[..., own])
 
 
 def _tile_sums(
@@ -240,47 +210,3 @@ def _tile_sums(
             torch.linalg.vector_norm(weight.mul_(lengths), dim=-1, out=norms[t])
     log_square = (2 * norms.log_().add_(shifts).double()).logsumexp(-1)
     return sums.log_().add_(shifts), log_square - 2 * (-factor.double()).log()
-
-
-def _weighted_sum(
-    points: Points,
-    terms: LogAffinity,
-    powers: Powers,
-    sums: LogSums,
-    log_unit: Tensor,
-    per_temperature: bool,
-) -> Tensor:
-    """Force on every generated point, over the unit: [T, G, m, D], or the sum over T [1, G, m, D].
-
-    ``F_j = S_neg[j] (A_pos (p - x_j))_j - S_pos[j] (A_neg (n - x_j))_j``, S the row sums of A.
-    A sum over temperatures is one matrix product a tile. Seen from x_j, keys that coincide with it
-    add nothing; left in, their weights (the largest there are, and nothing in the unit) would
-    overflow before they cancel.
-
-    Args:
-        log_unit: [T, G, L], logarithms of the units; where it is -inf there is no force.
-
-    Collectives: one round over the keys.
-    """
-    log_unit = torch.where(log_unit == -torch.inf, torch.inf, log_unit).to(terms.row.dtype)
-    generated = points.rows[:, : points.num_generated]
-    num_forces = len(terms.neg_inv_temperature) if per_temperature else 1
-    force = generated.new_zeros(num_forces, *generated.shape)
-    for tile, payload in points.tiles(generated_rows, *terms.key_payload()):
-        place, is_positive, total = (tile.g, tile.r), tile.key_kind == POSITIVE, None
-        sign = -1 if is_positive else 1
-        other = (sums.negative if is_positive else sums.positive)[:, *place]
-        log_factor = other - log_unit[:, tile.g, tile.label, None]
-        tile_terms = terms.of_tile(tile, payload)
-        for t, weight, log_shift in tile_terms.weights(tile, powers, log_factor):
-            factor = log_shift.exp()[..., None]
-            if per_temperature:
-                force[t][place] += sign * tile.weighted_differences(weight.mul_(factor))
-            elif total is None:
-                total = powers.scratch.like("total", weight)
-                torch.mul(weight, factor, out=total)
-            else:
-                total.addcmul_(weight, factor)
-        if total is not None:
-            force[0][place] += sign * tile.weighted_differences(total)
-    return force

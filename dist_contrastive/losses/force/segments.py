@@ -7,42 +7,62 @@ import torch
 from torch import Tensor
 
 from dist_contrastive.losses.force.kernel_calls import launch, tile_of
+from dist_contrastive.losses.force.points import Counts
 
 
-def label_counts(labels: Tensor, num_labels: int) -> Tensor:
-    """Numbers of points [n] of each label: [L] fp64."""
-    counts = torch.zeros(num_labels, dtype=torch.float64, device=labels.device)
-    if num_labels == 1:
-        return counts.fill_(len(labels))
-    ones = torch.ones(len(labels), dtype=torch.float64, device=labels.device)
-    return counts.scatter_add_(0, labels.long(), ones)  # of whole numbers, in any order exact
+class Segments:
+    """Points sorted by kind and label, and those of a label as ranges among them.
 
+    Args:
+        tags: kinds and labels [n, 2] int64.
+        counts: points of each kind.
+    """
 
-def label_sums(x: Tensor, labels: Tensor, num_labels: int) -> Tensor:
-    """Sums over the points of each label: [..., n] fp64 -> [..., L]."""
-    if num_labels == 1:
-        return x.sum(-1, keepdim=True)
-    ordered, order = labels.long().sort(stable=True)
-    number = torch.arange(num_labels, device=x.device)
-    begins, ends = (torch.searchsorted(ordered, number, right=y) for y in (False, True))
-    sums, tile = x.new_empty(*x.shape[:-1], num_labels), tile_of("segments", 8)
-    launch(
-        "segment_sum",
-        sums.numel(),
-        tile,
-        [x.index_select(-1, order), begins, ends, sums],
-        [len(labels), num_labels],
-        {"BN": tile.keys},
-    )
-    return sums
+    def __init__(self, tags: Tensor, counts: Counts, num_labels: int) -> None:
+        self.labels, self.num_labels, self._counts = tags[: counts[0], 1], num_labels, counts
+        self._bounds = tags
+        if num_labels > 1:
+            ids = torch.add(tags[:, 1], tags[:, 0], alpha=num_labels)
+            number = torch.arange(len(counts) * num_labels + 1, device=tags.device)
+            self._bounds = torch.searchsorted(ids, number)  # first place of each kind and label
 
+    def counts(self, num_kinds: int = 1) -> Tensor:
+        """Numbers of points of each label in the first kinds: [L] fp64."""
+        if self.num_labels == 1:
+            number = float(sum(self._counts[:num_kinds]))
+            return torch.full((1,), number, dtype=torch.float64, device=self._bounds.device)
+        of_kinds = self._bounds.diff().view(-1, self.num_labels)
+        return of_kinds[:num_kinds].sum(0, dtype=torch.float64)
 
-def label_log_sums(x: Tensor, labels: Tensor, num_labels: int) -> Tensor:
-    """Log-sum-exps over the points of each label, likewise; -inf where there are none."""
-    if num_labels == 1:
-        return x.logsumexp(-1, keepdim=True)
-    index = labels.long().expand(x.shape)
-    top = x.new_full((*x.shape[:-1], num_labels), -torch.inf)
-    top = top.scatter_reduce_(-1, index, x, "amax")
-    top = torch.where(top == -torch.inf, 0.0, top)
-    return top + label_sums((x - top.gather(-1, index)).exp(), labels, num_labels).log()
+    def sums(self, x: Tensor) -> Tensor:
+        """Sums over the points of each label: [..., m] fp64 of generated points, or [..., n] of
+        all -> [..., L]."""
+        return x.sum(-1, keepdim=True) if self.num_labels == 1 else self._reduced(x, "sum")
+
+    def maxima(self, x: Tensor) -> Tensor:
+        """The largest, likewise; -inf where there are none."""
+        if self.num_labels > 1:
+            return self._reduced(x, "max")
+        return (
+            x.amax(-1, keepdim=True) if x.shape[-1] else x.new_full((*x.shape[:-1], 1), -torch.inf)
+        )
+
+    def log_sums(self, x: Tensor) -> Tensor:
+        """Log-sum-exps, likewise."""
+        return (
+            x.logsumexp(-1, keepdim=True) if self.num_labels == 1 else self._reduced(x, "logsumexp")
+        )
+
+    def _reduced(self, x: Tensor, how: str) -> Tensor:
+        num_points = x.shape[-1]
+        num_kinds = 1 if num_points == self._counts[0] else len(self._counts)
+        out, tile = x.new_empty(*x.shape[:-1], self.num_labels), tile_of("segments", 8)
+        launch(
+            "segment",
+            out.numel(),
+            tile,
+            [x.contiguous(), self._bounds, out],
+            [num_points, self.num_labels],
+            {"KINDS": num_kinds, "HOW": how, "BN": tile.keys},
+        )
+        return out

@@ -1,7 +1,8 @@
 """Softmaxes over panels of distances by kernels, and the terms of log A that come of them.
 
-T temperatures, G groups, R points of this rank. What is joined and exchanged is in fp64 and natural
-logarithms, what kernels take in fp32 and powers of 2.
+T temperatures, G groups, R points of this rank; S = 1 where A is square, whose rows and columns
+have the same softmaxes, else 2: of rows, of columns. What is joined and exchanged is in fp64 and
+natural logarithms, what kernels take in fp32 and powers of 2.
 """
 
 import math
@@ -17,62 +18,44 @@ from dist_contrastive.losses.force.panels import KeyBlock, Panels
 LOG2E = 1 / math.log(2)
 
 
-@dataclass(frozen=True)
-class Softmaxes:
-    """Log-sum-exps of rows and columns, and distances of the nearest points in them."""
-
-    lse: tuple[Tensor, Tensor]  # [T, G, R] fp64; of square A both are one
-    nearest: tuple[Tensor, Tensor]  # [G, R], infinite where there is none
-
-
-def softmaxes_of(panels: Panels, rules: ForceRules, rates: Tensor) -> Softmaxes:
-    """Of ``-d / t``; `rates` [T, G, R] are log2(e) / t in units of the coordinates.
+def softmaxes_of(panels: Panels, rules: ForceRules, rates: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps of ``-d / t`` [S, T, G, R] fp64, and distances of the nearest points in them
+    [S, G, R], infinite where there is none; `rates` [T, G, R] are log2(e) / t in units of the
+    coordinates.
 
     Collectives: one round over the keys.
     """
-    start = -torch.inf if rules.mask_self else 0.0  # a point in its own softmax adds exp(0)
-    num_sides = 1 if rules.square else 2
-    lse = [torch.full_like(rates, start, dtype=torch.float64) for _ in range(num_sides)]
-    nearest = [torch.full_like(rates[0], torch.inf) for _ in range(num_sides)]
+    rows, sides = slice(0, rates.shape[2]), 1 if rules.square else 2
+    tile = panels.tile("sums")
+    parts = sides * panels.parts(rows, tile)
+    nearest, counts = state = rates.new_zeros(2, parts, *rates.shape[1:])
+    nearest.fill_(torch.inf)
+    if not rules.mask_self:  # a point in its own softmax adds exp(0)
+        counts[0].fill_(1.0)
+    sums = rates.new_zeros(parts, *rates.shape)
+    constants = temperature_constants(rates) | {"BM": tile.rows, "BN": tile.keys}
     for block in panels.blocks():
         # Columns are over generated points alone, where A has rows for no others.
         split = len(block) if rules.square else block.counts[0]
-        of_keys, nearest_keys = _sums_of_exponentials(panels, block, split, rates)
-        for keys in range(len(of_keys)):
-            for side in [0, 1] if keys == 0 and not rules.square else [0]:
-                lse[side] = torch.logaddexp(lse[side], of_keys[keys])
-                nearest[side] = torch.minimum(nearest[side], nearest_keys[keys])
-    return Softmaxes((lse[0], lse[-1]), (nearest[0], nearest[-1]))
-
-
-def _sums_of_exponentials(
-    panels: Panels, block: KeyBlock, split: int, rates: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps over the keys before and from `split` [2, T, G, R] fp64, and distances of the
-    nearest ones that do not coincide [2, G, R]; of one side if there are none from there on."""
-    rows, sides = slice(0, rates.shape[2]), 1 if split == len(block) else 2
-    tile = panels.tile("sums", len(block))
-    parts = sides * panels.parts(rows, len(block), tile)
-    sums = rates.new_empty(parts, *rates.shape)
-    nearest, counts = rates.new_empty(2, parts, *rates.shape[1:])
-    for panel in panels.panels(block, rows):
-        g = panel.g
-        launch(
-            "exponential_sum",
-            panel.programs(tile, parts),
-            tile,
-            [panel.d, rates[:, g], nearest[:, g], counts[:, g], sums[:, :, g]],
-            [
-                *(*panel.sizes, len(block), *reversed(rates.shape[1:])),
-                *(panel.r.start, panel.stride, parts, sides, split),
-            ],
-            temperature_constants(rates) | {"BM": tile.rows, "BN": tile.keys},
-        )
-    seen_from = nearest.masked_fill(nearest == torch.inf, 0.0).double()
-    lse = sums.double().log() - rates.double() * seen_from[:, None] / LOG2E
-    lse = lse.unflatten(0, (sides, -1)).logsumexp(1)
-    coinciding = counts.unflatten(0, (sides, -1)).sum(1, dtype=torch.float64).log()
-    return torch.logaddexp(lse, coinciding[:, None]), nearest.unflatten(0, (sides, -1)).amin(1)
+        for panel in panels.panels(block, rows):
+            g, sizes = panel.g, (*panel.sizes, len(block), *reversed(rates.shape[1:]))
+            launch(
+                "exponential_sum",
+                panel.programs(tile, parts),
+                tile,
+                [panel.d, rates[:, g], nearest[:, g], counts[:, g], sums[:, :, g]],
+                [*sizes, panel.r.start, panel.stride, parts, sides, split],
+                constants,
+            )
+    nearest, counts = state.double().unflatten(1, (sides, -1))
+    seen_from = nearest.masked_fill(nearest == torch.inf, 0.0)[:, :, None]
+    lse = sums.double().log_().unflatten(0, (sides, -1))
+    lse = lse.addcmul_(rates.double(), seen_from, value=-1 / LOG2E).logsumexp(1)
+    lse, nearest = torch.logaddexp(lse, counts.sum(1).log_()[:, None]), nearest.amin(1)
+    if sides == 2:  # rows have both, columns generated points alone
+        lse = torch.stack([torch.logaddexp(*lse), lse[0]])
+        nearest = torch.stack([torch.minimum(*nearest), nearest[0]])
+    return lse, nearest
 
 
 def temperature_constants(rates: Tensor) -> dict[str, int]:
@@ -95,23 +78,28 @@ class Terms:
 
     @classmethod
     def of(
-        cls, rules: ForceRules, rates: Tensor, softmaxes: Softmaxes, weights: Tensor | None
+        cls,
+        rules: ForceRules,
+        rates: Tensor,
+        lse: Tensor,
+        nearest: Tensor,
+        weights: Tensor | None,
     ) -> "Terms":
-        """From log-sum-exps of rows and columns; weights [R, G]."""
-        halves = [x.masked_fill(x == torch.inf, 0.0) / 2 for x in softmaxes.nearest]
-        rows, keys = (
-            torch.where(lse == -torch.inf, lse, -lse / 2 * LOG2E) - rates.double() * half.double()
-            for lse, half in zip(softmaxes.lse, halves, strict=True)
-        )
+        """From `softmaxes_of`; weights [R, G]."""
+        halves = nearest.masked_fill(nearest == torch.inf, 0.0) / 2
+        terms = torch.where(lse == -torch.inf, lse, lse * (-LOG2E / 2))
+        terms = terms.addcmul_(rates.double(), halves[:, None], value=-1)
+        rows, keys = terms[0], terms[-1]
         log_weights = None if weights is None else weights.T.double().log2()
         log_floor = math.log2(rules.floor) if rules.floor > 0 else None
         if log_floor is None and log_weights is not None:
             keys, log_weights = keys + log_weights, None
+        halves = halves.float()
         return cls(
             rates,
             halves[0],
             rows.float(),
-            halves[1],
+            halves[-1],
             keys.float(),
             None if log_weights is None else log_weights.float(),
             log_floor,

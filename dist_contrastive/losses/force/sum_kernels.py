@@ -3,12 +3,15 @@
     distance_sum_kernel     sums of distances
     exponential_sum_kernel  nearest keys, and sums of exponentials around these
     affinity_sum_kernel     sums of A, and of (d A)^2
-    segment_sum_kernel      sums over the points of each label
+    segment_kernel          sums, log-sum-exps or maxima over the points of each label
 
 Shapes and names as in kernels.py. Program (g, i, s) takes rows i BM ... of a group and the s-th
-part of the keys; results are [parts, ...] in the order of parts, to be joined by the caller.
+part of the keys; results are [parts, ...] in the order of parts, to be joined by the caller. They
+are added to what is there: those of one block of keys after the other, and at first of none.
 Numbers of T temperatures are columns of a tile of TP, the next power of 2.
 """
+
+from typing import Any  # noqa: F401  # in comments: a kernel's variables have no annotations
 
 import triton
 import triton.language as tl
@@ -45,7 +48,8 @@ def distance_sum_kernel(
     """Sums of distances, times WEIGHTS [G, N] of the keys: SUMS [parts, G, R]."""
     g, first_row, part = place_of_program(M, parts, BM)
     row = first_row + tl.arange(0, BM)
-    total = tl.zeros([BM], tl.float32)
+    sums = SUMS + (part * G + g) * R + first + row
+    total = tl.load(sums, mask=row < M, other=0.0)
     last = first_block(0, N, part + 1, parts, BN)
     for block in range(first_block(0, N, part, parts, BN), last):
         key = block * BN + tl.arange(0, BN)
@@ -54,7 +58,7 @@ def distance_sum_kernel(
         if HAS_WEIGHTS:
             d *= tl.load(WEIGHTS + g * N + key, mask=key < N, other=0.0)[None, :]
         total += tl.sum(d, 1)
-    tl.store(SUMS + (part * G + g) * R + first + row, total, mask=row < M)
+    tl.store(sums, total, mask=row < M)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -90,9 +94,11 @@ def exponential_sum_kernel(
     is_row = row < M
     inside = is_row[:, None] & (number < T)
     rates = tl.load(RATES + (number * G + g) * R + first + row[:, None], mask=inside, other=0.0)
-    nearest = tl.full([BM], INF, tl.float32)
-    count = tl.zeros([BM], tl.float32)
-    total = tl.zeros([BM, TP], tl.float32)
+    at_row = (part * G + g) * R + first + row
+    sums = SUMS + ((part * T + number) * G + g) * R + first + row[:, None]
+    nearest = tl.load(NEAREST + at_row, mask=is_row, other=INF)
+    count = tl.load(COUNTS + at_row, mask=is_row, other=0.0)
+    total = tl.load(sums, mask=inside, other=0.0)
     begin, end, start, last = span_of_part(part, parts, sides, split, N, BN)
     for block in range(start, last):
         key = block * BN + tl.arange(0, BN)
@@ -111,10 +117,40 @@ def exponential_sum_kernel(
             e = tl.exp2(-rate[:, None] * d)
             total += tl.where(number == t, tl.sum(e, 1)[:, None], 0.0)
         nearest = nearer
-    at = (part * G + g) * R + first + row
-    tl.store(NEAREST + at, nearest, mask=is_row)
-    tl.store(COUNTS + at, count, mask=is_row)
-    tl.store(SUMS + ((part * T + number) * G + g) * R + first + row[:, None], total, mask=inside)
+    tl.store(NEAREST + at_row, nearest, mask=is_row)
+    tl.store(COUNTS + at_row, count, mask=is_row)
+    tl.store(sums, total, mask=inside)
+
+
+@triton.jit
+def with_tile(sums, z, length, BM: tl.constexpr, BN: tl.constexpr):
+    """Largest log2 A, and sums of A and of (length A)^2 over 2^that, with those of a tile. Each is
+    of a row and four keys side by side, which one thread has [BM, BN / 4]: threads exchange nothing
+    until the last tile."""
+    top, total, square = sums
+    z = tl.reshape(z, [BM, BN // 4, 4])
+    higher = tl.maximum(top, tl.max(z, 2))
+    shift = tl.where(higher == -INF, 0.0, higher)
+    e = tl.exp2(z - shift[:, :, None])
+    shrinks_by = tl.exp2(top - shift)
+    total = total * shrinks_by + tl.sum(e, 2)
+    e *= tl.reshape(length, [BM, BN // 4, 4])
+    return higher, total, square * (shrinks_by * shrinks_by) + tl.sum(e * e, 2)
+
+
+@triton.jit
+def add_sums(TOPS, SUMS, SQUARES, sums, is_row):
+    """Join the sums of rows [BM, BN / 4] to those that are there."""
+    tops, totals, squares = sums
+    before = tl.load(TOPS, mask=is_row, other=-INF)
+    top = tl.maximum(tl.max(tops, 1), before)
+    shift = tl.where(top == -INF, 0.0, top)
+    shrinks_by, before = tl.exp2(tops - shift[:, None]), tl.exp2(before - shift)
+    total = tl.load(SUMS, mask=is_row, other=0.0) * before
+    square = tl.load(SQUARES, mask=is_row, other=0.0) * (before * before)
+    tl.store(TOPS, top, mask=is_row)
+    tl.store(SUMS, total + tl.sum(totals * shrinks_by, 1), mask=is_row)
+    tl.store(SQUARES, square + tl.sum(squares * (shrinks_by * shrinks_by), 1), mask=is_row)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -154,17 +190,19 @@ def affinity_sum_kernel(
 
     TOPS: the largest log2 A. SUMS, of A, and SQUARES, of d A in units of the first temperature, are
     over 2^top. Keys that coincide with the row are in none of these but in COINCIDING, their sums
-    of A with the row term. All are [parts, T, G, R].
+    of A with the row term. All are [parts, T, G, R], and joined to what they have.
     """
     g, first_row, part = place_of_program(M, parts, BM)
     row, number = first_row + tl.arange(0, BM), tl.arange(0, TP)[None, :]
     is_row, at_row = row < M, g * R + first + row
     half_row = tl.load(HALF_ROWS + at_row, mask=is_row, other=0.0)
     unit = tl.load(RATES + at_row, mask=is_row, other=0.0)
-    tops = tl.full([BM, TP], -INF, tl.float32)
-    sums = tl.zeros([BM, TP], tl.float32)
-    squares = tl.zeros([BM, TP], tl.float32)
+    pointers = RATES, ROW_TERMS, KEY_TERMS, LOG_WEIGHTS
     coinciding = tl.zeros([BM, TP], tl.float32)
+    sums = ()  # type: Any
+    for _ in tl.static_range(T):
+        empty = tl.zeros([BM, BN // 4], tl.float32)
+        sums += ((empty - INF, empty, empty),)
     begin, end, start, last = span_of_part(part, parts, sides, split, N, BN)
     for block in range(start, last):
         key = block * BN + tl.arange(0, BN)
@@ -173,55 +211,71 @@ def affinity_sum_kernel(
         d = tl.where(is_key[None, :], d, INF)
         half_key = tl.load(HALF_KEYS + g * N + key, mask=is_key, other=0.0)
         x = d - half_row[:, None] - half_key[None, :]
-        length = tl.where(d == INF, 0.0, d) * unit[:, None]
+        place = g, first, row, key, is_row, is_key, R, N, G
         if any_of(d == 0):
             for t in range(T):
-                at = (t * G + g) * R + first + row
-                rate, term, weight_at = RATES + at, ROW_TERMS + at, LOG_WEIGHTS + g * N + key
-                keys = KEY_TERMS + (t * G + g) * N + key
-                z = log_affinity(
-                    rate, term, keys, weight_at, x, is_row, is_key, log_floor, HAS_FLOOR
-                )
+                z = log_affinity(*pointers, x, t, *place, log_floor, HAS_FLOOR)
                 if not HAS_FLOOR:
+                    at = (t * G + g) * R + first + row
                     z += tl.load(ROW_TERMS + at, mask=is_row, other=-INF)[:, None]
                 e = tl.where(d == 0, tl.exp2(z), 0.0)
                 coinciding += tl.where(number == t, tl.sum(e, 1)[:, None], 0.0)
-        for t in range(T):
-            at = (t * G + g) * R + first + row
-            rate, term, weight_at = RATES + at, ROW_TERMS + at, LOG_WEIGHTS + g * N + key
-            keys = KEY_TERMS + (t * G + g) * N + key
-            z = log_affinity(rate, term, keys, weight_at, x, is_row, is_key, log_floor, HAS_FLOOR)
-            is_t = number == t
-            z = tl.where((d == 0) | (d == INF), -INF, z)
-            top = tl.max(tl.where(is_t, tops, -INF), 1)
-            higher = tl.maximum(top, tl.max(z, 1))
-            shift = tl.where(higher == -INF, 0.0, higher)
-            e = tl.exp2(z - shift[:, None])
-            shrinks_by = tl.exp2(top - shift)
-            sums = tl.where(is_t, sums * shrinks_by[:, None] + tl.sum(e, 1)[:, None], sums)
-            e *= length
-            square = tl.sum(e * e, 1)
-            shrinks_by *= shrinks_by
-            squares = tl.where(is_t, squares * shrinks_by[:, None] + square[:, None], squares)
-            tops = tl.where(is_t, higher[:, None], tops)
+        apart = (d != 0) & (d != INF)
+        length = tl.where(apart, d, 0.0) * unit[:, None]
+        x = tl.where(apart, x, INF)
+        following = ()  # type: Any
+        for t in tl.static_range(T):
+            z = log_affinity(*pointers, x, t, *place, log_floor, HAS_FLOOR)
+            if HAS_FLOOR:
+                z = tl.where(apart, z, -INF)
+            following += (with_tile(sums[t], z, length, BM, BN),)
+        sums = following
+    for t in tl.static_range(T):
+        at = ((part * T + t) * G + g) * R + first + row
+        add_sums(TOPS + at, SUMS + at, SQUARES + at, sums[t], is_row)
+    at = COINCIDING + ((part * T + number) * G + g) * R + first + row[:, None]
     inside = is_row[:, None] & (number < T)
-    at = ((part * T + number) * G + g) * R + first + row[:, None]
-    tl.store(TOPS + at, tops, mask=inside)
-    tl.store(SUMS + at, sums, mask=inside)
-    tl.store(SQUARES + at, squares, mask=inside)
-    tl.store(COINCIDING + at, coinciding, mask=inside)
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + coinciding, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "num_labels"])
-def segment_sum_kernel(X, BEGINS, ENDS, SUMS, n, num_labels, BN: tl.constexpr):
-    """Sums of X [Q, n] fp64 from BEGINS to ENDS, int64 [L]: SUMS [Q, L].
+def segment_kernel(
+    X, BOUNDS, OUT, n, num_labels, KINDS: tl.constexpr, HOW: tl.constexpr, BN: tl.constexpr
+):
+    """Sums, log-sum-exps or maxima of X [Q, n] fp64 over the points of each label: OUT [Q, L].
 
-    Program (q, l) makes one, always in the same order.
+    Points are sorted by kind and label; those of each label in the first KINDS kinds count. BOUNDS
+    [kinds L + 1] int64 are their first places. HOW: "sum", "logsumexp" or "max". Program (q, l)
+    makes one number, always in the same order.
     """
     q, label = (tl.program_id(0) // num_labels).to(tl.int64), tl.program_id(0) % num_labels
-    begin, end = tl.load(BEGINS + label), tl.load(ENDS + label)
-    total = tl.zeros([BN], tl.float64)
-    for start in range(begin, end, BN):
-        at = start + tl.arange(0, BN)
-        total += tl.load(X + q * n + at, mask=at < end, other=0.0)
-    tl.store(SUMS + q * num_labels + label, tl.sum(total, 0))
+    shift = 0.0
+    if HOW != "sum":
+        tops = tl.full([BN], -INF, tl.float64)
+        for kind in range(KINDS):
+            bounds = BOUNDS + kind * num_labels + label
+            end = tl.load(bounds + 1)
+            for start in range(tl.load(bounds), end, BN):
+                at = start + tl.arange(0, BN)
+                x = tl.load(X + q * n + at, mask=at < end, other=-INF)
+                tops = tl.maximum(tops, x, propagate_nan=tl.PropagateNan.ALL)
+        top = tl.max(tops, 0)
+        shift = tl.where(top == -INF, 0.0, top)
+    if HOW == "max":
+        tl.store(OUT + q * num_labels + label, top)
+    else:
+        total = tl.zeros([BN], tl.float64)
+        for kind in range(KINDS):
+            bounds = BOUNDS + kind * num_labels + label
+            end = tl.load(bounds + 1)
+            for start in range(tl.load(bounds), end, BN):
+                at = start + tl.arange(0, BN)
+                if HOW == "sum":
+                    total += tl.load(X + q * n + at, mask=at < end, other=0.0)
+                else:
+                    x = tl.load(X + q * n + at, mask=at < end, other=-INF)
+                    total += tl.exp(x - shift)
+        result = tl.sum(total, 0)
+        if HOW == "logsumexp":
+            result = tl.log(result) + shift
+        tl.store(OUT + q * num_labels + label, result)

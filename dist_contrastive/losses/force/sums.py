@@ -4,7 +4,7 @@ T temperatures, G groups, L labels, R points of this rank, of which m are genera
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -117,9 +117,50 @@ class LogSums:
 
     negative: Tensor  # [T, G, R], sum of A over negatives other than the row itself
     positive: Tensor  # [T, G, R], sum of A over positives
-    force: Tensor  # [T, G, R], sum of the weights that the force on a row has in it
+    apart: tuple[Tensor, Tensor]  # both likewise, over keys that do not coincide with the row
     square: Tensor  # [T, G, L] fp64, sum of (d * A)**2 over all rows and keys, if it was asked for
     num_pairs: Tensor  # [L] fp64, over how many pairs of a group; not a logarithm
+
+    def of_force(self) -> Tensor:
+        """Logarithms of the sums of the weights that the force on a row has in it: [T, G, R]."""
+        negative, positive = self.apart
+        return torch.logaddexp(self.positive + negative, self.negative + positive)
+
+
+class ByLabel(Protocol):
+    """Reductions of numbers of the generated points of this rank over the points of each label."""
+
+    labels: Tensor  # [m]
+    num_labels: int
+
+    def counts(self) -> Tensor:
+        """Numbers of points: [L] fp64."""
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sums: [..., m] fp64 -> [..., L]."""
+
+    def maxima(self, x: Tensor) -> Tensor:
+        """The largest, likewise; -inf where there are none."""
+
+
+class PlainByLabel:
+    """`ByLabel` by operators of torch, whose sums on CUDA would have no order."""
+
+    def __init__(self, labels: Tensor, num_labels: int) -> None:
+        self.labels, self.num_labels = labels, num_labels
+
+    def counts(self) -> Tensor:
+        """Numbers of points: [L] fp64."""
+        return self.sums(torch.ones_like(self.labels, dtype=torch.float64))
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sums: [..., m] fp64 -> [..., L]."""
+        return x.new_zeros(*x.shape[:-1], self.num_labels).index_add_(-1, self.labels, x)
+
+    def maxima(self, x: Tensor) -> Tensor:
+        """The largest, likewise; -inf where there are none."""
+        largest = x.new_full((*x.shape[:-1], self.num_labels), -torch.inf)
+        return largest.scatter_reduce_(-1, self.labels.expand(x.shape), x, "amax")
 
 
 @dataclass(frozen=True)
@@ -173,39 +214,33 @@ class Pool:
         return collectives.gather_rows(x[None], (1,) * num_ranks, self.group)
 
 
-def log_mean_length(sums: LogSums, pool: Pool) -> Tensor:
-    """log sqrt(mean((d A)^2)): [T, G, L] fp64."""
-    num_pairs = pool.sum(sums.num_pairs.expand(sums.square.shape[1:]))
-    return (pool.logsumexp(sums.square) - num_pairs.clamp(min=1).log()) / 2
+def log_mean_length(sums: LogSums, log_scale: Tensor, pool: Pool) -> Tensor:
+    """log sqrt(mean((d A)^2)): [T, G, L] fp64, of lengths in units of the scale [G, L]."""
+    num_pairs = pool.sum(sums.num_pairs.expand(log_scale.shape))
+    log_square = pool.logsumexp(sums.square - 2 * log_scale)
+    return (log_square - num_pairs.clamp(min=1).log()) / 2
 
 
-def log_largest_force(sums: LogSums, labels: Tensor, pool: Pool) -> Tensor:
-    """Logarithm of the largest sum of weights that a force has in it: [T, G, L] fp64.
-
-    Args:
-        labels: of the generated points [m].
-    """
-    of_rows = sums.force[..., : len(labels)].double()
-    largest = torch.full_like(sums.square, -torch.inf)
-    largest.scatter_reduce_(-1, labels.expand(of_rows.shape), of_rows, "amax")
-    return pool.max(largest)
+def log_largest_force(sums: LogSums, by_label: ByLabel, pool: Pool) -> Tensor:
+    """Logarithm of the largest sum of weights that a force has in it: [T, G, L] fp64."""
+    of_rows = sums.of_force()[..., : len(by_label.labels)].double()
+    return pool.max(by_label.maxima(of_rows))
 
 
-def root_mean_square(force: Tensor, labels: Tensor, num_labels: int, pool: Pool) -> Tensor:
+def root_mean_square(force: Tensor, by_label: ByLabel, pool: Pool) -> Tensor:
     """Over points and dimensions of each force [T, G, m, D]: [T, G, L] fp64."""
-    sums = force.new_zeros(*force.shape[:2], num_labels, dtype=torch.float64)
-    sums.index_add_(-1, labels, force.double().square().sum(-1))
-    counts = sums.new_zeros(sums.shape[1:])
-    counts.index_add_(-1, labels, counts.new_full((len(counts), len(labels)), force.shape[-1]))
-    return (pool.sum(sums) / pool.sum(counts).clamp(min=1)).sqrt()
+    squares = torch.linalg.vector_norm(force, dim=-1, dtype=torch.float64).square()
+    counts = (by_label.counts() * force.shape[-1]).expand(force.shape[1], -1)
+    total = pool.sum(by_label.sums(squares))
+    return (total / pool.sum(counts).clamp(min=1)).sqrt()
 
 
-def with_unit_rms(force: Tensor, labels: Tensor, num_labels: int, pool: Pool) -> Tensor:
+def with_unit_rms(force: Tensor, by_label: ByLabel, pool: Pool) -> Tensor:
     """Forces [T, G, m, D] over their root mean square; 0 where that is 0, or too small for the
     dtype, which has lost the digits of such numbers."""
-    rms = root_mean_square(force, labels, num_labels, pool)
+    rms = root_mean_square(force, by_label, pool)
     factor = torch.where(rms >= torch.finfo(force.dtype).tiny, 1 / rms, 0.0).to(force.dtype)
-    return force * factor[..., labels, None]
+    return force * (factor if factor.shape[-1] == 1 else factor[..., by_label.labels])[..., None]
 
 
 class AttachGradient(torch.autograd.Function):

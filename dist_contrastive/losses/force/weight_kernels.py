@@ -5,7 +5,10 @@
     near_kernel           sums of weighted differences of near pairs, which a product would spoil
     product_kernel        products of the other weights and the keys
 
-Shapes and names as in kernels.py.
+Weights push away from negatives, the first `num_negative` keys, and pull to data, the others. Their
+sign tells something else in WEIGHTS [G, M, stride]: those below 0 are of near pairs. FLAGS of tiles
+tell what there is: int32 [G, blocks of rows, blocks of keys], 1 for weights other than 0, 2 for
+such of near pairs. Shapes and names as in kernels.py.
 """
 
 import triton
@@ -26,6 +29,44 @@ from dist_contrastive.losses.force.kernels import (
 _NEAR = tl.constexpr(0.1)
 
 
+@triton.jit
+def store_weights(
+    WEIGHTS,
+    FLAGS,
+    weight,
+    d,
+    norm,
+    g,
+    first_row,
+    block,
+    M,
+    N,
+    stride,
+    num_negative,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Store a tile of weights, 0 where nothing acts, and its flag. Returns the sums over keys that
+    are not near [BM], less those over data."""
+    row, key = first_row + tl.arange(0, BM), block * BN + tl.arange(0, BN)
+    weight = tl.where((d == 0) | (d == INF), 0.0, weight)
+    is_near, acts = d < norm[:, None] * _NEAR, weight != 0
+    flag = any_of(~is_near & acts).to(tl.int32) + 2 * any_of(is_near & acts).to(tl.int32)
+    tl.store(FLAGS + (g * tl.cdiv(M, BM) + first_row // BM) * tl.cdiv(N, BN) + block, flag)
+    at = (g * M + row[:, None]) * stride + key[None, :]
+    inside = (row < M)[:, None] & (key < stride)[None, :]
+    tl.store(WEIGHTS + at, tl.where(is_near, -weight, weight), mask=inside)
+    signed = tl.where((key < num_negative)[None, :], weight, -weight)
+    return tl.sum(tl.where(is_near, 0.0, signed), 1)
+
+
+@triton.jit
+def far_weights(weight, key, num_negative):
+    """Weights as they are stored [BM, BN], as what pairs that are not near push with."""
+    weight = tl.where(weight < 0, 0.0, weight)  # NaN stays
+    return tl.where((key < num_negative)[None, :], weight, -weight)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def force_weight_kernel(
     PANEL,
@@ -39,9 +80,8 @@ def force_weight_kernel(
     BY_NEGATIVE,
     BY_POSITIVE,
     WEIGHTS,
-    NEAR_WEIGHTS,
-    SUMS,
     FLAGS,
+    SUMS,
     M,
     P,
     N,
@@ -57,21 +97,20 @@ def force_weight_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Sum over temperatures of A times a factor of the row, below 0 for data; 0 where nothing acts.
+    """Sum over temperatures of A times a factor of the row; sums over keys are added to SUMS
+    [parts, G, R].
 
-    WEIGHTS [G, M, stride] are 0 for near pairs, SUMS [parts, G, R] their sums over keys. Those of
-    near pairs go to NEAR_WEIGHTS, in tiles that have any. FLAGS of tiles tell: int32 [G, blocks of
-    rows, blocks of keys], 1 for weights other than 0, 2 for such of near pairs.
-
-    BY_NEGATIVE, BY_POSITIVE: [T, G, R], the factors of keys that are negatives, the first
-    `num_negative`, and of data; without a floor with ROW_TERMS in them.
+    BY_NEGATIVE, BY_POSITIVE: [T, G, R], the factors of keys that are negatives and of data; without
+    a floor with ROW_TERMS in them.
     """
     g, first_row, part = place_of_program(M, parts, BM)
     row = first_row + tl.arange(0, BM)
     is_row, at_row = row < M, g * R + first + row
     norm = tl.load(NORMS + at_row, mask=is_row, other=0.0)
     half_row = tl.load(HALF_ROWS + at_row, mask=is_row, other=0.0)
-    total = tl.zeros([BM], tl.float32)
+    pointers = RATES, ROW_TERMS, KEY_TERMS, LOG_WEIGHTS
+    sums = SUMS + (part * G + g) * R + first + row
+    total = tl.load(sums, mask=is_row, other=0.0)
     end = first_block(0, N, part + 1, parts, BN)
     for block in range(first_block(0, N, part, parts, BN), end):
         key = block * BN + tl.arange(0, BN)
@@ -80,30 +119,17 @@ def force_weight_kernel(
         half_key = tl.load(HALF_KEYS + g * N + key, mask=is_key, other=0.0)
         x = d - half_row[:, None] - half_key[None, :]
         weight = tl.zeros([BM, BN], tl.float32)
+        place = g, first, row, key, is_row, is_key, R, N, G
         for t in range(T):
+            z = log_affinity(*pointers, x, t, *place, log_floor, HAS_FLOOR)
             at = (t * G + g) * R + first + row
-            rate, term, weight_at = RATES + at, ROW_TERMS + at, LOG_WEIGHTS + g * N + key
-            keys = KEY_TERMS + (t * G + g) * N + key
-            z = log_affinity(rate, term, keys, weight_at, x, is_row, is_key, log_floor, HAS_FLOOR)
             by_negative = tl.load(BY_NEGATIVE + at, mask=is_row, other=-INF)
             by_positive = tl.load(BY_POSITIVE + at, mask=is_row, other=-INF)
             z += tl.where(is_positive, by_positive[:, None], by_negative[:, None])
             weight += tl.exp2(z)
-        weight = tl.where(is_positive, -weight, weight)
-        tile = (g * tl.cdiv(M, BM) + first_row // BM) * tl.cdiv(N, BN) + block
-        weight = tl.where((d == 0) | (d == INF), 0.0, weight)
-        is_near = d < norm[:, None] * _NEAR
-        at = (g * M + row[:, None]) * stride + key[None, :]
-        inside = is_row[:, None] & (key < stride)[None, :]
-        has_near = any_of(is_near & (weight != 0))
-        flag = any_of(~is_near & (weight != 0)).to(tl.int32) + 2 * has_near.to(tl.int32)
-        tl.store(FLAGS + tile, flag)
-        if has_near:
-            tl.store(NEAR_WEIGHTS + at, tl.where(is_near, weight, 0.0), mask=inside)
-        weight = tl.where(is_near, 0.0, weight)
-        tl.store(WEIGHTS + at, weight, mask=inside)
-        total += tl.sum(weight, 1)
-    tl.store(SUMS + (part * G + g) * R + first + row, total, mask=is_row)
+        tile = g, first_row, block, M, N, stride, num_negative
+        total += store_weights(WEIGHTS, FLAGS, weight, d, norm, *tile, BM, BN)
+    tl.store(sums, total, mask=is_row)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -113,9 +139,8 @@ def length_weight_kernel(
     ROW_WEIGHTS,
     KEY_WEIGHTS,
     WEIGHTS,
-    NEAR_WEIGHTS,
-    SUMS,
     FLAGS,
+    SUMS,
     M,
     P,
     N,
@@ -129,12 +154,14 @@ def length_weight_kernel(
     BN: tl.constexpr,
 ):
     """``2 / d``, or the weights of row [G, R] and key [G, N] over d: a point is a row of the matrix
-    of distances, and a key of other rows. They go where those of `force_weight_kernel` do."""
+    of distances, and a key of other rows. Results as those of `force_weight_kernel`, of negatives
+    alone."""
     g, first_row, part = place_of_program(M, parts, BM)
     row = first_row + tl.arange(0, BM)
     is_row, at_row = row < M, g * R + first + row
     norm = tl.load(NORMS + at_row, mask=is_row, other=0.0)
-    total = tl.zeros([BM], tl.float32)
+    sums = SUMS + (part * G + g) * R + first + row
+    total = tl.load(sums, mask=is_row, other=0.0)
     end = first_block(0, N, part + 1, parts, BN)
     for block in range(first_block(0, N, part, parts, BN), end):
         key = block * BN + tl.arange(0, BN)
@@ -144,25 +171,14 @@ def length_weight_kernel(
             row_weight = tl.load(ROW_WEIGHTS + at_row, mask=is_row, other=0.0)
             key_weight = tl.load(KEY_WEIGHTS + g * N + key, mask=key < N, other=0.0)
             weight *= 0.5 * (row_weight[:, None] + key_weight[None, :])
-        tile = (g * tl.cdiv(M, BM) + first_row // BM) * tl.cdiv(N, BN) + block
-        weight = tl.where((d == 0) | (d == INF), 0.0, weight)
-        is_near = d < norm[:, None] * _NEAR
-        at = (g * M + row[:, None]) * stride + key[None, :]
-        inside = is_row[:, None] & (key < stride)[None, :]
-        has_near = any_of(is_near & (weight != 0))
-        flag = any_of(~is_near & (weight != 0)).to(tl.int32) + 2 * has_near.to(tl.int32)
-        tl.store(FLAGS + tile, flag)
-        if has_near:
-            tl.store(NEAR_WEIGHTS + at, tl.where(is_near, weight, 0.0), mask=inside)
-        weight = tl.where(is_near, 0.0, weight)
-        tl.store(WEIGHTS + at, weight, mask=inside)
-        total += tl.sum(weight, 1)
-    tl.store(SUMS + (part * G + g) * R + first + row, total, mask=is_row)
+        tile = g, first_row, block, M, N, stride, N
+        total += store_weights(WEIGHTS, FLAGS, weight, d, norm, *tile, BM, BN)
+    tl.store(sums, total, mask=is_row)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def near_kernel(
-    NEAR_WEIGHTS,
+    WEIGHTS,
     FLAGS,
     X,
     Y,
@@ -173,6 +189,7 @@ def near_kernel(
     first,
     stride,
     out_rows,
+    num_negative,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -195,7 +212,8 @@ def near_kernel(
         if tl.load(flags + block) > 1:
             found = 1
             for k in range(block * BN, tl.minimum(block * BN + BN, N)):
-                weight = tl.load(NEAR_WEIGHTS + (g * M + row) * stride + k, mask=is_row, other=0.0)
+                weight = tl.load(WEIGHTS + (g * M + row) * stride + k, mask=is_row, other=0.0)
+                weight = tl.where(weight < 0, tl.where(k < num_negative, -weight, weight), 0.0)
                 y = tl.load(Y + (g * N + k) * D + dim, mask=is_dim, other=0.0)
                 total += weight[:, None] * (x - y[None, :])
     if found != 0:
@@ -214,6 +232,7 @@ def product_kernel(
     first,
     stride,
     out_rows,
+    num_negative,
     D: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -223,7 +242,8 @@ def product_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Takes ``WEIGHTS @ keys`` off OUT [G, out_rows, D]; keys are Y [G, D, stride], filled up by 0.
+    """Takes the product of weights that are not near and keys off OUT [G, out_rows, D]. Keys are Y
+    [G, D, stride], filled up by 0.
 
     HAS_LABELS: steps without weights, as pairs of different labels have, are left out.
     """
@@ -243,11 +263,13 @@ def product_kernel(
                 for start in range(block * FLAG_KEYS, block * FLAG_KEYS + FLAG_KEYS, BK):
                     inside = (start + key < stride)[None, :]
                     weight = tl.load(weight_at + start, mask=is_row[:, None] & inside, other=0.0)
+                    weight = far_weights(weight, start + key, num_negative)
                     y = tl.load(y_at + start, mask=is_dim[:, None] & inside, other=0.0)
                     total = tl.dot(weight, tl.trans(y), total, input_precision=PRECISION)
     else:
         for start in range(0, stride, BK):
             weight = tl.load(weight_at + start, mask=is_row[:, None], other=0.0)
+            weight = far_weights(weight, start + key, num_negative)
             y = tl.load(y_at + start, mask=is_dim[:, None], other=0.0)
             total = tl.dot(weight, tl.trans(y), total, input_precision=PRECISION)
     at = OUT + (g * out_rows + first + row[:, None]) * D + dim[None, :]
