@@ -2,6 +2,7 @@
 
 from dist_contrastive.data.config import DataConfig
 from dist_contrastive.data.fields import Fields, Samples
+from dist_contrastive.data.filters import Filter
 from dist_contrastive.data.packing.arrays import pack_arrays
 from dist_contrastive.data.packing.demos import pack_digits, pack_glyphs
 from dist_contrastive.data.packing.hub import pack_dataset
@@ -16,6 +17,7 @@ from dist_contrastive.data.shards.storage import BlockCache
 from dist_contrastive.data.source import Source
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.shard_stream import ShardStream
+from dist_contrastive.data.subset import Subset, open_subset
 from dist_contrastive.errors import retired
 from dist_contrastive.pack_options import TextFormat
 
@@ -24,15 +26,18 @@ __all__ = [
     "BlockCache",
     "DataConfig",
     "Fields",
+    "Filter",
     "PackOptions",
     "Samples",
     "ShardIndex",
     "ShardStream",
     "Source",
+    "Subset",
     "TextFormat",
     "index_folder",
     "load_index",
     "merge_shards",
+    "open_subset",
     "pack_arrays",
     "pack_dataset",
     "pack_digits",

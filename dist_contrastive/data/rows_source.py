@@ -8,6 +8,7 @@ from typing import Any, Literal
 from dist_contrastive.data.keyed_random import keyed_permutation
 from dist_contrastive.data.packing.columns import choose_columns
 from dist_contrastive.data.packing.hub import open_table
+from dist_contrastive.data.packing.options import numbered_key
 from dist_contrastive.data.packing.rows import sample_maker
 from dist_contrastive.data.packing.writer import encoded
 from dist_contrastive.data.shards.encoding import WHITE, decode_or_explain
@@ -102,6 +103,10 @@ class Rows(Source):
                 field, sample[field], key, self._path, self._background
             )
         return decoded
+
+    def key(self, sample_number: int) -> str:
+        """Key of a row: its number."""
+        return numbered_key(int(self._order[sample_number]))
 
     @cached_property
     def fingerprint(self) -> str:

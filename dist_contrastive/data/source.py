@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import PositiveInt
 
 from dist_contrastive.data.classes import join_classes
+from dist_contrastive.data.filters import Filter
 from dist_contrastive.errors import UnreadableSample
 from dist_contrastive.settings import ComponentSettings
 
@@ -55,6 +56,8 @@ class Source(ABC):
         """Samples of this source in every so many as all weights make together, for as long as the
         run lasts; null, then of all sources, reads them as one data set, each sample once an
         epoch."""
+        filter: Filter | None = None
+        """Which of its samples are taken; null: all."""
 
     fields: tuple[str, ...]
     shards: tuple[str, ...]

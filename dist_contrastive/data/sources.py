@@ -14,6 +14,7 @@ from dist_contrastive.data.shards.index import ShardIndex, concatenate
 from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.shards.storage import BlockCache
 from dist_contrastive.data.source import JoinedSource, Source
+from dist_contrastive.data.subset import open_subset
 from dist_contrastive.errors import ConfigError, is_redacted
 from dist_contrastive.settings import Choice
 
@@ -48,7 +49,17 @@ def sources_at(location: str) -> tuple[Source.Config, ...]:
 
 
 def open_source(config: Source.Config, cache: BlockCache.Config, background: str = WHITE) -> Source:
-    """Source that a config names. Raises: as `load_index`, or what an own source raises."""
+    """Source that a config names, or the subset that its filter takes.
+
+    Raises: as `load_index` and `open_subset`, or what an own source raises.
+    """
+    source = _whole_source(config, cache, background)
+    if config.filter is None:
+        return source
+    return open_subset(source, config.filter, cache.folder / "subsets")
+
+
+def _whole_source(config: Source.Config, cache: BlockCache.Config, background: str) -> Source:
     if isinstance(config, ShardIndex.Config):
         if is_redacted(config.shards):
             raise ConfigError(

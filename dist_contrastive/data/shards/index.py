@@ -28,6 +28,7 @@ ARRAYS = {
     "shard_bytes": np.int64,
     "shard_samples": np.int64,
     "sample_offset": np.int64,
+    "sample_key": np.uint64,
     "member_start": np.uint32,
     "member_header": np.uint16,
     "member_size": np.uint32,
@@ -46,7 +47,7 @@ def index_command(location: str) -> str:
 class ShardIndex(Source):
     """S shards and their n samples, numbered through all of them in order.
 
-    It takes 8 + 14 F bytes a sample, F being the number of fields; of a large index file they are
+    It takes 16 + 14 F bytes a sample, F being the number of fields; of a large index file they are
     mapped, and shared by all processes of a machine.
 
     Attributes:
@@ -57,6 +58,7 @@ class ShardIndex(Source):
         shard_left_out: S counts of members of no sample, by kind; older indexes have none.
         fields: F names of fields, sorted: the extensions of all samples.
         sample_offset: int64 [n], first byte of the sample in its tar.
+        sample_key: uint64 [n], `key_hashes` of its key; uint64 [0] in older indexes.
         member_start: uint32 [n, F], first byte of a field's headers, from that of the sample;
             `ABSENT` if the sample lacks the field.
         member_header: uint16 [n, F], bytes of these headers.
@@ -87,10 +89,16 @@ class ShardIndex(Source):
     files: ShardFiles = field(default_factory=lambda: ShardFiles(BlockCache()), repr=False)
     background: str = WHITE
     shard_left_out: tuple[Mapping[str, int], ...] = ()
+    sample_key: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     classes: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sample_offset)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether it tells the samples' keys, as those of older versions do not."""
+        return len(self.sample_key) == len(self)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -208,6 +216,7 @@ class ShardIndex(Source):
             shard_samples=self.shard_samples[numbers],
             shard_left_out=tuple(x for i in numbers for x in self.shard_left_out[i : i + 1]),
             sample_offset=self.sample_offset[rows],
+            sample_key=self.sample_key[rows] if self.has_keys else self.sample_key,
             **{name: getattr(self, name)[rows] for name in MEMBER_TABLES},
         )
 
@@ -282,6 +291,8 @@ def concatenate(indexes: Sequence[ShardIndex]) -> ShardIndex:
     left_out = tuple(x for index in indexes for x in index.shard_left_out)
     others = ARRAYS.keys() - {*MEMBER_TABLES}
     joined = {name: np.concatenate([getattr(x, name) for x in indexes]) for name in others}
+    if not all(index.has_keys for index in indexes):
+        joined["sample_key"] = np.zeros(0, np.uint64)
     joined |= {name: _concatenated(indexes, name, fields) for name in MEMBER_TABLES}
     return replace(
         indexes[0],

@@ -128,6 +128,7 @@ def parse_index(data: bytes | mmap.mmap, file: str, files: ShardFiles) -> ShardI
             arrays: dict[str, Any] = {
                 name: _read_array(archive, name, t, None if isinstance(data, bytes) else data)
                 for name, t in ARRAYS.items()
+                if name != "sample_key" or "sample_key.npy" in archive.namelist()
             }
             shards, sums, fields = (
                 tuple(_read_array(archive, name, np.str_).tolist())
@@ -200,6 +201,7 @@ def _check_shapes(index: ShardIndex) -> None:
         any(shape != (samples, len(index.fields)) for shape in tables)
         or any(column.shape != (shards,) for column in of_shards)
         or index.sample_offset.shape != (samples,)
+        or index.sample_key.shape not in ((samples,), (0,))
         or index.shard_samples.min(initial=0) < 0
         or index.shard_samples.max(initial=0) > samples
         or index.shard_samples.sum() != samples

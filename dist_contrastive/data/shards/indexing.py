@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dist_contrastive.data.classes import class_in_json, join_classes
+from dist_contrastive.data.keys import key_hashes
 from dist_contrastive.data.progress import map_in_threads
 from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.index import (
@@ -247,6 +248,7 @@ def index_shard(shard: str, files: ShardFiles, *, unique_keys: bool = True) -> S
         fields=tuple(fields),
         classes=join_classes(classes),
         sample_offset=np.array([sample.offset for sample in samples], np.int64),
+        sample_key=key_hashes([sample.key for sample in samples]),
         files=files,
         **tables,
     )
@@ -272,7 +274,7 @@ def _unchanged(file: Path, files: ShardFiles) -> dict[str, ShardIndex]:
     except (OSError, DataError):
         return {}
     unchanged = {}
-    if not index.shard_left_out:  # an older one, which lacks it
+    if not (index.shard_left_out and index.has_keys):  # an older one, which lacks them
         return {}
     for number, shard in enumerate(index.shards):
         part = index.select([number])

@@ -164,6 +164,8 @@ def _is_same(indexed: ShardIndex, fresh: ShardIndex) -> bool:
     """Equality of two indexes of a shard, up to fields of other shards."""
     if not np.array_equal(indexed.sample_offset, fresh.sample_offset):
         return False
+    if len(indexed.sample_key) and not np.array_equal(indexed.sample_key, fresh.sample_key):
+        return False
     used = np.flatnonzero((indexed.member_start != ABSENT).any(axis=0))
     return tuple(indexed.fields[i] for i in used) == fresh.fields and all(
         np.array_equal(getattr(indexed, name)[:, used], getattr(fresh, name))

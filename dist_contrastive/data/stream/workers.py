@@ -98,7 +98,7 @@ def _start(
     A forked one may never begin: where a thread of gloo lets go of a tensor in that instant, the
     copy of Python waits for a lock that the thread has in the original only. Such are started anew.
     A forkserver with torch preloaded has no such threads, but takes 3 s and 290 MiB a rank, and
-    each worker a pickled transform and an index of its own, 8 + 14 F bytes a sample.
+    each worker a pickled transform and an index of its own, 16 + 14 F bytes a sample.
     """
     context: Any = multiprocessing.get_context(start_method)
     for _ in range(_STARTS):

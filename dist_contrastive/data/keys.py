@@ -1,0 +1,126 @@
+"""Keys of samples as numbers of 64 bits, and files that name samples by their keys."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dist_contrastive.data.keyed_random import combine
+from dist_contrastive.errors import DataError
+
+_ROWS = 1 << 16  # that are read at a time
+_WORD = 8  # bytes
+_KINDS = ".txt, .csv, .parquet, .npy"
+
+
+def key_hashes(keys: Sequence[str | bytes]) -> NDArray[np.uint64]:
+    """A number for each key, [n], the same for ever: an index stores them.
+
+    It is ``combine(length, word 0, word 1, ...)``, where the words are the bytes of the key in
+    UTF-8, 8 at a time, the first the lowest, with zeros behind the last. Of 10^8 keys two have the
+    same number with a probability of 3e-4.
+    """
+    encoded = [x if isinstance(x, bytes) else x.encode("utf-8", "surrogateescape") for x in keys]
+    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    counts = -(-lengths // _WORD)
+    hashes = np.zeros(len(encoded), np.uint64)
+    for count in np.unique(counts).tolist():
+        rows = np.flatnonzero(counts == count)
+        padded = np.array([encoded[row] for row in rows], f"S{max(count, 1) * _WORD}")
+        words = torch.from_numpy(padded.view("<i8").reshape(len(rows), -1))
+        parts = (words[:, place] for place in range(count))
+        hashes[rows] = combine(torch.from_numpy(lengths[rows]), *parts).numpy().view(np.uint64)
+    return hashes
+
+
+class Named(NamedTuple):
+    """Samples that a file names, some rows of it."""
+
+    keys: list[str | bytes]
+    scores: NDArray[np.float64] | None  # of each, NaN where there is none
+
+
+def read_named(path: Path, column: str, score: str | None = None) -> Iterator[Named]:
+    """Keys in a file, and their scores, some at a time.
+
+    Args:
+        path: .txt: a key a line; .csv and .parquet: columns by their names; .npy: an array of
+            texts, or of pairs of whole numbers of 64 bits, which are the halves of a key of 32
+            hexadecimal digits, as DataComp writes them.
+        column: that of the keys. score: that of the scores; None without.
+
+    Raises:
+        DataError: it cannot be read, or has no such columns.
+    """
+    kinds = {".txt": _lines, ".csv": _cells, ".parquet": _parquet, ".npy": _array}
+    read = kinds.get(path.suffix.lower())
+    if read is None or (score is not None and read in (_lines, _array)):
+        wanted = _KINDS if score is None else ".csv, .parquet"
+        raise DataError(f"the file {path} is of no kind that is read here; give {wanted}")
+    try:
+        yield from read(path, column, score)
+    except DataError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:  # pyarrow's are of these
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"the file {path} cannot be read ({reason}); give {_KINDS}") from error
+
+
+def _lines(path: Path, _: str, __: str | None) -> Iterator[Named]:
+    with path.open("rb") as file:
+        while lines := list(islice(file, _ROWS)):
+            keys = (line.strip(b"\r\n") for line in lines)
+            yield Named([key for key in keys if key], None)
+
+
+def _cells(path: Path, column: str, score: str | None) -> Iterator[Named]:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        rows = csv.DictReader(file)
+        _check_columns(path, rows.fieldnames or (), column, score)
+        while part := list(islice(rows, _ROWS)):
+            scores = None if score is None else _numbers(row[score] or None for row in part)
+            yield Named([row[column] or "" for row in part], scores)
+
+
+def _parquet(path: Path, column: str, score: str | None) -> Iterator[Named]:
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(path) as file:
+        _check_columns(path, file.schema_arrow.names, column, score)
+        columns = [column] if score is None else [column, score]
+        for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
+            held = batch.column(column).to_pylist()
+            keys = [key if isinstance(key, str | bytes) else str(key) for key in held]
+            scores = None if score is None else _numbers(batch.column(score).to_pylist())
+            yield Named(keys, scores)
+
+
+def _array(path: Path, _: str, __: str | None) -> Iterator[Named]:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    halves = array.dtype.names or ()
+    are_pairs = len(halves) == 2 and all(array.dtype[name].kind == "u" for name in halves)
+    if array.ndim != 1 or not (are_pairs or array.dtype.kind in "SU"):
+        raise DataError(
+            f"the file {path} holds {array.dtype} {list(array.shape)}; give an array of texts, or "
+            f"of pairs of uint64"
+        )
+    for first in range(0, len(array), _ROWS):
+        part = array[first : first + _ROWS].tolist()
+        yield Named([f"{one[0]:016x}{one[1]:016x}" if are_pairs else one for one in part], None)
+
+
+def _numbers(values: Any) -> NDArray[np.float64]:
+    return np.array([np.nan if value is None else float(value) for value in values], np.float64)
+
+
+def _check_columns(path: Path, names: Sequence[str], column: str, score: str | None) -> None:
+    for name in (column, score):
+        if name is not None and name not in names:
+            raise DataError(
+                f"the file {path} has no column {name!r}; name one of {', '.join(names)}"
+            )
