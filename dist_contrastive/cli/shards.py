@@ -65,6 +65,25 @@ def _index(
     full: Annotated[
         bool, typer.Option("--full", help="Read all shards, not only those that have changed.")
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1024,
+            help="Processes that read shards.",
+            show_default="threads of one",
+        ),
+    ] = None,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Index of some of the shards, as other machines made it; "
+            "may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write the index that the stream reads by."""
     from dist_contrastive.data import index_folder
@@ -79,7 +98,9 @@ def _index(
         read = total
         return progress_bar(items, total, "indexing") if total else items
 
-    index = index_folder(location, out, full=full, progress=progress)
+    index = index_folder(
+        location, out, full=full, workers=workers, reuse=reuse or (), progress=progress
+    )
     shards = len(index.shard_samples)
     print(f"{location}: {len(index)} samples in {shards} shards, of which {read} were read")
     if left_out := index.left_out + other_files(location):

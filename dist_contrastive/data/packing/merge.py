@@ -11,7 +11,7 @@ from dist_contrastive.data.packing.options import PackOptions, check_target
 from dist_contrastive.data.packing.writer import Packed, pack_samples
 from dist_contrastive.data.progress import progress_bar
 from dist_contrastive.data.shards.index import ShardIndex
-from dist_contrastive.data.shards.indexing import index_shard, load_index
+from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.shards.locations import (
     INDEX_NAME,
     find_shards,
@@ -19,6 +19,7 @@ from dist_contrastive.data.shards.locations import (
     other_files,
 )
 from dist_contrastive.data.shards.remote import is_url
+from dist_contrastive.data.shards.scan import index_shard
 from dist_contrastive.data.shards.storage import BlockCache, ShardFiles, open_shard
 from dist_contrastive.data.shards.tars import scan_samples
 from dist_contrastive.errors import DataError

@@ -23,6 +23,7 @@ from dist_contrastive.data.source import Source, alternatives
 from dist_contrastive.errors import DataError, UnreadableSample
 
 _ROWS = 1 << 20  # samples that are looked through at a time
+MAX_FIELDS = 64  # of a data set; more mean that keys hold dots
 _ATTEMPTS = 4  # to receive the right bytes from a server
 ARRAYS = {
     "shard_bytes": np.int64,

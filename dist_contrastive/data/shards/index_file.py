@@ -5,19 +5,24 @@ processes of a machine share them, and what is never used is never read. Then th
 sample's place come when it is read.
 """
 
+import contextlib
 import io
 import json
 import mmap
 import os
+import shutil
+import tempfile
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_contrastive import atomic
+from dist_contrastive.data.classes import join_classes
 from dist_contrastive.data.shards.encoding import stored_array
 from dist_contrastive.data.shards.index import (
     ABSENT,
@@ -34,6 +39,7 @@ from dist_contrastive.sentences import shown
 
 _VERSION = 2
 _CHECKED_AT_ONCE = 1 << 18  # samples
+_COPIED = 1 << 20  # bytes at a time
 _MAPPED = 1 << 26  # bytes of a file from which on it is mapped
 _LOCAL_HEADER = 30  # bytes of what stands before a member of a zip file, without its name
 # What NumPy and `zipfile` raise for damaged files.
@@ -51,27 +57,139 @@ def save_index(index: ShardIndex, path: Path | str) -> Path:
     Raises:
         DataError: there it cannot be written, or could not be found by its name.
     """
-    path = Path(path)
-    check_target(path)
-    names = [_stored_name(str(path.parent), shard) for shard in index.shards]
-    try:
-        with atomic.open_file(path) as file:
-            np.savez(
-                file,
-                version=np.int64(_VERSION),
-                shards=np.array(names, np.str_),
-                shard_sha256=np.array(index.shard_sha256, np.str_),
-                fields=np.array(index.fields, np.str_),
-                shard_left_out=np.array([json.dumps(x) for x in index.shard_left_out], np.str_),
-                classes=np.array(json.dumps(sorted(index.classes.items())), np.str_),
-                **{name: getattr(index, name) for name in ARRAYS},
-            )
-    except OSError as error:
-        raise DataError(
-            f"the index {path} cannot be written ({error.strerror}); give another place: --out "
-            f"FILE.npz"
-        ) from error
-    return path
+    with IndexWriter(Path(path)) as writer:
+        writer.add(index)
+        writer.save(index.classes)
+    return Path(path)
+
+
+class IndexWriter:
+    """Writer of an index file from the indexes of its parts, one after the other.
+
+    Only names and counts of shards are in memory. The file is that of
+    ``np.savez(file, **arrays of concatenate(parts))``, byte for byte. A context manager.
+
+    Attributes:
+        shards, fields, samples, left_out: of all parts so far.
+
+    Raises:
+        DataError: there it cannot be written, or could not be found by its name; a shard is in two
+            parts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_target(path)
+        self._path = path
+        self.shards: list[str] = []
+        self.fields: set[str] = set()
+        self.samples = 0
+        self._sums: list[str] = []
+        self._left_out: list[Mapping[str, int]] = []
+        self._classes = set[tuple[int, str]]()
+        self._parts: list[tuple[int, tuple[str, ...]]] = []  # samples and fields of each
+        self._has_keys = True
+        self._stack = contextlib.ExitStack()
+        with self._explained():
+            self._columns = {
+                name: self._stack.enter_context(tempfile.TemporaryFile(dir=path.parent))  # noqa: SIM115
+                for name in ARRAYS
+            }
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Members that belong to no sample, by kind."""
+        return sum(map(Counter, self._left_out), Counter())
+
+    def add(self, part: ShardIndex) -> None:
+        """Take over the shards of an index, behind those before."""
+        self.shards += part.shards
+        self._sums += part.shard_sha256
+        self._left_out += part.shard_left_out
+        self._classes |= {*part.classes.items()}
+        self.fields |= {*part.fields}
+        self.samples += len(part)
+        self._parts.append((len(part), part.fields))
+        self._has_keys &= part.has_keys
+        with self._explained():
+            for name, file in self._columns.items():
+                for rows in _in_blocks(getattr(part, name)):
+                    file.write(np.ascontiguousarray(rows, ARRAYS[name]).data)
+
+    def save(self, classes: Mapping[int, str]) -> None:
+        """Write the file, with these names of classes besides those of the parts."""
+        if repeated := [shard for shard, count in Counter(self.shards).items() if count > 1]:
+            raise DataError(f"shard {repeated[0]} is given twice; name every shard once")
+        names = [_stored_name(str(self._path.parent), shard) for shard in self.shards]
+        named = join_classes([*join_classes(self._classes).items(), *classes.items()])
+        left_out = self._left_out if len(self._left_out) == len(names) else []
+        heads = {
+            "version": np.int64(_VERSION),
+            "shards": np.array(names, np.str_),
+            "shard_sha256": np.array(self._sums, np.str_),
+            "fields": np.array(sorted(self.fields), np.str_),
+            "shard_left_out": np.array([json.dumps(x) for x in left_out], np.str_),
+            "classes": np.array(json.dumps(sorted(named.items())), np.str_),
+        }
+        with (
+            self._explained(),
+            atomic.open_file(self._path) as file,
+            ZipFile(file, "w", ZIP_STORED, allowZip64=True) as archive,
+        ):
+            for name, array in heads.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+            for name in ARRAYS:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    self._write_column(name, member)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _write_column(self, name: str, member: IO[bytes]) -> None:
+        """One array of all parts, with a column for each field of any of them."""
+        kind, fields = np.dtype(ARRAYS[name]), sorted(self.fields)
+        shape: tuple[int, ...] = (self.samples,)
+        if name.startswith("shard"):
+            shape = (len(self.shards),)
+        elif name == "sample_key" and not self._has_keys:
+            shape = (0,)
+        elif name in MEMBER_TABLES:
+            shape = (self.samples, len(fields))
+        header = {"descr": kind.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(member, header)
+        file = self._columns[name]
+        file.seek(0)
+        if len(shape) == 1:
+            if shape[0]:
+                shutil.copyfileobj(file, member, _COPIED)
+            return
+        absent = ABSENT if name == "member_start" else 0
+        for samples, own in self._parts:
+            columns = [fields.index(one) for one in own]
+            for first in range(0, samples, _CHECKED_AT_ONCE):
+                count = min(samples - first, _CHECKED_AT_ONCE)
+                table = np.full((count, len(fields)), absent, kind)
+                held = file.read(count * len(own) * kind.itemsize)
+                table[:, columns] = np.frombuffer(held, kind).reshape(count, len(own))
+                member.write(table.data)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"the index {self._path} cannot be written ({error.strerror}); give another place: "
+                f"--out FILE.npz"
+            ) from error
+
+
+def _in_blocks(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    for first in range(0, len(rows), _CHECKED_AT_ONCE):
+        yield rows[first : first + _CHECKED_AT_ONCE]
 
 
 def check_target(path: Path) -> None:

@@ -1,33 +1,30 @@
 """Indexes loaded, and made of tars, whoever wrote them, wherever they lie."""
 
-import hashlib
 import os
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from dist_contrastive.data.classes import class_in_json, join_classes
-from dist_contrastive.data.keys import key_hashes
-from dist_contrastive.data.progress import map_in_threads
+from dist_contrastive.data.progress import map_in_processes, map_in_threads
 from dist_contrastive.data.shards import remote
 from dist_contrastive.data.shards.index import (
-    ABSENT,
+    MAX_FIELDS,
     MEMBER_TABLES,
     ShardIndex,
     concatenate,
     index_command,
 )
 from dist_contrastive.data.shards.index_file import (
+    IndexWriter,
     check_target,
     parse_index,
     read_index,
-    save_index,
 )
 from dist_contrastive.data.shards.locations import (
     INDEX_NAME,
@@ -37,13 +34,9 @@ from dist_contrastive.data.shards.locations import (
     is_pattern,
 )
 from dist_contrastive.data.shards.remote import is_url
-from dist_contrastive.data.shards.storage import BlockCache, ShardFiles, open_shard, temporary_cache
-from dist_contrastive.data.shards.tars import SampleSlice, scan_samples
+from dist_contrastive.data.shards.scan import index_shard
+from dist_contrastive.data.shards.storage import BlockCache, ShardFiles, temporary_cache
 from dist_contrastive.errors import DataError, UnreadableSample
-
-_CHUNK = 1 << 20  # bytes read at once
-_MAX_JSON = 64 << 10  # bytes in which the name of a class is looked for
-_MAX_FIELDS = 64  # of a data set; more mean that keys hold dots
 
 Progress = Callable[[Iterator[Any], int], Iterator[Any]]
 """Wraps an iterator of so many items, to show its progress."""
@@ -182,21 +175,28 @@ def index_folder(
     out: Path | str | None = None,
     *,
     full: bool = False,
+    workers: int | None = None,
+    reuse: Sequence[Path | str] = (),
     progress: Progress = lambda items, _: items,
     classes: Mapping[int, str] | None = None,
 ) -> ShardIndex:
     """Index tars and save the index; entries of tars that have not changed since are reused.
 
+    The file is the same however it was made; no more than some tars' entries are in memory.
+
     Args:
         location: a folder, a pattern, or a URL of either.
         out: where to write; None: `index.npz` in the folder, which must then be one and local.
         full: read all tars, changed or not.
+        workers: processes that read tars; None: threads of this one, as many as CPUs.
+        reuse: index files of some of the tars, whose entries are taken too: so that several
+            machines may read a part each.
         progress: wraps the iterator over shards.
         classes: names of classes by number, besides those that the samples tell.
 
     Raises:
         DataError: no shards or samples; a tar truncated, damaged or with a key twice; nowhere to
-            write.
+            write; an index file to reuse that cannot be read.
     """
     location = str(location) if is_url(str(location)) else str(Path(location))
     shards = find_shards(location)
@@ -204,54 +204,17 @@ def index_folder(
     check_target(target)
     with temporary_cache() as cache:  # what the server holds now, not what was kept of it
         files = ShardFiles(BlockCache(cache))
-        known = {} if full else _unchanged(target, files)
+        known = {} if full else _unchanged(shards, target, reuse, files)
         new = [shard for shard in shards if shard not in known]
-        for part in progress(_index_all(new, files), len(new)):
-            known[part.shards[0]] = part
-        index = concatenate([known[shard] for shard in shards])
-        named = [*index.classes.items(), *(classes or {}).items()]
-        index = replace(index, classes=join_classes(named))
-        _check_samples(index, location)
-        save_index(index, target)
+        with IndexWriter(target) as writer, closing(_index_all(new, files, workers)) as made:
+            read = iter(progress(made, len(new)))
+            for shard in shards:
+                part = known[shard]() if shard in known else next(read)
+                writer.add(replace(part, shards=(shard,)))
+            next(read, None)  # a bar ends after its last item
+            _check_samples(writer, location)
+            writer.save(classes or {})
     return load_index(target)
-
-
-def index_shard(shard: str, files: ShardFiles, *, unique_keys: bool = True) -> ShardIndex:
-    """Index of one tar.
-
-    Args:
-        unique_keys: refuse a key that it holds twice.
-
-    Raises:
-        DataError: it cannot be opened, is truncated, damaged, or holds a key twice.
-    """
-    with open_shard(shard, files) as (file, size):
-        left_out = Counter[str]()
-        samples = list(scan_samples(file, shard, left_out))
-        if unique_keys:
-            _check_keys(samples, shard)
-        fields = sorted({member.field for sample in samples for member in sample.members})
-        if len(fields) > _MAX_FIELDS:
-            raise DataError(
-                f"shard {shard} has {len(fields)} different fields ({fields[0]!r}, {fields[1]!r}, "
-                f"...), more than {_MAX_FIELDS}: what follows the first dot of a file name is its "
-                f"field; name members KEY.EXTENSION with keys that hold no dots"
-            )
-        tables, digest = _member_tables(samples, fields, shard), hashlib.sha256()
-        classes = _read_checksums(file, samples, fields, tables["member_crc32"], digest)
-    return ShardIndex(
-        shards=(shard,),
-        shard_bytes=np.array([size], np.int64),
-        shard_sha256=(digest.hexdigest(),),
-        shard_samples=np.array([len(samples)], np.int64),
-        shard_left_out=(left_out,),
-        fields=tuple(fields),
-        classes=join_classes(classes),
-        sample_offset=np.array([sample.offset for sample in samples], np.int64),
-        sample_key=key_hashes([sample.key for sample in samples]),
-        files=files,
-        **tables,
-    )
 
 
 def _place(location: str, shards: Sequence[str]) -> Path:
@@ -266,26 +229,46 @@ def _place(location: str, shards: Sequence[str]) -> Path:
     )
 
 
-def _unchanged(file: Path, files: ShardFiles) -> dict[str, ShardIndex]:
-    """Entries of an index file that still fit their tars, by shard."""
-    try:
-        index = parse_index(read_index(file), str(file), files)
-        written = file.stat().st_mtime_ns
-    except (OSError, DataError):
-        return {}
-    unchanged = {}
-    if not (index.shard_left_out and index.has_keys):  # an older one, which lacks them
-        return {}
-    for number, shard in enumerate(index.shards):
-        part = index.select([number])
+def _unchanged(
+    shards: Sequence[str], target: Path, reuse: Sequence[Path | str], files: ShardFiles
+) -> dict[str, Callable[[], ShardIndex]]:
+    """Makers of the entries of index files that still fit their tars, by shard."""
+    unchanged: dict[str, Callable[[], ShardIndex]] = {}
+    wanted = {_resolved(shard): shard for shard in shards}
+    for file in [target, *map(Path, reuse)]:
         try:
-            if _has_changed(part, written):
-                continue
-            check_ends(part, [0])
-        except (DataError, OSError):
+            index = parse_index(read_index(file), str(file), files)
+            written = file.stat().st_mtime_ns
+        except (OSError, DataError):
+            if file != target:
+                raise
             continue
-        unchanged[shard] = _without_unused_fields(part)
+        if not (index.shard_left_out and index.has_keys):  # an older one, which lacks them
+            continue
+        for number, name in enumerate(index.shards):
+            shard = wanted.get(_resolved(name))
+            if shard is not None and _is_unchanged(index, number, written):
+                unchanged[shard] = partial(_entry, index, number)
     return unchanged
+
+
+def _resolved(shard: str) -> str:
+    return shard if is_url(shard) else os.path.realpath(shard)
+
+
+def _entry(index: ShardIndex, number: int) -> ShardIndex:
+    return _without_unused_fields(index.select([number]))
+
+
+def _is_unchanged(index: ShardIndex, number: int, written_ns: int) -> bool:
+    part = index.select([number])
+    try:
+        if _has_changed(part, written_ns):
+            return False
+        check_ends(part, [0])
+    except (DataError, OSError):
+        return False
+    return True
 
 
 def _has_changed(part: ShardIndex, written_ns: int) -> bool:
@@ -303,87 +286,23 @@ def _without_unused_fields(part: ShardIndex) -> ShardIndex:
     return replace(part, fields=tuple(part.fields[i] for i in used), **tables)
 
 
-def _index_all(shards: Sequence[str], files: ShardFiles) -> Iterator[ShardIndex]:
-    return map_in_threads(lambda shard: index_shard(shard, files), shards)
+def _index_all(
+    shards: Sequence[str], files: ShardFiles, workers: int | None
+) -> Generator[ShardIndex, None, None]:
+    if workers is None or len(shards) < 2:
+        return map_in_threads(lambda shard: index_shard(shard, files), shards)
+    return map_in_processes(partial(index_shard, files=files), shards, workers)
 
 
-def _check_samples(index: ShardIndex, location: str) -> None:
-    if not len(index):
-        held = f", but {counted(index.left_out)}" if index.left_out else ""
+def _check_samples(writer: IndexWriter, location: str) -> None:
+    if not writer.samples:
+        held = f", but {counted(writer.left_out)}" if writer.left_out else ""
         raise DataError(
-            f"the {len(index.shards)} shards in {location} hold 0 samples{held}; write tars whose "
+            f"the {len(writer.shards)} shards in {location} hold 0 samples{held}; write tars whose "
             f"members are files named KEY.EXTENSION"
         )
-    if len(index.fields) > _MAX_FIELDS:
+    if len(writer.fields) > MAX_FIELDS:
         raise DataError(
-            f"the shards in {location} have {len(index.fields)} different fields, more than "
-            f"{_MAX_FIELDS}; name members KEY.EXTENSION with keys that hold no dots"
+            f"the shards in {location} have {len(writer.fields)} different fields, more than "
+            f"{MAX_FIELDS}; name members KEY.EXTENSION with keys that hold no dots"
         )
-
-
-def _check_keys(samples: Sequence[SampleSlice], shard: str) -> None:
-    keys: set[str] = set()
-    for sample in samples:
-        if sample.key in keys:
-            raise DataError(
-                f"shard {shard} holds the key {sample.key!r} twice, again at byte "
-                f"{sample.offset}; give every sample one key and keep its members together "
-                "(`tar --sort=name`)"
-            )
-        keys.add(sample.key)
-
-
-def _member_tables(
-    samples: Sequence[SampleSlice], fields: Sequence[str], shard: str
-) -> dict[str, Any]:
-    shape = len(samples), len(fields)
-    start = np.full(shape, ABSENT, np.uint32)
-    header, size, crc32 = (np.zeros(shape, t) for t in (np.uint16, np.uint32, np.uint32))
-    columns = {name: column for column, name in enumerate(fields)}
-    for row, sample in enumerate(samples):
-        for member in sample.members:
-            place = row, columns[member.field]
-            relative = member.start - sample.offset
-            if max(relative, member.size) >= ABSENT or member.header > np.iinfo(np.uint16).max:
-                raise DataError(
-                    f"sample {sample.key!r} of shard {shard} spans more than 4 GiB, or names of "
-                    f"64 KiB; make samples smaller"
-                )
-            start[place], header[place], size[place] = relative, member.header, member.size
-    return {
-        "member_start": start,
-        "member_header": header,
-        "member_size": size,
-        "member_crc32": crc32,
-    }
-
-
-def _read_checksums(
-    file: BinaryIO, samples: Sequence[SampleSlice], fields: Sequence[str], crc32: Any, digest: Any
-) -> set[tuple[int, str]]:
-    """Checksum of every member, and digest of the whole tar, in one pass; numbers and names of
-    classes."""
-    columns = {name: column for column, name in enumerate(fields)}
-    at, classes = 0, set[tuple[int, str]]()
-    file.seek(0)
-    for row, sample in enumerate(samples):
-        for member in sample.members:
-            for chunk in _chunks(file, member.start - at):
-                digest.update(chunk)
-            value, content = 0, b""
-            for chunk in _chunks(file, member.header + member.size):
-                digest.update(chunk)
-                value, content = zlib.crc32(chunk, value), chunk
-            if member.field == "json" and member.size <= _MAX_JSON:  # it came as one chunk
-                classes |= class_in_json(content[member.header :])
-            crc32[row, columns[member.field]] = value
-            at = member.start + member.header + member.size
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-    return classes
-
-
-def _chunks(file: BinaryIO, length: int) -> Iterator[bytes]:
-    while length > 0 and (chunk := file.read(min(length, _CHUNK))):
-        yield chunk
-        length -= len(chunk)

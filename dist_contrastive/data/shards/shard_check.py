@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from dist_contrastive.data.shards.encoding import decode_or_explain
 from dist_contrastive.data.shards.index import ABSENT, MEMBER_TABLES, ShardIndex, index_command
-from dist_contrastive.data.shards.indexing import index_shard
 from dist_contrastive.data.shards.locations import folder_of
+from dist_contrastive.data.shards.scan import index_shard
 from dist_contrastive.data.shards.storage import BlockCache, ShardFiles, open_shard
 from dist_contrastive.data.shards.tars import LINKS, REMEDY_OF_LINKS, member_key, scan_samples
 from dist_contrastive.errors import DataError, UnreachableError
