@@ -1,5 +1,6 @@
 """Sources that a config names: opened, and joined to one data set."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,12 @@ from pydantic import Discriminator, Tag
 from dist_contrastive.data.folder import ImageFolder
 from dist_contrastive.data.rows_source import Rows
 from dist_contrastive.data.shards.encoding import WHITE
-from dist_contrastive.data.shards.index import ShardIndex, concatenate
+from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.shards.storage import BlockCache
 from dist_contrastive.data.source import JoinedSource, Source
 from dist_contrastive.data.subset import open_subset
-from dist_contrastive.errors import ConfigError, is_redacted
+from dist_contrastive.errors import ConfigError, DataError, is_redacted
 from dist_contrastive.settings import Choice
 
 _KNOWN = {"shards": ShardIndex, "folder": ImageFolder, "rows": Rows}
@@ -86,12 +87,18 @@ def join_sources(sources: Sequence[Source]) -> Source:
     """One data set of several, whose samples are numbered through.
 
     Raises:
-        DataError: a shard is in two of them.
+        DataError: a shard is in two of them, of which neither is a subset.
     """
-    indexes = [source for source in sources if isinstance(source, ShardIndex)]
-    if len(indexes) == len(sources):
-        return concatenate(indexes)
-    return sources[0] if len(sources) == 1 else JoinedSource(sources)
+    if len(sources) == 1:
+        return sources[0]
+    shards = Counter(x for source in sources if isinstance(source, ShardIndex)
+                     for x in source.shards)  # fmt: skip
+    if repeated := [shard for shard, count in shards.items() if count > 1]:
+        raise DataError(
+            f"shard {repeated[0]} is given twice; name every shard in one source only, or give "
+            f"each a filter"
+        )
+    return JoinedSource(sources)  # and not one index: large ones are mapped, and stay so
 
 
 def _kind(value: object) -> str:

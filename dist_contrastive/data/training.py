@@ -27,6 +27,7 @@ from dist_contrastive.data.sources import join_sources
 from dist_contrastive.data.stream.balanced import Balance
 from dist_contrastive.data.stream.reader import Skipped
 from dist_contrastive.data.stream.shard_stream import ShardStream
+from dist_contrastive.data.subset import Subset
 from dist_contrastive.errors import DataError, UnreadableSample
 
 logger = logging.getLogger(__name__)
@@ -146,8 +147,7 @@ def open_data(
             for name in sorted(fields.names):
                 if not all(source.has_field(name) for source in held_out):
                     logger.warning(f"data.test has no field {name!r}, by which `eval` measures")
-            if isinstance(index, ShardIndex):
-                _warn_of_small_cache(config, index)
+            _warn_of_small_cache(config, sources)
     fields = with_class_names(fields, index)
     with collectives.raised_together():
         example = first_sample(fields, index, config.max_skipped)
@@ -173,10 +173,15 @@ def open_data(
     return TrainingData(stream, fields, labels, example, sources, index)
 
 
-def _warn_of_small_cache(config: DataConfig, index: ShardIndex) -> None:
+def _warn_of_small_cache(config: DataConfig, sources: list[Source]) -> None:
     """Blocks of remote shards are used until a lane has left their window."""
-    remote = sum(int(n) for s, n in zip(index.shards, index.shard_bytes, strict=True) if is_url(s))
-    window = 2 * config.lanes * config.shuffle_window * int(index.shard_bytes.sum()) // len(index)
+    whole = [source.source if isinstance(source, Subset) else source for source in sources]
+    indexes = [source for source in whole if isinstance(source, ShardIndex)]
+    sizes = [pair for x in indexes for pair in zip(x.shards, x.shard_bytes.tolist(), strict=True)]
+    remote = sum(size for shard, size in sizes if is_url(shard))
+    # Of a subset, a window reaches over as many more shards as it takes fewer samples.
+    samples = sum(map(len, sources))
+    window = 2 * config.lanes * config.shuffle_window * sum(size for _, size in sizes) // samples
     needed_mb = min(remote, window) >> 20
     if needed_mb > config.cache.limit_mb:
         logger.warning(

@@ -207,8 +207,10 @@ class ShardIndex(Source):
     def select(self, shards: Iterable[int]) -> "ShardIndex":
         """Index of some of the shards, in the given order."""
         numbers = list(shards)
-        spans = [slice(*self.shard_starts[i : i + 2]) for i in numbers]
-        rows = np.concatenate([np.arange(s.start, s.stop) for s in spans] or [np.arange(0)])
+        spans = [slice(*self.shard_starts[i : i + 2].tolist()) for i in numbers]
+        rows: Any = np.concatenate([np.arange(s.start, s.stop) for s in spans] or [np.arange(0)])
+        if numbers and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            rows = slice(spans[0].start, spans[-1].stop)  # mapped ones stay mapped
         return replace(
             self,
             shards=tuple(self.shards[i] for i in numbers),
