@@ -36,6 +36,7 @@ from dist_contrastive.data.shards.storage import ShardFiles
 from dist_contrastive.data.shards.tars import write_samples
 from dist_contrastive.metrics import read_rows
 
+torch.set_num_threads(1)  # this process forks
 RANKS, BATCH = 64, 65_536
 CONFIG = Path(__file__).parents[1] / "configs/digits_encoder.yaml"
 SETTINGS = (

@@ -1,6 +1,6 @@
 """The sample stream: its speed beside webdataset's, seeking, shuffling, and the memory of workers.
 
-    python benchmarks/stream.py [--tables throughput http seek shuffle memory] [--quick]
+    python benchmarks/stream.py [--tables throughput http sources seek shuffle memory] [--quick]
 
 The plain side is webdataset's usual pipeline: `WebDataset(urls, shardshuffle=...)`, a shuffle
 buffer, `map_dict`, `to_tuple`, `batched`, in a `WebLoader` with as many workers. Both sides read
@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import stream_memory
 import stream_shuffle
-from stream_runs import Figures, in_own_process, rates, seek
-from stream_shards import SERVER, photographs, random_bytes, served
+from stream_runs import Figures, in_own_process, rates, seek, source_rates
+from stream_shards import SERVER, as_files, photographs, random_bytes, served
 
 
 class Sizes(NamedTuple):
@@ -104,6 +104,20 @@ def http_table(sizes: Sizes, folder: Path) -> Iterator[str]:
                         compared = ratio(mine, of(found, "plain", column))
                         cells += [f"{np.median(mine):.0f}", compared]
                     yield row(str(side), str(workers), name, *cells)
+
+
+def sources_table(sizes: Sizes, folder: Path) -> Iterator[str]:
+    """The kinds of source with the same images, without workers."""
+    yield from head("crop", "source", "samples/s", "to packed", "CPU us a sample", "to packed")
+    for side, per_shard in sizes.crops.items():
+        root = as_files(folder / f"files-{side}", side, sizes.shards * per_shard // 4)
+        found = in_own_process(source_rates, str(root), sizes.batch, sizes.turns)
+        for name in found:
+            cells = []
+            for column in (0, 1):
+                mine = of(found, name, column)
+                cells += [f"{np.median(mine):.0f}", ratio(mine, of(found, "packed", column))]
+            yield row(str(side), name, *cells)
 
 
 def seek_table(sizes: Sizes, folder: Path) -> Iterator[str]:
@@ -223,6 +237,7 @@ def row(*cells: str) -> str:
 TABLES = {
     "throughput": throughput_table,
     "http": http_table,
+    "sources": sources_table,
     "seek": seek_table,
     "shuffle": shuffle_table,
     "memory": memory_table,

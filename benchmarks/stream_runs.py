@@ -15,14 +15,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import webdataset
 from stream_shards import tars
 
+from dist_contrastive.data.folder import ImageFolder
+from dist_contrastive.data.rows_source import Rows
 from dist_contrastive.data.shards.encoding import decode_field
 from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.shards.storage import BlockCache
+from dist_contrastive.data.source import Source
 from dist_contrastive.data.stream.shard_stream import ShardStream
+from dist_contrastive.data.subset import Subset
 
 LANES = 8
 MIXED = 1024  # samples among which both sides shuffle
@@ -71,6 +76,38 @@ def ours(location: str, batch: int, workers: int, seed: int, cache: str = "") ->
     )
     for found in stream:
         yield found["jpg"], found["cls"]
+
+
+def source_rates(folder: str, batch: int, turns: int) -> Figures:
+    """The figures of each kind of source with the same images, read by this process: one epoch
+    from its construction to its last batch."""
+    root, found = Path(folder), Figures()
+    made = {
+        "packed": (lambda: load_index(root / "packed"), "jpg"),
+        "packed, filter": (lambda: _all_of(load_index(root / "packed")), "jpg"),
+        "folder": (lambda: ImageFolder(ImageFolder.Config(path=str(root / "files"))), "png"),
+        "rows of Parquet": (lambda: Rows(Rows.Config(path=str(root / "rows.parquet"))), "png"),
+        "rows saved by datasets": (lambda: Rows(Rows.Config(path=str(root / "saved"))), "png"),
+        "rows of csv, image files": (lambda: Rows(Rows.Config(path=str(root / "rows.csv"),
+                                                              image="image")), "png"),
+    }  # fmt: skip
+    for turn in range(turns + 1):
+        for name in made if turn % 2 else reversed(made):
+            figures = _figures(_epoch_of(*made[name], batch, turn))
+            if turn:  # the first fills caches
+                found.setdefault(name, []).append(figures)
+    return found
+
+
+def _all_of(index: Source) -> Subset:
+    return Subset(index, np.arange(len(index), dtype=np.uint32))
+
+
+def _epoch_of(make: Callable[[], Source], field: str, batch: int, seed: int) -> Iterator[Any]:
+    stream = ShardStream(make(), global_batch_size=batch, lanes=LANES, seed=seed, epochs=1,
+                         shuffle_window=MIXED // LANES, only=(field,))  # fmt: skip
+    for found in stream:
+        yield found[field], found["__index__"]
 
 
 def plain(location: str, batch: int, workers: int, seed: int, shards: int) -> Iterator[Any]:

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dist_contrastive.data import pack_images
 from dist_contrastive.data.shards.indexing import index_folder
 from dist_contrastive.data.shards.tars import write_samples
 
@@ -35,26 +37,47 @@ http {{
 """
 
 
+def as_files(root: Path, side: int, count: int) -> Path:
+    """The same crops packed, in a folder, in Parquet, saved by `datasets`, and in a .csv."""
+    import datasets
+
+    images = [sample["jpg"] for sample in crops(side, range(count))]
+    (root / "files").mkdir(parents=True)
+    for number, data in enumerate(images):
+        (root / "files" / f"{number:07d}.jpg").write_bytes(data)
+    features = datasets.Features(image=datasets.Image())
+    rows = [{"bytes": data, "path": None} for data in images]
+    data = datasets.Dataset.from_dict({"image": rows}, features)
+    data.to_parquet(root / "rows.parquet")
+    data.save_to_disk(root / "saved")
+    lines = [f"files/{number:07d}.jpg,a photograph" for number in range(count)]
+    (root / "rows.csv").write_text("\n".join(["image,caption", *lines]))
+    pack_images(root / "files", root / "packed", field="jpg")
+    return root
+
+
 def photographs(folder: Path, side: int, shards: int, per_shard: int) -> Path:
     """Pack crops of the two photographs that come with scikit-learn, each as jpg and cls.
 
     Args:
         side: pixels of a crop, in both directions.
     """
+    every = iter(crops(side, range(shards * per_shard)))
+    return _pack(folder, shards, lambda _: islice(every, per_shard))
+
+
+def crops(side: int, numbers: range) -> Iterator[dict[str, Any]]:
+    """Samples with a random crop each."""
     from sklearn.datasets import load_sample_images
 
     pictures = [np.asarray(picture) for picture in load_sample_images().images]
     rng = np.random.default_rng(0)
-
-    def samples(shard: int) -> Iterator[dict[str, Any]]:
-        for number in range(shard * per_shard, (shard + 1) * per_shard):
-            label = number % len(pictures)
-            height, width, _ = pictures[label].shape
-            top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
-            crop = pictures[label][top : top + side, left : left + side]
-            yield {"__key__": f"{number:07d}", "jpg": _jpeg(crop), "cls": label}
-
-    return _pack(folder, shards, samples)
+    for number in numbers:
+        label = number % len(pictures)
+        height, width, _ = pictures[label].shape
+        top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+        crop = pictures[label][top : top + side, left : left + side]
+        yield {"__key__": f"{number:07d}", "jpg": _jpeg(crop), "cls": label}
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:

@@ -1,11 +1,13 @@
 """A folder of images as it lies, against the same images packed."""
 
+import itertools
 import json
 import os
 import shutil
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -13,8 +15,9 @@ from test_engines import config_of
 
 from dist_contrastive import checkpoint, trainer
 from dist_contrastive import config as configs
-from dist_contrastive.data import ShardStream, load_index, pack_images
+from dist_contrastive.data import ShardStream, load_index, pack_dataset, pack_images
 from dist_contrastive.data.folder import ImageFolder
+from dist_contrastive.data.rows_source import Rows
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
 from dist_contrastive.testing import run_ranks
 from dist_contrastive.trainer import loop
@@ -122,6 +125,38 @@ def test_another_image_is_another_data_set(folder, overrides, tmp_path):
     next(copy.glob("*/*.jpg")).unlink()
     with pytest.raises(ConfigError, match="samples"):
         trainer.train(more)
+
+
+def test_a_mixture_of_kinds_is_that_of_what_is_packed(folder, shards, tmp_path):
+    """Files, rows and shards in one stream, with and without weights, resumed by other ranks."""
+    table = tmp_path / "rows.csv"
+    table.write_text("caption,label\n" + "\n".join(f"text {n},{n % 5}" for n in range(50)))
+    pack_dataset(table, tmp_path / "rows")
+    kinds = [ImageFolder(ImageFolder.Config(path=str(folder))), Rows(Rows.Config(path=str(table)))]
+    settings = {"global_batch_size": 12, "lanes": 6, "seed": 7, "only": {"json", "cls"}}
+
+    def rows(sources, world_size, steps, **more) -> list:
+        ranks = []
+        for rank in range(world_size):
+            stream = ShardStream(sources, **settings, rank=rank, world_size=world_size, **more)
+            ranks.append([])
+            for x in itertools.islice(stream, steps):
+                numbers = torch.as_tensor(x["cls"]).tolist(), x["__index__"].tolist()
+                ranks[-1].append(list(zip(x["__key__"], x["json"], *numbers, strict=True)))
+        return [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
+
+    for weights in ((2, 1), None):
+        expected = rows([shards, tmp_path / "rows"], 1, 20, weights=weights)
+        assert rows(kinds, 2, 12, weights=weights) == expected[:12]
+        later = rows(kinds, 3, 8, weights=weights, consumed=144, num_workers=2)
+        assert later == expected[12:]
+
+
+def test_what_can_only_be_read_one_after_the_other_is_refused():
+    endless = datasets.Dataset.from_dict({"x": [1, 2]}).to_iterable_dataset()
+    words = "a IterableDataset is no source .* write it to files"
+    with pytest.raises(ConfigError, match=words):
+        ShardStream(endless, global_batch_size=2, lanes=1, seed=0)
 
 
 @pytest.mark.parametrize(

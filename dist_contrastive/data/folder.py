@@ -1,7 +1,7 @@
 """A folder of images as a data source, without packing."""
 
 import hashlib
-import time
+import os
 from collections.abc import Collection
 from functools import cached_property
 from typing import Any, Literal
@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_contrastive.data.keyed_random import keyed_permutation
-from dist_contrastive.data.packing.images import IMAGE_FIELDS, find_images, read_file
+from dist_contrastive.data.packing.images import IMAGE_FIELDS, find_images
 from dist_contrastive.data.shards.encoding import WHITE, decode_or_explain
 from dist_contrastive.data.source import Source, alternatives, in_parts
 from dist_contrastive.errors import DataError, UnreadableSample
 
 _SEED = 0  # of their order, as of `shards pack`
-_SKEW_S = 10.0  # by which the clock of a file server may be ahead
 
 
 class ImageFolder(Source):
@@ -46,7 +45,8 @@ class ImageFolder(Source):
 
     def __init__(self, config: Config, background: str = WHITE) -> None:
         self._found = find_images(config.path, config.classes)
-        self._background, self._opened_s = background, time.time()
+        self._background = background
+        self._states = self._look()
         self._order = keyed_permutation(len(self._found.paths), _SEED)
         self.shards, self.shard_samples = in_parts(config.path, len(self._order))
         self.classes = self._found.classes
@@ -64,8 +64,7 @@ class ImageFolder(Source):
         sample: dict[str, Any] = {"__key__": key}
         for name in ("png", "json", "cls", "txt") if only is None else only:
             if set(alternatives(name)) & set(IMAGE_FIELDS):
-                data = self._content(self._found.paths[number])
-                where = str(self._found.source)
+                data, where = self._content(number), str(self._found.source)
                 sample[name] = decode_or_explain("png", data, key, where, self._background)
                 continue
             beside = beside or self._found.beside(number)
@@ -76,16 +75,6 @@ class ImageFolder(Source):
             elif only is not None:
                 raise UnreadableSample(f"image {key!r} of {self._found.source} has no {name!r}")
         return sample
-
-    def _content(self, path: str) -> bytes:
-        """Bytes of an image that is as it was when the folder was opened."""
-        data = read_file(self._found.source / path, f"image {path}")
-        if (self._found.source / path).stat().st_mtime > self._opened_s + _SKEW_S:
-            raise UnreadableSample(
-                f"image {path} of {self._found.source} has changed since the folder was opened; "
-                f"put it back as it was, or train on the changed folder in another run_dir"
-            )
-        return data
 
     def key(self, sample_number: int) -> str | None:
         """Key of a sample."""
@@ -100,15 +89,41 @@ class ImageFolder(Source):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Checksum of the paths and sizes of the images. Raises: DataError, one is gone."""
+        """Checksum of the paths and sizes of the images."""
         digest = hashlib.sha256(repr(sorted(self.classes.items())).encode())
-        for path in self._found.paths:
+        for path, size in zip(self._found.paths, self._states[:, 0].tolist(), strict=True):
+            digest.update(f"{path}\0{size}\n".encode())
+        return digest.hexdigest()
+
+    def _look(self) -> NDArray[np.int64]:
+        """Size and time of the last change of each image, [n, 2]."""
+        states = np.empty((len(self._found.paths), 2), np.int64)
+        for number, path in enumerate(self._found.paths):
             try:
-                size = (self._found.source / path).stat().st_size
+                states[number] = _state(os.stat(f"{self._found.source}/{path}"))
             except OSError as error:
                 raise DataError(
                     f"image {path} of {self._found.source} cannot be looked at ({error.strerror}); "
                     f"start again when the folder is as it should be"
                 ) from error
-            digest.update(f"{path}\0{size}\n".encode())
-        return digest.hexdigest()
+        return states
+
+    def _content(self, number: int) -> bytes:
+        """Bytes of an image that is as it was when the folder was opened."""
+        path = self._found.paths[number]
+        try:
+            with open(f"{self._found.source}/{path}", "rb", buffering=0) as file:
+                state, data = _state(os.fstat(file.fileno())), file.read()
+        except OSError as error:
+            raise UnreadableSample(f"image {path} cannot be read ({error.strerror})") from error
+        if state != tuple(self._states[number].tolist()):
+            raise UnreadableSample(
+                f"image {path} of {self._found.source} has changed since the folder was opened "
+                f"({self._states[number, 0]} bytes then, {state[0]} now); put it back as it was, or "
+                f"train on the changed folder in another run_dir"
+            )
+        return data
+
+
+def _state(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns

@@ -76,10 +76,23 @@ def _whole_source(config: Source.Config, cache: BlockCache.Config, background: s
 
 
 def open_locations(source: Location | Sequence[Location]) -> list[Source]:
-    """Sources, or what `load_index` takes, one or several."""
-    several = [source] if isinstance(source, Source | Path | str) else list(source)
+    """Sources, or what `load_index` takes, one or several.
+
+    Raises:
+        ConfigError: none, or something else, as an IterableDataset.
+        DataError, UnreachableError: as `load_index`.
+    """
+    several = list(source) if isinstance(source, list | tuple) else [source]
     if not several:
         raise ConfigError("no shards are given; name a folder, a pattern or an index of some")
+    for one in several:
+        if not isinstance(one, Source | Path | str):
+            raise ConfigError(
+                f"a {type(one).__name__} is no source of samples: what gives them one after the "
+                f"other (an IterableDataset) has no order that other ranks could go on with; write "
+                f"it to files (`to_parquet`, `save_to_disk`) and read these by {{name: rows, path: "
+                f"FILE}}, or pack it: `dist-contrastive shards pack dataset`"
+            )
     return [one if isinstance(one, Source) else load_index(one) for one in several]
 
 
