@@ -110,7 +110,7 @@ def sources_table(sizes: Sizes, folder: Path) -> Iterator[str]:
     """The kinds of source with the same images, without workers."""
     yield from head("crop", "source", "samples/s", "to packed", "CPU us a sample", "to packed")
     for side, per_shard in sizes.crops.items():
-        root = as_files(folder / f"files-{side}", side, sizes.shards * per_shard // 4)
+        root = as_files(folder / f"files-{side}", side, sizes.shards * per_shard // 8)
         found = in_own_process(source_rates, str(root), sizes.batch, sizes.turns)
         for name in found:
             cells = []

@@ -21,7 +21,7 @@ import webdataset
 from stream_shards import tars
 
 from dist_contrastive.data.folder import ImageFolder
-from dist_contrastive.data.rows_source import Rows
+from dist_contrastive.data.rows_source import ParquetRows, Rows
 from dist_contrastive.data.shards.encoding import decode_field
 from dist_contrastive.data.shards.indexing import load_index
 from dist_contrastive.data.shards.storage import BlockCache
@@ -82,15 +82,18 @@ def source_rates(folder: str, batch: int, turns: int) -> Figures:
     """The figures of each kind of source with the same images, read by this process: one epoch
     from its construction to its last batch."""
     root, found = Path(folder), Figures()
-    made = {
+    files, table, saved, lines = (
+        str(root / name) for name in ("files", "rows.parquet", "saved", "rows.csv")
+    )
+    made: dict[str, tuple[Callable[[], Source], str]] = {
         "packed": (lambda: load_index(root / "packed"), "jpg"),
         "packed, filter": (lambda: _all_of(load_index(root / "packed")), "jpg"),
-        "folder": (lambda: ImageFolder(ImageFolder.Config(path=str(root / "files"))), "png"),
-        "rows of Parquet": (lambda: Rows(Rows.Config(path=str(root / "rows.parquet"))), "png"),
-        "rows saved by datasets": (lambda: Rows(Rows.Config(path=str(root / "saved"))), "png"),
-        "rows of csv, image files": (lambda: Rows(Rows.Config(path=str(root / "rows.csv"),
-                                                              image="image")), "png"),
-    }  # fmt: skip
+        "folder": (lambda: ImageFolder(ImageFolder.Config(path=files)), "png"),
+        "parquet": (lambda: ParquetRows(ParquetRows.Config(path=table)), "png"),
+        "rows, .parquet": (lambda: Rows(Rows.Config(path=table)), "png"),
+        "rows, saved": (lambda: Rows(Rows.Config(path=saved)), "png"),
+        "rows, .csv and files": (lambda: Rows(Rows.Config(path=lines, image="image")), "png"),
+    }
     for turn in range(turns + 1):
         for name in made if turn % 2 else reversed(made):
             figures = _figures(_epoch_of(*made[name], batch, turn))

@@ -48,7 +48,7 @@ def as_files(root: Path, side: int, count: int) -> Path:
     features = datasets.Features(image=datasets.Image())
     rows = [{"bytes": data, "path": None} for data in images]
     data = datasets.Dataset.from_dict({"image": rows}, features)
-    data.to_parquet(root / "rows.parquet")
+    data.to_parquet(root / "rows.parquet", batch_size=256)
     data.save_to_disk(root / "saved")
     lines = [f"files/{number:07d}.jpg,a photograph" for number in range(count)]
     (root / "rows.csv").write_text("\n".join(["image,caption", *lines]))

@@ -12,9 +12,14 @@ from numpy.typing import NDArray
 from dist_contrastive.errors import DataError
 
 _ROWS = 1 << 16  # that are read at a time
+_LOOKED_UP = 1 << 20  # samples at a time
+_SHOWN = 3  # keys in a message
 _WORD = 8  # bytes
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _KINDS = ".txt, .csv, .parquet, .npy"
+
+Numbers = NDArray[Any]
+"""Sample numbers of a source, ascending, of 4 bytes or 8."""
 
 
 def key_hashes(keys: Sequence[str | bytes]) -> NDArray[np.uint64]:
@@ -138,3 +143,118 @@ def _check_columns(path: Path, names: Sequence[str], column: str, score: str | N
             raise DataError(
                 f"the file {path} has no column {name!r}; name one of {', '.join(names)}"
             )
+
+
+# ---------------------------------------------------------------------------- looked up
+
+
+class Listed(NamedTuple):
+    """What a file names: keys as numbers, ascending, each once."""
+
+    path: Path
+    column: str
+    hashes: NDArray[np.uint64]
+    scores: NDArray[np.float64] | None
+
+
+def read_listed(path: Path, column: str, score: str | None = None) -> Listed:
+    """All that a file names.
+
+    Args: those of `read_named`.
+
+    Raises:
+        DataError: as `read_named`; no keys, or one with two scores.
+    """
+    hashes, scores = [np.zeros(0, np.uint64)], [np.zeros(0, np.float64)]
+    for part in read_named(path, column, score):
+        hashes.append(key_hashes(part.keys))
+        if part.scores is not None:
+            scores.append(part.scores)
+    joined = np.concatenate(hashes)
+    if not len(joined):
+        raise DataError(f"the file {path} names no keys; give some, or leave it out")
+    if score is None:
+        return Listed(path, column, np.unique(joined), None)
+    order, values = joined.argsort(kind="stable"), np.concatenate(scores)
+    joined, values = joined[order], values[order]
+    is_again = joined[1:] == joined[:-1]
+    if count := int((is_again & (values[1:] != values[:-1])).sum()):
+        raise DataError(
+            f"the file {path} gives {count} keys again with another score; give each key one"
+        )
+    first = np.concatenate([[True], ~is_again])
+    return Listed(path, column, joined[first], values[first])
+
+
+def number_type(samples: int) -> Any:
+    """Type of sample numbers, of 4 bytes or 8."""
+    return np.uint32 if samples < 2**32 else np.int64
+
+
+def look_up(
+    hashes: NDArray[np.uint64], listed: Listed, max_unknown: int
+) -> tuple[Numbers, NDArray[np.float64]]:
+    """Numbers of the samples that a file names, all that have the key, ascending, and their scores.
+
+    Args:
+        hashes: [n] of the samples' keys, which may be mapped. max_unknown: as of `Filter`.
+
+    Raises:
+        DataError: more than `max_unknown` keys are of no sample.
+    """
+    is_known, marks = np.zeros(len(listed.hashes), bool), _Marks(listed.hashes)
+    numbers, scores = [np.zeros(0, number_type(len(hashes)))], [np.zeros(0, np.float64)]
+    for first in range(0, len(hashes), _LOOKED_UP):
+        block = hashes[first : first + _LOOKED_UP]
+        rows = np.flatnonzero(marks.may_hold(block))
+        rows = rows[block[rows].argsort()]  # ascending ones are found many times faster
+        place = np.searchsorted(listed.hashes, block[rows]).clip(max=len(listed.hashes) - 1)
+        is_found = listed.hashes[place] == block[rows]
+        rows, place = rows[is_found], place[is_found]
+        is_known[place] = True
+        order = rows.argsort()
+        numbers.append((first + rows[order]).astype(numbers[0].dtype))
+        if listed.scores is not None:
+            scores.append(listed.scores[place[order]])
+    unknown = len(is_known) - int(is_known.sum())
+    if unknown > max_unknown:
+        names = _names_of(listed.hashes[~is_known], listed.path, listed.column)
+        raise DataError(
+            f"{unknown} of {len(is_known)} keys in {listed.path} are of no sample, as "
+            f"{', '.join(map(repr, names))}; correct them, or allow so many: "
+            f"filter.max_unknown={unknown}"
+        )
+    return np.concatenate(numbers), np.concatenate(scores)
+
+
+class _Marks:
+    """A bit for the first bits of each of some numbers: of others, one in eight or less seems to
+    be among them. It fits into a processor's cache, where a search among them all does not."""
+
+    def __init__(self, hashes: NDArray[np.uint64]) -> None:
+        bits = min(max(len(hashes) - 1, 1).bit_length() + 3, 32)
+        self._shift = np.uint64(64 - bits)
+        self._bits = np.zeros(1 << (bits - 3), np.uint8)
+        byte, bit = self._place(hashes)
+        np.bitwise_or.at(self._bits, byte, bit)
+
+    def may_hold(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Whether each may be one of the numbers."""
+        byte, bit = self._place(hashes)
+        return self._bits[byte] & bit != 0
+
+    def _place(self, hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        first = (hashes >> self._shift).astype(np.int64)
+        return first >> 3, np.uint8(1) << (first & 7).astype(np.uint8)
+
+
+def _names_of(hashes: NDArray[np.uint64], path: Path, column: str) -> list[str]:
+    """The first keys in a file that are these numbers."""
+    names: list[str] = []
+    for part in read_named(path, column):
+        for row in np.flatnonzero(np.isin(key_hashes(part.keys), hashes)).tolist():
+            key = part.keys[row]
+            names.append(key if isinstance(key, str) else key.decode(errors="replace"))
+            if len(names) == _SHOWN:
+                return names
+    return names

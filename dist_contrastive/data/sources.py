@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
 from dist_contrastive.data.folder import ImageFolder
-from dist_contrastive.data.rows_source import Rows
+from dist_contrastive.data.rows_source import ParquetRows, Rows
 from dist_contrastive.data.shards.encoding import WHITE
 from dist_contrastive.data.shards.index import ShardIndex
 from dist_contrastive.data.shards.indexing import load_index
@@ -19,7 +19,7 @@ from dist_contrastive.data.subset import open_subset
 from dist_contrastive.errors import ConfigError, DataError, is_redacted
 from dist_contrastive.settings import Choice
 
-_KNOWN = {"shards": ShardIndex, "folder": ImageFolder, "rows": Rows}
+_KNOWN = {"shards": ShardIndex, "folder": ImageFolder, "rows": Rows, "parquet": ParquetRows}
 SOURCE = Choice("data source", Source, _KNOWN, default="shards")
 
 AnySource = Annotated[Source.Config, SOURCE]
@@ -72,6 +72,8 @@ def _whole_source(config: Source.Config, cache: BlockCache.Config, background: s
         return ImageFolder(config, background)
     if isinstance(config, Rows.Config):
         return Rows(config, background)
+    if isinstance(config, ParquetRows.Config):
+        return ParquetRows(config, background)
     return SOURCE.build(config)
 
 
@@ -82,7 +84,7 @@ def open_locations(source: Location | Sequence[Location]) -> list[Source]:
         ConfigError: none, or something else, as an IterableDataset.
         DataError, UnreachableError: as `load_index`.
     """
-    several = list(source) if isinstance(source, list | tuple) else [source]
+    several: list[Any] = list(source) if isinstance(source, list | tuple) else [source]
     if not several:
         raise ConfigError("no shards are given; name a folder, a pattern or an index of some")
     for one in several:
@@ -90,7 +92,7 @@ def open_locations(source: Location | Sequence[Location]) -> list[Source]:
             raise ConfigError(
                 f"a {type(one).__name__} is no source of samples: what gives them one after the "
                 f"other (an IterableDataset) has no order that other ranks could go on with; write "
-                f"it to files (`to_parquet`, `save_to_disk`) and read these by {{name: rows, path: "
+                f"it to files (`to_parquet`) and read these by {{name: parquet, path: "
                 f"FILE}}, or pack it: `dist-contrastive shards pack dataset`"
             )
     return [one if isinstance(one, Source) else load_index(one) for one in several]

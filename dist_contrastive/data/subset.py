@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dist_contrastive import atomic
 from dist_contrastive.data.filters import Filter
-from dist_contrastive.data.keys import key_hashes, read_named
+from dist_contrastive.data.keys import Numbers, key_hashes, look_up, number_type, read_listed
 from dist_contrastive.data.places import ABSENT, inside, place_of_label
 from dist_contrastive.data.shards.index import ShardIndex, index_command
 from dist_contrastive.data.shards.locations import folder_of
@@ -31,11 +31,7 @@ from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
 _logger = logging.getLogger(__name__)
 _ROWS = 1 << 20  # samples that are looked up at a time
 _KEPT_S = 30 * 86_400  # for which files of numbers that nobody uses stay
-_SHOWN = 3  # keys in a message
 _NO_KEY = "\0"  # in the place of one that cannot be read
-
-Numbers = NDArray[Any]
-"""Sample numbers of a source, ascending, of 4 bytes or 8."""
 
 
 class Subset(Source):
@@ -132,11 +128,11 @@ def open_subset(source: Source, wanted: Filter, folder: Path | None = None) -> S
 
 def find_numbers(source: Source, wanted: Filter) -> Numbers:
     """Numbers of the samples that fulfil all conditions. Raises: as `open_subset`."""
-    numbers: Numbers = np.arange(len(source), dtype=_kind(len(source)))
+    numbers: Numbers = np.arange(len(source), dtype=number_type(len(source)))
     hashes = _hashes(source, wanted) if wanted.keys or wanted.scores else np.zeros(0, np.uint64)
     if wanted.keys is not None:
-        listed = _listed(Path(wanted.keys), wanted.column)
-        numbers = _look_up(hashes, listed, wanted)[0]
+        listed = read_listed(Path(wanted.keys), wanted.column)
+        numbers = look_up(hashes, listed, wanted.max_unknown)[0]
     if wanted.where is not None:
         numbers = numbers[_fulfil(source, numbers, wanted)]
     if wanted.score is None:
@@ -144,8 +140,8 @@ def find_numbers(source: Source, wanted: Filter) -> Numbers:
     if wanted.scores is None:
         scores = _stored_scores(source, numbers, wanted.score)
     else:
-        listed = _listed(Path(wanted.scores), wanted.column, wanted.score)
-        found, values = _look_up(hashes, listed, wanted)
+        listed = read_listed(Path(wanted.scores), wanted.column, wanted.score)
+        found, values = look_up(hashes, listed, wanted.max_unknown)
         scores = np.full(len(source), np.nan, np.float64)
         scores[found] = values
         scores = scores[numbers]
@@ -153,36 +149,6 @@ def find_numbers(source: Source, wanted: Filter) -> Numbers:
 
 
 # ---------------------------------------------------------------------------- by keys
-
-
-class _Listed(NamedTuple):
-    """What a file names: keys as numbers, ascending, each once."""
-
-    path: Path
-    hashes: NDArray[np.uint64]
-    scores: NDArray[np.float64] | None
-
-
-def _listed(path: Path, column: str, score: str | None = None) -> _Listed:
-    hashes, scores = [np.zeros(0, np.uint64)], [np.zeros(0, np.float64)]
-    for part in read_named(path, column, score):
-        hashes.append(key_hashes(part.keys))
-        if part.scores is not None:
-            scores.append(part.scores.astype(np.float64))
-    joined = np.concatenate(hashes)
-    if not len(joined):
-        raise DataError(f"the file {path} names no keys; give some, or leave it out")
-    if score is None:
-        return _Listed(path, np.unique(joined), None)
-    order, values = joined.argsort(kind="stable"), np.concatenate(scores)
-    joined, values = joined[order], values[order]
-    is_again = joined[1:] == joined[:-1]
-    if count := int((is_again & (values[1:] != values[:-1])).sum()):
-        raise DataError(
-            f"the file {path} gives {count} keys again with another score; give each key one"
-        )
-    first = np.concatenate([[True], ~is_again])
-    return _Listed(path, joined[first], values[first])
 
 
 def _hashes(source: Source, wanted: Filter) -> NDArray[np.uint64]:
@@ -199,68 +165,6 @@ def _hashes(source: Source, wanted: Filter) -> NDArray[np.uint64]:
             f"keys; run `{index_command(folder_of(source.shards[0]))}`"
         )
     return source.sample_key
-
-
-def _look_up(
-    hashes: NDArray[np.uint64], listed: _Listed, wanted: Filter
-) -> tuple[Numbers, NDArray[np.float64]]:
-    """Numbers of the samples that a file names, all that have the key, and their scores."""
-    is_known, marks = np.zeros(len(listed.hashes), bool), _Marks(listed.hashes)
-    numbers, scores = [np.zeros(0, _kind(len(hashes)))], [np.zeros(0, np.float64)]
-    for first in range(0, len(hashes), _ROWS):
-        block = hashes[first : first + _ROWS]
-        rows = np.flatnonzero(marks.may_hold(block))
-        rows = rows[block[rows].argsort()]  # ascending ones are found many times faster
-        place = np.searchsorted(listed.hashes, block[rows]).clip(max=len(listed.hashes) - 1)
-        is_found = listed.hashes[place] == block[rows]
-        rows, place = rows[is_found], place[is_found]
-        is_known[place] = True
-        order = rows.argsort()
-        numbers.append((first + rows[order]).astype(numbers[0].dtype))
-        if listed.scores is not None:
-            scores.append(listed.scores[place[order]])
-    unknown = len(is_known) - int(is_known.sum())
-    if unknown > wanted.max_unknown:
-        names = _names_of(listed.hashes[~is_known], listed.path, wanted.column)
-        raise DataError(
-            f"{unknown} of {len(is_known)} keys in {listed.path} are of no sample, as "
-            f"{', '.join(map(repr, names))}; correct them, or allow so many: "
-            f"filter.max_unknown={unknown}"
-        )
-    return np.concatenate(numbers), np.concatenate(scores)
-
-
-class _Marks:
-    """A bit for the first bits of each of some numbers: of others, one in eight or less seems to
-    be among them. It fits into a processor's cache, where a search among them all does not."""
-
-    def __init__(self, hashes: NDArray[np.uint64]) -> None:
-        bits = min(max(len(hashes) - 1, 1).bit_length() + 3, 32)
-        self._shift = np.uint64(64 - bits)
-        self._bits = np.zeros(1 << (bits - 3), np.uint8)
-        byte, bit = self._place(hashes)
-        np.bitwise_or.at(self._bits, byte, bit)
-
-    def may_hold(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Whether each may be one of the numbers."""
-        byte, bit = self._place(hashes)
-        return self._bits[byte] & bit != 0
-
-    def _place(self, hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        first = (hashes >> self._shift).astype(np.int64)
-        return first >> 3, np.uint8(1) << (first & 7).astype(np.uint8)
-
-
-def _names_of(hashes: NDArray[np.uint64], path: Path, column: str) -> list[str]:
-    """The first keys in a file that are these numbers."""
-    names: list[str] = []
-    for part in read_named(path, column):
-        for row in np.flatnonzero(np.isin(key_hashes(part.keys), hashes)).tolist():
-            key = part.keys[row]
-            names.append(key if isinstance(key, str) else key.decode(errors="replace"))
-            if len(names) == _SHOWN:
-                return names
-    return names
 
 
 # ---------------------------------------------------------------------------- by fields
@@ -329,10 +233,6 @@ def _best(scores: NDArray[np.float64], wanted: Filter) -> NDArray[np.bool_]:
 
 
 # ---------------------------------------------------------------------------- shared numbers
-
-
-def _kind(samples: int) -> Any:
-    return np.uint32 if samples < 2**32 else np.int64
 
 
 def _digest(numbers: Numbers) -> bytes:

@@ -5,6 +5,20 @@ DATA = "dist_contrastive/data/"
 
 FAULTS = [
     (
+        "row groups of Parquet are kept without a limit",
+        DATA + "packing/parquet.py",
+        "while self._kept and self._held + table.nbytes > self._limit:",
+        "while self._kept and table.nbytes > self._limit:",
+        ("tests/test_parquet.py::test_no_more_row_groups_are_kept_than_fit",),
+    ),
+    (
+        "a Parquet file that has changed is read",
+        DATA + "packing/parquet.py",
+        "if _state(path) != self._states[number]:",
+        "if not path.exists():",
+        ("tests/test_parquet.py::test_a_file_that_changes",),
+    ),
+    (
         "an image that has changed is read",
         DATA + "folder.py",
         "if state != tuple(self._states[number].tolist()):",
@@ -20,8 +34,8 @@ FAULTS = [
     ),
     (
         "keys of no sample are let pass",
-        DATA + "subset.py",
-        "if unknown > wanted.max_unknown:",
+        DATA + "keys.py",
+        "if unknown > max_unknown:",
         "if unknown == len(is_known):",
         ("tests/test_subset.py::test_keys_of_no_sample_are_counted_and_named",),
     ),

@@ -3,7 +3,7 @@
 import logging
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -97,13 +97,16 @@ class DatasetTable(Table):
     """A `datasets.Dataset`, with the stored bytes of its images."""
 
     def __init__(self, data: Any, folder: Path) -> None:
-        import datasets
-
+        stored = stored_images(data.features)
         for name, feature in data.features.items():
-            if isinstance(feature, datasets.Image):
-                data = data.cast_column(name, datasets.Image(decode=False))
-        self.folder, self._data, self._lock = folder, data, Lock()
-        self.kinds = {name: _kind_of(feature) for name, feature in data.features.items()}
+            if stored[name] is not feature:
+                data = data.cast_column(name, stored[name])
+        self._data, self._lock = data, Lock()
+        self._describe(data.features, folder)
+
+    def _describe(self, features: Mapping[str, Any], folder: Path) -> None:
+        self.folder, self._features = folder, dict(features)
+        self.kinds = {name: _kind_of(feature) for name, feature in features.items()}
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -128,16 +131,27 @@ class DatasetTable(Table):
 
     def type_name(self, column: str) -> str:
         """Type of a column, for messages."""
-        feature = self._data.features[column]
+        feature = self._features[column]
         return type(feature).__name__ if hasattr(feature, "decode") else str(feature)
 
     def class_names(self, column: str) -> list[str]:
         """Names of the classes of a column of the kind "class"."""
-        return self._data.features[column].names
+        names: list[str] = self._features[column].names
+        return names
 
     def array_type(self, column: str) -> Any:
         """NumPy type of a column of arrays."""
-        return _leaf(_arrow_type(self._data.features[column])).to_pandas_dtype()
+        return _leaf(_arrow_type(self._features[column])).to_pandas_dtype()
+
+
+def stored_images(features: Mapping[str, Any]) -> dict[str, Any]:
+    """Features of which images are the bytes that are stored, not decoded."""
+    import datasets
+
+    return {
+        name: datasets.Image(decode=False) if isinstance(feature, datasets.Image) else feature
+        for name, feature in features.items()
+    }
 
 
 def _kind_of(feature: Any) -> Kind:
