@@ -119,8 +119,8 @@ class ImageFolder(Source):
         if state != tuple(self._states[number].tolist()):
             raise UnreadableSample(
                 f"image {path} of {self._found.source} has changed since the folder was opened "
-                f"({self._states[number, 0]} bytes then, {state[0]} now); put it back as it was, or "
-                f"train on the changed folder in another run_dir"
+                f"({self._states[number, 0]} bytes then, {state[0]} now); put it back as it was, "
+                f"or train on the changed folder in another run_dir"
             )
         return data
 
