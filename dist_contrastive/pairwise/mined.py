@@ -208,7 +208,7 @@ class _Panels:
             r = slice(min(begin, num_rows), min(begin + size, num_rows))
             for block in self._blocks():
                 self._fill(r, block, panel)
-            self._mine(r, panel, g)
+            self._weigh(r, panel, g)
             if not self._job.with_gradient:
                 continue
             over_ranks = self._source.reduction(SUM) if is_ring else over_ranks
@@ -251,7 +251,7 @@ class _Panels:
             **constants,
         )
 
-    def _mine(self, r: slice, panel: Tensor, g: Tensor) -> None:
+    def _weigh(self, r: slice, panel: Tensor, g: Tensor) -> None:
         """Sums of rows r, and weights of their distances, in G, and in the place of those of
         positives."""
         num_rows, (log, keys, warps), order = r.stop - r.start, MINING_STEPS, self.order
