@@ -27,3 +27,10 @@ def keep_freed_memory() -> bool:
     # Older versions refuse a threshold above 32 MiB; no blocks outside the heap are then allowed.
     in_heap = libc.mallopt(_MMAP_THRESHOLD, _LARGEST) or libc.mallopt(_MMAP_MAX, 0)
     return bool(in_heap and libc.mallopt(_TRIM_THRESHOLD, _LARGEST))
+
+
+def give_back_freed_memory() -> None:
+    """Give freed blocks back to the system once, after work that needs far more than the steps."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc's
+        libc.malloc_trim(0)

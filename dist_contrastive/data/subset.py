@@ -27,6 +27,7 @@ from dist_contrastive.data.shards.locations import folder_of
 from dist_contrastive.data.shards.storage import BlockCache
 from dist_contrastive.data.source import Source
 from dist_contrastive.errors import ConfigError, DataError, UnreadableSample
+from dist_contrastive.malloc import give_back_freed_memory
 
 _logger = logging.getLogger(__name__)
 _ROWS = 1 << 20  # samples that are looked up at a time
@@ -122,17 +123,20 @@ def open_subset(source: Source, wanted: Filter, folder: Path | None = None) -> S
             f"none of the {len(source)} samples of {source.shards[0]} is taken by the filter "
             f"{wanted.model_dump(exclude_defaults=True)}; correct it, or leave it out"
         )
+    give_back_freed_memory()
     _logger.info("%d of %d samples are taken by the filter", len(numbers), len(source))
     return Subset(source, numbers)
 
 
 def find_numbers(source: Source, wanted: Filter) -> Numbers:
     """Numbers of the samples that fulfil all conditions. Raises: as `open_subset`."""
-    numbers: Numbers = np.arange(len(source), dtype=number_type(len(source)))
     hashes = _hashes(source, wanted) if wanted.keys or wanted.scores else np.zeros(0, np.uint64)
     if wanted.keys is not None:
         listed = read_listed(Path(wanted.keys), wanted.column)
         numbers = look_up(hashes, listed, wanted.max_unknown)[0]
+        del listed
+    else:
+        numbers = np.arange(len(source), dtype=number_type(len(source)))
     if wanted.where is not None:
         numbers = numbers[_fulfil(source, numbers, wanted)]
     if wanted.score is None:
