@@ -136,11 +136,7 @@ DOUBTS = {  # config, options, words that are said once
         ["task.loss={name: vicreg, variance_weight: 0, covariance_weight: 0}", "optim.lr=0.02"],
         "embeddings have collapsed onto a line",
     ),
-    "too high a rate": (
-        "digits_encoder",
-        ["optim.lr=3"],
-        "embeddings have collapsed: they are nearly the",
-    ),
+    "too high a rate": ("digits_encoder", ["optim.lr=3"], "embeddings have collapsed"),
     "ignored": ("digits_encoder", ["optim.lr=3", "evaluate.on_collapse=ignore"], None),
     "nothing": ("digits_encoder", [], None),
     "forces": ("eight_gaussians", [], None),
@@ -166,7 +162,7 @@ def test_effective_rank():
     for shape in ((40, 12), (12, 40)):
         assert rank_me(torch.linalg.qr(torch.randn(shape)).Q) == pytest.approx(12, rel=1e-3)
     assert rank_me(torch.ones(50, 8)) == pytest.approx(1, abs=1e-3)
-    assert rank_me(torch.zeros(5, 3)) == pytest.approx(1, abs=1e-3)
+    assert rank_me(torch.zeros(5, 3)) == 0
 
 
 def outcome_of(config) -> str:

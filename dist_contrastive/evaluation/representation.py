@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dist_contrastive import metrics
 from dist_contrastive.errors import ConfigError, DataError
 from dist_contrastive.evaluation.points import as_points, check_labels
 
@@ -21,21 +22,14 @@ _ROWS = 4096  # that are compared with all centres at a time
 
 
 def rank_me(features: Tensor) -> float:
-    """Effective rank: exp of the entropy of the singular values over their sum, not centred.
+    """`metrics.rank_me` of checked features [n, D]; n better some times D, since the rank is at
+    most min(n, D).
 
-    Args:
-        features: [n, D]; n better some times D, since the rank is at most min(n, D).
-    Returns:
-        1 ... min(n, D); 0 where all features are 0. From the spectrum of an fp64 Gram matrix, in
-        which singular values below 1e-8 of the largest are rounding.
     Raises:
         ConfigError, DataError: as `as_points`.
-    References:
-        Garrido et al. 2022, arXiv 2210.02885, equation 1.
     """
     (points,) = as_points("RankMe", 1, features=features)
-    gram = points.T @ points if len(points) > points.shape[1] else points @ points.T
-    return _effective_rank(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt())
+    return metrics.rank_me(points)
 
 
 def lidar(views: Tensor) -> float:
@@ -71,7 +65,7 @@ def lidar(views: Tensor) -> float:
     within.diagonal().add_(_RIDGE)
     root = torch.linalg.cholesky(within)
     whitened = torch.linalg.solve_triangular(root, between.T, upper=False)
-    return _effective_rank(torch.linalg.svdvals(whitened).square())
+    return metrics.effective_rank(torch.linalg.svdvals(whitened).square())
 
 
 def alignment(first: Tensor, second: Tensor) -> float:
@@ -165,14 +159,6 @@ def nmi(features: Tensor, labels: Tensor, seed: int = 0) -> float:
     if numbers.unique().numel() < 2 or classes.unique().numel() < 2:
         return 0.0  # scikit-learn takes two partitions of one part each for equal: 1
     return float(normalized_mutual_info_score(classes.cpu().numpy(), numbers.cpu().numpy()))
-
-
-def _effective_rank(spectrum: Tensor) -> float:
-    """exp of the entropy of values that are 0 or more, over their sum."""
-    total = spectrum.sum()
-    if not total > 0:
-        return 0.0
-    return torch.special.entr(spectrum / total).sum().exp().item()
 
 
 def _first_centres(points: Tensor, count: int, random: np.random.Generator) -> Tensor:

@@ -176,16 +176,25 @@ def geometry(
 @torch.no_grad()
 def rank_me(rows: Tensor) -> float:
     """Effective rank: exp of the entropy of the singular values of rows [n, D], which are not
-    centred, over their sum; from 1 to min(n, D). Computed in fp64.
+    centred, over their sum.
 
+    Returns:
+        1 ... min(n, D); 0 where all rows are 0. From the spectrum of an fp64 Gram matrix, in which
+        singular values below 1e-8 of the largest are rounding.
     References:
         Garrido et al. 2022, arXiv 2210.02885, equation 1.
     """
     x = rows.double()
     squares = torch.linalg.eigvalsh(x.T @ x if x.shape[1] < len(x) else x @ x.T)
-    singular = squares.clamp(min=0).sqrt()
-    shares = singular / singular.sum().clamp(min=1e-300) + 1e-7
-    return (-shares * shares.log()).sum().exp().item()
+    return effective_rank(squares.clamp(min=0).sqrt())
+
+
+def effective_rank(spectrum: Tensor) -> float:
+    """exp of the entropy of values that are 0 or more, over their sum; 0 where all are 0."""
+    total = spectrum.sum()
+    if not total > 0:
+        return 0.0
+    return torch.special.entr(spectrum / total).sum().exp().item()
 
 
 def duplicates(index: Tensor) -> int:

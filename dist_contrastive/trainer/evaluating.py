@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +12,14 @@ from torch import Tensor
 from dist_contrastive import collectives, report
 from dist_contrastive.data.collate import collate
 from dist_contrastive.errors import ConfigError, NonFiniteError, UserError
+from dist_contrastive.evaluation.encoded import Encoded, gathered, joined
 from dist_contrastive.evaluation.encoders import NEIGHBOURS, encode
 from dist_contrastive.evaluation.neighbours import knn_accuracy, knn_regression_error, recall_at_k
 from dist_contrastive.evaluation.probe import linear_probe
 from dist_contrastive.evaluation.splits import (
     BATCH,
-    Encoded,
     Split,
     batched,
-    joined,
     labelled_rows,
     labels_of,
     open_splits,
@@ -128,7 +126,7 @@ class Evaluator:
         if reasons:
             found = f"{len(reasons)} samples of {split.what} are left out of measures; the first: "
             self._warn_once(split.what, found + reasons[0])
-        return _gathered(joined([replace(part, pixels=None) for part in parts]))
+        return gathered(joined([replace(part, pixels=None) for part in parts]), baselines=False)
 
     def _warn_once(self, what: str, message: str) -> None:
         if what not in self._warned:
@@ -207,16 +205,3 @@ def _no_labels(split: Split) -> Tensor | None:
         return None
     classes = split.fields.num_classes is not None
     return torch.zeros(0, dtype=torch.int64 if classes else torch.float64)
-
-
-def _gathered(local: Encoded) -> Encoded:
-    """The samples of all ranks, in the order of the data set."""
-    gathered: dict[str, Any] = {}
-    for name, x in vars(local).items():
-        if isinstance(x, Tensor):
-            gathered[name], _ = collectives.all_gather_rows(x)
-    if local.texts is not None:
-        of_ranks = collectives.gather_objects(local.texts)
-        gathered["texts"] = tuple(text for texts in of_ranks for text in texts)
-    whole = replace(local, **gathered)
-    return whole.rows(whole.index.argsort())

@@ -55,13 +55,6 @@ FAULTS = [
         ("tests/test_retrieval.py::test_neighbours_that_are_equally_near_count_by_their_order",),
     ),
     (
-        "the rank of a representation is of squares",
-        f"{EVALUATION}/representation.py",
-        "torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()",
-        "torch.linalg.eigvalsh(gram).clamp(min=0)",
-        ("tests/test_representation.py::test_rank_is_of_singular_values_not_of_their_squares",),
-    ),
-    (
         "a sweep chooses by the test",
         f"{EVALUATION}/probe.py",
         "linear_probe(features[0], labels[0], features[1], labels[1], c)",
@@ -238,7 +231,7 @@ FAULTS = [
     ),
     (
         "texts of ranks stay in the order in which they came",
-        "dist_contrastive/evaluation/splits.py",
+        "dist_contrastive/evaluation/encoded.py",
         'chosen["texts"] = tuple(self.texts[number] for number in numbers.tolist())',
         'chosen["texts"] = self.texts',
         ("tests/test_evaluating.py::test_partners_are_found_during_training",),

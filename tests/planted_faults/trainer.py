@@ -212,8 +212,8 @@ FAULTS = [
     (
         "metrics: the effective rank is that of squares of singular values",
         "dist_contrastive/metrics/step.py",
-        "singular = squares.clamp(min=0).sqrt()",
-        "singular = squares.clamp(min=0)",
+        "return effective_rank(squares.clamp(min=0).sqrt())",
+        "return effective_rank(squares.clamp(min=0))",
         ("tests/test_metrics.py::test_geometry_is_that_of_the_global_batch[1-1024]",),
     ),
     (
