@@ -31,7 +31,7 @@ _ALIGNED = 16  # numbers to which lines are filled up, for the loads of products
 _ONES = 8  # columns of ones after the dimensions: 16 bytes in half precision
 _POSITIVES, _DIMS = 32, 128  # of a step of differences
 # Powers of 2: positives that are sorted at a time, and negatives of a step; warps of a program.
-MINING_STEPS = (9, 512, 8)
+MINING_STEPS = (8, 512, 8)
 
 
 @dataclass(frozen=True)
