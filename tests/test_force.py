@@ -235,6 +235,18 @@ def test_neither_cache_nor_tiles_change_the_numbers(preset, labels):
 
 @pytest.mark.parametrize("how", IMPLS)
 @pytest.mark.parametrize("preset", PRESETS)
+def test_diagnostics_change_no_bit_of_the_force(preset, how):
+    """Logged steps have them, and a run that logs more often ends with the same weights."""
+    given = {name: x.float() for name, x in points(fixed=True).items()}
+    plain, told = (
+        losses.ContrastiveForce(WARM, preset, diagnostics=diagnostics, **how).force(**given)
+        for diagnostics in (False, True)
+    )
+    assert torch.equal(plain, told)
+
+
+@pytest.mark.parametrize("how", IMPLS)
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("labels", [True, False])
 def test_diagnostics(preset, how, labels):
     """With labels one generated point has no other in its label: it sees none."""

@@ -8,6 +8,7 @@ force, a quotient, does not.
 T temperatures, G groups, L labels, R points of this rank, of which m are generated.
 """
 
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -86,7 +87,8 @@ def force_in_rounds(
     Args:
         pool: of the scope over which the unit is a mean.
         scale: unit of the coordinates, in which temperatures and the force are [G, L].
-        diagnostics: whether to compute rms and neighbours, for one more round.
+        diagnostics: whether to compute rms and neighbours, for one or two more rounds; the force is
+            bitwise the same.
 
     Collectives: three rounds over the keys, and those of the pool.
     """
@@ -99,11 +101,13 @@ def force_in_rounds(
         log_unit = log_largest_force(sums, by_label, pool)
     else:
         log_unit = log_mean_length(sums, log_scale, pool)
-    per_temperature = by_force or diagnostics
-    force = points.weighted_sum(terms, sums, log_unit + log_scale, per_temperature)
+    weighted_sum = partial(points.weighted_sum, terms, sums, log_unit + log_scale)
+    force = weighted_sum(per_temperature=by_force)
     rms = neighbours = None
     if diagnostics:
-        rms = root_mean_square(force, by_label, pool)
+        # Made again, or the steps that a run logs would round otherwise than the rest.
+        each = force if by_force else weighted_sum(per_temperature=True)
+        rms = root_mean_square(each, by_label, pool)
         rms = rms * log_unit.exp() if by_force else rms
         _, half_lse = points.terms(scale / 2)  # at half the temperatures
         # sum(softmax^2) is exp(lse at t/2) / exp(lse)^2; a row without any has 0 neighbours.
