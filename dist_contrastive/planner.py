@@ -189,13 +189,13 @@ def _kernel_seconds(asked: Asked, scores: int, card: Card, assumed: Assumed) -> 
     return {"scores and their gradients": by_kernels, "products": products}
 
 
-_ROWS, _BYTES, _BLOCK = {2: 4096, 4: 8192}, 2**29, 256  # as pairwise/fused.py has them
+_ROWS, _GRADIENTS, _BLOCK = {2: 4096, 4: 8192}, 2**28, 256  # as pairwise/fused.py has them
 
 
 def tile_of_gradients(rows: int, keys: int, size: int) -> tuple[int, int]:
     """Rows and keys whose gradients of scores, of so many bytes each, are kept at a time."""
     num_rows = min(rows, _ROWS[size])
-    return num_rows, min(keys, max(1, _BYTES // (num_rows * size * _BLOCK)) * _BLOCK)
+    return num_rows, min(keys, max(1, _GRADIENTS // (num_rows * _BLOCK)) * _BLOCK)
 
 
 def chunks_of_gradients(rows: int, keys: int, size: int) -> tuple[int, int]:

@@ -35,7 +35,7 @@ from dist_contrastive.pairwise.way import Grads, Results
 # below the smallest normal number, and above which a weight may, times a gradient of 2^-30.
 _BELOW, _FAR_ABOVE = 82.0, 90.0
 _KEY_SUMS = 2**26  # numbers that blocks of rows hold for keys at a time: 256 MiB
-_GRADIENTS = 2**29  # bytes of gradients of scores that are kept at a time
+_GRADIENTS = 2**28  # gradients of scores that are kept at a time
 _ROWS = {2: 4096, 4: 8192}  # that they are of at the most, by bytes of a number
 _BLOCK = 256  # multiples of what they are of in keys
 _ALIGNED = 16  # numbers to which their lines are filled up, for the loads of products
@@ -338,7 +338,7 @@ def _add_products(
     """
     rows, keys, (all_rows, all_keys) = operands.rows, operands.keys, operands.whole
     num_rows = min(len(rows), chunk_size or _ROWS[rows.element_size()])
-    at_a_time = max(1, _GRADIENTS // (num_rows * rows.element_size() * _BLOCK)) * _BLOCK
+    at_a_time = max(1, _GRADIENTS // (num_rows * _BLOCK)) * _BLOCK
     width = -(-min(len(keys), at_a_time) // _ALIGNED) * _ALIGNED
     buffer = rows.new_empty(num_rows, width)
     if scores.unit is not None:

@@ -25,7 +25,7 @@ from dist_contrastive.pairwise.keys import SUM, gathered, open_keys
 from dist_contrastive.pairwise.pairs import Block, Pairs
 from dist_contrastive.pairwise.saved import recall, remember
 
-_PANEL = 928 * 2**20  # bytes of distances, and of their gradients, that are kept at a time
+_PANEL = 928 * 2**20 // 6  # distances that are kept at a time, in fp32, and gradients
 _ROWS = 128  # rows of a panel are a multiple of this
 _ALIGNED = 16  # numbers to which lines are filled up, for the loads of products
 _ONES = 8  # columns of ones after the dimensions: 16 bytes in half precision
@@ -196,8 +196,7 @@ class _Panels:
         """Sums of all panels, and the sums that gradients are made of. Collectives: a round over
         the keys for each panel, with gradients another one."""
         num_rows, is_ring = len(self._pairs.rows), self._pairs.keys_from == "ring"
-        of_row = self._stride * (4 + self._dtype.itemsize)
-        size = self._job.panel_rows or max(1, _PANEL // (of_row * _ROWS)) * _ROWS
+        size = self._job.panel_rows or max(1, _PANEL // (self._stride * _ROWS)) * _ROWS
         size = min(size, max(1, *self._pairs.sizes))
         panel = self._rows.exact.new_empty(size, self._stride, dtype=torch.float32)
         # Zeros, since products read what fills up a line.
