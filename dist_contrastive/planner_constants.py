@@ -130,103 +130,97 @@ operand in two, by cycles of their tensor cores, as `fp32_products` of predict.p
 blocks on an SM overlap these."""
 KERNELS: Mapping[tuple[str, str], tuple[Kernel, ...]] = {
     ("infonce", "half"): (Kernel(64.0, 2), Kernel(70.1, 2)),
-    ("infonce", "fp32"): (Kernel(64.0, 1), Kernel(84.2, 1)),
+    ("infonce", "fp32"): (Kernel(64.0, 1), Kernel(86.8, 1)),
     ("infonce, symmetric", "half"): (Kernel(80.2, 2), Kernel(74.8, 2)),
-    ("infonce, symmetric", "fp32"): (Kernel(111.1, 1), Kernel(92.0, 1)),
+    ("infonce, symmetric", "fp32"): (Kernel(111.1, 1), Kernel(94.5, 1)),
     ("ntxent", "half"): (Kernel(64.0, 2), Kernel(70.8, 2)),
-    ("ntxent", "fp32"): (Kernel(64.0, 1), Kernel(85.2, 1)),
+    ("ntxent", "fp32"): (Kernel(64.0, 1), Kernel(87.8, 1)),
     ("dcl", "half"): (Kernel(66.8, 2), Kernel(107.7, 2)),
-    ("dcl", "fp32"): (Kernel(112.6, 1), Kernel(116.0, 1)),
+    ("dcl", "fp32"): (Kernel(112.6, 1), Kernel(118.2, 1)),
     ("siglip", "half"): (Kernel(170.5, 2),),
     ("siglip", "fp32"): (Kernel(183.2, 1),),
     ("self_diagonal", "half"): (Kernel(64.0, 2), Kernel(70.1, 2)),
-    ("self_diagonal", "fp32"): (Kernel(64.0, 1), Kernel(84.2, 1)),
+    ("self_diagonal", "fp32"): (Kernel(64.0, 1), Kernel(86.8, 1)),
     ("supcon", "half"): (Kernel(94.2, 2), Kernel(103.8, 2)),
-    ("supcon", "fp32"): (Kernel(110.4, 1), Kernel(117.2, 1)),
+    ("supcon", "fp32"): (Kernel(110.4, 1), Kernel(119.8, 1)),
     ("cosine_embedding", "half"): (Kernel(167.9, 2),),
     ("cosine_embedding", "fp32"): (Kernel(200.2, 1),),
 }
 COSTS: Mapping[tuple[str, str, str], Cost] = {
     ("infonce", "half", "gather"): Cost(
-        Numbers(8, 4, 147, -82), Numbers(48, 6, 691, -8), (40, 41, 3)
+        Numbers(8, 4, 147, -82), Numbers(46, 6, 707, -8), (40, 40, 3)
     ),
     ("infonce", "half", "ring"): Cost(
-        Numbers(24, 0, 64, 0), Numbers(37, 18, -716, 623), (43, 38, 3)
+        Numbers(24, 0, 64, 0), Numbers(35, 18, -701, 623), (42, 38, 3)
     ),
     ("infonce", "fp32", "gather"): Cost(
-        Numbers(12, 4, 238, -161), Numbers(76, 8, 691, -8), (41, 40, 3)
+        Numbers(12, 4, 238, -161), Numbers(72, 8, 707, -8), (40, 40, 3)
     ),
     ("infonce", "fp32", "ring"): Cost(
-        Numbers(32, 0, 64, 0), Numbers(65, 20, -701, 618), (43, 38, 3)
+        Numbers(32, 0, 64, 0), Numbers(61, 20, -686, 619), (42, 38, 3)
     ),
     ("infonce, symmetric", "half", "gather"): Cost(
-        Numbers(8, 4, 133, -40), Numbers(52, 5, -223, 3037), (62, 62, 4)
+        Numbers(8, 4, 125, -40), Numbers(50, 5, -212, 3045), (60, 60, 4)
     ),
     ("infonce, symmetric", "half", "ring"): Cost(
-        Numbers(24, 0, 116, 0), Numbers(15, 23, 14828, 277), (53, 66, 4)
+        Numbers(24, 0, 108, 0), Numbers(13, 23, 14868, 277), (49, 66, 4)
     ),
     ("infonce, symmetric", "fp32", "gather"): Cost(
-        Numbers(12, 4, 224, -119), Numbers(80, 9, -290, 3136), (62, 62, 4)
+        Numbers(12, 4, 216, -119), Numbers(76, 9, -293, 3151), (59, 59, 4)
     ),
     ("infonce, symmetric", "fp32", "ring"): Cost(
-        Numbers(32, 0, 116, 0), Numbers(43, 27, 14822, 279), (53, 66, 4)
+        Numbers(32, 0, 108, 0), Numbers(39, 27, 14863, 279), (49, 66, 4)
     ),
-    ("ntxent", "half", "gather"): Cost(Numbers(6, 4, 51, 5), Numbers(34, 6, 684, -8), (40, 41, 3)),
+    ("ntxent", "half", "gather"): Cost(Numbers(6, 4, 51, 5), Numbers(32, 6, 684, -8), (39, 39, 3)),
     ("ntxent", "half", "ring"): Cost(
-        Numbers(22, 0, 64, 0), Numbers(23, 18, -733, 626), (43, 38, 3)
+        Numbers(22, 0, 64, 0), Numbers(21, 18, -735, 627), (40, 38, 3)
     ),
-    ("ntxent", "fp32", "gather"): Cost(Numbers(8, 4, 51, 5), Numbers(56, 8, 684, -8), (41, 40, 3)),
+    ("ntxent", "fp32", "gather"): Cost(Numbers(8, 4, 51, 5), Numbers(52, 8, 684, -8), (39, 39, 3)),
     ("ntxent", "fp32", "ring"): Cost(
-        Numbers(28, 0, 64, 0), Numbers(45, 20, -717, 621), (43, 38, 3)
+        Numbers(28, 0, 64, 0), Numbers(41, 20, -719, 622), (40, 38, 3)
     ),
-    ("dcl", "half", "gather"): Cost(Numbers(6, 4, 44, 20), Numbers(34, 6, 604, 80), (41, 42, 3)),
-    ("dcl", "half", "ring"): Cost(Numbers(22, 0, 92, 0), Numbers(23, 18, -971, 865), (31, 52, 3)),
-    ("dcl", "fp32", "gather"): Cost(Numbers(8, 4, 44, 20), Numbers(56, 8, 604, 80), (42, 42, 3)),
-    ("dcl", "fp32", "ring"): Cost(Numbers(28, 0, 92, 0), Numbers(45, 20, -952, 859), (31, 52, 3)),
+    ("dcl", "half", "gather"): Cost(Numbers(6, 4, 51, 9), Numbers(32, 6, 584, 36), (38, 38, 3)),
+    ("dcl", "half", "ring"): Cost(Numbers(22, 0, 88, 0), Numbers(21, 18, -992, 865), (26, 52, 3)),
+    ("dcl", "fp32", "gather"): Cost(Numbers(8, 4, 51, 9), Numbers(52, 8, 584, 36), (38, 38, 3)),
+    ("dcl", "fp32", "ring"): Cost(Numbers(28, 0, 88, 0), Numbers(41, 20, -974, 860), (26, 52, 3)),
     ("siglip", "half", "gather"): Cost(
-        Numbers(8, 4, 153, -85), Numbers(54, 6, 259, 125), (26, 26, 6)
+        Numbers(8, 4, 153, -85), Numbers(52, 6, 257, 126), (25, 24, 6)
     ),
-    ("siglip", "half", "ring"): Cost(Numbers(24, 0, 54, 0), Numbers(42, 18, 160, 180), (45, 7, 6)),
+    ("siglip", "half", "ring"): Cost(Numbers(24, 0, 54, 0), Numbers(40, 18, 160, 180), (42, 7, 6)),
     ("siglip", "fp32", "gather"): Cost(
-        Numbers(12, 4, 247, -165), Numbers(81, 7, 71, 430), (26, 26, 6)
+        Numbers(12, 4, 247, -165), Numbers(76, 8, 136, 219), (24, 24, 6)
     ),
-    ("siglip", "fp32", "ring"): Cost(
-        Numbers(32, 0, 53, 0), Numbers(63, 21, 3366, -219), (45, 7, 6)
-    ),
+    ("siglip", "fp32", "ring"): Cost(Numbers(32, 0, 53, 0), Numbers(63, 20, 1028, 75), (42, 7, 6)),
     ("self_diagonal", "half", "gather"): Cost(
-        Numbers(6, 4, 51, 5), Numbers(30, 6, 677, -8), (40, 40, 3)
+        Numbers(6, 4, 51, 5), Numbers(28, 6, 677, -8), (38, 38, 3)
     ),
     ("self_diagonal", "half", "ring"): Cost(
-        Numbers(22, 0, 64, 0), Numbers(19, 18, -745, 627), (41, 38, 3)
+        Numbers(22, 0, 64, 0), Numbers(17, 18, -747, 628), (38, 38, 3)
     ),
     ("self_diagonal", "fp32", "gather"): Cost(
-        Numbers(8, 4, 51, 5), Numbers(48, 8, 676, -8), (40, 39, 3)
+        Numbers(8, 4, 51, 5), Numbers(44, 8, 676, -8), (38, 38, 3)
     ),
     ("self_diagonal", "fp32", "ring"): Cost(
-        Numbers(28, 0, 64, 0), Numbers(37, 20, -729, 622), (41, 38, 3)
+        Numbers(28, 0, 64, 0), Numbers(33, 20, -731, 623), (38, 38, 3)
     ),
-    ("supcon", "half", "gather"): Cost(
-        Numbers(6, 4, 64, 20), Numbers(34, 6, 1033, 104), (58, 58, 3)
-    ),
+    ("supcon", "half", "gather"): Cost(Numbers(6, 4, 75, 9), Numbers(32, 6, 1001, 60), (55, 54, 3)),
     ("supcon", "half", "ring"): Cost(
-        Numbers(22, 0, 112, 0), Numbers(23, 18, -814, 1123), (51, 65, 3)
+        Numbers(22, 0, 112, 0), Numbers(21, 18, -848, 1123), (46, 65, 3)
     ),
-    ("supcon", "fp32", "gather"): Cost(
-        Numbers(8, 4, 64, 20), Numbers(56, 8, 1033, 104), (58, 58, 3)
-    ),
+    ("supcon", "fp32", "gather"): Cost(Numbers(8, 4, 75, 9), Numbers(52, 8, 1001, 60), (54, 54, 3)),
     ("supcon", "fp32", "ring"): Cost(
-        Numbers(28, 0, 112, 0), Numbers(45, 20, -793, 1116), (51, 65, 3)
+        Numbers(28, 0, 112, 0), Numbers(41, 20, -828, 1117), (46, 65, 3)
     ),
     ("cosine_embedding", "half", "gather"): Cost(
-        Numbers(6, 4, 42, 17), Numbers(36, 6, 191, 153), (20, 20, 5)
+        Numbers(6, 4, 42, 17), Numbers(36, 6, 159, 153), (19, 19, 5)
     ),
     ("cosine_embedding", "half", "ring"): Cost(
-        Numbers(22, 0, 74, 0), Numbers(24, 18, 68, 250), (30, 11, 5)
+        Numbers(22, 0, 74, 0), Numbers(24, 18, 36, 250), (28, 11, 5)
     ),
     ("cosine_embedding", "fp32", "gather"): Cost(
-        Numbers(8, 4, 45, 16), Numbers(53, 8, 8, 391), (20, 20, 5)
+        Numbers(8, 4, 45, 16), Numbers(52, 8, 56, 219), (20, 20, 5)
     ),
     ("cosine_embedding", "fp32", "ring"): Cost(
-        Numbers(28, 0, 73, 0), Numbers(36, 20, 2474, -58), (30, 11, 5)
+        Numbers(28, 0, 73, 0), Numbers(39, 20, 687, 163), (28, 11, 5)
     ),
 }
