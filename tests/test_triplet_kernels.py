@@ -1,6 +1,7 @@
 """Kernels of triplets and of nearest neighbours, interpreted, against the dense specification in
 fp64; counted at full size, and compiled for cards that are not there."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -44,6 +45,18 @@ def interpret_small() -> None:
     mined.MINING_STEPS, mined._POSITIVES, mined._DIMS = (1, 8, 4), 2, 8
 
 
+NAN = math.nan
+CONTINUOUS = {  # labels and max_delta
+    # 0.1 apart are some of them, others a little more or less in fp64.
+    "continuous": ([0.3, 0.0, NAN, 0.1, 0.4, 0.2, 0.1, NAN, 0.9], 0.1),
+    "views": ([0.5, NAN, 1.0, NAN, -2.0], 0.5),
+    # Differences that round to max_delta, which sums of label and max_delta do not tell.
+    "rounded": ([-1e16, 0.0, 1.0, 1e-20, -0.5, 2.0, 3.0, NAN], 1e16),
+    "equal labels": ([0.5, 0.25, 0.5, -0.0, 0.0, NAN, 0.5], 0.0),
+    "all": ([1e308, -1e308, NAN, 0.0, 2.0], math.inf),
+}
+
+
 def rows_and_labels(kind: str) -> tuple[Tensor, Tensor]:
     """Rows in fp32, in which something may be lost."""
     torch.manual_seed(0)
@@ -63,7 +76,17 @@ def rows_and_labels(kind: str) -> tuple[Tensor, Tensor]:
         return x, torch.zeros_like(labels)
     if kind == "no positives":
         return x, torch.full_like(labels, -1)
+    if kind in CONTINUOUS:
+        values = torch.tensor(CONTINUOUS[kind][0], dtype=torch.float64)
+        return (torch.randn(len(values), 2, DIM) if kind == "views" else x[: len(values)]), values
     return x, labels
+
+
+def slope_of(loss: losses.Triplet, x: Tensor, labels: Tensor) -> list[Tensor]:
+    """Value and gradient by rows, in fp64."""
+    x = x.detach().requires_grad_()
+    value = loss(x, labels)
+    return [t.detach().double() for t in (value, *torch.autograd.grad(value, x))]
 
 
 def check(kind: str, dtype: torch.dtype, settings: dict[str, Any]) -> None:
@@ -72,8 +95,8 @@ def check(kind: str, dtype: torch.dtype, settings: dict[str, Any]) -> None:
     x, labels = rows_and_labels(kind)
     x = x.to(dtype)
     made = [losses.Triplet(impl=impl, **settings) for impl in ("triton", "dense")]
-    value, grad = gradients(made[0], [x, labels])
-    exact, slope = gradients(made[1], [x.double(), labels])
+    value, grad = slope_of(made[0], x, labels)
+    exact, slope = slope_of(made[1], x.double(), labels)
     assert made[0].metrics == made[1].metrics
     assert (value - exact).abs() <= 2e-6 * (1 + exact.abs())
     # Gradients by negatives are differences of products, which lose what is small beside the norms.
@@ -116,6 +139,49 @@ def test_extreme_rows(interpreted, mining, kind, margin):  # noqa: F811
     interpreted(check, kind, torch.float32, {"mining": mining, "margin": margin})
 
 
+@pytest.mark.parametrize(
+    ("kind", "mining", "distance", "dtype"),
+    [
+        pytest.param(kind, mining, distance, dtype, marks=[] if quick else SLOW)
+        for kind in CONTINUOUS
+        for mining in MININGS
+        for distance in ("euclidean", "cosine")
+        for dtype in (torch.float32, torch.bfloat16)
+        for quick in [
+            (kind, distance, dtype) == ("continuous", "euclidean", torch.float32)
+            or (kind, mining, distance, dtype) == ("views", "hard", "cosine", torch.bfloat16)
+        ]
+    ],
+)
+def test_continuous_labels(interpreted, kind, mining, distance, dtype):  # noqa: F811
+    settings = {"mining": mining, "distance": distance, "max_delta": CONTINUOUS[kind][1]}
+    interpreted(check, kind, dtype, settings | {"chunk_size": 6})
+
+
+def check_order(kind: str) -> None:
+    """Which keys are similar to which rows, of all ranks and of one in the middle."""
+    labels, max_delta = CONTINUOUS[kind]
+    tags = torch.tensor([[x, i] for i, x in enumerate(labels * 3)], dtype=torch.float64)
+    tags = tags[torch.arange(2 * len(tags)) * 5 % len(tags)]  # two views of each, in any order
+    for rows in (slice(0, len(tags)), slice(4, 9), slice(3, 3)):
+        order = mined._Order.of(tags, max_delta, rows.start, rows.stop - rows.start)
+        similar = (tags[rows, None, 0] - tags[:, 0]).abs() <= max_delta
+        similar |= tags[rows, None, 1] == tags[:, 1]
+        assert torch.equal(order.keys[order.places.long()].long(), torch.arange(len(tags)))
+        place = order.places
+        found = (order.begins[:, None] <= place) & (place < order.ends[:, None])
+        assert torch.equal(found, similar)
+        number = torch.empty_like(order.rows)
+        number[order.rows.long()] = torch.arange(len(number), dtype=torch.int32)
+        number = number[:, None]
+        assert torch.equal((order.key_begins <= number) & (number < order.key_ends), similar)
+
+
+@pytest.mark.parametrize("kind", CONTINUOUS)
+def test_similar_keys_are_a_span(interpreted, kind):  # noqa: F811
+    interpreted(check_order, kind)
+
+
 def check_twice() -> None:
     """The same numbers, and gradients for any weight of the loss."""
     interpret_small()
@@ -136,27 +202,30 @@ def test_backward_with_another_weight(interpreted):  # noqa: F811
 
 
 RANK_SIZES = (5, 0, 4)
-OF_RANKS = [("all", "euclidean"), ("semihard", "cosine")]
+OF_RANKS = [("all", "euclidean", "random"), ("semihard", "cosine", "continuous")]
+OfRanks = list[tuple[str, str, str]]  # mining, distance, rows and labels
 
 
-def on_rank(keys_from: str, settings: list[tuple[str, str]]) -> list[list[Tensor]]:
+def on_rank(keys_from: str, settings: OfRanks) -> list[list[Tensor]]:
     interpret_small()
     found = []
-    for mining, distance in settings:
-        x, labels = rows_and_labels("random")
+    for mining, distance, kind in settings:
+        x, labels = rows_and_labels(kind)
         mine = [t.split(RANK_SIZES)[torch.distributed.get_rank()] for t in (x, labels)]
         options = {"keys_from": keys_from, "grad_reduction": "sum", "chunk_size": 4}
+        options["max_delta"] = CONTINUOUS.get(kind, (None, None))[1]
         loss = losses.Triplet(1.0, distance, mining, impl="triton", **options)
-        found.append([*gradients(loss, mine), loss.metrics["active_triplets"]])
+        found.append([*slope_of(loss, *mine), loss.metrics["active_triplets"]])
     return found
 
 
-def check_ranks(keys_from: str, settings: list[tuple[str, str]]) -> None:
+def check_ranks(keys_from: str, settings: OfRanks) -> None:
     ranks = run_ranks(on_rank, len(RANK_SIZES), keys_from, settings)
-    for number, (mining, distance) in enumerate(settings):
-        x, labels = rows_and_labels("random")
-        loss = losses.Triplet(1.0, distance, mining, impl="dense")
-        value, slope = gradients(loss, [x.double(), labels])
+    for number, (mining, distance, kind) in enumerate(settings):
+        x, labels = rows_and_labels(kind)
+        max_delta = CONTINUOUS.get(kind, (None, None))[1]
+        loss = losses.Triplet(1.0, distance, mining, max_delta=max_delta, impl="dense")
+        value, slope = slope_of(loss, x.double(), labels)
         found = [results[number] for results in ranks]
         for of_rank in found:
             torch.testing.assert_close(of_rank[0], value, rtol=2e-6, atol=2e-6)
@@ -207,26 +276,29 @@ def test_where_they_cannot_run():
 
 
 def check_unfit() -> None:
-    x = torch.randn(6, 4)
-    for inputs, delta, reason in (
-        ([x.double(), torch.arange(6) % 2], None, r"rows are torch.float64, and kernels take"),
-        ([x, torch.rand(6)], 0.5, r"labels are continuous"),
-    ):
-        with pytest.raises(ConfigError, match=reason):
-            losses.Triplet(max_delta=delta, impl="triton")(*inputs)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    with pytest.raises(ConfigError, match=r"rows are torch.float64, and kernels take"):
+        losses.Triplet(impl="triton")(x, torch.arange(6) % 2)
 
 
 def test_what_kernels_do_not_take(interpreted):  # noqa: F811
     interpreted(check_unfit)
 
 
-@pytest.mark.parametrize("mining", ["all", "semihard"])
+@pytest.mark.parametrize("mining", MININGS)
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-def test_no_waits_few_launches_linear_memory_at_full_size(mining, distance, recorded):  # noqa: F811
-    loss = losses.Triplet(mining=mining, distance=distance, impl="triton")
+@pytest.mark.parametrize("max_delta", [None, 0.1])
+def test_no_waits_few_launches_linear_memory_at_full_size(
+    mining,
+    distance,
+    max_delta,
+    recorded,  # noqa: F811
+):
+    loss = losses.Triplet(mining=mining, distance=distance, max_delta=max_delta, impl="triton")
+    of_labels = torch.int64 if max_delta is None else torch.float64
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(65536, 768, dtype=torch.bfloat16, requires_grad=True)
-        labels = torch.empty(65536, dtype=torch.int64)
+        labels = torch.empty(65536, dtype=of_labels)
         with counts.Counts() as found:
             loss(x, labels).backward()
     deferred._WAITING.clear()

@@ -20,11 +20,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dist_contrastive.pairwise.kernel_calls import kernel_of
-from dist_contrastive.pairwise.mined import _POSITIVES, MINING_STEPS
+from dist_contrastive.pairwise.mined import _POSITIVES, _SPANS, MINING_STEPS
 from dist_contrastive.pairwise.tile_shapes import tile_of
 
-_INTS = {"M", "N", "K", "own", "first", "first_row", "stride"}
-_LISTS = {"ROW_IDS", "KEY_IDS", "ORDER", "BEGINS", "ENDS", "ROW_ORDER", "KEY_BEGINS", "KEY_ENDS"}
+_INTS = {"M", "N", "K", "own", "first", "first_row", "stride", "steps"}
+_LISTS = {"ROW_IDS", "KEY_IDS", "ORDER", "PLACES", "BEGINS", "ENDS", "ROW_ORDER"}
+_LISTS |= {"KEY_BEGINS", "KEY_ENDS"}
 _LONGS = {"BEST", "TOTALS", "NUMBERS", "ENTRIES"}
 _OPERANDS = {"X", "Y", "EXACT_X", "EXACT_Y", "G"}
 
@@ -35,6 +36,7 @@ class Variant:
 
     name: str
     flags: dict[str, Any]
+    continuous: bool = False
 
     def _operand(self, dtype: str) -> str:
         """Dtype of what is multiplied: panels of differences are moved to the middle, in fp32."""
@@ -50,7 +52,8 @@ class Variant:
             options = {"num_warps": warps}
         if self.name in ("panel", "extreme"):
             operand = self._operand(dtype)
-            tile = tile_of(self.name, 4 if operand == "fp32" else 2, card // 10)
+            size = 4 if operand == "fp32" else 2
+            tile = tile_of(self.name, size, card // 10, continuous=self.continuous)
             known |= {"BM": tile.rows, "BN": tile.keys, "BK": tile.dims, "PARTS": tile.parts}
             known |= {"PRECISION": "tf32x3" if operand == "fp32" else "ieee"}
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -71,6 +74,8 @@ class Variant:
         types |= dict.fromkeys({"X", "Y"} & types.keys(), f"*{self._operand(dtype)}")
         if self.name == "extreme":
             types |= {"NUMBERS": "*i32"}
+        if self.continuous:
+            types |= dict.fromkeys(("ROW_IDS", "KEY_IDS"), "*fp64")
         if self.name.startswith("chosen"):
             types |= dict.fromkeys({"BEGINS", "ENDS"} & types.keys(), "*i64")
         types |= {"margin": "fp32"} if "margin" in types else {}
@@ -87,6 +92,11 @@ VARIANTS = {
     "nearest (KoLeo)": _extreme(False, HAS_FACTORS=True),
     "hard": _extreme(True),
     "hard, cosine": _extreme(True, COSINE=True, HAS_FACTORS=True),
+    "hard, continuous": dataclasses.replace(_extreme(True), continuous=True),
+    "hard, cosine, continuous": dataclasses.replace(
+        _extreme(True, COSINE=True, HAS_FACTORS=True), continuous=True
+    ),
+    "spans": Variant("spans", {"BM": _SPANS}, continuous=True),
     "panel": Variant("panel", {"METRIC": "euclidean"}),
     "panel, cosine": Variant("panel", {"METRIC": "cosine"}),
     "all": Variant("all", {"METRIC": "euclidean"}),

@@ -19,7 +19,7 @@ from dist_contrastive.pairwise import (
 )
 from dist_contrastive.pairwise.chosen import Search, extreme_distances
 from dist_contrastive.pairwise.distances import bounded
-from dist_contrastive.pairwise.kernel_calls import unfit_distances
+from dist_contrastive.pairwise.kernel_calls import unfit_rows
 
 
 class KoLeo(PairLoss):
@@ -56,7 +56,8 @@ class KoLeo(PairLoss):
         pairs = self.pairs(features, features, sizes, tags=number)  # similar to itself alone
         num_scores = max(pairs.sizes) * pairs.num_keys
         with torch.autocast(device.type, enabled=False):
-            how = choose(self.impl, num_scores, unfit_distances(pairs), features.is_cuda)
+            unfit = unfit_rows(pairs.rows, pairs.keys)
+            how = choose(self.impl, num_scores, unfit, features.is_cuda)
             d = self._by_kernels(pairs) if how == "triton" else self._in_tiles(pairs)
         d = bounded(d, d)  # of equal rows there is no way apart
         return self.mean(-(d + self.settings.eps).log().sum(), len(d))

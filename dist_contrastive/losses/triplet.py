@@ -24,7 +24,7 @@ from dist_contrastive.pairwise import (
     triplet_sums,
 )
 from dist_contrastive.pairwise.chosen import Search, extreme_distances
-from dist_contrastive.pairwise.kernel_calls import unfit_distances
+from dist_contrastive.pairwise.kernel_calls import unfit_rows
 from dist_contrastive.pairwise.mined import MinedTriplets, mined_sums
 
 MiningName = Literal["all", "hard", "semihard"]
@@ -96,7 +96,8 @@ class Triplet(LabelledLoss):
 
     def _sums(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         num_scores = max(pairs.sizes) * pairs.num_keys
-        how = choose(self.impl, num_scores, unfit_distances(pairs), pairs.rows.is_cuda)
+        unfit = unfit_rows(pairs.rows, pairs.keys)
+        how = choose(self.impl, num_scores, unfit, pairs.rows.is_cuda)
         if how == "triton":
             return self._sums_by_kernels(pairs)
         x = self.mining.distance.prepare(*in_full_precision(pairs.rows))

@@ -63,8 +63,8 @@ def extreme_distances(pairs: Pairs, search: Search) -> Tensor:
     first counts.
 
     Args:
-        pairs: rows that are their rank's keys, as the network computed them; tags, which tell what
-            is similar, are integers.
+        pairs: rows that are their rank's keys, as the network computed them; tags tell what is
+            similar.
 
     Collectives: those of one round over the keys, and of another one in backward.
     """

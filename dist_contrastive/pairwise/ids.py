@@ -15,11 +15,7 @@ def ids_of(pairs: Pairs, block: Block) -> tuple[Tensor, Tensor]:
     if row_tags.dtype == key_tags.dtype == torch.int32:
         return row_tags, key_tags
     if key_tags.dim() > 1:
-        row_ids, key_ids = (
-            torch.nn.functional.pad(x[:, :2].double(), (0, 1), value=pairs.max_delta)
-            for x in (row_tags, key_tags)
-        )
-        return row_ids, key_ids
+        return continuous_ids(row_tags, pairs.max_delta), continuous_ids(key_tags, pairs.max_delta)
     if pairs.row_tags is None and 0 <= own <= len(key_tags) - len(row_tags):
         # The rows' tags are those of their own keys.
         ids = torch.searchsorted(key_tags.sort().values, key_tags, out_int32=True)
@@ -30,3 +26,8 @@ def ids_of(pairs: Pairs, block: Block) -> tuple[Tensor, Tensor]:
         return row_ids, key_ids
     found = known[key_ids.clamp(max=len(known) - 1)]
     return row_ids, torch.where(found == key_tags, key_ids, -1)
+
+
+def continuous_ids(tags: Tensor, max_delta: float) -> Tensor:
+    """Tags of two columns [n, 2], and `max_delta`: [n, 3] fp64, as kernels compare them."""
+    return torch.nn.functional.pad(tags.double(), (0, 1), value=max_delta)

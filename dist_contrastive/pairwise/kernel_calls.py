@@ -63,15 +63,6 @@ def unfit_rows(x: Tensor, y: Tensor) -> str | None:
     return None
 
 
-def unfit_distances(pairs: Pairs) -> str | None:
-    """Why kernels cannot compare the distances of these pairs; None if they can."""
-    if (reason := unfit_rows(pairs.rows, pairs.keys)) is not None:
-        return reason
-    if pairs.tags is not None and pairs.tags.dim() > 1:
-        return "labels are continuous, and kernels of distances compare whole ones"
-    return None
-
-
 def is_interpreted() -> bool:
     """Whether kernels are interpreted, on a CPU: slow, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -199,7 +190,7 @@ def _(*_: Any) -> None:
 _OUTPUTS = {  # tensors, the last ones, that a kernel writes
     **{"lse": 3, "running_lse": 2, "lse_gradient": 1},
     **{"pair": 2, "cosine": 2, "unit_gradient": 2, "add_product": 1, "count_similar": 1},
-    **{"panel": 1, "all": 6, "semihard": 7, "positive": 2},
+    **{"spans": 2, "panel": 1, "all": 6, "semihard": 7, "positive": 2},
     **{"extreme": 2, "chosen": 1, "chosen_rows": 1, "chosen_keys": 1},
 }
 # Their last number is a float.

@@ -2,7 +2,8 @@
 
 A panel is written, mined and turned into the gradient of its distances, in the forward pass, by a
 few kernels and two products. What the host does not know, how many positives a row has, it need not
-know: the keys of a row's positives are a span of all keys sorted by their tags.
+know: the keys of a row's positives are a span of all keys sorted by their tags. Continuous labels
+near its own are one too, since all keys of a sample have the same.
 
 Of negatives gradients are products, of the same operands whose sums of weights a column of ones
 makes; so what a weight is rounded to counts on both sides, and rows far from the origin cancel.
@@ -20,6 +21,7 @@ from dist_contrastive import collectives
 from dist_contrastive.pairwise import fused, kernel_calls
 from dist_contrastive.pairwise.by_kernels import unit_operands
 from dist_contrastive.pairwise.chosen import squared_norms
+from dist_contrastive.pairwise.ids import continuous_ids
 from dist_contrastive.pairwise.kernel_calls import Operands, launch, launch_of_rows
 from dist_contrastive.pairwise.keys import SUM, gathered, open_keys
 from dist_contrastive.pairwise.pairs import Block, Pairs
@@ -30,6 +32,7 @@ _ROWS = 128  # rows of a panel are a multiple of this
 _ALIGNED = 16  # numbers to which lines are filled up, for the loads of products
 _ONES = 8  # columns of ones after the dimensions: 16 bytes in half precision
 _POSITIVES, _DIMS = 32, 128  # of a step of differences
+_SPANS = 128  # rows of a program
 # Powers of 2: positives that are sorted at a time, and negatives of a step; warps of a program.
 MINING_STEPS = (8, 512, 8)
 
@@ -54,7 +57,7 @@ def mined_sums(
     """`panels.triplet_sums` by kernels, of rows as the network computed them.
 
     Args:
-        pairs: rows that are their rank's keys; their tags are integers.
+        pairs: rows that are their rank's keys; tags of a sample are equal.
         panel_rows: rows of a panel; None chooses.
 
     Collectives: those of one gather of keys and tags, and one all-reduce of the sum of keys, [D];
@@ -106,29 +109,48 @@ class _MinedSums(torch.autograd.Function):
 class _Order:
     """Which keys are similar to which rows: spans of lists that are sorted by tag."""
 
-    ids: Tensor  # [B] int32, equal where tags are
-    keys: Tensor  # [B] int32, sorted by id
+    keys: Tensor  # [B] int32, sorted by tag
+    places: Tensor  # [B] int32: of a key its place among these
     begins: Tensor  # [b] int32: of a row the first of its keys, its own among them
     ends: Tensor
-    rows: Tensor  # [b] int32, sorted by id
+    rows: Tensor  # [b] int32, sorted by tag
     key_begins: Tensor  # [B] int32: of a key the first of its rows
     key_ends: Tensor
 
     @classmethod
-    def of(cls, tags: Tensor, start: int, count: int) -> "_Order":
+    def of(cls, tags: Tensor, max_delta: float, start: int, count: int) -> "_Order":
         """Of the tags of all keys, of which the rows' are those from `start` on."""
-        known, keys = tags.sort(stable=True)
-        ids, ends = _spans(known, tags)
-        keys, own = keys.int(), slice(start, start + count)
+        tags = tags if tags.dim() == 1 else continuous_ids(tags, max_delta)
+        of_rows, order = tags[start : start + count], _order(tags)
+        numbers = torch.arange(len(tags), dtype=torch.int32, device=tags.device)
+        keys, places = order.int(), torch.empty_like(numbers).scatter_(0, order, numbers)
+        spans = _spans(of_rows, tags, keys)
         if count == len(tags):
-            return cls(ids, keys, ids, ends, keys, ids, ends)
-        of_rows, rows = tags[own].sort(stable=True)
-        return cls(ids, keys, ids[own], ends[own], rows.int(), *_spans(of_rows, tags))
+            return cls(keys, places, *spans, keys, *spans)
+        rows = _order(of_rows).int()
+        return cls(keys, places, *spans, rows, *_spans(tags, of_rows, rows))
 
 
-def _spans(known: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    begins = torch.searchsorted(known, wanted, out_int32=True)
-    return begins, torch.searchsorted(known, wanted, out_int32=True, right=True)
+def _order(tags: Tensor) -> Tensor:
+    """Numbers of tags in ascending order: by label, those without one last, and then by sample."""
+    if tags.dim() == 1:
+        return tags.sort(stable=True).indices
+    by_sample = tags[:, 1].sort(stable=True).indices
+    return by_sample[tags[by_sample, 0].nan_to_num(torch.inf).sort(stable=True).indices]
+
+
+def _spans(wanted: Tensor, tags: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """From where to where in their order tags are similar to each of those wanted: int32."""
+    if tags.dim() == 1:
+        known = tags[order]
+        begins = torch.searchsorted(known, wanted, out_int32=True)
+        return begins, torch.searchsorted(known, wanted, out_int32=True, right=True)
+    begins, ends = order.new_empty(2, len(wanted)).unbind()
+    if len(wanted):
+        tensors, grid = [wanted, tags, order, begins, ends], (-(-len(wanted) // _SPANS),)
+        sizes = len(wanted), len(tags), len(tags).bit_length()
+        kernel_calls.start("spans", grid, tensors, sizes, {"BM": _SPANS})
+    return begins, ends
 
 
 @dataclass(frozen=True)
@@ -140,7 +162,7 @@ class _BlockOperands:
     moved: Tensor  # [k, D] where products round least
     squares: Tensor  # [k], norms of these; anything for cosine
     factors: Tensor  # [k], anything but for cosine
-    ids: Tensor  # [k]
+    places: Tensor  # [k], see _Order
     product: Tensor  # [k, D, and _ONES unless cosine]
 
 
@@ -151,7 +173,8 @@ class _Panels:
         assert pairs.tags is not None, "triplets need tags"
         self._pairs, self._job, self._triplets = pairs, job, job.triplets
         self._source, rows = open_keys(pairs), pairs.rows
-        self.order = _Order.of(gathered(pairs, pairs.tags), pairs.start, len(rows))
+        tags = gathered(pairs, pairs.tags)
+        self.order = _Order.of(tags, pairs.max_delta, pairs.start, len(rows))
         # fp16 has not the range of weights over distances.
         self._dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
         self._middle = None if self._triplets.is_cosine else _middle(pairs)
@@ -178,9 +201,9 @@ class _Panels:
         if self._middle is not None and self._job.with_gradient:
             ones = product.new_ones(1, 1).expand(len(keys), _ONES)
             product = torch.cat([product, ones], 1)
-        ids = self.order.ids[block.span]
+        places = self.order.places[block.span]
         factors = keys if factors is None else factors
-        return _BlockOperands(block.span, keys, moved, squares, factors, ids, product)
+        return _BlockOperands(block.span, keys, moved, squares, factors, places, product)
 
     def _blocks(self) -> Iterator[_BlockOperands]:
         """Blocks of keys; those of a gather are made once. Collectives: those of a round."""
@@ -242,7 +265,7 @@ class _Panels:
             [
                 *(rows.moved[r], block.moved, rows.exact[r], block.exact),
                 *(rows.factors[r], block.factors, rows.squares[r], block.squares),
-                *(rows.ids[r], block.ids, order.keys, order.begins[r], order.ends[r], panel),
+                *(block.places, order.keys, order.begins[r], order.ends[r], panel),
             ],
             [num_rows, num_keys, block.span.start, self._stride],
             PARTS=tile.parts,
@@ -261,7 +284,7 @@ class _Panels:
         if self._triplets.mining == "semihard":
             scratches.append(panel.new_empty(num_rows, 2 << log, dtype=torch.int64))
         factors = [self._key_factors, self._rows.factors[r]]
-        lists = [self._rows.ids[r], order.ids, order.keys, order.begins[r], order.ends[r]]
+        lists = [order.places, order.keys, order.begins[r], order.ends[r]]
         own, num_keys = self._rows.span.start + r.start, self._pairs.num_keys
         kernel_calls.start(
             *(self._triplets.mining, (num_rows,)),

@@ -1,20 +1,62 @@
 """Triton kernels of panels: distances of some rows to all keys; gradients by pairs of positives.
 
+spans_kernel      which keys are similar to each row, by continuous labels
 panel_kernel      distances of some rows and the keys of a block, those of positives exact
 positive_kernel   gradients by pairs of positives, from differences
 
-PANEL [M, stride] has the distances of rows to all keys. ORDER: int32 [keys], keys sorted by id; of
+PANEL [M, stride] has the distances of rows to all keys. ORDER: int32 [keys], keys sorted by tag; of
 row i those from BEGINS to ENDS are its positives, and its own key: the host knows no numbers of
-positives. Other shapes and names as in kernels.py.
+positives. PLACES: int32 [N], of each key its place in ORDER. Other shapes and names as in
+kernels.py.
 """
 
 import triton
 import triton.language as tl
 
 from dist_contrastive.pairwise.distance_kernels import CLOSE, any_of, load_rows, pair_values
-from dist_contrastive.pairwise.kernels import part_of, row_factors, similar_pairs, tile_product
+from dist_contrastive.pairwise.kernels import part_of, row_factors, tile_product
 
 _NUMBERS = ["M", "N", "first", "first_row", "count"]
+
+
+@triton.jit
+def _place_of(KEY_IDS, ORDER, label, sample, most, N, steps, AFTER: tl.constexpr, BM: tl.constexpr):
+    """The first place in ORDER that is not before what is similar to rows, or the one AFTER it."""
+    low = tl.zeros([BM], tl.int32)
+    high = low + N
+    for _ in range(steps):
+        place, is_open = (low + high) // 2, low < high
+        at = KEY_IDS + 3 * tl.load(ORDER + place, mask=is_open, other=0).to(tl.int64)
+        key_label = tl.load(at, mask=is_open, other=0.0)
+        key_sample = tl.load(at + 1, mask=is_open, other=0.0)
+        is_missing, apart = key_label != key_label, key_label - label
+        if AFTER:
+            by_sample, by_label = key_sample > sample, is_missing | (apart > most)
+            is_right = tl.where(label != label, is_missing & by_sample, by_label)
+        else:
+            by_sample, by_label = key_sample < sample, ~is_missing & (apart < -most)
+            is_right = ~tl.where(label != label, ~is_missing | by_sample, by_label)
+        low = tl.where(is_open & ~is_right, place + 1, low)
+        high = tl.where(is_open & is_right, place, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["M", "N", "steps"])
+def spans_kernel(ROW_IDS, KEY_IDS, ORDER, BEGINS, ENDS, M, N, steps, BM: tl.constexpr):
+    """BEGINS, ENDS: int32 [M], from where to where in ORDER keys are similar to rows, by ids in
+    fp64 as `similar_pairs` has them: its differences, which round, but never change their order.
+
+    ORDER has keys by ascending label; those without one, NaN, are last, by sample. All keys of a
+    sample have the same label. 2^steps is above N. Program i takes rows i BM ...
+    """
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    at, is_row = ROW_IDS + row.to(tl.int64) * 3, row < M
+    label = tl.load(at, mask=is_row, other=0.0)
+    sample = tl.load(at + 1, mask=is_row, other=0.0)
+    most = tl.load(at + 2, mask=is_row, other=0.0)
+    wanted = KEY_IDS, ORDER, label, sample, most, N, steps
+    tl.store(BEGINS + row, _place_of(*wanted, False, BM), mask=is_row)
+    tl.store(ENDS + row, _place_of(*wanted, True, BM), mask=is_row)
 
 
 @triton.jit
@@ -49,8 +91,9 @@ def _panel_tile(
     KEY_FACTORS,
     ROW_SQUARES,
     KEY_SQUARES,
-    ROW_IDS,
-    KEY_IDS,
+    PLACES,
+    BEGINS,
+    ENDS,
     PANEL,
     M,
     N,
@@ -72,7 +115,10 @@ def _panel_tile(
         row_square = tl.load(ROW_SQUARES + row, mask=row < M, other=0.0)
         key_square = tl.load(KEY_SQUARES + key, mask=key < N, other=0.0)
         magnitude = row_square[:, None] + key_square[None, :]
-        inside = inside & ~similar_pairs(ROW_IDS, KEY_IDS, row, key, M, N)
+        begin = tl.load(BEGINS + row, mask=row < M, other=0)[:, None]
+        end = tl.load(ENDS + row, mask=row < M, other=0)[:, None]
+        place = tl.load(PLACES + key, mask=key < N, other=0)[None, :]
+        inside = inside & ((place < begin) | (place >= end))
         square = magnitude - 2.0 * tile
         value = _exact_close(square, magnitude, inside, EXACT_X, EXACT_Y, row, first_key, D, BK)
     at = PANEL + row[:, None].to(tl.int64) * stride + key[None, :]
@@ -118,8 +164,7 @@ def panel_kernel(
     KEY_FACTORS,
     ROW_SQUARES,
     KEY_SQUARES,
-    ROW_IDS,
-    KEY_IDS,
+    PLACES,
     ORDER,
     BEGINS,
     ENDS,
@@ -159,8 +204,9 @@ def panel_kernel(
                 KEY_FACTORS,
                 ROW_SQUARES,
                 KEY_SQUARES,
-                ROW_IDS,
-                KEY_IDS,
+                PLACES,
+                BEGINS,
+                ENDS,
                 PANEL + first,
                 M,
                 N,

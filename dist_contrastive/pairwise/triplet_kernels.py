@@ -61,10 +61,11 @@ def _load_positives(ORDER, LINE, begin, end, own, chunk, LOG: tl.constexpr):
 
 
 @triton.jit
-def _load_negatives(KEY_IDS, LINE, row_id, start, N, BN: tl.constexpr):
+def _load_negatives(PLACES, LINE, begin, end, start, N, BN: tl.constexpr):
     """Some columns, which of them are negatives, and their distances, inf where they are not."""
     key = start + tl.arange(0, BN)
-    is_negative = (key < N) & (tl.load(KEY_IDS + key, mask=key < N, other=0) != row_id)
+    place = tl.load(PLACES + key, mask=key < N, other=0)
+    is_negative = (key < N) & ((place < begin) | (place >= end))
     return key, is_negative, tl.load(LINE + key, mask=is_negative, other=INF)
 
 
@@ -84,11 +85,10 @@ def _store_positives(
 
 @triton.jit
 def _reached_by(
-    KEY_IDS,
+    PLACES,
     ORDER,
     LINE,
     SORTED,
-    row_id,
     begin,
     end,
     own,
@@ -99,7 +99,7 @@ def _reached_by(
     BN: tl.constexpr,
 ):
     """Of some negatives by how many positives of all chunks, sorted again, they are reached."""
-    _, is_negative, d = _load_negatives(KEY_IDS, LINE, row_id, start, N, BN)
+    _, is_negative, d = _load_negatives(PLACES, LINE, begin, end, start, N, BN)
     weight = tl.zeros([BN], tl.int32)
     for chunk in range(tl.cdiv(end - begin, 1 << LOG)):
         loaded = _load_positives(ORDER, LINE, begin, end, own, chunk, LOG)
@@ -113,8 +113,7 @@ def _reached_by(
 def all_kernel(
     KEY_FACTORS,
     ROW_FACTORS,
-    ROW_IDS,
-    KEY_IDS,
+    PLACES,
     ORDER,
     BEGINS,
     ENDS,
@@ -141,7 +140,7 @@ def all_kernel(
     fp32 and COUNTS int32 [M, 2^LOG] are for the program alone. Program i takes row i.
     """
     row = tl.program_id(0).to(tl.int64)
-    begin, end, row_id = tl.load(BEGINS + row), tl.load(ENDS + row), tl.load(ROW_IDS + row)
+    begin, end = tl.load(BEGINS + row), tl.load(ENDS + row)
     own = own + tl.program_id(0)
     LINE, G_LINE = PANEL + row * stride, G + row * stride
     SORTED, COUNTS = SORTED + row * (1 << LOG), COUNTS + row * (1 << LOG)
@@ -151,9 +150,9 @@ def all_kernel(
     chunks = tl.cdiv(end - begin, 1 << LOG)
     if chunks > 1:
         for start in range(0, N, BN):
-            key, is_negative, d = _load_negatives(KEY_IDS, LINE, row_id, start, N, BN)
-            places = row_id, begin, end, own, start, N, margin
-            weight = _reached_by(KEY_IDS, ORDER, LINE, SORTED, *places, LOG, BN)
+            key, is_negative, d = _load_negatives(PLACES, LINE, begin, end, start, N, BN)
+            where = begin, end, own, start, N, margin
+            weight = _reached_by(PLACES, ORDER, LINE, SORTED, *where, LOG, BN)
             total -= tl.where(weight > 0, weight.to(tl.float64) * d.to(tl.float64), 0.0)
             if WITH_GRADIENT:
                 grad = -_weight(
@@ -167,7 +166,7 @@ def all_kernel(
         _store_shared(SORTED, tl.sort(reach))
         reached = tl.zeros([1 << LOG], tl.int32)
         for start in range(0, N, BN):
-            key, is_negative, d = _load_negatives(KEY_IDS, LINE, row_id, start, N, BN)
+            key, is_negative, d = _load_negatives(PLACES, LINE, begin, end, start, N, BN)
             rank = _rank(SORTED, d, num, True, LOG)
             is_reached = is_negative & (rank < num)
             reached += tl.histogram(tl.where(is_reached, rank, 0), 1 << LOG, is_reached)
@@ -213,13 +212,14 @@ def _lower_of(x, y):
 
 @triton.jit
 def _place_negatives(
-    KEY_IDS,
+    PLACES,
     LINE,
     G_LINE,
     SORTED,
     BEST,
     farthest,
-    row_id,
+    begin,
+    end,
     chunk,
     N,
     num,
@@ -230,7 +230,7 @@ def _place_negatives(
     """The nearest negative beyond so many positives and not one more, into BEST [2^LOG + 1], and
     the farthest of all, found with the first chunk, with which G is filled with zeros."""
     for start in range(0, N, BN):
-        key, is_negative, d = _load_negatives(KEY_IDS, LINE, row_id, start, N, BN)
+        key, is_negative, d = _load_negatives(PLACES, LINE, begin, end, start, N, BN)
         if WITH_GRADIENT and chunk == 0:
             tl.store(G_LINE + key, tl.zeros([BN], G_LINE.dtype.element_ty), mask=key < N)
         bucket = _rank(SORTED, d, num, False, LOG)
@@ -248,8 +248,7 @@ def _place_negatives(
 def semihard_kernel(
     KEY_FACTORS,
     ROW_FACTORS,
-    ROW_IDS,
-    KEY_IDS,
+    PLACES,
     ORDER,
     BEGINS,
     ENDS,
@@ -272,7 +271,7 @@ def semihard_kernel(
     """`all_kernel` of one negative for each positive: the nearest of those farther than it, or if
     there is none the farthest; of equally distant ones the first. BEST: int64 [M, 2^(LOG + 1)]."""
     row = tl.program_id(0).to(tl.int64)
-    begin, end, row_id = tl.load(BEGINS + row), tl.load(ENDS + row), tl.load(ROW_IDS + row)
+    begin, end = tl.load(BEGINS + row), tl.load(ENDS + row)
     own = own + tl.program_id(0)
     LINE, G_LINE = PANEL + row * stride, G + row * stride
     SORTED, COUNTS = SORTED + row * (1 << LOG), COUNTS + row * (1 << LOG)
@@ -286,7 +285,7 @@ def semihard_kernel(
         num = tl.sum(is_positive.to(tl.int32), 0)
         _store_shared(BEST, tl.full([2 << LOG], _MOST_LONG, tl.int64))
         _store_shared(SORTED, tl.sort(d_p))
-        where = KEY_IDS, LINE, G_LINE, SORTED, BEST, farthest, row_id, chunk, N, num
+        where = PLACES, LINE, G_LINE, SORTED, BEST, farthest, begin, end, chunk, N, num
         farthest = _place_negatives(*where, WITH_GRADIENT, LOG, BN)
         tl.debug_barrier()
         best = tl.load(BEST + tl.arange(0, 2 << LOG))
