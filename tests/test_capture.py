@@ -25,6 +25,7 @@ from dist_contrastive.testing import run_ranks
 FORCE = {"impl": "triton", "cache_mb": 1.0}
 LOSSES: dict[str, tuple[type[PairLoss], dict[str, Any]]] = {
     **{name: (kind, {**settings, "impl": "triton"}) for name, (kind, settings) in PAIRS.items()},
+    "Triplet, max_delta": (losses.Triplet, {"impl": "triton", "max_delta": 0.1}),
     "VICReg": (losses.VICReg, {}),
     "BarlowTwins": (losses.BarlowTwins, {}),
     "ContrastiveForce": (losses.ContrastiveForce, FORCE),
@@ -48,7 +49,8 @@ def call_of(name: str, is_checked: bool) -> Callable[[], list[Tensor]]:
         torch.empty(NUM_ROWS, 64, dtype=torch.bfloat16, device=no_device.DEVICE, requires_grad=True)
         for _ in range(num_inputs)
     ]
-    labels = [torch.empty(NUM_ROWS, dtype=torch.int64, device=no_device.DEVICE)]
+    of_labels = torch.float64 if "max_delta" in settings else torch.int64
+    labels = [torch.empty(NUM_ROWS, dtype=of_labels, device=no_device.DEVICE)]
     known: dict[str, Any] = {"sizes": (NUM_ROWS,)}
     if kind.takes == "points":
         known = {"counts": [(NUM_ROWS, 0, NUM_ROWS)]}

@@ -151,13 +151,17 @@ def counted(
     dtype: str = "bf16",
     ranks: int = 1,
     keys_from: str = "gather",
+    max_delta: float | None = None,
 ) -> Traffic:
     """Forward and backward of a loss of `LOSSES`.
 
     Args:
-        rows: samples of each rank; NT-Xent and DCL have two rows of each.
+        rows: samples of each rank; NT-Xent and DCL have two rows of each. max_delta: of labelled
+            losses, whose labels are continuous then.
     """
     kind, settings = LOSSES[name]
+    if kind.takes == "labels":
+        settings = settings | {"max_delta": max_delta}
     found = Traffic()
     with (
         fake_ranks(ranks),
@@ -168,7 +172,8 @@ def counted(
         inputs = [torch.empty(rows, dim, dtype=DTYPES[dtype]) for _ in range(num_inputs(kind))]
         inputs = [x.requires_grad_() for x in inputs]
         if kind.takes == "labels":
-            inputs.append(torch.empty(rows, dtype=torch.int64))
+            of_labels = torch.int64 if max_delta is None else torch.float64
+            inputs.append(torch.empty(rows, dtype=of_labels))
         with found:
             loss(*inputs, sizes=(rows,) * ranks).backward()
     return found
@@ -217,10 +222,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--keys-from", default="gather", choices=["gather", "ring"])
     parser.add_argument("--dtype", default="bf16", choices=[*DTYPES])
+    parser.add_argument("--max-delta", type=float, help="labels are continuous; leave out: classes")
     args = parser.parse_args()
     print(f"{'loss':20} {'waits':>6} {'launches':>9} {'peak MiB':>9} {'moved GiB':>10} sent MiB")
     for name in LOSSES:
-        found = counted(name, args.rows, args.dim, args.dtype, args.ranks, args.keys_from)
+        sizes = args.rows, args.dim, args.dtype, args.ranks, args.keys_from, args.max_delta
+        found = counted(name, *sizes)
         launches, waits = found.launches + len(found.kernels), found.waits.total()
         sent = " ".join(f"{key} {size / 2**20:.0f}" for key, size in found.sent.items())
         print(f"{name:20} {waits:6} {launches:9} {found.peak / 2**20:9.0f}", end=" ")

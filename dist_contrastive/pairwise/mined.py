@@ -145,7 +145,7 @@ def _spans(wanted: Tensor, tags: Tensor, order: Tensor) -> tuple[Tensor, Tensor]
         known = tags[order]
         begins = torch.searchsorted(known, wanted, out_int32=True)
         return begins, torch.searchsorted(known, wanted, out_int32=True, right=True)
-    begins, ends = order.new_empty(2, len(wanted)).unbind()
+    begins, ends = (order.new_empty(len(wanted)) for _ in range(2))
     if len(wanted):
         tensors, grid = [wanted, tags, order, begins, ends], (-(-len(wanted) // _SPANS),)
         sizes = len(wanted), len(tags), len(tags).bit_length()

@@ -163,6 +163,20 @@ FAULTS = [
         ("tests/test_triplet_kernels.py::test_extreme_rows[semihard-near negatives-5.0]",),
     ),
     (
+        "by kernels, continuous labels at the largest difference are not similar",
+        f"{PAIRWISE}/panel_kernels.py",
+        "is_missing | (apart > most)",
+        "is_missing | (apart >= most)",
+        ("tests/test_triplet_kernels.py::test_similar_keys_are_a_span[views]",),
+    ),
+    (
+        "by kernels, missing labels are in the order of keys, not of samples",
+        f"{PAIRWISE}/mined.py",
+        "by_sample = tags[:, 1].sort(stable=True).indices",
+        "by_sample = torch.arange(len(tags), device=tags.device)",
+        ("tests/test_triplet_kernels.py::test_similar_keys_are_a_span[views]",),
+    ),
+    (
         "the mean is over this rank's elements",
         f"{COLLECTIVES}/reductions.py",
         'factor = world_size(group) if grad_reduction == "mean" else 1',
