@@ -29,5 +29,6 @@ def ids_of(pairs: Pairs, block: Block) -> tuple[Tensor, Tensor]:
 
 
 def continuous_ids(tags: Tensor, max_delta: float) -> Tensor:
-    """Tags of two columns [n, 2], and `max_delta`: [n, 3] fp64, as kernels compare them."""
-    return torch.nn.functional.pad(tags.double(), (0, 1), value=max_delta)
+    """Tags of two columns, or these ids themselves [n, 3], as kernels compare them: fp64 [n, 3],
+    with `max_delta`."""
+    return torch.nn.functional.pad(tags[:, :2].double(), (0, 1), value=max_delta)
