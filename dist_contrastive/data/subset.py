@@ -6,7 +6,6 @@ The numbers are in a file that all processes of a machine map, 4 bytes for each 
 import hashlib
 import logging
 import os
-import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -292,11 +291,12 @@ def _shared(folder: Path, name: str, numbers: Numbers) -> Numbers:
         return mapped
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (*folder.glob("*.npy"), *folder.glob("*.lock")):
-            if time.time() - path.stat().st_mtime > _KEPT_S:
-                path.unlink(missing_ok=True)
         with atomic.open_file(folder / f"{name}.npy") as file:
             np.save(file, numbers)
+        now_s = (folder / f"{name}.npy").stat().st_mtime  # by the clock of the other files
+        for path in (*folder.glob("*.npy"), *folder.glob("*.lock")):
+            if now_s - path.stat().st_mtime > _KEPT_S:
+                path.unlink(missing_ok=True)
     except OSError as error:
         _logger.warning(
             "%s cannot be written (%s): each process holds the %d numbers of its subset itself; "

@@ -97,10 +97,10 @@ class DatasetTable(Table):
     """A `datasets.Dataset`, with the stored bytes of its images."""
 
     def __init__(self, data: Any, folder: Path) -> None:
-        stored = stored_images(data.features)
-        for name, feature in data.features.items():
-            if stored[name] is not feature:
-                data = data.cast_column(name, stored[name])
+        features = data.features  # a copy each time
+        for name, feature in stored_images(features).items():
+            if feature is not features[name]:  # any other column would be copied into files
+                data = data.cast_column(name, feature)
         self._data, self._lock = data, Lock()
         self._describe(data.features, folder)
 
