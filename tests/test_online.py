@@ -192,7 +192,7 @@ def on_ranks(cases: list) -> list[tuple[dict, dict[str, float]]]:
         (3, 0, None),
         (2, 3, 5),
         (2, 1, None),
-        pytest.param(4, 2, 3, marks=pytest.mark.slow),
+        pytest.param(6, 2, 3, marks=pytest.mark.slow),  # as many as there are lanes
     ],
 )
 def test_it_is_the_same_on_any_ranks(ranks, stage, micro, runs, overrides, tmp_path):
