@@ -222,8 +222,9 @@ class _Panels:
         size = self._job.panel_rows or max(1, _PANEL // (self._stride * _ROWS)) * _ROWS
         size = min(size, max(1, *self._pairs.sizes))
         panel = self._rows.exact.new_empty(size, self._stride, dtype=torch.float32)
-        # Zeros, since products read what fills up a line.
-        g = self._rows.exact.new_zeros(size, self._stride, dtype=self._dtype)
+        # Zeros, since products read what fills up lines of a block, in the last row beyond its end.
+        g = self._rows.exact.new_zeros(size * self._stride + _ALIGNED, dtype=self._dtype)
+        g = g[: size * self._stride].view(size, self._stride)
         over_ranks = self._source.reduction(SUM)
         held = self._sums_of_rows if self._is_alone else None  # one sum of both
         for begin in range(0, max(self._pairs.sizes), size):
