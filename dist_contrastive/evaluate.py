@@ -45,9 +45,8 @@ from dist_contrastive.tasks import Drift, ImageTask, Paired
 
 GENERATED_PER_HELD_OUT = 4
 SHOWN = 1000  # held-out samples of pictures, where all are too many
-_PATIENCE_S = (
-    7 * 86_400.0
-)  # in which ranks wait for the one that measures; one that ends is noticed
+# In which ranks wait for the one that measures; one that ends is noticed.
+_PATIENCE_S = 7 * 86_400.0
 
 
 @dataclass(frozen=True)

@@ -188,8 +188,15 @@ def compiled(
     constants["PRECISION"] = precision or ("tf32x3" if dtype == "fp32" else "ieee")
     constants["PARTS"] = tile.parts
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-    names, types = kernel.arg_names, variant.signature(dtype)
-    types |= dict.fromkeys(constants, "constexpr")
+    options |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    return compiled_kernel(kernel, variant.signature(dtype), constants, card, options)
+
+
+def compiled_kernel(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], card: int, options: Any
+) -> Report:
+    """A kernel on a card, as it is for tensors and strides that are aligned."""
+    names, types = kernel.arg_names, signature | dict.fromkeys(constants, "constexpr")
     aligned = [name for name in names if types[name].startswith("*") or name == "stride"]
     source = ASTSource(
         fn=kernel,
@@ -197,10 +204,8 @@ def compiled(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options |= {"num_warps": tile.warps, "num_stages": tile.stages}
-    return _report(
-        triton.compile(source, target=GPUTarget("cuda", card, 32), options=options), card
-    )
+    built = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
+    return _report(built, card)
 
 
 def _report(built: Any, card: int) -> Report:

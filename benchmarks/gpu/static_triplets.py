@@ -14,10 +14,7 @@ import sys
 from typing import Any
 
 import static
-import triton
 from static import CARDS, Report
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from dist_contrastive.pairwise.kernel_calls import kernel_of
 from dist_contrastive.pairwise.mined import _POSITIVES, _SPANS, MINING_STEPS
@@ -115,19 +112,7 @@ def compiled(variant: Variant, card: int, dim: int = 768, dtype: str = "bf16") -
     """The kernel of a variant on a card."""
     kernel = kernel_of(variant.name)
     constants, options = variant.constants(dtype, card, dim)
-    names, types = (
-        kernel.arg_names,
-        variant.signature(dtype) | dict.fromkeys(constants, "constexpr"),
-    )
-    aligned = [name for name in names if types[name].startswith("*") or name == "stride"]
-    source = ASTSource(
-        fn=kernel,
-        signature=types,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    built = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
-    return static._report(built, card)
+    return static.compiled_kernel(kernel, variant.signature(dtype), constants, card, options)
 
 
 def main() -> None:

@@ -106,8 +106,8 @@ def join_sources(sources: Sequence[Source]) -> Source:
     """
     if len(sources) == 1:
         return sources[0]
-    shards = Counter(x for source in sources if isinstance(source, ShardIndex)
-                     for x in source.shards)  # fmt: skip
+    indexes = [source for source in sources if isinstance(source, ShardIndex)]
+    shards = Counter(shard for index in indexes for shard in index.shards)
     if repeated := [shard for shard, count in shards.items() if count > 1]:
         raise DataError(
             f"shard {repeated[0]} is given twice; name every shard in one source only, or give "

@@ -102,9 +102,8 @@ def plan_of_run(config: RunConfig, ranks: int, card: str = "h100") -> planner.Pl
     is_known = task.name in ("two_view", "paired", "labelled") and not getattr(task, "crops", None)
     if not is_known or not head or not head.layers or settings is None:
         return None
-    if settings.name not in planner.LOSSES:
-        return None
-    if settings.name == "self_diagonal" or config.data.global_batch_size % ranks:
+    is_planned = settings.name in planner.LOSSES and settings.name != "self_diagonal"
+    if not is_planned or config.data.global_batch_size % ranks:
         return None
     return planner.plan(
         planner.Asked(
